@@ -1,0 +1,104 @@
+"""Dense attention by PyTorch's own fused kernels, which already compute the log-sum-exp.
+
+They know neither softcap nor unequal head sizes, give a wrong log-sum-exp for a masked row that sees nothing, need the
+last dimension contiguous without checking it and kill the process on empty inputs: :func:`reason_against` guards all
+that. Their causal rule is aligned to the upper left, so the keys before the square at the lower right get a call of
+their own.
+"""
+
+import torch
+from torch import Tensor
+
+from kvzip_press.kernels.dense_attention.merge import merge_pair
+
+_FLASH_OPS = {
+    "cpu": "_scaled_dot_product_flash_attention_for_cpu",
+    "cuda": "_scaled_dot_product_flash_attention",
+}
+_CUDA_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def reason_against(
+    query: Tensor, keys: Tensor, values: Tensor, causal: bool, mask: Tensor | None, softcap: float | None
+) -> str | None:
+    """Why the fused kernel cannot do this input, or None when it can."""
+    if mask is not None or softcap is not None:
+        return "a mask or a softcap is given"
+    if causal and query.shape[2] > keys.shape[2]:
+        return f"causal rows see no key: {query.shape[2]} rows, {keys.shape[2]} keys"
+    return reason_against_flash(query, keys, values)
+
+
+def reason_against_flash(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
+    """Why :func:`flash` cannot run on these tensors (of any rank), or None when it can."""
+    device = query.device.type
+    if not hasattr(torch.ops.aten, _FLASH_OPS.get(device, "-")):
+        return f"this PyTorch has no such kernel for {device}"
+    if query.numel() == 0 or keys.numel() == 0:
+        return "an input is empty"
+    if keys.shape[-1] != values.shape[-1]:
+        return f"head_dim {keys.shape[-1]} and value_head_dim {values.shape[-1]} differ"
+    if not query.stride(-1) == keys.stride(-1) == values.stride(-1) == 1:
+        return "the last dimension is not contiguous"
+    return None if device == "cpu" else _reason_against_cuda(query)
+
+
+def _reason_against_cuda(query: Tensor) -> str | None:
+    head_dim = query.shape[-1]
+    if query.dtype not in _CUDA_DTYPES or head_dim % 8 or head_dim > 256:
+        return f"on CUDA it takes fp16 or bf16 and a head_dim of 8, 16 ... 256, not {query.dtype} and {head_dim}"
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "it needs compute capability 8.0 or later"
+    return None
+
+
+def flash(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """The fused kernel itself on [batch, heads, rows, head_dim], as many key-value heads as query heads, nothing empty.
+
+    ``causal`` needs as many rows as keys. Returns out in the dtype of ``query`` and lse [batch, heads, rows].
+    """
+    device = query.device.type
+    no_dropout = 0.0
+    options = (no_dropout, causal) if device == "cpu" else (no_dropout, causal, False)  # no debug mask
+    out, lse = getattr(torch.ops.aten, _FLASH_OPS[device])(query, keys, values, *options, scale=scaling)[:2]
+    return out, lse
+
+
+def attention_with_lse(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    causal: bool,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`kvzip_press.kernels.dense_attention.attention_with_lse`; for inputs that nothing speaks against."""
+    assert mask is None, "see reason_against"
+    assert softcap is None, "see reason_against"
+    query_length, key_length = query.shape[2], keys.shape[2]
+    if not causal or query_length == 1:
+        return _uncovered(query, keys, values, scaling)
+    n_prefix = key_length - query_length
+    square = _square(query, keys[:, :, n_prefix:], values[:, :, n_prefix:], scaling)
+    if n_prefix == 0:
+        return square
+    prefix = _uncovered(query, keys[:, :, :n_prefix], values[:, :, :n_prefix], scaling)
+    return merge_pair(*prefix, *square)
+
+
+def _uncovered(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Every row sees every key, so the query heads of a group are just more rows."""
+    batch_size, num_heads, query_length, head_dim = query.shape
+    folded = query.reshape(batch_size, keys.shape[1], -1, head_dim)
+    out, lse = flash(folded, keys, values, scaling)
+    return out.reshape(query.shape), lse.reshape(batch_size, num_heads, query_length)
+
+
+def _square(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """As many rows as keys, causal: one call for each member of the groups, so that keys are not repeated."""
+    members = query.unflatten(1, (keys.shape[1], -1)).unbind(2)
+    results = [flash(member, keys, values, scaling, causal=True) for member in members]
+    out, lse = (torch.stack(tensors, 2).flatten(1, 2) for tensors in zip(*results, strict=True))
+    return out, lse

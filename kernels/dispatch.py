@@ -1,0 +1,46 @@
+"""Choice of an implementation: a table a op, best first."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+_Run = TypeVar("_Run", bound=Callable[..., object])
+
+
+def _nothing(*_: object) -> None:
+    """Speaks against no input."""
+
+
+@dataclass(frozen=True)
+class Impl(Generic[_Run]):
+    """One implementation of an op.
+
+    Attributes:
+        run: the implementation, called by the op after its checks.
+        reason_against: given the arguments of :func:`select`, why it cannot do this input, or None when it can.
+    """
+
+    run: _Run
+    reason_against: Callable[..., str | None] = _nothing
+
+
+def select(op: str, impls: Mapping[str, Impl[_Run]], impl: str | None, *arguments: object) -> _Run:
+    """Returns the implementation of ``op`` to run.
+
+    Args:
+        op: name of the op, for the error.
+        impls: the implementations by name, best first; one of them can do any input.
+        impl: name of the one wanted, which never falls back to another; None takes the first that can do this input.
+        *arguments: what ``reason_against`` of each judges.
+
+    Raises:
+        ValueError: there is no implementation of that name, or it cannot do this input.
+    """
+    if impl is None:
+        return next(candidate.run for candidate in impls.values() if candidate.reason_against(*arguments) is None)
+    if impl not in impls:
+        raise ValueError(f"{op}: expected impl to be None or one of {sorted(impls)}, got {impl!r}")
+    reason = impls[impl].reason_against(*arguments)
+    if reason is not None:
+        raise ValueError(f"{op}: expected an input that impl {impl!r} can do, got one that it cannot: {reason}")
+    return impls[impl].run

@@ -1,0 +1,102 @@
+"""Ragged attention by PyTorch's fused CPU kernel: a call a segment over the context, one over the tail, an exact merge.
+
+The kernel shares its work among threads by heads and by blocks of query rows, and a segment of a decode step has one of
+each, so a long segment is cut into as many equal parts as there are threads, which the kernel takes for heads. The keys
+that are left over (fewer than parts) get a call of their own. The tail, dense and perhaps masked, goes to the best
+implementation of dense attention.
+"""
+
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from kvzip_press.kernels.dense_attention.api import unchecked
+from kvzip_press.kernels.dense_attention.aten import flash, reason_against_flash
+from kvzip_press.kernels.dense_attention.merge import merge_many
+from kvzip_press.kernels.numerics import accumulation_dtype
+from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
+
+_ROWS_A_THREAD = 32  # query rows that the kernel gives to a thread at a time
+_MIN_PART = 256  # keys; a shorter part does not pay for the merge
+
+_Partials = list[tuple[Tensor, Tensor]]
+
+
+def reason_against(inputs: RaggedInputs, softcap: float | None) -> str | None:
+    """Why this implementation cannot do this input, or None when it can."""
+    if inputs.query.device.type != "cpu":
+        return f"the device is {inputs.query.device.type}"
+    if softcap is not None:
+        return "a softcap is given"
+    return reason_against_flash(inputs.query, inputs.keys, inputs.values)
+
+
+def ragged_attention(inputs: RaggedInputs, *, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """See :func:`kvzip_press.kernels.ragged_attention.ragged_attention`; for inputs that nothing speaks against."""
+    assert softcap is None, "see reason_against"
+    n_segments = inputs.query.shape[0] * inputs.num_key_value_heads
+    folded = inputs.query.reshape(n_segments, 1, 1, -1, inputs.query.shape[-1])
+    partials = _context(folded, inputs, scaling)
+    for own, tail in zip(partials, _tail(folded, inputs, scaling), strict=False):
+        own.append(tail)
+    outs, lses = (torch.cat(tensors, 1) for tensors in zip(*chain.from_iterable(partials), strict=True))
+    shape = (n_segments, -1, *folded.shape[3:])
+    out, lse = merge_many(outs.view(shape), lses.view(shape[:-1]))
+    return out.to(folded.dtype).view(inputs.query.shape), lse.view(inputs.query.shape[:-1])
+
+
+def _context(folded: Tensor, inputs: RaggedInputs, scaling: float) -> list[_Partials]:
+    """For each segment the results of its parts, out [1, parts, rows, head_dim] and lse [1, parts, rows].
+
+    Segments with fewer parts are filled up with parts that saw nothing, so that all results make one tensor.
+    """
+    partials = [
+        _attend_segment(query, keys, values, scaling)
+        for query, (keys, values) in zip(folded.unbind(0), inputs.segments(), strict=True)
+    ]
+    n_parts = [sum(out.shape[1] for out, _ in own) for own in partials]
+    most = max(n_parts)
+    if min(n_parts) < most:
+        nothing = folded.new_zeros(()).expand(1, most, *folded.shape[3:])
+        no_lse = folded.new_full((), -torch.inf, dtype=accumulation_dtype(folded.dtype)).expand(nothing.shape[:-1])
+        for own, n_own in zip(partials, n_parts, strict=True):
+            own.append((nothing[:, n_own:], no_lse[:, n_own:]))
+    return partials
+
+
+def _tail(folded: Tensor, inputs: RaggedInputs, scaling: float) -> _Partials:
+    """For each segment the result over its tail, out [1, 1, rows, head_dim] and lse [1, 1, rows]; or nothing at all."""
+    if inputs.tail_keys is None or inputs.tail_values is None or inputs.tail_length == 0:
+        return []
+    mask = inputs.tail_mask
+    out, lse = unchecked(
+        inputs.query,
+        inputs.tail_keys,
+        inputs.tail_values,
+        causal=mask is None,
+        mask=mask,
+        scaling=scaling,
+    )
+    return list(zip(out.reshape(folded.shape).unbind(0), lse.reshape(folded.shape[:-1]).unbind(0), strict=True))
+
+
+def _attend_segment(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> _Partials:
+    """Attention of query [1, 1, rows, head_dim] to one segment: its equal parts, and the rows left over, if any."""
+    seqlen = keys.shape[0]
+    n_splits = _n_splits(query.shape[2], seqlen)
+    middle = seqlen - seqlen % n_splits
+    partials = []
+    if middle:
+        split = (1, n_splits, middle // n_splits, -1)
+        rows = query.expand(1, n_splits, -1, -1)
+        partials.append(flash(rows, keys[:middle].view(split), values[:middle].view(split), scaling))
+    if middle < seqlen:
+        partials.append(flash(query, keys[None, None, middle:], values[None, None, middle:], scaling))
+    return partials
+
+
+def _n_splits(n_rows: int, seqlen: int) -> int:
+    """Parts to cut a segment into: as many as keep the threads busy, none much shorter than it is worth."""
+    busy_threads = -(-n_rows // _ROWS_A_THREAD)
+    return max(1, min(torch.get_num_threads() // busy_threads, seqlen // _MIN_PART))

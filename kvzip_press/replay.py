@@ -1,0 +1,263 @@
+"""Forwards that look back: the model reads tokens again against a frozen cache, and nothing of them stays.
+
+A replay forward gets a cache of its own whose layers attend to the frozen context and to the replayed tokens (causally),
+and see the queries on the way. The frozen cache is read through views; it is never copied, appended to or changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kvzip_press import compat
+from kvzip_press.attention import CacheView
+from kvzip_press.eviction import compressible_layers, sliding_copy
+from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
+from kvzip_press.kernels.ragged_attention import ragged_attention
+from kvzip_press.models import attention_layers, text_decoder
+from kvzip_press.ragged_cache import RaggedLayer
+
+if TYPE_CHECKING:
+    from kvzip_press.prefilling import Prefill
+
+Attended = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerSpan:
+    """One row of one layer's cache, as a replay sees it.
+
+    Attributes:
+        keys: ``[1, heads, span, head_dim]``, the row's tokens of the span, without padding.
+        values: ``[1, heads, span, v_head_dim]``.
+        sink_keys: ``[1, heads, n_sink, head_dim]``, the protected first tokens of the row.
+        sink_values: ``[1, heads, n_sink, v_head_dim]``.
+        packed: The layer when it is ragged: its packed context comes before the span.
+        row: The batch row.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    sink_keys: torch.Tensor
+    sink_values: torch.Tensor
+    packed: RaggedLayer | None = None
+    row: int = 0
+
+    @classmethod
+    def of(cls, layer: Any, prefill: Prefill, row: int, n_sink: int) -> LayerSpan:
+        """The span of a prefill in one layer; for a later turn the sink is that of the packed context."""
+        columns = prefill.valid[row].nonzero()[:, 0]
+        first, end = int(columns[0]), int(columns[-1]) + 1
+        if not isinstance(layer, RaggedLayer):
+            keys, values = (x[row : row + 1, :, first:end] for x in (layer.keys, layer.values))
+            return cls(keys, values, keys[:, :, :n_sink], values[:, :, :n_sink])
+        tail_keys, tail_values = layer.tail.keys, layer.tail.values
+        assert tail_keys is not None and tail_values is not None
+        offset = tail_keys.shape[2] - prefill.valid.shape[1]
+        keys, values = (x[row : row + 1, :, offset + first : offset + end] for x in (tail_keys, tail_values))
+        if n_sink:
+            return cls(keys, values, keys[:, :, :n_sink], values[:, :, :n_sink], layer, row)
+        packed_row = row if layer.row_index is None else int(layer.row_index[row])
+        sinks = layer.packed.first_pairs(packed_row, layer.n_protected[packed_row])
+        return cls(keys, values, *sinks, layer, row)
+
+    def attend(self, query: torch.Tensor, scaling: float | None, softcap: float | None) -> Attended:
+        """Attention of ``query`` to everything in the row, the span included: output and log-sum-exp."""
+        if self.packed is None:
+            return attention_with_lse(query, self.keys, self.values, causal=False, scaling=scaling, softcap=softcap)
+        layer, index = self.packed, torch.tensor([self.row], device=query.device)
+        tail_keys, tail_values = layer.tail.keys, layer.tail.values
+        assert tail_keys is not None and tail_values is not None
+        everything = torch.ones(1, 1, query.shape[2], tail_keys.shape[2], dtype=torch.bool, device=query.device)
+        attended = ragged_attention(
+            query,
+            layer.packed.keys,
+            layer.packed.values,
+            layer.packed.cu_seqlens,
+            tail_keys[self.row : self.row + 1],
+            tail_values[self.row : self.row + 1],
+            row_index=index if layer.row_index is None else layer.row_index[index],
+            tail_mask=everything,
+            scaling=scaling,
+            softcap=softcap,
+            return_lse=True,
+        )
+        assert isinstance(attended, tuple)
+        return attended
+
+
+@dataclass(frozen=True)
+class ReplayedAttention:
+    """What one layer computed with during a replay forward, for a scorer to look at.
+
+    Attributes:
+        module: The attention module.
+        query: ``[batch, num_attention_heads, query_length, head_dim]``, after RoPE.
+        keys: ``[batch, heads, query_length, head_dim]``, keys of the replayed tokens.
+        chunk_keys: ``[batch, heads, chunk, head_dim]``, keys of the tokens that the replay is about.
+        chunk_values: ``[batch, heads, chunk, v_head_dim]``.
+        sink_keys: ``[batch, heads, n_sink, head_dim]``.
+        scaling: Factor of the logits, None for ``head_dim ** -0.5``.
+        softcap: Bound of the logits, or None.
+    """
+
+    module: nn.Module
+    query: torch.Tensor
+    keys: torch.Tensor
+    chunk_keys: torch.Tensor
+    chunk_values: torch.Tensor
+    sink_keys: torch.Tensor
+    scaling: float | None
+    softcap: float | None
+
+
+class ReplayLayer(compat.CacheLayerMixin):  # type: ignore[misc]
+    """The cache layer of one replay forward; ``look`` sees what its attention computes with.
+
+    Args:
+        span: The frozen context.
+        chunks: For each batch row of the replay, the part of the span it is about (all of one length).
+        local: Attend to the sink and the chunk only, instead of everything.
+        n_seen: Tokens that the frozen cache has seen.
+        look: Called once a forward.
+    """
+
+    is_sliding = False
+    is_initialized = True
+
+    def __init__(
+        self,
+        span: LayerSpan,
+        chunks: Sequence[slice],
+        *,
+        local: bool,
+        n_seen: int,
+        look: Callable[[ReplayedAttention], None],
+    ) -> None:
+        self.span, self.chunks, self.local, self.n_seen, self.look = span, chunks, local, n_seen, look
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Attended:
+        """Holds on to the replayed tokens' keys and values for the attention call that follows."""
+        self.keys, self.values = key_states, value_states
+        return CacheView.of(self, key_states), CacheView.of(self, value_states)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        attention_mask: Any,
+        *,
+        scaling: float | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Frozen context without a mask, replayed tokens causally, merged by their log-sum-exp."""
+        chunk_keys, chunk_values = (self._chunks_of(x) for x in (self.span.keys, self.span.values))
+        sink_keys, sink_values = (
+            x.expand(len(self.chunks), -1, -1, -1) for x in (self.span.sink_keys, self.span.sink_values)
+        )
+        self.look(
+            ReplayedAttention(module, query, self.keys, chunk_keys, chunk_values, sink_keys, scaling, softcap)
+        )
+        if self.local:
+            keys, values = torch.cat([sink_keys, chunk_keys], 2), torch.cat([sink_values, chunk_values], 2)
+            past = attention_with_lse(query, keys, values, causal=False, scaling=scaling, softcap=softcap)
+        else:
+            past = self.span.attend(query, scaling, softcap)
+        own = attention_with_lse(query, self.keys, self.values, causal=True, scaling=scaling, softcap=softcap)
+        return merge_attention(*past, *own)[0]
+
+    def _chunks_of(self, span: torch.Tensor) -> torch.Tensor:
+        if len(self.chunks) == 1:
+            return span[:, :, self.chunks[0]]
+        return torch.cat([span[:, :, chunk] for chunk in self.chunks])
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to initialise."""
+
+    def get_mask_sizes(self, cache_position: int | torch.Tensor) -> tuple[int, int]:
+        """Masks are about the replayed tokens alone."""
+        return compat.query_length_of(cache_position), self.n_seen
+
+    def get_seq_length(self) -> int:
+        """Tokens seen before the replay."""
+        return self.n_seen
+
+    def get_max_cache_shape(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_length = get_max_cache_shape
+
+
+class Replay:
+    """Replays over one row of a prefill.
+
+    Args:
+        prefill: The prefill, which is only read.
+        row: The batch row.
+        n_sink: Protected first tokens of the row in this span.
+        look: Called with the layer index and what its attention computed with, once a layer and forward.
+    """
+
+    def __init__(
+        self, prefill: Prefill, row: int, n_sink: int, look: Callable[[int, ReplayedAttention], None]
+    ) -> None:
+        self._decoder = text_decoder(prefill.model)
+        self._look = look
+        self._n_seen = prefill.start + prefill.valid.shape[1]
+        self._next_position = int(prefill.positions[row][prefill.valid[row]][-1]) + 1
+        self._device = prefill.valid.device
+        layers = prefill.cache.layers
+        compressible = compressible_layers(prefill.model, prefill.cache)
+        self._spans = {idx: LayerSpan.of(layers[idx], prefill, row, n_sink) for idx in compressible}
+        by_idx = {layer.layer_idx: layer for layer in attention_layers(prefill.model)}
+        self._dense = {
+            idx: _row_of(sliding_copy(layer, by_idx.get(idx)), row)
+            for idx, layer in enumerate(layers)
+            if idx not in compressible
+        }
+
+    def run(self, input_ids: Sequence[Sequence[int]], chunks: Sequence[slice], *, local: bool) -> None:
+        """One forward of the decoder (no logits) over a batch of replays, each about its chunk of the span.
+
+        Args:
+            input_ids: One list of ids a replay, all of one length.
+            chunks: The part of the span each is about, all of one length; more than one only with ``local``.
+            local: See :class:`ReplayLayer`.
+        """
+        assert local or len(chunks) == 1
+        ids = torch.tensor([list(row) for row in input_ids], device=self._device)
+        positions = self._next_position + torch.arange(ids.shape[1], device=self._device)[None]
+        layers: list[Any] = [None] * (len(self._spans) + len(self._dense))
+        for idx, span in self._spans.items():
+            look = _bind(self._look, idx)
+            layers[idx] = ReplayLayer(span, chunks, local=local, n_seen=self._n_seen, look=look)
+        for idx, layer in self._dense.items():
+            layers[idx] = _repeated(layer, len(chunks))
+        cache = compat.Cache(layers=layers)
+        self._decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+
+
+def _bind(look: Callable[[int, ReplayedAttention], None], layer_idx: int) -> Callable[[ReplayedAttention], None]:
+    return lambda attention: look(layer_idx, attention)
+
+
+def _row_of(layer: Any, row: int) -> Any:
+    return _with_tensors(layer, lambda tensor: tensor[row : row + 1])
+
+
+def _repeated(layer: Any, batch: int) -> Any:
+    return _with_tensors(layer, lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+
+
+def _with_tensors(layer: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of a dense layer over changed views of its tensors; updates replace tensors, so the original is safe."""
+    twin = copy.copy(layer)
+    if isinstance(getattr(layer, "keys", None), torch.Tensor):
+        twin.keys, twin.values = change(layer.keys), change(layer.values)
+    return twin

@@ -1,0 +1,80 @@
+"""The growing part of a ragged layer: what the model has read or written since the context was packed."""
+
+from __future__ import annotations
+
+import torch
+
+from kvzip_press.errors import InvalidArgumentError
+
+BLOCK = 256  # tokens a buffer grows by at least; a decode step between two growths allocates and moves nothing
+
+
+class Tail:
+    """Dense keys and values ``[batch, num_heads, length, head_dim]`` in a preallocated buffer, appended in place."""
+
+    def __init__(self) -> None:
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+        self.length = 0
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """A view of the live keys, None before the first append."""
+        return None if self._keys is None else self._keys[:, :, : self.length]
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """A view of the live values, None before the first append."""
+        return None if self._values is None else self._values[:, :, : self.length]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The buffers held in memory."""
+        return () if self._keys is None or self._values is None else (self._keys, self._values)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes ``[batch, num_heads, t, head_dim]`` behind what is there.
+
+        Raises:
+            InvalidArgumentError: Another batch size, head count, head_dim, dtype or device than before.
+        """
+        self._keys = self._room_for(self._keys, keys)
+        self._values = self._room_for(self._values, values)
+        end = self.length + keys.shape[2]
+        self._keys[:, :, self.length : end] = keys
+        self._values[:, :, self.length : end] = values
+        self.length = end
+
+    def _room_for(self, buffer: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+        batch, heads, t, dim = new.shape
+        if buffer is not None:
+            expected = (buffer.shape[0], buffer.shape[1], buffer.shape[3], buffer.dtype, buffer.device)
+            if expected != (batch, heads, dim, new.dtype, new.device):
+                raise InvalidArgumentError(
+                    "expected (batch, heads, head_dim, dtype, device) = "
+                    f"{expected}, got {(batch, heads, dim, new.dtype, new.device)}"
+                )
+            if self.length + t <= buffer.shape[2]:
+                return buffer
+        capacity = -(-(self.length + t + self.length // 2) // BLOCK) * BLOCK
+        grown = new.new_empty(batch, heads, capacity, dim)
+        if buffer is not None:
+            grown[:, :, : self.length] = buffer[:, :, : self.length]
+        return grown
+
+    def truncate(self, length: int) -> None:
+        """Forgets everything from ``length`` on; the buffer stays."""
+        self.length = min(self.length, length)
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        """Reorders, drops or repeats batch rows; ``index`` is int64 ``[new_batch]``."""
+        if self._keys is not None and self._values is not None:
+            self._keys = self._keys.index_select(0, index.to(self._keys.device))
+            self._values = self._values.index_select(0, index.to(self._values.device))
+
+    def copy(self) -> Tail:
+        """An independent tail with the same content."""
+        tail = Tail()
+        if self.keys is not None and self.values is not None and self.length:
+            tail.append(self.keys, self.values)
+        return tail

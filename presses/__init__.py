@@ -1,0 +1,12 @@
+"""The presses, one a file, named after its paper. Installed as ``kvzip_press.presses``; the bare name is refused."""
+
+if not __name__.startswith("kvzip_press."):
+    raise ImportError("import kvzip_press.presses; the bare name 'presses' would load a second copy of every class")
+
+#: Name -> "module:Callable", resolved by :mod:`kvzip_press.registry` when a press is asked for.
+PRESSES = {
+    "none": "kvzip_press.presses.random:NonePress",
+    "random": "kvzip_press.presses.random:RandomPress",
+    "kvzip": "kvzip_press.presses.kvzip:KVzipPress",
+    "kvzip_local": "kvzip_press.presses.kvzip:local_press",
+}

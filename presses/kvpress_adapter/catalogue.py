@@ -1,0 +1,82 @@
+"""kvpress presses by name: what the registry calls."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.presses.kvpress_adapter.importing import kvpress
+from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make a press: kvpress classes from the outermost in, the innermost of which takes the ratio.
+
+    Attributes:
+        classes: Names of the classes; each but the last takes the next as its ``press``.
+        ratio: What the innermost calls its ratio.
+    """
+
+    classes: tuple[str, ...]
+    ratio: str = "compression_ratio"
+
+    def __call__(self, compression_ratio: float = 0.0, **options: Any) -> RaggedPress:
+        """Makes the press.
+
+        Args:
+            compression_ratio: Fraction of pairs removed, in [0, 1).
+            options: Arguments of the classes, each handed to the outermost one that takes it.
+
+        Raises:
+            InvalidArgumentError: An option that none of them takes, or a value that kvpress refuses.
+            MissingDependencyError: kvpress is absent, or transformers is too new for it.
+        """
+        classes = [getattr(kvpress(), name) for name in self.classes]
+        arguments: list[dict[str, Any]] = [{} for _ in classes]
+        for name, value in options.items():
+            taken = [i for i, cls in enumerate(classes) if name in _options_of(cls)]
+            if not taken:
+                known = sorted({option for cls in classes for option in _options_of(cls)} - {self.ratio})
+                raise InvalidArgumentError(f"expected options among {known}, got {name!r}")
+            arguments[taken[0]][name] = value
+        press: Any = None
+        arguments[-1][self.ratio] = compression_ratio
+        try:
+            for cls, own in zip(reversed(classes), reversed(arguments), strict=True):
+                press = cls(**own) if press is None else cls(press=press, **own)
+        except (AssertionError, TypeError) as error:
+            raise InvalidArgumentError(f"{' of '.join(self.classes)} refused {options}: {error}") from error
+        return RaggedPress(press)
+
+
+def _options_of(cls: type) -> set[str]:
+    return set(inspect.signature(cls).parameters) - {"press"}
+
+
+adakv_expected_attention = Recipe(("AdaKVPress", "ExpectedAttentionPress"))
+adakv_snapkv = Recipe(("AdaKVPress", "SnapKVPress"))
+cap = Recipe(("CapPress",))
+chunkkv_snapkv = Recipe(("ChunkKVPress", "SnapKVPress"))
+compactor = Recipe(("CompactorPress",))
+criticaladakv_expected_attention = Recipe(("CriticalAdaKVPress", "ExpectedAttentionPress"))
+criticalkv_snapkv = Recipe(("CriticalKVPress", "SnapKVPress"))
+cur = Recipe(("CURPress",))
+duo_attention = Recipe(("DuoAttentionPress",), ratio="head_compression_ratio")
+expected_attention = Recipe(("ExpectedAttentionPress",))
+keydiff = Recipe(("KeyDiffPress",))
+knorm = Recipe(("KnormPress",))
+kvcompose = Recipe(("KVComposePress",))
+kvpress_fastkvzip = Recipe(("FastKVzipPress",))
+kvpress_kvzip = Recipe(("KVzipPress",))
+lagkv = Recipe(("LagKVPress",))
+leverage = Recipe(("LeverageScorePress",))
+lukv = Recipe(("LUKVPress",))
+observed_attention = Recipe(("ObservedAttentionPress",))
+pyramidkv = Recipe(("PyramidKVPress",))
+qfilter = Recipe(("QFilterPress",))
+snapkv = Recipe(("SnapKVPress",))
+streaming_llm = Recipe(("StreamingLLMPress",))
+tova = Recipe(("TOVAPress",))

@@ -1,0 +1,64 @@
+"""Importing kvpress without its side effect, and only where it works."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvzip_press import compat
+from kvzip_press.errors import MissingDependencyError
+
+KVPRESS = (0, 5, 5)
+TRANSFORMERS = ((4, 56), (5, 4))  # from the first, before the second: 5.4 no longer tells attention the cache position
+_EXPECTED = "kvpress 0.5.5 or newer and transformers from 4.56 to 5.3 (pip install 'kvzip-press[kvpress]')"
+
+
+def kvpress() -> Any:
+    """The package kvpress.
+
+    Importing it wraps every attention function of transformers, for all models of the process, and breaks
+    flex_attention. That is undone when the import is ours. Its masking presses need it when they are used by
+    themselves, without :class:`RaggedPress`: import kvpress first then (or call
+    ``kvpress.attention_patch.patch_attention_functions()``), and nothing of it is touched.
+
+    Raises:
+        MissingDependencyError: It is absent, or one of the versions is out of the range that works.
+    """
+    _check_versions()
+    if "kvpress" in sys.modules:
+        return sys.modules["kvpress"]
+    with _attention_functions_restored():
+        return importlib.import_module("kvpress")
+
+
+def _check_versions() -> None:
+    try:
+        found = importlib.metadata.version("kvpress")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingDependencyError(f"expected {_EXPECTED}, found no kvpress") from error
+    release = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
+    first, end = TRANSFORMERS
+    if release < KVPRESS or not first <= compat.TRANSFORMERS_VERSION.release[:2] < end:
+        raise MissingDependencyError(
+            f"expected {_EXPECTED}, found kvpress {found} and transformers {compat.TRANSFORMERS_VERSION}"
+        )
+
+
+@contextmanager
+def _attention_functions_restored() -> Iterator[None]:
+    before = dict(ALL_ATTENTION_FUNCTIONS)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            if ALL_ATTENTION_FUNCTIONS[name] is function:
+                continue
+            del ALL_ATTENTION_FUNCTIONS[name]  # the override that was put over the library-wide entry
+            if ALL_ATTENTION_FUNCTIONS.get(name) is not function:
+                ALL_ATTENTION_FUNCTIONS[name] = function  # that was an override too

@@ -1,0 +1,102 @@
+"""One row of one layer at a time: so no row of a batch depends on its neighbours, as it does in some kvpress presses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvzip_press import compat
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.presses.kvpress_adapter.keep_masks import kept_pairs
+from kvzip_press.presses.kvpress_adapter.module_state import untouched
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What an attention module computed for one row of the batch, as kvpress hands it to a press.
+
+    Attributes:
+        module: The attention module.
+        keys: ``[1, num_key_value_heads, n, head_dim]``, after RoPE, those of the user's cache.
+        values: ``[1, num_key_value_heads, n, v_head_dim]``, likewise.
+        kwargs: The module's keyword arguments, ``hidden_states`` ``[1, n, hidden_size]`` among them.
+        output: What the module returned; attention weights come second, None unless it is eager.
+    """
+
+    module: nn.Module
+    keys: torch.Tensor
+    values: torch.Tensor
+    kwargs: dict[str, Any]
+    output: Any
+
+    @classmethod
+    def split(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> list[LayerRow]:
+        """The rows of one call of an attention module.
+
+        Raises:
+            InvalidArgumentError: The cache layer does not hold just the tokens of this call.
+        """
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        batch, n = hidden_states.shape[:2]
+        cache: Any = kwargs["past_key_values"] if "past_key_values" in kwargs else kwargs["past_key_value"]
+        layer = cache.layers[module.layer_idx]
+        if not isinstance(layer, compat.DynamicLayer) or layer.keys.shape[2] != n:
+            raise InvalidArgumentError(f"expected a dense cache layer of just the {n} tokens read, got {type(layer)}")
+        call = {**kwargs, "hidden_states": hidden_states}
+        rows = []
+        for row in range(batch):
+            own = {**_row_of(call, row, batch), "cache_position": torch.arange(n, device=hidden_states.device)}
+            keys, values = layer.keys[row : row + 1], layer.values[row : row + 1]
+            rows.append(cls(module, keys, values, own, _row_of(output, row, batch)))
+        return rows
+
+    def score(self, press: Any, rotary_emb: nn.Module | None) -> torch.Tensor:
+        """The press's scores, ``[num_key_value_heads, n]``, fp32.
+
+        Raises:
+            InvalidArgumentError: The press returned another shape.
+        """
+        with self._prepared(rotary_emb):
+            hidden_states, attentions = self.kwargs["hidden_states"], self.output[1]
+            scores = press.score(self.module, hidden_states, self.keys, self.values, attentions, self.kwargs)
+        if scores.shape != self.keys.shape[:3]:
+            raise InvalidArgumentError(f"expected scores {tuple(self.keys.shape[:3])}, got {tuple(scores.shape)}")
+        row: torch.Tensor = scores[0].detach().float()
+        return row
+
+    def keep(self, press: Any, rotary_emb: nn.Module | None) -> torch.Tensor:
+        """What the press keeps, ``[num_key_value_heads, n]``, bool; it acts on a copy of the pairs."""
+        scratch = SimpleNamespace(keys=self.keys.clone(), values=self.values.clone())
+        cache = SimpleNamespace(layers={self.module.layer_idx: scratch})
+        with self._prepared(rotary_emb):
+            press.forward_hook(self.module, [], {**self.kwargs, "past_key_values": cache}, self.output)
+            masked = self.module.masked_key_indices
+        return kept_pairs((self.keys, self.values), (scratch.keys, scratch.values), masked, type(press).__name__)
+
+    @contextmanager
+    def _prepared(self, rotary_emb: nn.Module | None) -> Iterator[None]:
+        """The module as kvpress expects it; afterwards as it was."""
+        with untouched([self.module]):
+            if rotary_emb is not None:
+                self.module.rotary_emb = rotary_emb
+            self.module.masked_key_indices = None
+            yield
+
+
+def _row_of(value: Any, row: int, batch: int) -> Any:
+    """One row of everything that has one, as a batch of one."""
+    if batch == 1:
+        return value
+    if isinstance(value, torch.Tensor):
+        return value[row : row + 1] if value.dim() > 1 and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {key: _row_of(item, row, batch) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_row_of(item, row, batch) for item in value)
+    return value

@@ -1,0 +1,96 @@
+"""kvpress presses that act in a context of their own (KVzip, KVgrad, FastKVzip, KVCompose), run there and read out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kvzip_press import compat
+from kvzip_press.attention import attach
+from kvzip_press.errors import UnsupportedModelError
+from kvzip_press.models import attention_layers, full_attention_layers, text_decoder
+from kvzip_press.presses.kvpress_adapter.keep_masks import Pairs, kept_pairs
+from kvzip_press.presses.kvpress_adapter.observing import REFUSALS, refusal
+from kvzip_press.presses.kvpress_adapter.importing import kvpress
+from kvzip_press.presses.kvpress_adapter.module_state import untouched_model
+
+if TYPE_CHECKING:
+    from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress
+
+
+@torch.no_grad()
+def run_native(
+    press: RaggedPress, model: nn.Module, input_ids: torch.Tensor, tokenizer: Any
+) -> dict[int, list[torch.Tensor]]:
+    """Reads a context under the press, in a cache that is thrown away.
+
+    Args:
+        press: The press.
+        model: The model, left as it was.
+        input_ids: ``[1, n]``.
+        tokenizer: For a press that loads one from the model's path; None lets it.
+
+    Returns:
+        ``layer_idx -> [[num_key_value_heads, n]]``, bool: the pairs kept.
+
+    Raises:
+        InvalidArgumentError: The press refused.
+        UnsupportedModelError: The model has sliding layers, which these presses would take for full ones.
+    """
+    if not all(layer.is_full for layer in attention_layers(model)):
+        raise UnsupportedModelError(f"{press!r} counts every layer as a full one: expected a model without sliding layers")
+    attach(model)
+    decoder = text_decoder(model)
+    cache = compat.DynamicCache(config=decoder.config)
+    dense: dict[int, Pairs] = {}
+    try:
+        with untouched_model(model), _path_of(model, press.press, tokenizer), _dense_pairs(model, cache, dense):
+            with press.prepared(model)(model):
+                decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
+            return {
+                layer.layer_idx: [_kept(layer.module, dense[layer.layer_idx], cache.layers[layer.layer_idx], press)]
+                for layer in full_attention_layers(model)
+            }
+    except (*REFUSALS, OSError) as error:  # OSError: no tokenizer, or no weights to be had
+        raise refusal(press, error) from error
+
+
+def _kept(module: nn.Module, dense: Pairs, layer: Any, press: RaggedPress) -> torch.Tensor:
+    masked = getattr(module, "masked_key_indices", None)
+    return kept_pairs(dense, (layer.keys, layer.values), masked, type(press.press).__name__)
+
+
+@contextmanager
+def _dense_pairs(model: nn.Module, cache: Any, dense: dict[int, Pairs]) -> Iterator[None]:
+    """Notes every layer's pairs as the first forward left them, before a press sees them."""
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        layer = cache.layers[module.layer_idx]
+        dense.setdefault(int(module.layer_idx), (layer.keys, layer.values))  # type: ignore[arg-type]
+
+    with ExitStack() as stack:
+        for layer in full_attention_layers(model):
+            layer.module.__dict__["masked_key_indices"] = None  # what another run left is not this one's
+            stack.callback(layer.module.register_forward_hook(note).remove)
+        yield
+
+
+@contextmanager
+def _path_of(model: Any, press: Any, tokenizer: Any) -> Iterator[None]:
+    """KVzip loads its tokenizer from the model's path: while it does, that is where the given one lies."""
+    if tokenizer is None or not isinstance(press, kvpress().KVzipPress):
+        yield
+        return
+    before = model.config.name_or_path
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        model.config.name_or_path = folder
+        try:
+            yield
+        finally:
+            model.config.name_or_path = before

@@ -1,0 +1,155 @@
+"""The one press that stands for all of kvpress's."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvzip_press.budget import check_compression_ratio
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.prefilling import Prefill, run_prefill
+from kvzip_press.press import Press
+from kvzip_press.presses.kvpress_adapter.own_context import run_native
+from kvzip_press.presses.kvpress_adapter.observing import REFUSALS, KvpressObserver, later_turn, refusal
+from kvzip_press.presses.kvpress_adapter.importing import kvpress
+from kvzip_press.presses.kvpress_adapter.refused import check_supported
+from kvzip_press.presses.kvpress_adapter.head_scores import HeadScores, keep_scores
+from kvzip_press.presses.kvpress_adapter.module_state import fresh_copy
+from kvzip_press.scores import Scores
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class RaggedPress(Press):
+    """A press of kvpress whose eviction is real, head-wise eviction included.
+
+    Presses that only score (SnapKV, ExpectedAttention, Knorm ...) watch one dense forward, and their scores serve every
+    ratio, unless they depend on it. Those that gather or mask pairs, layer by layer, act on copies in that same forward;
+    those that act in a context of their own (KVzip, FastKVzip, KVCompose) run a forward of their own. What they decided
+    becomes a keep mask, at their own ratio only. A batch is done row by row, and a padded row in a forward of its own
+    without its padding. Nothing of a run stays on the model or on the press.
+
+    Args:
+        press: Any kvpress press that evicts pairs when the context was read. It is copied here: later changes to it do
+            not matter, and it is never changed.
+
+    Raises:
+        MissingDependencyError: kvpress is absent, or transformers is too new for it.
+        InvalidArgumentError: Not a kvpress press, or one that does more than evicting (the message says what).
+    """
+
+    press: Any
+
+    def __init__(self, press: Any) -> None:
+        base = kvpress().BasePress
+        if not isinstance(press, base):
+            raise InvalidArgumentError(f"expected a press of kvpress, got {type(press).__name__}")
+        check_supported(press, base)
+        self.press = fresh_copy(press)
+        self._by_model: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+        if not math.isnan(self.compression_ratio):
+            check_compression_ratio(self.compression_ratio)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"RaggedPress({self.press!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RaggedPress, (self.press,)
+
+    @property
+    def compression_ratio(self) -> float:  # type: ignore[override]
+        """The ratio that the press was made with; NaN for one that only knows what it removed when it is done.
+
+        For DuoAttention it is the fraction of heads that stream.
+        """
+        return _nominal_ratio(self.press)
+
+    @property
+    def is_scorer(self) -> bool:
+        """Whether the press only scores, and kvpress's own top-k does the rest."""
+        base, scorer = kvpress().BasePress, kvpress().ScorerPress
+        return isinstance(self.press, scorer) and all(
+            getattr(type(self.press), name) is getattr(owner, name)
+            for name, owner in (("compress", scorer), ("forward_hook", base), ("__call__", base))
+        )
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the press acts in a context of its own instead of layer by layer."""
+        return type(self.press).__call__ is not kvpress().BasePress.__call__
+
+    def observer(self, model: nn.Module) -> KvpressObserver | None:
+        """What watches a prefill; None for a press that runs a forward of its own."""
+        return None if self.is_native else KvpressObserver(self, model)
+
+    def score(self, prefill: Prefill) -> Scores:
+        """kvpress's scores, or the pairs that it kept, of a context that was read in one forward.
+
+        Raises:
+            InvalidArgumentError: A later turn, no token ids where a forward has to be run again, or input that the press
+                refuses (too short a context, no weights for this model ...).
+        """
+        if prefill.start:
+            raise InvalidArgumentError(later_turn(self, prefill.start))
+        if self.is_native:
+            alone = [run_native(self, prefill.model, ids, prefill.tokenizer) for ids in self._ids_of_rows(prefill)]
+            return keep_scores(prefill, _joined(alone), self.compression_ratio)
+        if bool(prefill.valid.all()):
+            observers = [prefill.observed(self)]
+        else:
+            observers = [self._watched(prefill.model, ids) for ids in self._ids_of_rows(prefill)]
+        assert all(isinstance(observer, KvpressObserver) for observer in observers)
+        rows = _joined([observer.rows() for observer in observers])  # type: ignore[attr-defined]
+        if self.is_scorer:
+            any_ratio = all(observer.any_ratio for observer in observers)  # type: ignore[attr-defined]
+            return HeadScores.of(prefill, rows, self.compression_ratio, any_ratio=any_ratio)
+        return keep_scores(prefill, rows, self.compression_ratio)
+
+    def prepared(self, model: nn.Module) -> Any:
+        """A copy of the wrapped press for one run on a model, with the weights that it loads for that model.
+
+        Raises:
+            InvalidArgumentError: It has none for this model.
+        """
+        if model not in self._by_model:
+            press = fresh_copy(self.press)
+            try:
+                press.post_init_from_model(model)
+            except REFUSALS as error:
+                raise refusal(self, error) from error
+            self._by_model[model] = press
+        return fresh_copy(self._by_model[model])
+
+    def _watched(self, model: nn.Module, input_ids: torch.Tensor) -> Any:
+        done = run_prefill(model, input_ids, torch.ones_like(input_ids, dtype=torch.bool), observers=[self])
+        return done.observers[self]
+
+    def _ids_of_rows(self, prefill: Prefill) -> list[torch.Tensor]:
+        """``[1, n]`` ids of each row without its padding."""
+        if prefill.input_ids is None:
+            raise InvalidArgumentError(f"expected input_ids: {self!r} reads the context again, got inputs_embeds only")
+        return [ids[valid][None] for ids, valid in zip(prefill.input_ids, prefill.valid, strict=True)]
+
+
+def _nominal_ratio(press: Any) -> float:
+    inner = getattr(press, "presses", None)
+    if inner is not None:  # ComposedPress knows its own when it has run
+        return 1 - math.prod(1 - _nominal_ratio(one) for one in inner)
+    if hasattr(press, "head_compression_ratio"):
+        return float(press.head_compression_ratio)
+    try:
+        return float(press.compression_ratio)
+    except (AssertionError, ValueError, TypeError, AttributeError):
+        return math.nan
+
+
+def _joined(rows: list[dict[int, list[torch.Tensor]]]) -> dict[int, list[torch.Tensor]]:
+    """Rows that were run apart, by layer."""
+    return {layer_idx: [row for part in rows for row in part[layer_idx]] for layer_idx in rows[0]}

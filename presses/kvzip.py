@@ -1,0 +1,196 @@
+"""KVzip (https://arxiv.org/abs/2505.23416): what the model needs to repeat the context is what it needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvzip_press.budget import check_allocation
+from kvzip_press.chat import chat_frame, encode, find_tokenizer
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.kernels.kv_scoring import kv_scoring
+from kvzip_press.models import full_attention_layers
+from kvzip_press.prefilling import Prefill
+from kvzip_press.press import Press
+from kvzip_press.replay import Replay, ReplayedAttention
+from kvzip_press.scores import Scores
+
+FIRST_PROMPT = "\n\nRepeat the previous context exactly."
+NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with "
+OVERLAP = 8  # tokens of the chunk before that tell the model where to go on
+LOCAL_BATCH = 4  # chunks of a local replay that run in one forward
+
+
+@dataclass(frozen=True)
+class KVzipPress(Press):
+    """Query-agnostic eviction: a pair is as important as the most attention it gets while the model repeats the context.
+
+    The context is replayed in chunks, teacher-forced, against the cache. In each layer the softmax of the replay's
+    queries runs over the protected prefix, the chunk's own keys and the replayed tokens (causally), in fp32; the score
+    of a pair is the maximum over all replayed rows and the query heads of its group. Scores cost forwards over the
+    context: about as many FLOPs as the prefill without attention, and twice its attention with ``replay="full"``.
+
+    Args:
+        compression_ratio: Fraction of the context's pairs removed, in [0, 1); protected tokens are not counted.
+        allocation: "global" (the paper: all pairs of all layers and heads compete), "layer" or "head".
+        chunk_size: Context tokens replayed at a time.
+        replay: "full" (the paper): the replay attends to the whole cache, cost grows with the square of the context.
+            "local": it attends to the protected prefix, its own chunk and itself only, at the same positions: linear
+            cost, not in the paper; kept sets overlap with those of "full" by about 0.9.
+        kvzip_plus: KVzip+ (kvpress): probabilities times ``||W_o v||`` over ``||x||``, x the replayed row's hidden state.
+        n_sink: First tokens protected where the chat-template prefix is not known (``with press(model)``).
+        tokenizer: For the replay's prompt. ``compress`` has one; under ``with press(model)`` this one is used, or else
+            the one at the model's own path; without any the replay runs without a prompt.
+
+    Raises:
+        InvalidArgumentError: A value out of range.
+    """
+
+    allocation: str = "global"
+    chunk_size: int = 2048
+    replay: str = "full"
+    kvzip_plus: bool = False
+    n_sink: int = 4
+    tokenizer: Any = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_allocation(self.allocation)
+        if self.replay not in ("full", "local"):
+            raise InvalidArgumentError(f'expected replay to be "full" or "local", got {self.replay!r}')
+        if self.chunk_size < 1 or self.n_sink < 0:
+            raise InvalidArgumentError(
+                f"expected chunk_size >= 1 and n_sink >= 0, got {self.chunk_size} and {self.n_sink}"
+            )
+
+    @torch.no_grad()
+    def score(self, prefill: Prefill) -> Scores:
+        """Scores every pair of the span by replaying it, row by row; the cache is only read.
+
+        Raises:
+            InvalidArgumentError: The prefill has no token ids (``inputs_embeds``), which a replay needs.
+        """
+        if prefill.input_ids is None:
+            raise InvalidArgumentError("expected input_ids: KVzip repeats the context's tokens, got inputs_embeds only")
+        prompts = _Prompts.of(prefill.tokenizer or self.tokenizer or find_tokenizer(prefill.model))
+        protected = prefill.protected(self.n_sink)
+        layers = prefill.blank_scores()
+        with _hidden_norms(prefill.model, self.kvzip_plus) as norms:
+            for row in range(prefill.valid.shape[0]):
+                self._score_row(prefill, row, int(protected[row].sum()), prompts, norms, layers)
+        return Scores(layers, protected, self.compression_ratio, self.allocation)
+
+    def _score_row(
+        self,
+        prefill: Prefill,
+        row: int,
+        n_sink: int,
+        prompts: _Prompts,
+        norms: dict[int, torch.Tensor],
+        layers: dict[int, torch.Tensor],
+    ) -> None:
+        assert prefill.input_ids is not None
+        first = int(prefill.valid[row].nonzero()[0, 0])
+        tokens = prefill.input_ids[row][prefill.valid[row]].tolist()
+        batch: Sequence[slice] = ()
+
+        def look(layer_idx: int, attention: ReplayedAttention) -> None:
+            scores = _score_chunk(attention, norms.get(layer_idx))
+            for chunk, chunk_scores in zip(batch, scores, strict=True):
+                layers[layer_idx][row, :, first + chunk.start : first + chunk.stop] = chunk_scores
+
+        replay = Replay(prefill, row, n_sink, look)
+        for batch, input_ids in self._batches(tokens, n_sink, prompts):
+            replay.run(input_ids, batch, local=self.replay == "local")
+
+    def _batches(
+        self, tokens: list[int], n_sink: int, prompts: _Prompts
+    ) -> Iterator[tuple[list[slice], list[list[int]]]]:
+        """The replays of a row in order; local ones of the same shape run together."""
+        starts = range(n_sink, len(tokens), self.chunk_size)
+        chunks = [slice(start, min(start + self.chunk_size, len(tokens))) for start in starts]
+        replays = [(chunk, prompts.replay(tokens, chunk, n_sink)) for chunk in chunks]
+        size = LOCAL_BATCH if self.replay == "local" else 1
+        for _, alike in groupby(replays, key=lambda item: (item[0].stop - item[0].start, len(item[1]))):
+            group = list(alike)
+            for i in range(0, len(group), size):
+                yield [chunk for chunk, _ in group[i : i + size]], [ids for _, ids in group[i : i + size]]
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Token ids of the replay prompts and of what ends the user's turn; all empty without a tokenizer."""
+
+    first: tuple[int, ...] = ()
+    following: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Any | None) -> _Prompts:
+        if tokenizer is None:
+            return cls()
+        return cls(encode(tokenizer, FIRST_PROMPT), encode(tokenizer, NEXT_PROMPT), chat_frame(tokenizer).suffix)
+
+    def replay(self, tokens: list[int], chunk: slice, n_sink: int) -> list[int]:
+        """Ids of one replay: prompt, the tokens just before the chunk, end of turn, the chunk."""
+        if chunk.start <= n_sink:
+            return [*self.first, *self.suffix, *tokens[chunk]]
+        before = tokens[max(n_sink, chunk.start - OVERLAP) : chunk.start] if self.following else []
+        return [*self.following, *before, *self.suffix, *tokens[chunk]]
+
+
+def _score_chunk(attention: ReplayedAttention, norms: torch.Tensor | None) -> torch.Tensor:
+    """Scores ``[batch, heads, chunk]``, fp32, of the chunk that a replay is about."""
+    weights = {}
+    if norms is not None:
+        weights = {
+            "key_weight": _output_norms(attention.module, attention.chunk_values, attention.query.shape[1]),
+            "query_weight": norms.to(attention.query.device).reciprocal(),
+        }
+    return kv_scoring(
+        attention.query,
+        attention.sink_keys,
+        attention.chunk_keys,
+        attention.keys,
+        scaling=attention.scaling,
+        softcap=attention.softcap,
+        **weights,
+    )
+
+
+def _output_norms(module: nn.Module, values: torch.Tensor, num_attention_heads: int) -> torch.Tensor:
+    """``||W_o v||`` of every value under each query head of its group, ``[batch, num_attention_heads, chunk]``, fp32."""
+    batch, heads, chunk, dim = values.shape
+    weight = module.o_proj.weight.float().view(-1, num_attention_heads, dim)  # type: ignore[union-attr,operator]
+    gram = torch.einsum("ohi,ohj->hij", weight, weight)  # ||W v||^2 = v^T (W^T W) v: no [chunk, hidden_size] tensor
+    grouped = values.float().repeat_interleave(num_attention_heads // heads, dim=1)
+    return torch.einsum("bhti,hij,bhtj->bht", grouped, gram, grouped).clamp(min=0).sqrt()
+
+
+@contextmanager
+def _hidden_norms(model: nn.Module, wanted: bool) -> Iterator[dict[int, torch.Tensor]]:
+    """While open, ``layer_idx -> [batch, query_length]`` fp32 norms of the hidden states entering attention."""
+    norms: dict[int, torch.Tensor] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        norms[int(module.layer_idx)] = hidden_states.float().norm(dim=-1)  # type: ignore[arg-type]
+
+    layers = full_attention_layers(model) if wanted else []
+    handles = [layer.module.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+    try:
+        yield norms
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def local_press(compression_ratio: float = 0.0, **options: Any) -> KVzipPress:
+    """KVzip with local replay, under a name of its own for tables."""
+    return KVzipPress(compression_ratio, replay="local", **options)

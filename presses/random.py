@@ -1,0 +1,51 @@
+"""Two baselines that every table needs: nothing removed, and pairs removed by chance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvzip_press.budget import check_allocation
+from kvzip_press.prefilling import Prefill
+from kvzip_press.press import Press
+from kvzip_press.scores import Scores
+
+
+@dataclass(frozen=True)
+class RandomPress(Press):
+    """Removes pairs at random.
+
+    Args:
+        compression_ratio: Fraction of the context's pairs removed, in [0, 1).
+        allocation: "global", "layer" or "head".
+        seed: Seed of the generator.
+        n_sink: First tokens protected where the chat-template prefix is not known.
+    """
+
+    allocation: str = "global"
+    seed: int = 0
+    n_sink: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_allocation(self.allocation)
+
+    def score(self, prefill: Prefill) -> Scores:
+        """Uniform scores in [0, 1); a row's depend on the seed, the layer and its own length only, on every device."""
+        layers = prefill.blank_scores()
+        for layer_idx, scores in layers.items():
+            for row, valid in enumerate(prefill.valid):
+                generator = torch.Generator().manual_seed(self.seed * 100_003 + layer_idx)
+                drawn = torch.rand(int(valid.sum()), scores.shape[1], generator=generator).T
+                scores[row, :, valid.to(scores.device)] = drawn.to(scores.device)
+        return Scores(layers, prefill.protected(self.n_sink), self.compression_ratio, self.allocation)
+
+
+@dataclass(frozen=True)
+class NonePress(RandomPress):
+    """Keeps every pair, through the same code path as every other press: the reference row of a table."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "compression_ratio", 0.0)
+        super().__post_init__()

