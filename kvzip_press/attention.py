@@ -58,7 +58,7 @@ class CacheView(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001  # torch documents it under this name
                 return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", str(func))
         raise CacheMismatchError(

@@ -55,7 +55,7 @@ def _load_tokenizer(path: str) -> Any | None:
         if path:
             return AutoTokenizer.from_pretrained(path)
         reason = "the model has no path"
-    except Exception as error:  # transformers raises many kinds; all mean that there is no tokenizer to be had
+    except Exception as error:  # noqa: BLE001  # transformers raises many kinds; all mean that there is none to be had
         reason = f"{type(error).__name__}: {error}"
     logger.warning("no tokenizer found for %r (%s): KVzip replays the context without its prompt", path, reason)
     return None

@@ -58,7 +58,7 @@ def attention_function(name: str) -> Callable[..., Any] | None:
 
 def is_kvpress_wrapper(function: Callable[..., Any]) -> bool:
     """Whether an attention function is kvpress's wrapper around another, which hides the keys that kvpress masked."""
-    return function.__module__ == "kvpress.attention_patch"
+    return getattr(function, "__module__", None) == "kvpress.attention_patch"
 
 
 def _working(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,8 +75,7 @@ def _working(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def mask_function(name: str) -> Callable[..., Any] | None:
     """The function that builds the mask for attention implementation ``name``; None when it takes no mask."""
-    mapping = ALL_MASK_ATTENTION_FUNCTIONS
-    return mapping[name] if name in mapping else None
+    return ALL_MASK_ATTENTION_FUNCTIONS.get(name, None)
 
 
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None) -> None:

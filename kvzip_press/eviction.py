@@ -79,8 +79,11 @@ def evicted_layers(
         else:
             positions = prefill.positions.to(layer.keys.device)
             packed = PackedPairs.pack(layer.keys, layer.values, keep[layer_idx], positions)
-            yield layer_idx, RaggedLayer(
-                packed, n_context=keep[layer_idx].shape[-1], n_protected=counts, module=by_idx[layer_idx].module
+            yield (
+                layer_idx,
+                RaggedLayer(
+                    packed, n_context=keep[layer_idx].shape[-1], n_protected=counts, module=by_idx[layer_idx].module
+                ),
             )
 
 
@@ -115,7 +118,9 @@ def sliding_copy(layer: Any, attention: AttentionLayer | None) -> Any:
     """
     if attention is None or attention.sliding_window is None or type(layer) is not compat.DynamicLayer:
         return copy.copy(layer)
+    assert layer.keys is not None and layer.values is not None
     sliding = compat.DynamicSlidingWindowLayer(sliding_window=attention.sliding_window)
     sliding.update(layer.keys, layer.values)
-    sliding.keys, sliding.values = sliding.keys.clone(), sliding.values.clone()
+    if sliding.keys is not None and sliding.values is not None:  # slices of what update() concatenated: let go of it
+        sliding.keys, sliding.values = sliding.keys.clone(), sliding.values.clone()
     return sliding

@@ -55,9 +55,7 @@ def eos_ids(model: Any, tokenizer: Any) -> set[int]:
 
 
 @torch.no_grad()
-def greedy(
-    model: Any, cache: Any, input_ids: list[int], *, max_new_tokens: int, eos_ids: Collection[int]
-) -> list[int]:
+def greedy(model: Any, cache: Any, input_ids: list[int], *, max_new_tokens: int, eos_ids: Collection[int]) -> list[int]:
     """Greedy decoding of one sequence behind a cache, which grows by what is read and written.
 
     Returns:
@@ -71,9 +69,7 @@ def greedy(
     generated: list[int] = []
     for _ in range(max_new_tokens):
         positions = torch.arange(position, position + step.shape[1], device=device)[None]
-        output = model(
-            input_ids=step, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        output = model(input_ids=step, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         position += step.shape[1]
         token = int(output.logits[0, -1].argmax())
         if token in eos_ids:

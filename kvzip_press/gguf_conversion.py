@@ -1,9 +1,9 @@
 """Turn a Llama-family GGUF file into the files that ``from_pretrained`` reads.
 
-transformers can load a GGUF itself, but it then asks for ``accelerate``, builds another tokenizer in every release (with a
-wrong end-of-turn token and a wrong byte decoder in some) and saves files that other releases misread. Here the weights are
-dequantised with the package ``gguf``, bit for bit what transformers computes, and every file is written in the plain form
-that transformers 4.56 and all later releases agree on.
+transformers can load a GGUF itself, but it then asks for ``accelerate``, builds another tokenizer in every release (in
+some with a wrong end-of-turn token and a wrong byte decoder) and saves files that other releases misread. Here the
+weights are dequantised with the package ``gguf``, bit for bit what transformers computes, and every file is written in
+the plain form that transformers 4.56 and all later releases agree on.
 """
 
 import json
@@ -40,12 +40,12 @@ def convert_gguf(gguf_path: Path, output_dir: Path) -> None:
     """Write ``model.safetensors`` (fp32), both configs and the tokenizer of a GGUF into a directory.
 
     Args:
-        gguf_path: a GGUF of architecture ``llama`` whose tokenizer is byte-level BPE with digits split ("smollm").
-        output_dir: an existing directory; files of the same names are overwritten.
+        gguf_path: A GGUF of architecture ``llama`` whose tokenizer is byte-level BPE with digits split ("smollm").
+        output_dir: An existing directory; files of the same names are overwritten.
 
     Raises:
-        MissingDependencyError: the package ``gguf`` is not installed.
-        InvalidArgumentError: another architecture or tokenizer than those above.
+        MissingDependencyError: The package ``gguf`` is not installed.
+        InvalidArgumentError: Another architecture or tokenizer than those above.
     """
     try:
         from gguf import GGUFReader

@@ -29,7 +29,8 @@ def compressing(press: Press, model: nn.Module) -> Iterator[None]:
     """
     full_attention_layers(model)
     decoder = text_decoder(model)
-    if any(isinstance(getattr(hook, "__self__", None), _Session) for hook in decoder._forward_hooks.values()):
+    hooks = decoder._forward_hooks.values()  # noqa: SLF001  # torch has no public name for them
+    if any(isinstance(getattr(hook, "__self__", None), _Session) for hook in hooks):
         raise KVzipPressError("expected one press at a time: the model is already inside `with press(model):`")
     was_attached = is_attached(model)
     with ExitStack() as stack:

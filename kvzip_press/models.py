@@ -49,8 +49,15 @@ def text_decoder(model: nn.Module) -> nn.Module:
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """All softmax-attention layers of the text decoder, in order (linear-attention layers are not among them)."""
-    modules = [_attention_of(layer) for layer in text_decoder(model).layers]  # type: ignore[union-attr]
-    return [AttentionLayer(int(m.layer_idx), m, _sliding_window(m)) for m in modules if m is not None]
+    layers: Any = text_decoder(model).layers
+    modules = [_attention_of(layer) for layer in layers]
+    return [AttentionLayer(layer_index(m), m, _sliding_window(m)) for m in modules if m is not None]
+
+
+def layer_index(module: nn.Module) -> int:
+    """The index in the cache of the layer that an attention module belongs to."""
+    index: Any = module.layer_idx
+    return int(index)
 
 
 def full_attention_layers(model: nn.Module) -> list[AttentionLayer]:
@@ -76,7 +83,7 @@ def text_config(model: nn.Module) -> Any:
 def layer_fingerprint(module: nn.Module) -> str:
     """A short digest of an attention module's place, shape and a sample of its weights.
 
-    Keys and values only make sense to the weights that made them, so a cache is tied to this and not to the config alone.
+    Keys and values only make sense to the weights that made them, so a cache is tied to this, not to the config alone.
     """
     digest = hashlib.sha256(f"{type(module).__name__}:{module.layer_idx}".encode())
     for name, parameter in module.named_parameters():
@@ -95,7 +102,7 @@ def _sliding_window(module: nn.Module) -> int | None:
     config: Any = module.config
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and layer_types[int(module.layer_idx)] == "full_attention":  # type: ignore[arg-type]
+    if layer_types is not None and layer_types[layer_index(module)] == "full_attention":
         return None
     if window is None or window >= config.max_position_embeddings:
         return None

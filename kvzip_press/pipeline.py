@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 TASK = "kvzip-press-text-generation"
 
 
-class KVzipPressTextGenerationPipeline(Pipeline):  # type: ignore[misc]
+class KVzipPressTextGenerationPipeline(Pipeline):
     """Answers questions about a context through a compressed cache; called as kvpress's pipeline is.
 
     ``pipe(context, question=None, questions=None, answer_prefix="", press=None, max_new_tokens=50,
@@ -62,28 +62,31 @@ class KVzipPressTextGenerationPipeline(Pipeline):  # type: ignore[misc]
         }
         return {"max_context_length": max_context_length}, forward, {"single": questions is None}
 
-    def preprocess(self, context: str, max_context_length: int | None = None) -> dict[str, Any]:
+    def preprocess(self, input_: Any, **parameters: Any) -> dict[str, Any]:
         """The context's token ids."""
-        ids = encode(self.tokenizer, context)
+        ids, max_context_length = encode(self.tokenizer, input_), parameters["max_context_length"]
         if max_context_length is not None and len(ids) > max_context_length:
             logger.warning("context cut from %d to max_context_length=%d tokens", len(ids), max_context_length)
         return {"context_ids": ids[:max_context_length]}
 
-    def _forward(
+    def _forward(self, input_tensors: Any, **asked: Any) -> Any:
+        return self._answers(input_tensors["context_ids"], **asked)
+
+    def _answers(
         self,
-        inputs: dict[str, Any],
-        questions: list[str],
+        context_ids: Sequence[int],
+        questions: Sequence[str],
         answer_prefix: str,
         press: Press | None,
         max_new_tokens: int,
     ) -> list[str]:
         press = get_press("none") if press is None else press
-        cache = compress(self.model, self.tokenizer, list(inputs["context_ids"]), press)
+        cache = compress(self.model, self.tokenizer, context_ids, press)
         return [answer(self.model, self.tokenizer, cache, q, answer_prefix, max_new_tokens) for q in questions]
 
-    def postprocess(self, answers: list[str], single: bool = True) -> dict[str, Any]:
+    def postprocess(self, model_outputs: Any, **parameters: Any) -> dict[str, Any]:
         """``{"answer": ...}`` for one question, ``{"answers": [...]}`` for a list."""
-        return {"answer": answers[0]} if single else {"answers": answers}
+        return {"answer": model_outputs[0]} if parameters["single"] else {"answers": model_outputs}
 
 
 PIPELINE_REGISTRY.register_pipeline(

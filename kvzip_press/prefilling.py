@@ -15,7 +15,7 @@ from kvzip_press.attention import attach
 from kvzip_press.chat import chat_frame, encode
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.eviction import compressible_layers, evicted_layers, heads_and_device
-from kvzip_press.models import text_decoder
+from kvzip_press.models import text_config, text_decoder
 from kvzip_press.press import Observer, Press
 from kvzip_press.ragged_cache import RaggedCache
 from kvzip_press.scores import Scores
@@ -119,8 +119,8 @@ class Prefill:
         expected = set(compressible_layers(self.model, self.cache))
         if scores.protected.shape != self.valid.shape or set(scores.layers) != expected:
             raise InvalidArgumentError(
-                f"expected scores of layers {sorted(expected)} over [batch, span] {tuple(self.valid.shape)}, got layers "
-                f"{sorted(scores.layers)} over {tuple(scores.protected.shape)}: were they made for another prefill?"
+                f"expected scores of layers {sorted(expected)} over {tuple(self.valid.shape)} [batch, span], got "
+                f"layers {sorted(scores.layers)} over {tuple(scores.protected.shape)}: made for another prefill?"
             )
         return scores
 
@@ -168,13 +168,13 @@ def compress(model: nn.Module, tokenizer: Any, context: str | Sequence[int], pre
 def run_prefill(
     model: nn.Module, input_ids: torch.Tensor, valid: torch.Tensor, *, observers: Sequence[Press] = ()
 ) -> Prefill:
-    """One dense forward of the decoder (no logits) over ``input_ids`` ``[batch, n]`` with padding where not ``valid``."""
-    decoder = text_decoder(model)
-    _check_length(decoder.config, input_ids.shape[1])
+    """One dense forward of the decoder (no logits) over ``input_ids`` ``[batch, n]``, padding where not ``valid``."""
+    decoder, config = text_decoder(model), text_config(model)
+    _check_length(config, input_ids.shape[1])
     attach(model)
     padded = not bool(valid.all())
     positions = (valid.long().cumsum(dim=-1) - 1).clamp(min=0)
-    cache = compat.DynamicCache(config=decoder.config)
+    cache = compat.DynamicCache(config=config)
     begin = time.perf_counter()
     with ExitStack() as stack:
         watching = {press: observer for press in observers if (observer := press.observer(model)) is not None}

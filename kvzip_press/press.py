@@ -66,7 +66,8 @@ class ObservingPress(Press):
     """A press whose scores come from watching the prefill."""
 
     @abstractmethod
-    def observer(self, model: nn.Module) -> Observer: ...
+    def observer(self, model: nn.Module) -> Observer:
+        """A fresh observer of one prefill."""
 
     def score(self, prefill: Prefill) -> Scores:
         """The scores of the observer that watched this prefill, or of one that watches it run once more."""

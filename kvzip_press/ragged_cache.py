@@ -20,7 +20,7 @@ from kvzip_press.models import layer_fingerprint
 from kvzip_press.tail import Tail
 
 
-class RaggedLayer(compat.CacheLayerMixin):  # type: ignore[misc]
+class RaggedLayer(compat.CacheLayerMixin):
     """One layer's cache in which every head of every row keeps its own number of context pairs.
 
     Args:
@@ -50,7 +50,7 @@ class RaggedLayer(compat.CacheLayerMixin):  # type: ignore[misc]
         """A ragged layer is made with its content; there is nothing to initialise."""
 
     @property
-    def keys(self) -> torch.Tensor:
+    def keys(self) -> torch.Tensor:  # type: ignore[override]  # no dense tensor to set
         """Raises: there is no dense tensor of keys, and a part of it would be a silent wrong answer."""
         raise CacheMismatchError(
             "a ragged layer has no dense `keys` and `values`: read `packed` (kept context pairs) and `tail`"
@@ -215,8 +215,8 @@ class RaggedLayer(compat.CacheLayerMixin):  # type: ignore[misc]
         return torch.arange(self.packed.num_rows, device=self.packed.keys.device)
 
 
-class RaggedCache(compat.Cache):  # type: ignore[misc]
-    """A transformers cache whose compressed layers are :class:`RaggedLayer`; layers that cannot be compressed stay dense.
+class RaggedCache(compat.Cache):
+    """A transformers cache whose compressed layers are :class:`RaggedLayer`; the others stay dense.
 
     Made by ``compress``, ``Prefill.evict`` or ``with press(model)`` (use :meth:`of` to read the figures of the latter).
 
@@ -278,7 +278,9 @@ class RaggedCache(compat.Cache):  # type: ignore[misc]
     def kept_positions(self, layer_idx: int) -> list[list[torch.Tensor]]:
         """Positions kept by each head of a compressed layer: ``[row][head] -> int32 [kept]``, ascending."""
         packed = self._ragged(layer_idx).packed
-        return [[packed.head_positions(row, head) for head in range(packed.num_heads)] for row in range(packed.num_rows)]
+        return [
+            [packed.head_positions(row, head) for head in range(packed.num_heads)] for row in range(packed.num_rows)
+        ]
 
     def truncate(self, n_seen: int) -> None:
         """Forgets every token from position ``n_seen`` on, so that the next question starts from the same context.
@@ -299,7 +301,8 @@ class RaggedCache(compat.Cache):  # type: ignore[misc]
                     f"a sliding layer holds only its last {window} tokens and cannot go back: expected a fork() made "
                     "before the tokens that are to be forgotten"
                 )
-        for layer, excess in zip(self.layers, surplus, strict=True):
+        layers: list[Any] = self.layers
+        for layer, excess in zip(layers, surplus, strict=True):
             if excess > 0:
                 layer.crop(-excess)
 

@@ -1,7 +1,7 @@
 """Forwards that look back: the model reads tokens again against a frozen cache, and nothing of them stays.
 
-A replay forward gets a cache of its own whose layers attend to the frozen context and to the replayed tokens (causally),
-and see the queries on the way. The frozen cache is read through views; it is never copied, appended to or changed.
+A replay forward gets a cache of its own whose layers attend to the frozen context and to the replayed tokens
+(causally), and see the queries on the way. The frozen cache is only read, through views.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class ReplayedAttention:
     softcap: float | None
 
 
-class ReplayLayer(compat.CacheLayerMixin):  # type: ignore[misc]
+class ReplayLayer(compat.CacheLayerMixin):
     """The cache layer of one replay forward; ``look`` sees what its attention computes with.
 
     Args:
@@ -128,7 +128,6 @@ class ReplayLayer(compat.CacheLayerMixin):  # type: ignore[misc]
     """
 
     is_sliding = False
-    is_initialized = True
 
     def __init__(
         self,
@@ -139,6 +138,7 @@ class ReplayLayer(compat.CacheLayerMixin):  # type: ignore[misc]
         n_seen: int,
         look: Callable[[ReplayedAttention], None],
     ) -> None:
+        super().__init__()
         self.span, self.chunks, self.local, self.n_seen, self.look = span, chunks, local, n_seen, look
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Attended:
@@ -156,19 +156,19 @@ class ReplayLayer(compat.CacheLayerMixin):  # type: ignore[misc]
         softcap: float | None,
     ) -> torch.Tensor:
         """Frozen context without a mask, replayed tokens causally, merged by their log-sum-exp."""
+        own_keys, own_values = self.keys, self.values
+        assert own_keys is not None and own_values is not None
         chunk_keys, chunk_values = (self._chunks_of(x) for x in (self.span.keys, self.span.values))
         sink_keys, sink_values = (
             x.expand(len(self.chunks), -1, -1, -1) for x in (self.span.sink_keys, self.span.sink_values)
         )
-        self.look(
-            ReplayedAttention(module, query, self.keys, chunk_keys, chunk_values, sink_keys, scaling, softcap)
-        )
+        self.look(ReplayedAttention(module, query, own_keys, chunk_keys, chunk_values, sink_keys, scaling, softcap))
         if self.local:
             keys, values = torch.cat([sink_keys, chunk_keys], 2), torch.cat([sink_values, chunk_values], 2)
             past = attention_with_lse(query, keys, values, causal=False, scaling=scaling, softcap=softcap)
         else:
             past = self.span.attend(query, scaling, softcap)
-        own = attention_with_lse(query, self.keys, self.values, causal=True, scaling=scaling, softcap=softcap)
+        own = attention_with_lse(query, own_keys, own_values, causal=True, scaling=scaling, softcap=softcap)
         return merge_attention(*past, *own)[0]
 
     def _chunks_of(self, span: torch.Tensor) -> torch.Tensor:
@@ -204,9 +204,7 @@ class Replay:
         look: Called with the layer index and what its attention computed with, once a layer and forward.
     """
 
-    def __init__(
-        self, prefill: Prefill, row: int, n_sink: int, look: Callable[[int, ReplayedAttention], None]
-    ) -> None:
+    def __init__(self, prefill: Prefill, row: int, n_sink: int, look: Callable[[int, ReplayedAttention], None]) -> None:
         self._decoder = text_decoder(prefill.model)
         self._look = look
         self._n_seen = prefill.start + prefill.valid.shape[1]

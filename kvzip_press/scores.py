@@ -15,14 +15,14 @@ class Scores:
     """Importance of the pairs of one span of tokens (the whole context, or a later turn).
 
     Attributes:
-        layers: ``layer_idx -> [batch, num_key_value_heads, span]``, fp32, higher is more important. Only layers that can
-            be compressed appear. What stands at protected or padded positions does not matter.
+        layers: ``layer_idx -> [batch, num_key_value_heads, span]``, fp32, higher is more important. Only layers that
+            can be compressed appear. What stands at protected or padded positions does not matter.
         protected: ``[batch, span]``, bool: positions that no head may lose (chat-template prefix, sink, window).
         compression_ratio: The fraction to remove that the press was made with.
         allocation: How the press spends its budget, see :data:`kvzip_press.budget.ALLOCATIONS`.
         protected_count: Whether protected pairs count inside the budget, as most papers have it (KVzip does not).
-        counts: ``layer_idx -> [batch, num_key_value_heads]``, int64: unprotected pairs to keep, for a press that decides
-            its budget itself; None for all others.
+        counts: ``layer_idx -> [batch, num_key_value_heads]``, int64: unprotected pairs to keep, for a press that
+            decides its budget itself; None for all others.
     """
 
     layers: Mapping[int, torch.Tensor]
@@ -37,7 +37,8 @@ class Scores:
         for layer_idx, values in self.layers.items():
             if values.dim() != 3 or (values.shape[0], values.shape[2]) != (batch, span):
                 raise InvalidArgumentError(
-                    f"expected scores [batch={batch}, heads, span={span}] for layer {layer_idx}, got {tuple(values.shape)}"
+                    f"expected scores [batch={batch}, heads, span={span}] for layer {layer_idx}, "
+                    f"got {tuple(values.shape)}"
                 )
             if not bool(torch.isfinite(values).all()):
                 raise InvalidArgumentError(f"expected finite scores, got NaN or infinity in layer {layer_idx}")

@@ -23,9 +23,9 @@ def select(scores: Scores, valid: torch.Tensor) -> dict[int, torch.Tensor]:
     keep = {}
     for layer_idx, values in scores.layers.items():
         on = values.device
-        keep[layer_idx] = top_mask(
-            values, counts[layer_idx], (valid & ~scores.protected).to(on)
-        ) | (valid & scores.protected).to(on).unsqueeze(1)
+        keep[layer_idx] = top_mask(values, counts[layer_idx], (valid & ~scores.protected).to(on)) | (
+            valid & scores.protected
+        ).to(on).unsqueeze(1)
     return keep
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.models import full_attention_layers
+from kvzip_press.models import full_attention_layers, layer_index
 
 _COMMON = {
     "vocab_size": 128,
@@ -64,20 +64,20 @@ def evicted_keys_masked(model: nn.Module, keep: Mapping[int, torch.Tensor]) -> I
     """While open, a model (sdpa or eager) with a dense cache attends as if pairs had been evicted: the reference.
 
     Args:
-        model: A model that is used with a dense cache of ``n`` context tokens and whatever follows, no padding after it.
+        model: A model used with a dense cache of ``n`` context tokens and whatever follows, without padding after it.
         keep: ``layer_idx -> [batch, num_key_value_heads, n]``, bool: the context pairs that may be seen.
     """
     layers = [layer for layer in full_attention_layers(model) if layer.layer_idx in keep]
 
     def mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        kept = keep[int(module.layer_idx)]  # type: ignore[arg-type]
+        kept = keep[layer_index(module)]
         states = args[0] if args else kwargs["hidden_states"]
-        q_len, n_seen = states.shape[1], kwargs["past_key_values"].get_seq_length(int(module.layer_idx))  # type: ignore[arg-type]
+        q_len, n_seen = states.shape[1], kwargs["past_key_values"].get_seq_length(layer_index(module))
         if n_seen == 0:
             return None  # the prefill itself is dense
         tail = n_seen + q_len - kept.shape[-1]
-        groups = module.num_key_value_groups
-        seen = kept.repeat_interleave(groups, dim=1)[:, :, None].expand(-1, -1, q_len, -1)  # type: ignore[arg-type]
+        groups: Any = module.num_key_value_groups
+        seen = kept.repeat_interleave(groups, dim=1)[:, :, None].expand(-1, -1, q_len, -1)
         causal = torch.ones(q_len, tail, dtype=torch.bool).tril(tail - q_len).expand(*seen.shape[:2], -1, -1)
         visible = torch.cat([seen, causal], dim=-1)
         additive = torch.zeros(visible.shape, dtype=states.dtype).masked_fill(~visible, torch.finfo(states.dtype).min)

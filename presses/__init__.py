@@ -9,4 +9,34 @@ PRESSES = {
     "random": "kvzip_press.presses.random:RandomPress",
     "kvzip": "kvzip_press.presses.kvzip:KVzipPress",
     "kvzip_local": "kvzip_press.presses.kvzip:local_press",
+    # kvpress's, made real; the attribute of the catalogue is the name
+    **{
+        name: f"kvzip_press.presses.kvpress_adapter.catalogue:{name}"
+        for name in (
+            "adakv_expected_attention",
+            "adakv_snapkv",
+            "cap",
+            "chunkkv_snapkv",
+            "compactor",
+            "criticaladakv_expected_attention",
+            "criticalkv_snapkv",
+            "cur",
+            "duo_attention",
+            "expected_attention",
+            "keydiff",
+            "knorm",
+            "kvcompose",
+            "kvpress_fastkvzip",
+            "kvpress_kvzip",
+            "lagkv",
+            "leverage",
+            "lukv",
+            "observed_attention",
+            "pyramidkv",
+            "qfilter",
+            "snapkv",
+            "streaming_llm",
+            "tova",
+        )
+    },
 }

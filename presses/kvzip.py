@@ -15,7 +15,7 @@ from kvzip_press.budget import check_allocation
 from kvzip_press.chat import chat_frame, encode, find_tokenizer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.kv_scoring import kv_scoring
-from kvzip_press.models import full_attention_layers
+from kvzip_press.models import full_attention_layers, layer_index
 from kvzip_press.prefilling import Prefill
 from kvzip_press.press import Press
 from kvzip_press.replay import Replay, ReplayedAttention
@@ -29,7 +29,7 @@ LOCAL_BATCH = 4  # chunks of a local replay that run in one forward
 
 @dataclass(frozen=True)
 class KVzipPress(Press):
-    """Query-agnostic eviction: a pair is as important as the most attention it gets while the model repeats the context.
+    """A pair matters as much as the most attention it gets while the model repeats the context.
 
     The context is replayed in chunks, teacher-forced, against the cache. In each layer the softmax of the replay's
     queries runs over the protected prefix, the chunk's own keys and the replayed tokens (causally), in fp32; the score
@@ -43,7 +43,7 @@ class KVzipPress(Press):
         replay: "full" (the paper): the replay attends to the whole cache, cost grows with the square of the context.
             "local": it attends to the protected prefix, its own chunk and itself only, at the same positions: linear
             cost, not in the paper; kept sets overlap with those of "full" by about 0.9.
-        kvzip_plus: KVzip+ (kvpress): probabilities times ``||W_o v||`` over ``||x||``, x the replayed row's hidden state.
+        kvzip_plus: KVzip+ (kvpress): probabilities times ``||W_o v||`` over ``||x||``, x the row's hidden state.
         n_sink: First tokens protected where the chat-template prefix is not known (``with press(model)``).
         tokenizer: For the replay's prompt. ``compress`` has one; under ``with press(model)`` this one is used, or else
             the one at the model's own path; without any the replay runs without a prompt.
@@ -147,12 +147,10 @@ class _Prompts:
 
 def _score_chunk(attention: ReplayedAttention, norms: torch.Tensor | None) -> torch.Tensor:
     """Scores ``[batch, heads, chunk]``, fp32, of the chunk that a replay is about."""
-    weights = {}
+    key_weight = query_weight = None
     if norms is not None:
-        weights = {
-            "key_weight": _output_norms(attention.module, attention.chunk_values, attention.query.shape[1]),
-            "query_weight": norms.to(attention.query.device).reciprocal(),
-        }
+        key_weight = _output_norms(attention.module, attention.chunk_values, attention.query.shape[1])
+        query_weight = norms.to(attention.query.device).reciprocal()
     return kv_scoring(
         attention.query,
         attention.sink_keys,
@@ -160,14 +158,16 @@ def _score_chunk(attention: ReplayedAttention, norms: torch.Tensor | None) -> to
         attention.keys,
         scaling=attention.scaling,
         softcap=attention.softcap,
-        **weights,
+        key_weight=key_weight,
+        query_weight=query_weight,
     )
 
 
 def _output_norms(module: nn.Module, values: torch.Tensor, num_attention_heads: int) -> torch.Tensor:
-    """``||W_o v||`` of every value under each query head of its group, ``[batch, num_attention_heads, chunk]``, fp32."""
-    batch, heads, chunk, dim = values.shape
-    weight = module.o_proj.weight.float().view(-1, num_attention_heads, dim)  # type: ignore[union-attr,operator]
+    """``||W_o v||`` of each value under each query head of its group: ``[batch, num_attention_heads, chunk]``, fp32."""
+    _, heads, _, dim = values.shape
+    projection: Any = module.o_proj
+    weight = projection.weight.float().view(-1, num_attention_heads, dim)
     gram = torch.einsum("ohi,ohj->hij", weight, weight)  # ||W v||^2 = v^T (W^T W) v: no [chunk, hidden_size] tensor
     grouped = values.float().repeat_interleave(num_attention_heads // heads, dim=1)
     return torch.einsum("bhti,hij,bhtj->bht", grouped, gram, grouped).clamp(min=0).sqrt()
@@ -180,7 +180,7 @@ def _hidden_norms(model: nn.Module, wanted: bool) -> Iterator[dict[int, torch.Te
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        norms[int(module.layer_idx)] = hidden_states.float().norm(dim=-1)  # type: ignore[arg-type]
+        norms[layer_index(module)] = hidden_states.float().norm(dim=-1)
 
     layers = full_attention_layers(model) if wanted else []
     handles = [layer.module.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]

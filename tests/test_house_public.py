@@ -80,6 +80,7 @@ print(json.dumps({
     "connections": connections,
 }))
 """
+LIBRARIES_ALONE = "import torch; from transformers import AutoModelForCausalLM, PreTrainedModel"
 RESOLVE_CONTRACT = f"import kvzip_press; [getattr(kvzip_press, name) for name in {CONTRACT}]"
 
 
@@ -89,13 +90,7 @@ def test_import_brings_in_nothing_optional_and_touches_no_gpu_and_no_network(
 ) -> None:
     found = result_of(run_python(LEAN_IMPORT.replace("import kvzip_press", imported)))
     if found["optional"]:  # beside a GPU, torch may import triton itself
-        others = result_of(
-            run_python(
-                LEAN_IMPORT.replace(
-                    "import kvzip_press", "import torch; from transformers import AutoModelForCausalLM, PreTrainedModel"
-                )
-            )
-        )
+        others = result_of(run_python(LEAN_IMPORT.replace("import kvzip_press", LIBRARIES_ALONE)))
         found["optional"] = [name for name in found["optional"] if name not in others["optional"]]
     parts = [] if imported == "import kvzip_press" else ["kvzip_press.presses.kvzip"]  # the press that was asked for
     assert found == {"optional": [], "parts": parts, "cuda": False, "connections": []}

@@ -26,7 +26,8 @@ def attention_with_lse(
     """Exact attention to dense keys, with the log-sum-exp of its logits.
 
     The log-sum-exp lets a caller merge this result with attention to other keys (:func:`merge_attention`), as the KVzip
-    replay does with an evicted context and its own tail (KVzip, arXiv 2505.23416).
+    replay does with an evicted context and its own tail (KVzip, arXiv 2505.23416). For inference: no gradient is
+    promised.
 
     Args:
         query: [batch, num_attention_heads, query_length, head_dim], any floating dtype.

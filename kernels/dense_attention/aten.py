@@ -32,7 +32,7 @@ def reason_against(
 def reason_against_flash(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
     """Why :func:`flash` cannot run on these tensors (of any rank), or None when it can."""
     device = query.device.type
-    if not hasattr(torch.ops.aten, _FLASH_OPS.get(device, "-")):
+    if device not in _FLASH_OPS or not hasattr(torch.ops.aten, _FLASH_OPS[device]):
         return f"this PyTorch has no such kernel for {device}"
     if query.numel() == 0 or keys.numel() == 0:
         return "an input is empty"

@@ -31,7 +31,8 @@ def ragged_attention(
     """Exact attention to a packed context, ragged over heads, and to a dense tail that came after it.
 
     This is what makes head-wise eviction (KVzip, arXiv 2505.23416) real: only kept pairs are stored and read. Every
-    query sees the whole packed context of its row and head; original RoPE positions are already in the keys.
+    query sees the whole packed context of its row and head; original RoPE positions are already in the keys. For
+    inference: no gradient is promised.
 
     Args:
         query: [batch, num_attention_heads, query_length, head_dim], any floating dtype.

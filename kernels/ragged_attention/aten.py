@@ -18,7 +18,7 @@ from kvzip_press.kernels.numerics import accumulation_dtype
 from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
 
 _ROWS_A_THREAD = 32  # query rows that the kernel gives to a thread at a time
-_MIN_PART = 256  # keys; a shorter part does not pay for the merge
+_MIN_PART = 512  # keys; a shorter part does not pay for the merge
 
 _Partials = list[tuple[Tensor, Tensor]]
 
@@ -82,17 +82,19 @@ def _tail(folded: Tensor, inputs: RaggedInputs, scaling: float) -> _Partials:
 
 
 def _attend_segment(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> _Partials:
-    """Attention of query [1, 1, rows, head_dim] to one segment: its equal parts, and the rows left over, if any."""
-    seqlen = keys.shape[0]
+    """Attention of query [1, 1, rows, head_dim] to one segment [1, 1, n, head_dim]: its equal parts and the rest."""
+    seqlen = keys.shape[2]
+    if seqlen == 0:
+        return []
     n_splits = _n_splits(query.shape[2], seqlen)
+    if n_splits == 1:
+        return [flash(query, keys, values, scaling)]
     middle = seqlen - seqlen % n_splits
-    partials = []
-    if middle:
-        split = (1, n_splits, middle // n_splits, -1)
-        rows = query.expand(1, n_splits, -1, -1)
-        partials.append(flash(rows, keys[:middle].view(split), values[:middle].view(split), scaling))
+    shape = (1, n_splits, middle // n_splits, -1)
+    split_keys, split_values = (tensor[:, :, :middle].view(shape) for tensor in (keys, values))
+    partials = [flash(query.expand(1, n_splits, -1, -1), split_keys, split_values, scaling)]
     if middle < seqlen:
-        partials.append(flash(query, keys[None, None, middle:], values[None, None, middle:], scaling))
+        partials.append(flash(query, keys[:, :, middle:], values[:, :, middle:], scaling))
     return partials
 
 

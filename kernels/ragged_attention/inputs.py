@@ -45,9 +45,10 @@ class RaggedInputs:
         return 0 if self.tail_keys is None else self.tail_keys.shape[2]
 
     def segments(self) -> list[tuple[Tensor, Tensor]]:
-        """Views of packed keys and values, [n, head_dim] each, for every (batch row, key-value head) in this order."""
+        """Packed keys and values, views [1, 1, n, head_dim], for every (batch row, key-value head) in this order."""
         seqlens = [stop - start for start, stop in pairwise(self.cu_seqlens.tolist())]
-        pairs = list(zip(self.keys.split(seqlens), self.values.split(seqlens), strict=True))
+        split = (packed[None, None].split(seqlens, 2) for packed in (self.keys, self.values))
+        pairs = list(zip(*split, strict=True))
         if self.row_index is None:
             return pairs
         n_heads = self.num_key_value_heads

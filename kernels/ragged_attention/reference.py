@@ -14,7 +14,7 @@ def ragged_attention(inputs: RaggedInputs, *, scaling: float, softcap: float | N
     lse = grouped.new_empty(grouped.shape[:-1], dtype=accumulation_dtype(grouped.dtype))
     for segment, (keys, values) in enumerate(inputs.segments()):
         row, head = divmod(segment, n_heads)
-        parts = [Part(keys.to(lse.dtype), values.to(lse.dtype)), *_tail(inputs, row, head)]
+        parts = [Part(keys[0, 0].to(lse.dtype), values[0, 0].to(lse.dtype)), *_tail(inputs, row, head)]
         _attend_segment(grouped[row, head], parts, scaling, softcap, out[row, head], lse[row, head])
     return out.flatten(1, 2), lse.flatten(1, 2)
 

@@ -64,7 +64,10 @@ def keep_scores(prefill: Prefill, rows: Rows, compression_ratio: float) -> Score
     layers = _spread(prefill, rows)
     counts = {layer_idx: kept.sum(dim=-1).long() for layer_idx, kept in layers.items()}
     if math.isnan(compression_ratio):
-        kept, pairs = sum(int(count.sum()) for count in counts.values()), sum(row.numel() for r in rows.values() for row in r)
+        kept, pairs = (
+            sum(int(count.sum()) for count in counts.values()),
+            sum(row.numel() for r in rows.values() for row in r),
+        )
         compression_ratio = 1 - kept / pairs
     return Scores(layers, torch.zeros_like(prefill.valid), compression_ratio, "head", counts=counts)
 

@@ -43,7 +43,9 @@ def run_native(
         UnsupportedModelError: The model has sliding layers, which these presses would take for full ones.
     """
     if not all(layer.is_full for layer in attention_layers(model)):
-        raise UnsupportedModelError(f"{press!r} counts every layer as a full one: expected a model without sliding layers")
+        raise UnsupportedModelError(
+            f"{press!r} counts every layer as a full one: expected a model without sliding layers"
+        )
     attach(model)
     decoder = text_decoder(model)
     cache = compat.DynamicCache(config=decoder.config)
@@ -61,8 +63,10 @@ def run_native(
 
 
 def _kept(module: nn.Module, dense: Pairs, layer: Any, press: RaggedPress) -> torch.Tensor:
-    masked = getattr(module, "masked_key_indices", None)
-    return kept_pairs(dense, (layer.keys, layer.values), masked, type(press.press).__name__)
+    left = layer.keys, layer.values
+    if isinstance(press.press, kvpress().KVComposePress):  # which leaves what it replayed behind the context
+        left = layer.keys[:, :, : dense[0].shape[2]], layer.values[:, :, : dense[0].shape[2]]
+    return kept_pairs(dense, left, getattr(module, "masked_key_indices", None), type(press.press).__name__)
 
 
 @contextmanager

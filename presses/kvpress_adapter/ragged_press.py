@@ -51,8 +51,9 @@ class RaggedPress(Press):
         check_supported(press, base)
         self.press = fresh_copy(press)
         self._by_model: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-        if not math.isnan(self.compression_ratio):
-            check_compression_ratio(self.compression_ratio)
+        ratio = _nominal_ratio(press)
+        if ratio is not None:
+            check_compression_ratio(ratio)
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -69,7 +70,8 @@ class RaggedPress(Press):
 
         For DuoAttention it is the fraction of heads that stream.
         """
-        return _nominal_ratio(self.press)
+        ratio = _nominal_ratio(self.press)
+        return math.nan if ratio is None else ratio
 
     @property
     def is_scorer(self) -> bool:
@@ -138,16 +140,15 @@ class RaggedPress(Press):
         return [ids[valid][None] for ids, valid in zip(prefill.input_ids, prefill.valid, strict=True)]
 
 
-def _nominal_ratio(press: Any) -> float:
+def _nominal_ratio(press: Any) -> float | None:
     inner = getattr(press, "presses", None)
     if inner is not None:  # ComposedPress knows its own when it has run
-        return 1 - math.prod(1 - _nominal_ratio(one) for one in inner)
-    if hasattr(press, "head_compression_ratio"):
-        return float(press.head_compression_ratio)
+        kept = [1 - ratio for one in inner if (ratio := _nominal_ratio(one)) is not None]
+        return 1 - math.prod(kept) if len(kept) == len(inner) else None
     try:
-        return float(press.compression_ratio)
+        return float(press.head_compression_ratio if hasattr(press, "head_compression_ratio") else press.compression_ratio)
     except (AssertionError, ValueError, TypeError, AttributeError):
-        return math.nan
+        return None
 
 
 def _joined(rows: list[dict[int, list[torch.Tensor]]]) -> dict[int, list[torch.Tensor]]:

@@ -1,6 +1,6 @@
 """What the kernel tests share: the devices, the error budget, and views that lie in buffers full of NaN."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,6 +10,15 @@ Accurate = Callable[[Tensor, Tensor, Tensor], None]
 View = Callable[[Tensor], Tensor]
 
 DEVICES = ["cpu", *(["cuda:0"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors are tiny here: on a busy machine, threads that wait for each other take longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=DEVICES)

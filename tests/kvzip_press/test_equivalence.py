@@ -36,9 +36,7 @@ def masked_dense_logits(model, ids, mask, keep, question):
         full = torch.cat([mask, torch.ones_like(question)], dim=1)
         with evicted_keys_masked(model, keep):
             after = positions[:, -1:] + 1 + torch.arange(question.shape[1])
-            return model(
-                input_ids=question, attention_mask=full, position_ids=after, past_key_values=cache
-            ).logits
+            return model(input_ids=question, attention_mask=full, position_ids=after, past_key_values=cache).logits
 
 
 def ragged_logits(model, ids, mask, press, question, cache=None):
@@ -50,9 +48,7 @@ def ragged_logits(model, ids, mask, press, question, cache=None):
             model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
         full = torch.cat([mask, torch.ones_like(question)], dim=1)
         after = positions[:, -1:] + 1 + torch.arange(question.shape[1])
-        logits = model(
-            input_ids=question, attention_mask=full, position_ids=after, past_key_values=cache
-        ).logits
+        logits = model(input_ids=question, attention_mask=full, position_ids=after, past_key_values=cache).logits
     return logits, cache
 
 

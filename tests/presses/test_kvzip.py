@@ -138,9 +138,7 @@ def test_scores_equal_the_formula(architecture, replay, chunk_size) -> None:
 def test_kvzip_plus_equals_the_formula() -> None:
     """KVzip+ multiplies by the norm of the projected value and divides by that of the hidden state."""
     ids = token_ids(1, 45)
-    scores = KVzipPress(0.5, kvzip_plus=True, chunk_size=16).score(
-        prefilled(tiny_model(initializer_range=0.2), ids)
-    )
+    scores = KVzipPress(0.5, kvzip_plus=True, chunk_size=16).score(prefilled(tiny_model(initializer_range=0.2), ids))
     for layer_idx, expected in oracle("llama", ids, 16, plus=True).items():
         torch.testing.assert_close(scores.layers[layer_idx], expected, atol=1e-5, rtol=1e-4)
 

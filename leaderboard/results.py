@@ -1,0 +1,151 @@
+"""Rows: one line of JSON for each answer, on disk the moment it is known."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from kvzip_press.errors import InvalidArgumentError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer, with all that is needed to judge it. Times are wall seconds, sizes bytes of keys and values.
+
+    Attributes:
+        run_id: Which configuration made it, see `run_id`.
+        task: The task's name.
+        model: The model's name, as it was asked for.
+        press: The press's label.
+        compression_ratio: The fraction of pairs asked to be removed.
+        kept_fraction: Pairs that are kept over pairs seen, measured on the cache that answered.
+        sample_id: The context, unique inside task and seed.
+        question_id: The question, unique inside its sample.
+        seed: The seed that the samples were made from.
+        prediction: What the model said.
+        references: The accepted answers.
+        score: The task's metric, in [0, 1].
+        n_context_tokens: Tokens of the context, chat template included.
+        resident_bytes: What the compressed cache holds.
+        dense_bytes: What the uncompressed cache holds.
+        prefill_seconds: The one forward over the context, shared by all presses, those that watch it included.
+        score_seconds: Scoring, shared by all ratios of a press.
+        evict_seconds: Making the compressed cache from the scores.
+        answer_seconds: Reading the question and writing the answer.
+        provenance: Versions, device, dtype and the like.
+    """
+
+    run_id: str
+    task: str
+    model: str
+    press: str
+    compression_ratio: float
+    kept_fraction: float
+    sample_id: str
+    question_id: str
+    seed: int
+    prediction: str
+    references: tuple[str, ...]
+    score: float
+    n_context_tokens: int
+    resident_bytes: int
+    dense_bytes: int
+    prefill_seconds: float
+    score_seconds: float
+    evict_seconds: float
+    answer_seconds: float
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """One line, without its end."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """The row of a line; fields that a newer version may have added are left out.
+
+        Raises:
+            InvalidArgumentError: Not a JSON object, or fields are missing.
+        """
+        try:
+            values: dict[str, Any] = json.loads(line)
+            known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+            return cls(**{**known, "references": tuple(known["references"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise InvalidArgumentError(f"expected a row in JSON, got {line[:80]!r} ({error})") from error
+
+
+class RowWriter:
+    """Appends rows to a JSONL file; when `write` returns, the row is on the disk. A context manager.
+
+    Half a line at the end of the file, as a killed process leaves it, is cut off first, with a warning.
+
+    Args:
+        path: The file; it and its directory are made where they are absent.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("ab")
+        if torn := _torn_bytes(self._path):
+            logger.warning("%s ended in half a row (%d bytes), which is cut off", self._path, torn)
+            self._file.truncate(self._path.stat().st_size - torn)
+        return self
+
+    def write(self, row: Row) -> None:
+        """Append one row.
+
+        Raises:
+            OSError: The disk is full, say.
+        """
+        assert self._file is not None, "use RowWriter in a with statement"
+        self._file.write(row.to_json().encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
+    """The rows of a file in order. Half a line at its end is left out with a warning; it is no row yet.
+
+    Raises:
+        InvalidArgumentError: Any other line that is not a row; the message has its number.
+        FileNotFoundError: No such file.
+    """
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                logger.warning("%s:%d: half a row at the end is left out", path, number)
+            elif line.strip():
+                try:
+                    yield Row.from_json(line)
+                except InvalidArgumentError as error:
+                    raise InvalidArgumentError(f"{path}:{number}: {error}") from error
+
+
+def run_id(config: Mapping[str, Any]) -> str:
+    """A name for a configuration: 12 hexadecimal digits of the hash of its JSON form, in any order of keys."""
+    text = json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _torn_bytes(path: Path) -> int:
+    content = path.read_bytes()
+    return len(content) - (content.rfind(b"\n") + 1)

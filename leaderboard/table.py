@@ -1,0 +1,45 @@
+"""The table on the terminal: press x removed fraction."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from kvzip_press.leaderboard.summary import Cell
+
+_CAPTION = (
+    "Mean over contexts. Prefill is one forward that all presses share; compress is scoring and evicting; "
+    "answer is one question read and answered."
+)
+
+
+def results_table(cells: Sequence[Cell], title: str = "") -> Table:
+    """A table with a row a cell; without cells it has its head only, and says so below.
+
+    Args:
+        cells: From `summarise`, drawn in their order.
+        title: Stands above.
+    """
+    table = Table(title=title or None, caption=_CAPTION if cells else "no rows", header_style="bold")
+    table.add_column("press")
+    for name in ("removed", "accuracy", "kept", "MB", "prefill s", "compress s", "answer s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    above = None
+    for cell in cells:
+        if above is not None and above != cell.press:
+            table.add_section()
+        table.add_row("" if above == cell.press else cell.press, *_figures(cell))
+        above = cell.press
+    return table
+
+
+def _figures(cell: Cell) -> tuple[str, ...]:
+    error = "" if cell.standard_error is None else f" ± {cell.standard_error:.2f}"
+    return (
+        f"{cell.compression_ratio:.2f}",
+        f"{cell.accuracy:.2f}{error}",
+        f"{cell.kept_fraction:.2f}",
+        f"{cell.resident_bytes / 1e6:.1f}",
+        f"{cell.prefill_seconds:.2f}",
+        f"{cell.compress_seconds:.2f}",
+        f"{cell.answer_seconds:.2f}",
+    )

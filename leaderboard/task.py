@@ -1,0 +1,77 @@
+"""What a task is: samples made from a seed, and a score for an answer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+TokenCounter = Callable[[str], int]
+"""How many tokens a text has; the generated contexts are made to a length in these."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a context.
+
+    Attributes:
+        question_id: Unique inside its sample.
+        text: The question, as it is put to the model.
+        references: The accepted answers; one of them is enough.
+        answer_prefix: How the answer starts; the model goes on from there. May be empty.
+        max_new_tokens: The longest answer that is generated.
+    """
+
+    question_id: str
+    text: str
+    references: tuple[str, ...]
+    answer_prefix: str = ""
+    max_new_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One context, prefilled once, and all questions that are asked about it.
+
+    Attributes:
+        sample_id: Unique inside its task, seed and length; the same arguments give the same sample in every run.
+        seed: The seed that the sample was made from.
+        context: The text.
+        questions: At least one.
+    """
+
+    sample_id: str
+    seed: int
+    context: str
+    questions: tuple[Question, ...]
+
+
+def approximate_tokens(text: str) -> int:
+    """Tokens of English prose in a usual byte-pair vocabulary, guessed as 4.5 characters a token."""
+    return round(len(text) / 4.5)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A family of samples and their metric. Tasks are frozen dataclasses whose fields are the difficulty."""
+
+    @property
+    def name(self) -> str:
+        """The name in the table of tasks and in every row."""
+        ...
+
+    def samples(
+        self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens
+    ) -> Iterator[Sample]:
+        """Yield `n` samples; sample ``i`` depends on the arguments and on ``i`` alone, so a larger `n` only adds.
+
+        Args:
+            seed: Any integer.
+            n: How many contexts.
+            length_tokens: Wanted length of a context, without the chat template. A task whose facts are longer makes
+                the shortest context that holds them.
+            count_tokens: The model's own counter where the length is to be exact.
+        """
+        ...
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        """How right an answer is, in [0, 1]."""
+        ...

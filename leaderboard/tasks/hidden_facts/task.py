@@ -1,0 +1,81 @@
+"""Facts of one form, hidden in prose; each is asked for."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kvzip_press.leaderboard.metrics import substring_match
+from kvzip_press.leaderboard.prose import filler_sentences
+from kvzip_press.leaderboard.task import Question, Sample, TokenCounter, approximate_tokens
+
+_NAMES = (
+    "Alda", "Boris", "Carla", "Dmitri", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leon", "Marta",
+    "Nils", "Olga", "Pablo", "Rosa", "Stefan", "Tessa", "Ulrich", "Vera", "Walter", "Yara", "Zoe",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HiddenFactsTask:
+    """``n_keys`` sentences of the form "The phone number of Vera is 407." at random places in prose, all asked for.
+
+    Attributes:
+        n_keys: Facts, and questions, a context (1..24). Each fact is a distractor of the others.
+        max_new_tokens: Bound of an answer; three digits are four tokens in many vocabularies.
+    """
+
+    n_keys: int = 4
+    max_new_tokens: int = 4
+    name: str = "hidden_facts"
+
+    def samples(
+        self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens
+    ) -> Iterator[Sample]:
+        """See `Task.samples`."""
+        for index in range(n):
+            yield self._sample(seed, index, length_tokens, count_tokens)
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        """1.0 where the number that was hidden is in the answer."""
+        return substring_match(prediction, references)
+
+    def _sample(self, seed: int, index: int, length_tokens: int, count_tokens: TokenCounter) -> Sample:
+        rng = random.Random(f"{self.name}/{seed}/{index}")
+        facts = dict(zip(rng.sample(_NAMES, self.n_keys), rng.sample(range(100, 1000), self.n_keys), strict=True))
+        sentences = [f"The phone number of {name} is {number}." for name, number in facts.items()]
+        room = length_tokens - sum(count_tokens(f" {sentence}") for sentence in sentences)
+        context = " ".join(_spread(sentences, _filler(rng, room, count_tokens), rng))
+        questions = (self._question(name, number) for name, number in facts.items())
+        return Sample(f"{index:04d}", seed, context, tuple(questions))
+
+    def _question(self, name: str, number: int) -> Question:
+        return Question(
+            question_id=name,
+            text=f"What is the phone number of {name}?",
+            references=(str(number),),
+            answer_prefix=f"The phone number of {name} is",
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+def _filler(rng: random.Random, room: int, count_tokens: TokenCounter) -> list[str]:
+    sentences: list[str] = []
+    for sentence in filler_sentences(rng):
+        room -= count_tokens(f" {sentence}")
+        if room < 0:
+            return sentences
+        sentences.append(sentence)
+    raise AssertionError("filler never ends")
+
+
+def _spread(facts: list[str], filler: list[str], rng: random.Random) -> list[str]:
+    """Put the facts between the filler sentences, never two in one gap while there are gaps enough."""
+    gaps = len(filler) + 1
+    places = rng.sample(range(gaps), len(facts)) if gaps >= len(facts) else rng.choices(range(gaps), k=len(facts))
+    at = {place: [] for place in places}  # type: dict[int, list[str]]
+    for place, fact in zip(places, facts, strict=True):
+        at[place].append(fact)
+    merged = []
+    for gap in range(gaps):
+        merged += at.get(gap, [])
+        merged += filler[gap : gap + 1]
+    return merged

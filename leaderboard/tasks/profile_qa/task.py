@@ -1,0 +1,71 @@
+"""A page about invented people; each question asks for one attribute of one of them."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kvzip_press.leaderboard.metrics import substring_match
+from kvzip_press.leaderboard.prose import filler_sentences
+from kvzip_press.leaderboard.task import Question, Sample, TokenCounter, approximate_tokens
+from kvzip_press.leaderboard.tasks.profile_qa.people import ATTRIBUTES, NAMES, Attribute
+
+
+@dataclass(frozen=True)
+class ProfileQATask:
+    """A page about ``n_people`` invented people with ``n_attributes`` facts each; every fact is asked for.
+
+    Attributes:
+        n_people: People a page (1..24), a paragraph each; who it is about must be kept apart.
+        n_attributes: Facts a person (1..10).
+        max_new_tokens: Bound of an answer; it is one word or name.
+    """
+
+    n_people: int = 2
+    n_attributes: int = 4
+    max_new_tokens: int = 4
+    name: str = "profile_qa"
+
+    def samples(
+        self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens
+    ) -> Iterator[Sample]:
+        """See `Task.samples`."""
+        for index in range(n):
+            yield self._sample(seed, index, length_tokens, count_tokens)
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        """1.0 where the attribute's value is in the answer."""
+        return substring_match(prediction, references)
+
+    def _sample(self, seed: int, index: int, length_tokens: int, count_tokens: TokenCounter) -> Sample:
+        rng = random.Random(f"{self.name}/{seed}/{index}")
+        people = rng.sample(NAMES, self.n_people)
+        values = {attribute.key: rng.sample(attribute.values, self.n_people) for attribute in ATTRIBUTES}
+        paragraphs, questions = [], []
+        for person, name in enumerate(people):
+            chosen = rng.sample(ATTRIBUTES, self.n_attributes)
+            facts = [attribute.sentence.format(name=name, value=values[attribute.key][person]) for attribute in chosen]
+            paragraphs.append(facts)
+            questions += [self._question(name, attribute, values[attribute.key][person]) for attribute in chosen]
+        _pad(paragraphs, rng, length_tokens, count_tokens)
+        context = "\n\n".join(" ".join(paragraph) for paragraph in paragraphs)
+        return Sample(f"{index:04d}", seed, context, tuple(questions))
+
+    def _question(self, name: str, attribute: Attribute, value: str) -> Question:
+        return Question(
+            question_id=f"{name}/{attribute.key}",
+            text=attribute.question.format(name=name),
+            references=(value,),
+            answer_prefix=attribute.answer_prefix.format(name=name),
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+def _pad(paragraphs: list[list[str]], rng: random.Random, length_tokens: int, count_tokens: TokenCounter) -> None:
+    """Put filler sentences between the facts, paragraph by paragraph, until the page has its length."""
+    room = length_tokens - sum(count_tokens(f" {sentence}") for paragraph in paragraphs for sentence in paragraph)
+    for turn, sentence in enumerate(filler_sentences(rng)):
+        room -= count_tokens(f" {sentence}")
+        if room < 0:
+            return
+        paragraph = paragraphs[turn % len(paragraphs)]
+        paragraph.insert(rng.randint(1, len(paragraph)), sentence)
