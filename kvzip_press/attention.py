@@ -152,12 +152,12 @@ def _own_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.
 
 
 def _refuse_kvpress_masks(module: nn.Module, name: str, query: torch.Tensor, key: torch.Tensor) -> None:
-    """kvpress used by itself notes evicted keys on the module, and they are evicted only for its own attention wrapper."""
+    """Without RaggedPress kvpress notes masked keys on the module, and only its own attention wrapper hides them."""
     if query.shape[2] != key.shape[2]:  # kvpress's own sign of a prefill, which clears the note
         raise CacheMismatchError(
-            f"kvpress masked keys of {type(module).__name__} {module.layer_idx}, and {name} attention as it is called here "
-            "would still see them: wrap the kvpress press in RaggedPress, or call kvzip_press.detach(model) and import "
-            "kvpress before kvzip_press does"
+            f"kvpress masked keys of {type(module).__name__} {module.layer_idx}, and {name} attention as it is called "
+            "here would still see them: wrap the kvpress press in RaggedPress, or call kvzip_press.detach(model) and "
+            "import kvpress before kvzip_press does"
         )
 
 

@@ -75,7 +75,18 @@ def _working(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def mask_function(name: str) -> Callable[..., Any] | None:
     """The function that builds the mask for attention implementation ``name``; None when it takes no mask."""
-    return ALL_MASK_ATTENTION_FUNCTIONS.get(name, None)
+    return _flex_mask if name == "flex_attention" else ALL_MASK_ATTENTION_FUNCTIONS.get(name, None)
+
+
+def _flex_mask(*args: Any, **kwargs: Any) -> Any:
+    """flex_attention's block mask, but a plain one for a ragged layer, which no flex kernel will see.
+
+    Only ragged layers have full attention over keys that begin at an offset. Compiling a block mask for them would
+    cost seconds, and torch's CPU backend cannot (padded keys at an offset: invalid C++, torch 2.13).
+    """
+    if kwargs.get("kv_offset", 0) and kwargs.get("local_size") is None:
+        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+    return ALL_MASK_ATTENTION_FUNCTIONS["flex_attention"](*args, **kwargs)
 
 
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None) -> None:

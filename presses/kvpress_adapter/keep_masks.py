@@ -59,9 +59,7 @@ def _rows_of(dense: torch.Tensor, left: torch.Tensor, name: str) -> torch.Tensor
     first = torch.searchsorted(digests, wanted).clamp(max=len(digests) - 1)
     index = order[first]
     if not torch.equal(dense[index], left):
-        raise InvalidArgumentError(
-            f"{name} changes keys or values (merges, rotates, adds ...), which is not eviction"
-        )
+        raise InvalidArgumentError(f"{name} changes keys or values (merges, rotates, adds ...), which is not eviction")
     following = digests[(first + 1).clamp(max=len(digests) - 1)]
     alike = (following == wanted) & (first + 1 < len(digests))
     if bool(alike.any()) or index.unique().numel() != index.numel():

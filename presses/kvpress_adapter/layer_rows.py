@@ -1,4 +1,4 @@
-"""One row of one layer at a time: so no row of a batch depends on its neighbours, as it does in some kvpress presses."""
+"""One row of one layer at a time: no row of a batch depends on its neighbours, as it does in some kvpress presses."""
 
 from __future__ import annotations
 
@@ -45,14 +45,15 @@ class LayerRow:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         batch, n = hidden_states.shape[:2]
         cache: Any = kwargs["past_key_values"] if "past_key_values" in kwargs else kwargs["past_key_value"]
-        layer = cache.layers[module.layer_idx]
-        if not isinstance(layer, compat.DynamicLayer) or layer.keys.shape[2] != n:
+        layer: Any = cache.layers[module.layer_idx]
+        if not isinstance(layer, compat.DynamicLayer) or layer.get_seq_length() != n:
             raise InvalidArgumentError(f"expected a dense cache layer of just the {n} tokens read, got {type(layer)}")
+        pairs: Any = layer
         call = {**kwargs, "hidden_states": hidden_states}
         rows = []
         for row in range(batch):
             own = {**_row_of(call, row, batch), "cache_position": torch.arange(n, device=hidden_states.device)}
-            keys, values = layer.keys[row : row + 1], layer.values[row : row + 1]
+            keys, values = pairs.keys[row : row + 1], pairs.values[row : row + 1]
             rows.append(cls(module, keys, values, own, _row_of(output, row, batch)))
         return rows
 
@@ -67,7 +68,8 @@ class LayerRow:
             scores = press.score(self.module, hidden_states, self.keys, self.values, attentions, self.kwargs)
         if scores.shape != self.keys.shape[:3]:
             raise InvalidArgumentError(f"expected scores {tuple(self.keys.shape[:3])}, got {tuple(scores.shape)}")
-        row: torch.Tensor = scores[0].detach().float()
+        bound = torch.finfo(torch.float32).max  # some presses protect or doom by infinity, or by float64's largest
+        row: torch.Tensor = scores[0].detach().clamp(-bound, bound).float()
         return row
 
     def keep(self, press: Any, rotary_emb: nn.Module | None) -> torch.Tensor:
@@ -85,7 +87,7 @@ class LayerRow:
         with untouched([self.module]):
             if rotary_emb is not None:
                 self.module.rotary_emb = rotary_emb
-            self.module.masked_key_indices = None
+            vars(self.module)["masked_key_indices"] = None
             yield
 
 

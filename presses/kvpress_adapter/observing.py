@@ -22,7 +22,7 @@ REFUSALS = (AssertionError, ValueError, KeyError, NotImplementedError)
 
 
 class KvpressObserver:
-    """Runs one kvpress press over one forward.
+    """Runs one kvpress press over one forward; one that acts in its own context only looks whether it is a first turn.
 
     A press that refuses (a context shorter than its window, say) does not break the forward, whose cache is the user's:
     :meth:`rows` raises instead.
@@ -40,13 +40,14 @@ class KvpressObserver:
         self._ratio_reads: list[str] = []
 
     def __enter__(self) -> KvpressObserver:
-        self._run = self._press.prepared(self._model)
-        self._ratio_reads = watch_ratio(self._run) if self._press.is_scorer else []
-        self._rotary_emb = getattr(text_decoder(self._model), "rotary_emb", None)
+        watched = [] if self._press.is_native else full_attention_layers(self._model)
+        if watched:
+            self._run = self._press.prepared(self._model)
+            self._ratio_reads = watch_ratio(self._run) if self._press.is_scorer else []
+            self._rotary_emb = getattr(text_decoder(self._model), "rotary_emb", None)
         first = attention_layers(self._model)[0].module
         self._handles = [first.register_forward_pre_hook(self._check, with_kwargs=True)]
-        for layer in full_attention_layers(self._model):
-            self._handles.append(layer.module.register_forward_hook(self._look, with_kwargs=True))
+        self._handles += [layer.module.register_forward_hook(self._look, with_kwargs=True) for layer in watched]
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -95,7 +96,7 @@ class KvpressObserver:
 
 
 def refusal(press: RaggedPress, error: Exception, where: str = "") -> InvalidArgumentError:
-    """kvpress's own refusal as an error of ours, with its message."""
+    """A refusal of kvpress's own as an error of ours, with its message."""
     if isinstance(error, InvalidArgumentError):
         return error
     ours = InvalidArgumentError(f"{press!r} refused{where}: {type(error).__name__}: {error}")
@@ -106,16 +107,16 @@ def refusal(press: RaggedPress, error: Exception, where: str = "") -> InvalidArg
 def later_turn(press: RaggedPress, seen: int) -> str:
     """Why a kvpress press does not go on where a cache ends."""
     return (
-        f"{press!r} compresses a context that is read in one forward into an empty cache, but this cache has seen {seen} "
-        "tokens: end `with press(model):` before the next turn (the compressed cache goes on without it)"
+        f"{press!r} compresses a context that is read in one forward into an empty cache, but this cache has seen "
+        f"{seen} tokens: end `with press(model):` before the next turn (the compressed cache goes on without it)"
     )
 
 
 def watch_ratio(press: Any) -> list[str]:
-    """Makes a press (a copy for one run) note in the list whenever it looks at its compression ratio, or one inside it."""
+    """Makes a press (a copy for one run), or one inside it, note in the list when it looks at its compression ratio."""
     reads: list[str] = []
     for one in presses_in(press):
-        cls = type(one)
+        cls: Any = type(one)
 
         def get(self: Any, name: str, cls: Any = cls) -> Any:
             if name == "compression_ratio":

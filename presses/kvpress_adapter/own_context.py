@@ -14,10 +14,10 @@ from kvzip_press import compat
 from kvzip_press.attention import attach
 from kvzip_press.errors import UnsupportedModelError
 from kvzip_press.models import attention_layers, full_attention_layers, text_decoder
-from kvzip_press.presses.kvpress_adapter.keep_masks import Pairs, kept_pairs
-from kvzip_press.presses.kvpress_adapter.observing import REFUSALS, refusal
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
+from kvzip_press.presses.kvpress_adapter.keep_masks import Pairs, kept_pairs
 from kvzip_press.presses.kvpress_adapter.module_state import untouched_model
+from kvzip_press.presses.kvpress_adapter.observing import REFUSALS, refusal
 
 if TYPE_CHECKING:
     from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress
@@ -47,7 +47,7 @@ def run_native(
             f"{press!r} counts every layer as a full one: expected a model without sliding layers"
         )
     attach(model)
-    decoder = text_decoder(model)
+    decoder: Any = text_decoder(model)
     cache = compat.DynamicCache(config=decoder.config)
     dense: dict[int, Pairs] = {}
     try:
@@ -73,7 +73,7 @@ def _kept(module: nn.Module, dense: Pairs, layer: Any, press: RaggedPress) -> to
 def _dense_pairs(model: nn.Module, cache: Any, dense: dict[int, Pairs]) -> Iterator[None]:
     """Notes every layer's pairs as the first forward left them, before a press sees them."""
 
-    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def note(module: nn.Module, *_: Any) -> None:
         layer = cache.layers[module.layer_idx]
         dense.setdefault(int(module.layer_idx), (layer.keys, layer.values))  # type: ignore[arg-type]
 

@@ -12,12 +12,12 @@ from kvzip_press.budget import check_compression_ratio
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling import Prefill, run_prefill
 from kvzip_press.press import Press
-from kvzip_press.presses.kvpress_adapter.own_context import run_native
-from kvzip_press.presses.kvpress_adapter.observing import REFUSALS, KvpressObserver, later_turn, refusal
-from kvzip_press.presses.kvpress_adapter.importing import kvpress
-from kvzip_press.presses.kvpress_adapter.refused import check_supported
 from kvzip_press.presses.kvpress_adapter.head_scores import HeadScores, keep_scores
+from kvzip_press.presses.kvpress_adapter.importing import kvpress
 from kvzip_press.presses.kvpress_adapter.module_state import fresh_copy
+from kvzip_press.presses.kvpress_adapter.observing import REFUSALS, KvpressObserver, later_turn, refusal
+from kvzip_press.presses.kvpress_adapter.own_context import run_native
+from kvzip_press.presses.kvpress_adapter.refused import check_supported
 from kvzip_press.scores import Scores
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ class RaggedPress(Press):
     """A press of kvpress whose eviction is real, head-wise eviction included.
 
     Presses that only score (SnapKV, ExpectedAttention, Knorm ...) watch one dense forward, and their scores serve every
-    ratio, unless they depend on it. Those that gather or mask pairs, layer by layer, act on copies in that same forward;
-    those that act in a context of their own (KVzip, FastKVzip, KVCompose) run a forward of their own. What they decided
-    becomes a keep mask, at their own ratio only. A batch is done row by row, and a padded row in a forward of its own
-    without its padding. Nothing of a run stays on the model or on the press.
+    ratio, unless they depend on it. Those that gather or mask pairs layer by layer act on copies in that same forward;
+    those that act in a context of their own (KVzip, FastKVzip, KVCompose) run a forward of their own. What these two
+    kinds decided becomes a keep mask, at their own ratio only. A batch is done row by row, a padded row in a forward
+    of its own without padding. Nothing of a run stays on the model or on the press. What kvpress keeps is kept; only
+    of pairs of exactly equal score kvpress keeps any, and the core those at lower positions.
 
     Args:
         press: Any kvpress press that evicts pairs when the context was read. It is copied here: later changes to it do
@@ -65,7 +66,7 @@ class RaggedPress(Press):
         return RaggedPress, (self.press,)
 
     @property
-    def compression_ratio(self) -> float:  # type: ignore[override]
+    def compression_ratio(self) -> float:
         """The ratio that the press was made with; NaN for one that only knows what it removed when it is done.
 
         For DuoAttention it is the fraction of heads that stream.
@@ -87,16 +88,16 @@ class RaggedPress(Press):
         """Whether the press acts in a context of its own instead of layer by layer."""
         return type(self.press).__call__ is not kvpress().BasePress.__call__
 
-    def observer(self, model: nn.Module) -> KvpressObserver | None:
-        """What watches a prefill; None for a press that runs a forward of its own."""
-        return None if self.is_native else KvpressObserver(self, model)
+    def observer(self, model: nn.Module) -> KvpressObserver:
+        """What watches a prefill."""
+        return KvpressObserver(self, model)
 
     def score(self, prefill: Prefill) -> Scores:
-        """kvpress's scores, or the pairs that it kept, of a context that was read in one forward.
+        """The press's scores, or the pairs that it kept, of a context that was read in one forward.
 
         Raises:
-            InvalidArgumentError: A later turn, no token ids where a forward has to be run again, or input that the press
-                refuses (too short a context, no weights for this model ...).
+            InvalidArgumentError: A later turn, no token ids where a forward has to be run again, or input that the
+                press refuses (too short a context, no weights for this model ...).
         """
         if prefill.start:
             raise InvalidArgumentError(later_turn(self, prefill.start))
@@ -120,14 +121,13 @@ class RaggedPress(Press):
         Raises:
             InvalidArgumentError: It has none for this model.
         """
-        if model not in self._by_model:
-            press = fresh_copy(self.press)
-            try:
-                press.post_init_from_model(model)
-            except REFUSALS as error:
-                raise refusal(self, error) from error
-            self._by_model[model] = press
-        return fresh_copy(self._by_model[model])
+        press = fresh_copy(self._by_model.get(model, self.press))
+        try:
+            press.post_init_from_model(model)
+        except REFUSALS as error:
+            raise refusal(self, error) from error
+        self._by_model[model] = fresh_copy(press)  # so that weights are loaded once
+        return press
 
     def _watched(self, model: nn.Module, input_ids: torch.Tensor) -> Any:
         done = run_prefill(model, input_ids, torch.ones_like(input_ids, dtype=torch.bool), observers=[self])
@@ -145,8 +145,9 @@ def _nominal_ratio(press: Any) -> float | None:
     if inner is not None:  # ComposedPress knows its own when it has run
         kept = [1 - ratio for one in inner if (ratio := _nominal_ratio(one)) is not None]
         return 1 - math.prod(kept) if len(kept) == len(inner) else None
+    name = "head_compression_ratio" if hasattr(press, "head_compression_ratio") else "compression_ratio"
     try:
-        return float(press.head_compression_ratio if hasattr(press, "head_compression_ratio") else press.compression_ratio)
+        return float(getattr(press, name))
     except (AssertionError, ValueError, TypeError, AttributeError):
         return None
 

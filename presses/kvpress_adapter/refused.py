@@ -14,15 +14,15 @@ REFUSED = {
     "ThinKPress": "it zeroes channels of the keys, which frees no pair",
     "MergingPress": "it merges evicted values into kept ones; wrap its inner press to evict without merging",
     "CAMPress": f"it merges values, and {_WHILE_DECODING}",
-    "KeyRerotationPress": "it moves keys to new positions, and a ragged cache keeps the original ones; wrap its inner press",
-    "FinchPress": "it takes a token out of the prompt and moves keys to new positions; a ragged cache keeps both as they are",
+    "KeyRerotationPress": "it moves keys to new positions, and a ragged cache keeps the original ones; wrap its press",
+    "FinchPress": "it takes a token out of the prompt and moves keys to new positions, and a ragged cache keeps both",
     "DecodingPress": _WHILE_DECODING,
     "PrefillDecodingPress": f"{_WHILE_DECODING}; wrap its prefilling_press",
     "RestoreKVPress": "it adds learned pairs to the cache that no token of the context has",
 }
 
 
-def check_supported(press: Any, base: type) -> None:
+def check_supported(press: Any, base: Any) -> None:
     """Raises InvalidArgumentError for a press that is refused, or one inside it.
 
     Args:
@@ -34,7 +34,9 @@ def check_supported(press: Any, base: type) -> None:
         for ancestor in type(inner).__mro__:
             if ancestor.__name__ in REFUSED:
                 raise InvalidArgumentError(f"{name} cannot be made real: {REFUSED[ancestor.__name__]}")
-        if inner is not press and type(inner).__call__ is not base.__call__:  # type: ignore[attr-defined]
+        if getattr(inner, "decoding", False):
+            raise InvalidArgumentError(f"{name}(decoding=True) cannot be made real: {_WHILE_DECODING}")
+        if inner is not press and type(inner).__call__ is not base.__call__:
             raise InvalidArgumentError(
-                f"{name} inside {type(press).__name__} would do nothing: it acts in its own context, which is never entered"
+                f"{name} inside {type(press).__name__} would do nothing: it acts in its own context, never entered"
             )

@@ -77,7 +77,8 @@ def test_keeps_what_kvpress_keeps(
     done = run_prefill(model, ids, torch.ones_like(ids, dtype=torch.bool), observers=[ragged := RaggedPress(press)])
     cache = done.evict(ragged.score(done))
     if expected.kept is None:
-        assert [cache.seqlens(i).tolist() for i in range(3)] == [[[len(k[0])] * 2 for k in [layer.keys[0]]] for layer in expected.cache.layers]
+        lengths = [[[layer.keys.shape[2]] * 2] for layer in expected.cache.layers]
+        assert [cache.seqlens(layer_idx).tolist() for layer_idx in range(3)] == lengths
     else:
         assert [mask.tolist() for mask in keep_of(cache)] == [mask.tolist() for mask in expected.kept]
     with torch.no_grad():
@@ -101,6 +102,6 @@ def test_what_is_not_eviction_is_refused_with_its_reason(
     }
     press = getattr(kvpress, name)(**arguments.get(name, {}))
     ids = context()
+    done = run_prefill(tiny_model(), ids, torch.ones_like(ids, dtype=torch.bool))
     with pytest.raises(InvalidArgumentError, match=re.escape(REFUSED[name])):
-        ragged = RaggedPress(press)
-        ragged.score(run_prefill(tiny_model(), ids, torch.ones_like(ids, dtype=torch.bool)))
+        RaggedPress(press).score(done)

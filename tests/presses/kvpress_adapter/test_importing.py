@@ -23,7 +23,8 @@ MODEL = """
     def model(attn):
         torch.manual_seed(0)
         config = LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=16,
-                             num_attention_heads=4, num_key_value_heads=2, attn_implementation=attn, initializer_range=0.2)
+                             num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+                             attn_implementation=attn)
         return LlamaForCausalLM(config).eval()
 
     def read(model, press, token=None):

@@ -1,0 +1,67 @@
+"""Golden cases of the metrics, worked out by hand."""
+
+import pytest
+
+from kvzip_press.leaderboard.metrics import exact_match, normalise, substring_match, token_f1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Answer,\nis: 42!", "answer is 42"),
+        ("A cat and an owl", "cat and owl"),
+        ("It's Nora’s", "its noras"),
+        ("red-brown", "red brown"),
+        ("theatre", "theatre"),
+        ("", ""),
+        ("the a an", ""),
+    ],
+)
+def test_normalise_drops_case_punctuation_articles_and_spaces(text: str, expected: str) -> None:
+    assert normalise(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "expected"),
+    [
+        ("407.", ["407"], 1.0),
+        ("it is 407, I think", ["407"], 1.0),
+        ("4071", ["407"], 0.0),
+        ("180", ["18"], 0.0),
+        ("a blue car", ["red", "blue"], 1.0),
+        ("bluebird", ["blue"], 0.0),
+        ("New York City", ["york city"], 1.0),
+        ("York, the city", ["York City"], 1.0),
+        ("city of york", ["york city"], 0.0),
+        ("", ["x"], 0.0),
+        ("anything", [], 0.0),
+        ("anything", ["a"], 0.0),
+        ("Lisbon<", ["lisbon"], 1.0),
+    ],
+)
+def test_substring_match_finds_whole_words_in_a_row(prediction: str, references: list[str], expected: float) -> None:
+    assert substring_match(prediction, references) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "expected"),
+    [("The Cat.", ["cat"], 1.0), ("cats", ["cat"], 0.0), ("b", ["a b", "b"], 1.0), ("b", [], 0.0)],
+)
+def test_exact_match_is_equality_after_normalising(prediction: str, references: list[str], expected: float) -> None:
+    assert exact_match(prediction, references) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "expected"),
+    [
+        ("red blue", ["red green"], 0.5),
+        ("red", ["red green"], 2 / 3),
+        ("red red", ["red"], 2 / 3),
+        ("x", ["red"], 0.0),
+        ("", ["red"], 0.0),
+        ("red", ["x", "the red"], 1.0),
+        ("red", [], 0.0),
+    ],
+)
+def test_token_f1_takes_the_best_reference(prediction: str, references: list[str], expected: float) -> None:
+    assert token_f1(prediction, references) == pytest.approx(expected)

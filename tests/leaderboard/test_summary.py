@@ -1,0 +1,103 @@
+"""Cells are means over contexts; table and picture take none, one or many of them."""
+
+import io
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
+from kvzip_press.leaderboard.picture import save_pareto
+from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.summary import Cell, summarise
+from kvzip_press.leaderboard.table import results_table
+
+MakeRow = Callable[..., Row]
+
+
+def text_of(cells: list[Cell], width: int = 100) -> str:
+    console = Console(width=width, file=io.StringIO())
+    console.print(results_table(cells, "a title"))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def many(make_row: MakeRow) -> list[Row]:
+    cells = [("full cache", 0.0)] + [(f"press {i}", ratio) for i in range(8) for ratio in (0.5, 0.7, 0.9)]
+    return [
+        make_row(press=press, compression_ratio=ratio, kept_fraction=1 - ratio, sample_id=str(i), score=(i % 3) / 2)
+        for press, ratio in cells
+        for i in range(6)
+    ]
+
+
+def test_accuracy_is_a_mean_over_tasks_of_contexts_of_questions(make_row: MakeRow) -> None:
+    rows = [make_row(sample_id="0", question_id=str(i), score=s) for i, s in enumerate([1.0, 1.0, 1.0, 0.0])]
+    rows += [make_row(sample_id="1", score=0.25)]
+    rows += [make_row(task="other", sample_id=str(i), score=1.0) for i in range(2)]
+    (cell,) = summarise(rows)
+    assert cell.accuracy == pytest.approx((0.5 + 1.0) / 2)  # (0.75 + 0.25) / 2 and 1
+    assert cell.standard_error == pytest.approx(math.sqrt((0.125 / 2 + 0) / 4))
+    assert cell.n_questions == 7
+
+
+def test_a_single_context_has_no_standard_error(make_row: MakeRow) -> None:
+    (cell,) = summarise([make_row(question_id=str(i), score=i % 2) for i in range(10)])
+    assert cell.standard_error is None
+    assert "±" not in text_of([cell])
+
+
+def test_times_count_each_context_once(make_row: MakeRow) -> None:
+    rows = [make_row(sample_id="0", question_id=str(i), prefill_seconds=1.0, score_seconds=1.0) for i in range(9)]
+    rows.append(make_row(sample_id="1", prefill_seconds=3.0, score_seconds=5.0))
+    (cell,) = summarise(rows)
+    assert cell.prefill_seconds == pytest.approx(2.0)
+    assert cell.compress_seconds == pytest.approx(3.25)
+
+
+def test_cells_keep_the_order_of_presses_and_sort_ratios(make_row: MakeRow) -> None:
+    order = [("b", 0.9), ("a", 0.5), ("b", 0.5), ("a", 0.9)]
+    cells = summarise([make_row(press=press, compression_ratio=ratio) for press, ratio in order])
+    assert [(cell.press, cell.compression_ratio) for cell in cells] == [("b", 0.5), ("b", 0.9), ("a", 0.5), ("a", 0.9)]
+
+
+def test_rows_of_two_runs_are_not_mixed(make_row: MakeRow) -> None:
+    with pytest.raises(InvalidArgumentError, match="one run, got 2"):
+        summarise([make_row(), make_row(run_id="another")])
+
+
+def test_the_table_shows_every_cell_and_says_when_there_is_none(make_row: MakeRow) -> None:
+    assert summarise([]) == []
+    assert "no rows" in text_of([])
+    one = text_of(summarise([make_row()]))
+    for figure in ("KVzip", "0.70", "1.00", "0.33", "7.0", "1.50", "2.25", "0.20", "a title"):
+        assert figure in one
+    text = text_of(summarise(many(make_row)))
+    assert sum("0.90" in line for line in text.splitlines()) == 8
+    assert "press 7" in text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_figures_are_whole_on_a_narrow_terminal(make_row: MakeRow, width: int) -> None:
+    rows = [make_row(press="AdaKV(ExpectedAttention)", sample_id=str(i), score=i) for i in range(2)]
+    assert "0.50 ± 0.50" in text_of(summarise(rows), width)
+
+
+@pytest.mark.parametrize("amount", ["none", "one", "many"])
+def test_the_picture_is_a_png_whatever_the_number_of_rows(tmp_path: Path, make_row: MakeRow, amount: str) -> None:
+    pytest.importorskip("matplotlib")
+    rows = {"none": [], "one": [make_row()], "many": many(make_row)}[amount]
+    path = tmp_path / "new" / "pareto.png"
+    save_pareto(summarise(rows), path, "a title")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 5000
+
+
+def test_without_matplotlib_the_picture_names_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_row: MakeRow
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingDependencyError, match="pip install matplotlib"):
+        save_pareto(summarise([make_row()]), tmp_path / "pareto.png")
