@@ -51,6 +51,16 @@ def check_cache(cache: Any) -> None:
             )
 
 
+def check_not_evicted(cache: Any, start: int) -> None:
+    """Raises UnsupportedCacheError when pairs of the span that begins at ``start`` are gone already."""
+    for layer in cache.layers:
+        if isinstance(layer, RaggedLayer) and layer.n_context > start:
+            raise UnsupportedCacheError(
+                f"expected the pairs of tokens {start} and on as the model left them, but this cache was already evicted "
+                f"up to token {layer.n_context}: make further caches with Prefill.evict, which copies"
+            )
+
+
 def heads_and_device(layer: Any) -> tuple[int, torch.device]:
     """KV heads and device of a dense or ragged cache layer."""
     if isinstance(layer, RaggedLayer):

@@ -114,7 +114,7 @@ class _Call:
 
     @classmethod
     def of(cls, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        names = list(inspect.signature(type(decoder).forward).parameters)[1:]
+        names = list(inspect.signature(decoder.forward).parameters) if args else []
         return cls({**dict(zip(names, args, strict=False)), **kwargs})
 
     @property

@@ -14,7 +14,7 @@ from kvzip_press import compat
 from kvzip_press.attention import attach
 from kvzip_press.chat import chat_frame, encode
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.eviction import compressible_layers, evicted_layers, heads_and_device
+from kvzip_press.eviction import check_not_evicted, compressible_layers, evicted_layers, heads_and_device
 from kvzip_press.models import text_config, text_decoder
 from kvzip_press.press import Observer, Press
 from kvzip_press.ragged_cache import RaggedCache
@@ -56,9 +56,7 @@ class Prefill:
     @property
     def dense_bytes(self) -> int:
         """Bytes of keys and values of the uncompressed cache."""
-        return sum(
-            tensor.nbytes for layer in self.cache.layers for tensor in (layer.keys, layer.values) if tensor is not None
-        )
+        return RaggedCache(self.cache.layers).dense_bytes
 
     def blank_scores(self) -> dict[int, torch.Tensor]:
         """Zeros ``layer_idx -> [batch, num_key_value_heads, span]``, fp32, for every layer that can be compressed."""
@@ -117,6 +115,7 @@ class Prefill:
 
     def _checked(self, scores: Scores) -> Scores:
         expected = set(compressible_layers(self.model, self.cache))
+        check_not_evicted(self.cache, self.start)
         if scores.protected.shape != self.valid.shape or set(scores.layers) != expected:
             raise InvalidArgumentError(
                 f"expected scores of layers {sorted(expected)} over {tuple(self.valid.shape)} [batch, span], got "
@@ -159,7 +158,7 @@ def compress(model: nn.Module, tokenizer: Any, context: str | Sequence[int], pre
         context: The text, or its token ids.
         press: The press, with its compression ratio.
     """
-    done = prefill(model, tokenizer, context, observers=[press] if press.observer(model) is not None else [])
+    done = prefill(model, tokenizer, context, observers=[press])
     done.evict_in_place(press.score(done))
     return RaggedCache.of(done.cache)
 

@@ -37,11 +37,12 @@ def assert_accurate() -> Accurate:
         assert torch.equal(got.double()[~finite], exact[~finite])
         if not finite.any():
             return
-        # Twice the plain error, since sums in another order err otherwise, and the rounding of the largest result.
+        # The plain error is one draw: with another order of sums it comes out up to about three times as large.
+        # To that comes the rounding of the largest result. A wrong kernel errs by orders of magnitude more.
         plain_error = (plain.double() - exact)[finite].abs().max()
         rounding = torch.finfo(got.dtype).eps * exact[finite].abs().max()
         error = (got.double() - exact)[finite].abs().max()
-        budget = 2 * plain_error + rounding
+        budget = 4 * plain_error + rounding
         assert error <= budget, f"error {error:.3e} is over the budget {budget:.3e}"
 
     return check

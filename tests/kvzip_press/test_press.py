@@ -205,6 +205,26 @@ def test_caches_that_cannot_be_compressed_are_refused() -> None:
         model(token_ids(1, 8), use_cache=False)
 
 
+def test_a_span_is_evicted_in_place_once() -> None:
+    """Evicting what is gone already raises, and says how to make several caches of one prefill."""
+    model, ids = tiny_model(), token_ids(1, N)
+    done = run_prefill(model, ids, torch.ones_like(ids, dtype=torch.bool))
+    scores = RandomPress(0.5).score(done)
+    done.evict_in_place(scores)
+    for again in (done.evict, done.evict_in_place):
+        with pytest.raises(UnsupportedCacheError, match="already evicted"):
+            again(scores)
+
+
+def test_scores_of_another_prefill_are_refused() -> None:
+    """Scores over another span raise before anything is evicted."""
+    model, ids = tiny_model(), token_ids(1, N)
+    done = run_prefill(model, ids, torch.ones_like(ids, dtype=torch.bool))
+    other = run_prefill(model, ids[:, :-1], torch.ones_like(ids[:, :-1], dtype=torch.bool))
+    with pytest.raises(InvalidArgumentError, match="another prefill"):
+        done.evict(RandomPress(0.5).score(other))
+
+
 def test_masks_that_cannot_be_understood_are_refused() -> None:
     """A mask with holes, a 4-D mask and a row of padding only raise, before anything is computed."""
     model, ids = tiny_model(), token_ids(2, 8)
