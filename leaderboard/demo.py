@@ -26,14 +26,14 @@ PRESSES = (
     PressSpec("random", "random"),
     PressSpec("kvzip", "KVzip"),
     PressSpec("snapkv", "SnapKV"),
-    PressSpec("adakv_expected_attention", "AdaKV(ExpectedAttention)"),
+    PressSpec("adakv_expected_attention", "AdaKV (ExpectedAttention)"),
 )
 COMPRESSION_RATIOS = (0.5, 0.7, 0.9)
 TASKS = (
-    TaskSpec(get_task("hidden_facts", n_keys=4), n_contexts=9, length_tokens=450),
-    TaskSpec(get_task("profile_qa", n_people=1, n_attributes=8), n_contexts=5, length_tokens=450),
+    TaskSpec(get_task("hidden_facts", n_keys=4), n_contexts=8, length_tokens=450),
+    TaskSpec(get_task("profile_qa", n_people=1, n_attributes=8), n_contexts=4, length_tokens=450),
 )
-TIME_LIMIT_SECONDS = 330.0
+TIME_LIMIT_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ def run_demo(
     """
     console = console or Console()
     model, tokenizer = _load(model_name, console)
-    run = Run(model_name, tasks, tuple(_available(console)), COMPRESSION_RATIOS, seed)
+    with console.status("looking for presses"):
+        presses = tuple(_available(console))
+    run = Run(model_name, tasks, presses, COMPRESSION_RATIOS, seed)
     rows_path = _fresh(Path(output_dir) / "rows.jsonl")
     begin = time.perf_counter()
     rows = _measure(run, model, tokenizer, rows_path, console, begin + time_limit_seconds)

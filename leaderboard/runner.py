@@ -4,12 +4,12 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
 
 from kvzip_press import __version__, answer, get_press, prefill
+from kvzip_press.compat import TRANSFORMERS_VERSION
 from kvzip_press.leaderboard.plan import PressSpec, Run, Work
 from kvzip_press.leaderboard.results import Row
 from kvzip_press.leaderboard.task import Question
@@ -58,7 +58,7 @@ def provenance(model: Any) -> dict[str, str]:
     return {
         "kvzip_press": __version__,
         "torch": str(torch.__version__),
-        "transformers": version("transformers"),
+        "transformers": str(TRANSFORMERS_VERSION),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": str(parameter.device),
@@ -96,12 +96,13 @@ class _Loop:
         ]
 
     def _cells(self, done: Prefill, spec: PressSpec) -> Iterator[_Cell]:
-        scores: Scores | None = None
-        score_seconds = 0.0
+        shared: tuple[Scores, float] | None = None
         for ratio in self.run.ratios(spec):
-            if scores is None or scores.counts is not None:  # a press that decides its own budget has its own scores
-                scores, score_seconds = self._timed(self.presses[spec.label, ratio].score, done)
-            if scores.counts is None:
+            scores, score_seconds = shared or self._timed(self.presses[spec.label, ratio].score, done)
+            if (
+                scores.counts is None
+            ):  # else the press decided its own budget, and its scores are good for this ratio only
+                shared = scores, score_seconds
                 self.any_ratio.add(spec.label)
             cache, evict_seconds = self._timed(done.evict, scores, ratio)
             yield _Cell(spec, ratio, cache, score_seconds, evict_seconds)
@@ -147,4 +148,3 @@ class _Loop:
         value = function(*arguments)
         synchronize(device)
         return value, time.perf_counter() - begin
-

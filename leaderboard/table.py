@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.table import Table
 
 from kvzip_press.leaderboard.summary import Cell
 
 _CAPTION = (
-    "Mean over contexts. Prefill is one forward that all presses share; compress is scoring and evicting; "
-    "answer is one question read and answered."
+    "Means over contexts. Prefill is one forward that all presses share, those that watch it included; compress is "
+    "scoring and evicting; answer is one question read and answered."
 )
 
 
@@ -19,9 +20,15 @@ def results_table(cells: Sequence[Cell], title: str = "") -> Table:
         cells: From `summarise`, drawn in their order.
         title: Stands above.
     """
-    table = Table(title=title or None, caption=_CAPTION if cells else "no rows", header_style="bold")
-    table.add_column("press")
-    for name in ("removed", "accuracy", "kept", "MB", "prefill s", "compress s", "answer s"):
+    table = Table(
+        title=title or None,
+        caption=_CAPTION if cells else "no rows",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+    )
+    table.add_column("press", min_width=12, overflow="fold")
+    for name in ("removed", "accuracy", "kept", "cache\nMB", "prefill\ns", "compress\ns", "answer\ns"):
         table.add_column(name, justify="right", no_wrap=True)
     above = None
     for cell in cells:

@@ -64,6 +64,7 @@ compactor = Recipe(("CompactorPress",))
 criticaladakv_expected_attention = Recipe(("CriticalAdaKVPress", "ExpectedAttentionPress"))
 criticalkv_snapkv = Recipe(("CriticalKVPress", "SnapKVPress"))
 cur = Recipe(("CURPress",))
+#: Here the ratio is the fraction of heads that keep only the sink and the recent tokens.
 duo_attention = Recipe(("DuoAttentionPress",), ratio="head_compression_ratio")
 expected_attention = Recipe(("ExpectedAttentionPress",))
 keydiff = Recipe(("KeyDiffPress",))

@@ -45,7 +45,8 @@ class HeadScores(Scores):
         allocation = self.allocation if allocation is None else allocation
         counts = None
         if allocation == "head":
-            n_kept = torch.tensor([kvpress().utils.compute_n_kept(length, ratio) for length in self.lengths])
+            utils = kvpress().utils
+            n_kept = torch.tensor([utils.compute_n_kept(length, ratio) for length in self.lengths])
             counts = {
                 layer_idx: n_kept[:, None].expand(-1, scores.shape[1]).to(scores.device)
                 for layer_idx, scores in self.layers.items()
@@ -64,11 +65,8 @@ def keep_scores(prefill: Prefill, rows: Rows, compression_ratio: float) -> Score
     layers = _spread(prefill, rows)
     counts = {layer_idx: kept.sum(dim=-1).long() for layer_idx, kept in layers.items()}
     if math.isnan(compression_ratio):
-        kept, pairs = (
-            sum(int(count.sum()) for count in counts.values()),
-            sum(row.numel() for r in rows.values() for row in r),
-        )
-        compression_ratio = 1 - kept / pairs
+        pairs = sum(row.numel() for layer in rows.values() for row in layer)
+        compression_ratio = 1 - sum(int(count.sum()) for count in counts.values()) / pairs
     return Scores(layers, torch.zeros_like(prefill.valid), compression_ratio, "head", counts=counts)
 
 

@@ -45,15 +45,14 @@ class LayerRow:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         batch, n = hidden_states.shape[:2]
         cache: Any = kwargs["past_key_values"] if "past_key_values" in kwargs else kwargs["past_key_value"]
-        layer: Any = cache.layers[module.layer_idx]
-        if not isinstance(layer, compat.DynamicLayer) or layer.get_seq_length() != n:
-            raise InvalidArgumentError(f"expected a dense cache layer of just the {n} tokens read, got {type(layer)}")
-        pairs: Any = layer
+        layer = cache.layers[module.layer_idx]
+        if not (issubclass(type(layer), compat.DynamicLayer) and layer.keys.shape[2] == n):
+            raise InvalidArgumentError(f"expected a dense cache layer of just the {n} tokens read, got {layer}")
         call = {**kwargs, "hidden_states": hidden_states}
         rows = []
         for row in range(batch):
             own = {**_row_of(call, row, batch), "cache_position": torch.arange(n, device=hidden_states.device)}
-            keys, values = pairs.keys[row : row + 1], pairs.values[row : row + 1]
+            keys, values = layer.keys[row : row + 1], layer.values[row : row + 1]
             rows.append(cls(module, keys, values, own, _row_of(output, row, batch)))
         return rows
 

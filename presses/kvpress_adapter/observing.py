@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 from kvzip_press.models import attention_layers, full_attention_layers, text_decoder
 from kvzip_press.presses.kvpress_adapter.layer_rows import LayerRow
 from kvzip_press.presses.kvpress_adapter.module_state import presses_in
@@ -17,15 +17,24 @@ if TYPE_CHECKING:
     from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress
     from kvzip_press.scores import Scores
 
-#: What kvpress raises for input that a press does not take.
-REFUSALS = (AssertionError, ValueError, KeyError, NotImplementedError)
+#: What presses raise for a model or an input that they do not take (OSError: no tokenizer or weights to be had).
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+)
 
 
 class KvpressObserver:
     """Runs one kvpress press over one forward; one that acts in its own context only looks whether it is a first turn.
 
-    A press that refuses (a context shorter than its window, say) does not break the forward, whose cache is the user's:
-    :meth:`rows` raises instead.
+    A press that fails (for a context shorter than its window, say) does not break the forward, whose cache is the
+    user's: :meth:`rows` raises instead.
 
     Args:
         press: The press.
@@ -36,15 +45,15 @@ class KvpressObserver:
         self._press, self._model = press, model
         self._handles: list[Any] = []
         self._rows: dict[int, list[torch.Tensor]] = {}
-        self._refusal: Exception | None = None
+        self._runs: list[Any] = []  # a copy of the press for each row, which may keep state from layer to layer
         self._ratio_reads: list[str] = []
+        self._failure: Exception | None = None
 
     def __enter__(self) -> KvpressObserver:
         watched = [] if self._press.is_native else full_attention_layers(self._model)
         if watched:
-            self._run = self._press.prepared(self._model)
-            self._ratio_reads = watch_ratio(self._run) if self._press.is_scorer else []
-            self._rotary_emb = getattr(text_decoder(self._model), "rotary_emb", None)
+            self._runs = [self._new_run()]
+        self._rotary_emb = getattr(text_decoder(self._model), "rotary_emb", None)
         first = attention_layers(self._model)[0].module
         self._handles = [first.register_forward_pre_hook(self._check, with_kwargs=True)]
         self._handles += [layer.module.register_forward_hook(self._look, with_kwargs=True) for layer in watched]
@@ -53,7 +62,7 @@ class KvpressObserver:
     def __exit__(self, *exc: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._run = [], None
+        self._handles, self._runs = [], []
 
     @property
     def any_ratio(self) -> bool:
@@ -66,8 +75,8 @@ class KvpressObserver:
         Raises:
             InvalidArgumentError: The press refused.
         """
-        if self._refusal is not None:
-            raise self._refusal
+        if self._failure is not None:
+            raise self._failure
         return self._rows
 
     def scores(self, prefill: Prefill) -> Scores:
@@ -82,26 +91,31 @@ class KvpressObserver:
 
     @torch.no_grad()
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._refusal is not None:
+        if self._failure is not None:
             return
         layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
+        look = LayerRow.score if self._press.is_scorer else LayerRow.keep
         try:
             rows = LayerRow.split(module, args, kwargs, output)
-            if self._press.is_scorer:
-                self._rows[layer_idx] = [row.score(self._run, self._rotary_emb) for row in rows]
-            else:
-                self._rows[layer_idx] = [row.keep(self._run, self._rotary_emb) for row in rows]
-        except REFUSALS as error:
-            self._refusal = refusal(self._press, error, f" in layer {layer_idx}")
+            self._runs += [self._new_run() for _ in rows[len(self._runs) :]]
+            self._rows[layer_idx] = [
+                look(row, run, self._rotary_emb) for row, run in zip(rows, self._runs, strict=True)
+            ]
+        except Exception as error:  # noqa: BLE001  # kept for rows(): half a forward would leave half a cache
+            self._failure = as_ours(self._press, error, f" in layer {layer_idx}").with_traceback(None)
+
+    def _new_run(self) -> Any:
+        run = self._press.prepared(self._model)
+        if self._press.is_scorer:
+            watch_ratio(run, self._ratio_reads)
+        return run
 
 
-def refusal(press: RaggedPress, error: Exception, where: str = "") -> InvalidArgumentError:
-    """A refusal of kvpress's own as an error of ours, with its message."""
-    if isinstance(error, InvalidArgumentError):
+def as_ours(press: RaggedPress, error: Exception, where: str = "") -> Exception:
+    """A refusal of kvpress's own as an error of ours, with its message; any other error as it is."""
+    if isinstance(error, KVzipPressError) or not isinstance(error, REFUSALS):
         return error
-    ours = InvalidArgumentError(f"{press!r} refused{where}: {type(error).__name__}: {error}")
-    ours.__cause__ = error.with_traceback(None)  # whose frames would keep a layer's tensors alive
-    return ours
+    return InvalidArgumentError(f"{press!r} refused{where}: {type(error).__name__}: {error}")
 
 
 def later_turn(press: RaggedPress, seen: int) -> str:
@@ -112,9 +126,8 @@ def later_turn(press: RaggedPress, seen: int) -> str:
     )
 
 
-def watch_ratio(press: Any) -> list[str]:
-    """Makes a press (a copy for one run), or one inside it, note in the list when it looks at its compression ratio."""
-    reads: list[str] = []
+def watch_ratio(press: Any, reads: list[str]) -> None:
+    """Makes a press (a copy for one run) and those inside it note in ``reads`` a look at their compression ratio."""
     for one in presses_in(press):
         cls: Any = type(one)
 
@@ -124,4 +137,3 @@ def watch_ratio(press: Any) -> list[str]:
             return cls.__getattribute__(self, name)
 
         one.__class__ = type(cls)(cls.__name__, (cls,), {"__getattribute__": get, "__module__": cls.__module__})
-    return reads

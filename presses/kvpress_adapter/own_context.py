@@ -17,7 +17,7 @@ from kvzip_press.models import attention_layers, full_attention_layers, text_dec
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
 from kvzip_press.presses.kvpress_adapter.keep_masks import Pairs, kept_pairs
 from kvzip_press.presses.kvpress_adapter.module_state import untouched_model
-from kvzip_press.presses.kvpress_adapter.observing import REFUSALS, refusal
+from kvzip_press.presses.kvpress_adapter.observing import REFUSALS, as_ours
 
 if TYPE_CHECKING:
     from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress
@@ -50,23 +50,29 @@ def run_native(
     decoder: Any = text_decoder(model)
     cache = compat.DynamicCache(config=decoder.config)
     dense: dict[int, Pairs] = {}
-    try:
-        with untouched_model(model), _path_of(model, press.press, tokenizer), _dense_pairs(model, cache, dense):
+    with untouched_model(model), _path_of(model, press.press, tokenizer), _dense_pairs(model, cache, dense):
+        try:
             with press.prepared(model)(model):
                 decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
-            return {
-                layer.layer_idx: [_kept(layer.module, dense[layer.layer_idx], cache.layers[layer.layer_idx], press)]
-                for layer in full_attention_layers(model)
-            }
-    except (*REFUSALS, OSError) as error:  # OSError: no tokenizer, or no weights to be had
-        raise refusal(press, error) from error
+        except REFUSALS as error:
+            raise as_ours(press, error) from error
+        if isinstance(press.press, kvpress().KVComposePress):
+            _forget_replay(cache, input_ids.shape[1])
+        return {
+            layer.layer_idx: [_kept(layer.module, dense[layer.layer_idx], cache.layers[layer.layer_idx], press)]
+            for layer in full_attention_layers(model)
+        }
 
 
 def _kept(module: nn.Module, dense: Pairs, layer: Any, press: RaggedPress) -> torch.Tensor:
-    left = layer.keys, layer.values
-    if isinstance(press.press, kvpress().KVComposePress):  # which leaves what it replayed behind the context
-        left = layer.keys[:, :, : dense[0].shape[2]], layer.values[:, :, : dense[0].shape[2]]
-    return kept_pairs(dense, left, getattr(module, "masked_key_indices", None), type(press.press).__name__)
+    masked = getattr(module, "masked_key_indices", None)
+    return kept_pairs(dense, (layer.keys, layer.values), masked, type(press.press).__name__)
+
+
+def _forget_replay(cache: Any, n: int) -> None:
+    """Without ``structured``, kvpress's KVCompose leaves what it replayed behind the context."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :n], layer.values[:, :, :n]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -15,7 +15,7 @@ from kvzip_press.press import Press
 from kvzip_press.presses.kvpress_adapter.head_scores import HeadScores, keep_scores
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
 from kvzip_press.presses.kvpress_adapter.module_state import fresh_copy
-from kvzip_press.presses.kvpress_adapter.observing import REFUSALS, KvpressObserver, later_turn, refusal
+from kvzip_press.presses.kvpress_adapter.observing import REFUSALS, KvpressObserver, as_ours, later_turn
 from kvzip_press.presses.kvpress_adapter.own_context import run_native
 from kvzip_press.presses.kvpress_adapter.refused import check_supported
 from kvzip_press.scores import Scores
@@ -44,13 +44,19 @@ class RaggedPress(Press):
     """
 
     press: Any
+    is_scorer: bool  # it only scores, and kvpress's own top-k does the rest
+    is_native: bool  # it acts in a context of its own instead of layer by layer
 
     def __init__(self, press: Any) -> None:
-        base = kvpress().BasePress
+        base, scorer = kvpress().BasePress, kvpress().ScorerPress
         if not isinstance(press, base):
             raise InvalidArgumentError(f"expected a press of kvpress, got {type(press).__name__}")
         check_supported(press, base)
         self.press = fresh_copy(press)
+        self.is_native = not _inherits(press, "__call__", base)
+        self.is_scorer = _inherits(press, "compress", scorer) and all(
+            _inherits(press, name, base) for name in ("forward_hook", "__call__")
+        )
         self._by_model: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         ratio = _nominal_ratio(press)
         if ratio is not None:
@@ -74,20 +80,6 @@ class RaggedPress(Press):
         ratio = _nominal_ratio(self.press)
         return math.nan if ratio is None else ratio
 
-    @property
-    def is_scorer(self) -> bool:
-        """Whether the press only scores, and kvpress's own top-k does the rest."""
-        base, scorer = kvpress().BasePress, kvpress().ScorerPress
-        return isinstance(self.press, scorer) and all(
-            getattr(type(self.press), name) is getattr(owner, name)
-            for name, owner in (("compress", scorer), ("forward_hook", base), ("__call__", base))
-        )
-
-    @property
-    def is_native(self) -> bool:
-        """Whether the press acts in a context of its own instead of layer by layer."""
-        return type(self.press).__call__ is not kvpress().BasePress.__call__
-
     def observer(self, model: nn.Module) -> KvpressObserver:
         """What watches a prefill."""
         return KvpressObserver(self, model)
@@ -105,13 +97,12 @@ class RaggedPress(Press):
             alone = [run_native(self, prefill.model, ids, prefill.tokenizer) for ids in self._ids_of_rows(prefill)]
             return keep_scores(prefill, _joined(alone), self.compression_ratio)
         if bool(prefill.valid.all()):
-            observers = [prefill.observed(self)]
+            observers = [cast("KvpressObserver", prefill.observed(self))]
         else:
             observers = [self._watched(prefill.model, ids) for ids in self._ids_of_rows(prefill)]
-        assert all(isinstance(observer, KvpressObserver) for observer in observers)
-        rows = _joined([observer.rows() for observer in observers])  # type: ignore[attr-defined]
+        rows = _joined([observer.rows() for observer in observers])
         if self.is_scorer:
-            any_ratio = all(observer.any_ratio for observer in observers)  # type: ignore[attr-defined]
+            any_ratio = all(observer.any_ratio for observer in observers)
             return HeadScores.of(prefill, rows, self.compression_ratio, any_ratio=any_ratio)
         return keep_scores(prefill, rows, self.compression_ratio)
 
@@ -125,19 +116,23 @@ class RaggedPress(Press):
         try:
             press.post_init_from_model(model)
         except REFUSALS as error:
-            raise refusal(self, error) from error
+            raise as_ours(self, error) from error
         self._by_model[model] = fresh_copy(press)  # so that weights are loaded once
         return press
 
-    def _watched(self, model: nn.Module, input_ids: torch.Tensor) -> Any:
+    def _watched(self, model: nn.Module, input_ids: torch.Tensor) -> KvpressObserver:
         done = run_prefill(model, input_ids, torch.ones_like(input_ids, dtype=torch.bool), observers=[self])
-        return done.observers[self]
+        return cast("KvpressObserver", done.observers[self])
 
     def _ids_of_rows(self, prefill: Prefill) -> list[torch.Tensor]:
         """``[1, n]`` ids of each row without its padding."""
         if prefill.input_ids is None:
             raise InvalidArgumentError(f"expected input_ids: {self!r} reads the context again, got inputs_embeds only")
         return [ids[valid][None] for ids, valid in zip(prefill.input_ids, prefill.valid, strict=True)]
+
+
+def _inherits(press: Any, method: str, owner: Any) -> bool:
+    return getattr(type(press), method) is getattr(owner, method)
 
 
 def _nominal_ratio(press: Any) -> float | None:

@@ -175,7 +175,6 @@ def tokenizer(converted: Path) -> Any:
 
 
 @pytest.mark.embedded
-@pytest.mark.slow
 def test_the_weights_are_those_of_the_gguf(converted: Path) -> None:
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -200,7 +199,6 @@ def test_the_weights_are_those_of_the_gguf(converted: Path) -> None:
 
 
 @pytest.mark.embedded
-@pytest.mark.slow
 def test_the_model_answers(converted: Path, tokenizer: Any) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -220,7 +218,6 @@ def test_the_model_answers(converted: Path, tokenizer: Any) -> None:
 
 
 @pytest.mark.embedded
-@pytest.mark.slow
 def test_special_tokens_have_their_names_and_single_ids(tokenizer: Any) -> None:
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
         "<|im_start|>",
@@ -236,7 +233,6 @@ def test_special_tokens_have_their_names_and_single_ids(tokenizer: Any) -> None:
 
 
 @pytest.mark.embedded
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -256,7 +252,6 @@ def test_text_comes_back_whole(tokenizer: Any, text: str) -> None:
 
 
 @pytest.mark.embedded
-@pytest.mark.slow
 def test_digits_are_tokens_of_their_own_and_a_chat_is_framed(tokenizer: Any) -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("x1234")) == ["x", "1", "2", "3", "4"]
     chat = tokenizer.apply_chat_template(

@@ -133,7 +133,7 @@ def test_low_precision(dtype, keep_masks) -> None:
 
 
 def test_generate_after_the_context_manager(keep_masks) -> None:
-    """A cache compressed in place serves `model.generate(full_ids, past_key_values=cache)` after the press has ended."""
+    """A cache compressed in place serves `model.generate(full_ids, past_key_values=cache)` when the press has ended."""
     model, cache = tiny_model(), DynamicCache()
     model.generation_config.eos_token_id = None
     ids, question = token_ids(1, N_CONTEXT), token_ids(1, 6, seed=1)

@@ -57,7 +57,7 @@ def test_dtype_goes_by_its_new_and_its_old_name(directory: Path, name: str, dtyp
 
 def test_two_names_for_dtype_that_disagree_are_refused(directory: Path) -> None:
     load_model(str(directory), dtype=torch.float16, torch_dtype=torch.float16)
-    with pytest.raises(InvalidArgumentError, match="expected one dtype, got dtype=torch.float16 and torch_dtype=auto"):
+    with pytest.raises(InvalidArgumentError, match="expected one dtype"):
         load_model(str(directory), dtype=torch.float16, torch_dtype="auto")
 
 

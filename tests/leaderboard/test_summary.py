@@ -81,7 +81,7 @@ def test_the_table_shows_every_cell_and_says_when_there_is_none(make_row: MakeRo
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_figures_are_whole_on_a_narrow_terminal(make_row: MakeRow, width: int) -> None:
-    rows = [make_row(press="AdaKV(ExpectedAttention)", sample_id=str(i), score=i) for i in range(2)]
+    rows = [make_row(press="AdaKV (ExpectedAttention)", sample_id=str(i), score=i) for i in range(2)]
     assert "0.50 ± 0.50" in text_of(summarise(rows), width)
 
 

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, DynamicCache
 from kvzip_press import KVzipPress, RaggedCache, compress, prefill
 from kvzip_press.chat import encode
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.models import full_attention_layers, text_decoder
+from kvzip_press.models import attention_layers, full_attention_layers, text_decoder
 from kvzip_press.prefilling import run_prefill
 from kvzip_press.presses.kvzip import FIRST_PROMPT, NEXT_PROMPT
 from kvzip_press.testing import ByteTokenizer, tiny_model
@@ -36,86 +36,74 @@ def replay_ids(ids: torch.Tensor, start: int, end: int) -> list[int]:
     return [*encode(TOKENIZER, prompt), *before, *encode(TOKENIZER, "\n"), *ids[0, start:end].tolist()]
 
 
-def oracle(architecture, ids, chunk_size, *, local=False, plus=False):
-    """Scores straight from the formula: one dense eager forward over context and replay, one plain softmax a layer."""
-    seen = {}
+def visible(n: int, q: int, chunk: tuple[int, int] | None, window: int | None) -> torch.Tensor:
+    """Bool ``[n + q, n + q]``: causal, in a window; a replay about one ``chunk`` sees only that and the prefix."""
+    i, j = torch.arange(n + q)[:, None], torch.arange(n + q)[None]
+    seen = (j <= i) & (i - j < (window or n + q))
+    if chunk is None:
+        return seen
+    about = (j < PREFIX) | ((j >= chunk[0]) & (j < chunk[1])) | (j >= n)
+    return seen & (about | (i < n))
+
+
+def attention_inputs(model, sequence, full_mask, sliding_mask):
+    """``layer_idx -> (query, key, value, scaling, softcap, hidden_states)`` of one dense plain-attention forward."""
+    inputs, hidden = {}, {}
+    full = {layer.layer_idx for layer in full_attention_layers(model)}
 
     def attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
-        n_rep = query.shape[1] // key.shape[1]
-        keys, values = key.repeat_interleave(n_rep, 1), value.repeat_interleave(n_rep, 1)
-        logits = query @ keys.transpose(2, 3) * scaling
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        # A forward without a cache: both masks of a hybrid model arrive built for the whole sequence.
-        seen[module.layer_idx] = (query, key, value, scaling, softcap)
-        return ((logits + attention_mask).softmax(-1) @ values).transpose(1, 2), None
+        inputs[module.layer_idx] = (query, key, value, scaling, softcap, hidden[module.layer_idx])
+        groups = query.shape[1] // key.shape[1]
+        logits = capped(query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling, softcap)
+        mask = full_mask if module.layer_idx in full else sliding_mask
+        weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+        return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2), None
 
-    AttentionInterface.register("kvzip_oracle", attention)
-    model = tiny_model(architecture, initializer_range=0.2)
-    layers = full_attention_layers(model)
-    hidden = {}
-    for layer in layers:
+    name = f"kvzip_oracle_{id(attention)}"
+    AttentionInterface.register(name, attention)
+    for layer in attention_layers(model):
+        layer.module.config._attn_implementation = name
         layer.module.register_forward_pre_hook(
-            lambda module, args, kwargs: hidden.update({module.layer_idx: kwargs.get("hidden_states", args)}),
-            with_kwargs=True,
+            lambda module, args, kwargs: hidden.update({module.layer_idx: kwargs["hidden_states"]}), with_kwargs=True
         )
+    with torch.no_grad():
+        text_decoder(model)(input_ids=sequence, use_cache=False)
+    return {layer_idx: inputs[layer_idx] for layer_idx in sorted(full)}
+
+
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def formula(inputs, n: int, start: int, end: int, o_proj: torch.Tensor | None = None) -> torch.Tensor:
+    """Facts of the paper in one softmax: prefix, chunk and causal replay as keys; the most a chunk's key gets."""
+    query, key, value, scaling, softcap, hidden = inputs
+    q, groups = query.shape[2] - n, query.shape[1] // key.shape[1]
+    columns = torch.cat([torch.arange(PREFIX), torch.arange(start, end), torch.arange(n, n + q)])
+    keys = key[:, :, columns].repeat_interleave(groups, 1)
+    logits = capped(query[:, :, n:] @ keys.transpose(2, 3) * scaling, softcap)
+    logits[..., -q:] += torch.full((q, q), -torch.inf).triu(1)
+    weights = logits.softmax(-1)[..., PREFIX : PREFIX + end - start]
+    if o_proj is not None:
+        per_head = o_proj.view(-1, query.shape[1], value.shape[-1])
+        projected = torch.einsum("ohd,bhtd->bhto", per_head, value[:, :, start:end].repeat_interleave(groups, 1))
+        weights = weights * projected.norm(dim=-1)[:, :, None] / hidden[:, n:].norm(dim=-1)[:, None, :, None]
+    return weights.unflatten(1, (-1, groups)).amax(dim=(2, 3))
+
+
+def oracle(architecture, ids, chunk_size, *, local=False, plus=False):
+    """Scores straight from the formula: for each chunk one dense forward over context and replay."""
     n = ids.shape[1]
-    scores = {layer.layer_idx: torch.zeros(1, 2, n) for layer in layers}
+    scores: dict[int, torch.Tensor] = {}
     for start in range(PREFIX, n, chunk_size):
         end = min(start + chunk_size, n)
         replayed = torch.tensor([replay_ids(ids, start, end)])
-        sequence, q = torch.cat([ids, replayed], 1), replayed.shape[1]
-        i, j = torch.arange(n + q)[:, None], torch.arange(n + q)[None]
-        full = j <= i
-        if local:
-            hidden_part = (i >= n) & (j < n) & ~((j < PREFIX) | ((j >= start) & (j < end)))
-            full = full & ~hidden_part
-        window = full & (i - j < (getattr(model.config, "sliding_window", None) or n + q))
-        if local:
-            window = (j <= i) & (i - j < (getattr(model.config, "sliding_window", None) or n + q))
-        additive = {
-            kind: torch.zeros(1, 1, n + q, n + q).masked_fill(~mask, -torch.inf)
-            for kind, mask in (("full_attention", full), ("sliding_attention", window))
-        }
-        for config in {id(layer.module.config): layer.module.config for layer in layers}.values():
-            config._attn_implementation = "kvzip_oracle"
-        is_full = {layer.layer_idx for layer in layers}
-        handles = [
-            block.self_attn.register_forward_pre_hook(
-                lambda module, args, kwargs: (
-                    args,
-                    {
-                        **kwargs,
-                        "attention_mask": additive[
-                            "full_attention" if module.layer_idx in is_full else "sliding_attention"
-                        ],
-                    },
-                ),
-                with_kwargs=True,
-            )
-            for block in text_decoder(model).layers
-        ]
-        with torch.no_grad():
-            text_decoder(model)(input_ids=sequence, use_cache=False)
-        for handle in handles:
-            handle.remove()
-        for layer_idx in scores:
-            query, key, value, scaling, softcap = seen[layer_idx]
-            query = query[:, :, n:]
-            columns = torch.cat([torch.arange(PREFIX), torch.arange(start, end), torch.arange(n, n + q)])
-            keys = key[:, :, columns].repeat_interleave(query.shape[1] // key.shape[1], 1)
-            logits = query @ keys.transpose(2, 3) * scaling
-            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-            causal = torch.ones(q, q, dtype=torch.bool).tril()
-            logits[..., -q:] = logits[..., -q:].masked_fill(~causal, -torch.inf)
-            weights = logits.softmax(-1)[..., PREFIX : PREFIX + end - start]
-            if plus:
-                module = next(layer.module for layer in layers if layer.layer_idx == layer_idx)
-                dim = value.shape[-1]
-                per_head = module.o_proj.weight.view(-1, query.shape[1], dim)
-                values = value[:, :, start:end].repeat_interleave(query.shape[1] // value.shape[1], 1)
-                norms = torch.einsum("ohd,bhtd->bhto", per_head, values).norm(dim=-1)
-                weights = weights * norms[:, :, None] / hidden[layer_idx][:, n:].norm(dim=-1)[:, None, :, None]
-            scores[layer_idx][:, :, start:end] = weights.view(1, 2, -1, *weights.shape[2:]).amax(dim=(2, 3))
+        model, q = tiny_model(architecture, initializer_range=0.2), replayed.shape[1]
+        window = getattr(model.config, "sliding_window", None)
+        masks = visible(n, q, (start, end) if local else None, None), visible(n, q, None, window)
+        for layer_idx, inputs in attention_inputs(model, torch.cat([ids, replayed], 1), *masks).items():
+            o_proj = text_decoder(model).layers[layer_idx].self_attn.o_proj.weight if plus else None
+            scores.setdefault(layer_idx, torch.zeros(1, 2, n))[:, :, start:end] = formula(inputs, n, start, end, o_proj)
     return scores
 
 
@@ -187,40 +175,12 @@ def test_later_turn_is_scored_against_the_ragged_cache() -> None:
         model(ids[:, 40:], past_key_values=cache)
     second = scored[1][1]
     assert second.protected.sum() == 0
-    dense = prefilled(tiny_model(), ids)
-    captured = KVzipPress(0.0).score(dense)  # one chunk over the whole; only the shapes and the law below are used
-    assert captured.layers[0].shape[-1] == 60
-    n_context = RaggedCache.of(cache).layers[0].n_context
-    assert n_context == 60 and RaggedCache.of(cache).kept_fraction == 1.0
-    chunk = torch.tensor([[*encode(TOKENIZER, FIRST_PROMPT), *encode(TOKENIZER, "\n"), *ids[0, 40:].tolist()]])
-    expected = _second_turn_oracle(ids, chunk)
+    assert RaggedCache.of(cache).layers[0].n_context == 60 and RaggedCache.of(cache).kept_fraction == 1.0
+    replayed = torch.tensor([[*encode(TOKENIZER, FIRST_PROMPT), *encode(TOKENIZER, "\n"), *ids[0, 40:].tolist()]])
+    masks = (visible(60, replayed.shape[1], None, None),) * 2
+    inputs = attention_inputs(tiny_model(), torch.cat([ids, replayed], 1), *masks)
     for layer_idx, values in second.layers.items():
-        torch.testing.assert_close(values, expected[layer_idx], atol=1e-5, rtol=0)
-
-
-def _second_turn_oracle(ids, replayed):
-    seen = {}
-
-    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        keys, values = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
-        n = query.shape[2]
-        causal = torch.full((n, n), -torch.inf).triu(1)
-        seen[module.layer_idx] = (query, key, scaling)
-        return ((query @ keys.transpose(2, 3) * scaling + causal).softmax(-1) @ values).transpose(1, 2), None
-
-    AttentionInterface.register("kvzip_oracle_turn", attention)
-    model, n = tiny_model(), ids.shape[1]
-    model.config._attn_implementation = "kvzip_oracle_turn"
-    with torch.no_grad():
-        model.model(torch.cat([ids, replayed], 1), use_cache=False)
-    scores, q = {}, replayed.shape[1]
-    for layer_idx, (query, key, scaling) in seen.items():
-        columns = torch.cat([torch.arange(PREFIX), torch.arange(40, n), torch.arange(n, n + q)])
-        logits = query[:, :, n:] @ key[:, :, columns].repeat_interleave(2, 1).transpose(2, 3) * scaling
-        logits[..., -q:] += torch.full((q, q), -torch.inf).triu(1)
-        weights = logits.softmax(-1)[..., PREFIX : PREFIX + n - 40]
-        scores[layer_idx] = weights.view(1, 2, 2, q, -1).amax(dim=(2, 3))
-    return scores
+        torch.testing.assert_close(values, formula(inputs[layer_idx], 60, 40, 60), atol=1e-5, rtol=0)
 
 
 def test_without_a_tokenizer_the_replay_has_no_prompt(caplog) -> None:

@@ -1,4 +1,4 @@
-"""Bytes held = bytes kept, at 8k tokens, for our presses and for kvpress's that only mask keys when used by themselves."""
+"""Bytes held = bytes kept, at 8k tokens, for our presses and for those of kvpress that by themselves only mask keys."""
 
 from __future__ import annotations
 

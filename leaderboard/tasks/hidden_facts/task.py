@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.metrics import substring_match
 from kvzip_press.leaderboard.prose import filler_sentences
 from kvzip_press.leaderboard.task import Question, Sample, TokenCounter, approximate_tokens
@@ -26,6 +27,10 @@ class HiddenFactsTask:
     n_keys: int = 4
     max_new_tokens: int = 4
     name: str = "hidden_facts"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_keys <= len(_NAMES):
+            raise InvalidArgumentError(f"expected n_keys in 1..{len(_NAMES)}, got {self.n_keys}")
 
     def samples(
         self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens

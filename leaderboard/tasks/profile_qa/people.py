@@ -125,3 +125,6 @@ ATTRIBUTES = (
         ("tennis", "rowing", "golf", "hockey", "chess", "boxing", "sailing", "fencing", "skiing", "rugby"),
     ),
 )
+
+MAX_PEOPLE = min(len(attribute.values) for attribute in ATTRIBUTES)
+"""People on one page, each with a value of their own in every attribute."""

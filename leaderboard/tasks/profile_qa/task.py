@@ -4,10 +4,11 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.metrics import substring_match
 from kvzip_press.leaderboard.prose import filler_sentences
 from kvzip_press.leaderboard.task import Question, Sample, TokenCounter, approximate_tokens
-from kvzip_press.leaderboard.tasks.profile_qa.people import ATTRIBUTES, NAMES, Attribute
+from kvzip_press.leaderboard.tasks.profile_qa.people import ATTRIBUTES, MAX_PEOPLE, NAMES, Attribute
 
 
 @dataclass(frozen=True)
@@ -15,15 +16,23 @@ class ProfileQATask:
     """A page about ``n_people`` invented people with ``n_attributes`` facts each; every fact is asked for.
 
     Attributes:
-        n_people: People a page (1..24), a paragraph each; who it is about must be kept apart.
+        n_people: People a page (1..10), a paragraph each; nobody shares a value with another.
         n_attributes: Facts a person (1..10).
         max_new_tokens: Bound of an answer; it is one word or name.
     """
 
     n_people: int = 2
     n_attributes: int = 4
-    max_new_tokens: int = 4
+    max_new_tokens: int = 3
     name: str = "profile_qa"
+
+    def __post_init__(self) -> None:
+        for name, given, most in (
+            ("n_people", self.n_people, MAX_PEOPLE),
+            ("n_attributes", self.n_attributes, len(ATTRIBUTES)),
+        ):
+            if not 1 <= given <= most:
+                raise InvalidArgumentError(f"expected {name} in 1..{most}, got {given}")
 
     def samples(
         self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens

@@ -43,7 +43,7 @@ def tiny_model(tokenizer_folder: Path) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of words on disk, without a chat template."""
+    """A tokenizer of words on disk, with a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -51,7 +51,11 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="w0").save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    tokenizer.chat_template = (
+        "w391 w392 {{ messages[0]['content'] }} w393{% if add_generation_prompt %} w394{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -95,7 +99,7 @@ def as_kvpress_patches(kvpress: Any) -> Callable[[], Any]:
 
 
 @pytest.fixture
-def make_press(kvpress: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:  # noqa: C901  # a table
+def make_press(kvpress: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A kvpress press by class name, at ratio 0.6 where it has one; those that load weights get small random ones."""
 
     def random(*shape: int) -> torch.Tensor:
@@ -136,14 +140,8 @@ def make_press(kvpress: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
         monkeypatch.setattr(kvpress.DuoAttentionPress, "load_attention_pattern", staticmethod(lambda model: pattern))
         return kvpress.DuoAttentionPress(head_compression_ratio=compression_ratio)
 
-    def window(name: str) -> Callable[..., Any]:
-        return lambda **options: getattr(kvpress, name)(window_size=16, **options)
-
     def around(name: str, **own: Any) -> Callable[..., Any]:
         return lambda **options: getattr(kvpress, name)(press=kvpress.SnapKVPress(window_size=16, **options), **own)
-
-    def random_press(**options: Any) -> Any:
-        return kvpress.RandomPress(seed=5, **options)
 
     special: dict[str, Callable[..., Any]] = {
         "AdaKVPress": around("AdaKVPress"),
@@ -166,11 +164,11 @@ def make_press(kvpress: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
         "PerLayerCompressionPress": lambda **options: kvpress.PerLayerCompressionPress(
             kvpress.KnormPress(), [0.9, 0.6, 0.3]
         ),
-        "PyramidKVPress": window("PyramidKVPress"),
+        "PyramidKVPress": lambda **options: kvpress.PyramidKVPress(window_size=4, beta=4, **options),
         "QFilterPress": qfilter,
-        "RandomPress": random_press,
+        "RandomPress": lambda **options: kvpress.RandomPress(seed=5, **options),
         "SimLayerKVPress": lambda **options: kvpress.SimLayerKVPress(lazy_threshold=0.18, n_recent=40),
-        "SnapKVPress": window("SnapKVPress"),
+        "SnapKVPress": lambda **options: kvpress.SnapKVPress(window_size=16, **options),
     }
 
     def make(name: str, compression_ratio: float = 0.6) -> Any:

@@ -244,3 +244,33 @@ def test_a_press_of_the_users_own_is_run_like_any_other(
         assert mask.nonzero()[:, 1].tolist() == [*range(0, 60, 2)] * 2
     with pytest.raises(InvalidArgumentError, match="Scaling changes keys or values"):
         scaling.score(done)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("selected index k out of range"), TypeError("no layer_type")])
+def test_whatever_a_press_raises_comes_after_the_forward(
+    error: Exception, kvpress: Any, tiny_model: Any, context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(kvpress.KnormPress, "score", fail)
+    model, cache = tiny_model(), DynamicCache()
+    expected = InvalidArgumentError if isinstance(error, TypeError) else RuntimeError
+    with torch.no_grad(), RaggedPress(kvpress.KnormPress(0.5))(model), pytest.raises(expected, match=str(error)):
+        model(context(20), past_key_values=cache)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [20, 20, 20]
+
+
+def test_each_row_has_a_press_of_its_own(kvpress: Any, tiny_model: Any, context: Any) -> None:
+    class Remembering(kvpress.BasePress):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            self.seen = 0
+
+        def compress(self, module: Any, hidden_states: Any, keys: Any, values: Any, *rest: Any) -> Any:
+            self.seen += 1
+            return keys[:, :, self.seen :], values[:, :, self.seen :]
+
+    ragged = RaggedPress(Remembering())
+    done = read(tiny_model(), context(60, batch=2), ragged)
+    cache = done.evict(ragged.score(done))
+    assert [cache.seqlens(layer_idx).tolist() for layer_idx in range(3)] == [[[60 - i] * 2] * 2 for i in (1, 2, 3)]

