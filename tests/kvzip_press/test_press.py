@@ -127,6 +127,16 @@ def test_a_scorer_that_fails_leaves_the_users_cache_dense() -> None:
     assert cache.layers[0].keys.shape[2] == N and not is_attached(model)
 
 
+def test_every_sample_in_a_context_is_compressed() -> None:
+    """A press that stays open compresses each new cache to its budget, not only the first."""
+    model, press = tiny_model(), kvzip()
+    with torch.no_grad(), press(model):
+        for length in (N, 31, 44):
+            cache = RaggedCache.of(model(token_ids(1, length)).past_key_values)
+            kept = int(sum(layer.packed.seqlens.sum() for _, layer in cache.ragged_layers()))
+            assert kept == 24 + round(0.4 * 6 * (length - 4))
+
+
 def test_interleaved_caches_give_what_each_gives_alone() -> None:
     """Two contexts on one model, steps interleaved with an untouched dense cache, bit for bit."""
     model = tiny_model()

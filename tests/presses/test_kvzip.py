@@ -202,6 +202,24 @@ def test_whole_prefix_is_kept() -> None:
             assert positions[:PREFIX].tolist() == list(range(PREFIX))
 
 
+@pytest.mark.parametrize("kvzip_plus", [False, True])
+def test_prefix_is_protected_by_mask_and_not_by_a_score(kvzip_plus) -> None:
+    """KVzip+ scores exceed one, so a prefix that only had the score one would be evicted; here no head loses it."""
+    done = prefilled(tiny_model(initializer_range=1.0), token_ids(1, 45))
+    scores = KVzipPress(0.9, kvzip_plus=kvzip_plus).score(done)
+    assert (max(float(v.max()) for v in scores.layers.values()) > 1) == kvzip_plus
+    for layer_idx, _ in (cache := done.evict(scores)).ragged_layers():
+        assert all(p[:PREFIX].tolist() == list(range(PREFIX)) for p in cache.kept_positions(layer_idx)[0])
+
+
+def test_replay_computes_no_logits() -> None:
+    """Scoring runs the decoder only: the head, as large as the vocabulary, is never called."""
+    model = tiny_model()
+    done = prefilled(model, token_ids(1, 45))
+    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head was called"))
+    KVzipPress(0.5, chunk_size=16).score(done)
+
+
 def test_compress_equals_prefill_score_evict() -> None:
     """The one-call form and the three steps give the same cache."""
     model, press, context = tiny_model(), KVzipPress(0.6, chunk_size=16), "the quick brown fox jumps over it all"
