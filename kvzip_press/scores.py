@@ -43,6 +43,11 @@ class Scores:
             if not bool(torch.isfinite(values).all()):
                 raise InvalidArgumentError(f"expected finite scores, got NaN or infinity in layer {layer_idx}")
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether the press spent its budget itself, so that no other ratio can be asked of these scores."""
+        return self.counts is not None
+
     def with_policy(self, compression_ratio: float | None, allocation: str | None) -> Scores:
         """The same scores under another budget. None keeps the press's own.
 
@@ -53,7 +58,7 @@ class Scores:
         allocation = self.allocation if allocation is None else allocation
         if (ratio, allocation) == (self.compression_ratio, self.allocation):
             return self
-        if self.counts is not None:
+        if self.is_decided:
             raise InvalidArgumentError(
                 "this press decides its own budget: expected its "
                 f"compression_ratio={self.compression_ratio}, got {ratio} with allocation={allocation!r}"

@@ -39,6 +39,11 @@ class HeadScores(Scores):
             return scores
         return Scores(layers, protected, compression_ratio, "head", counts=scores.counts)
 
+    @property
+    def is_decided(self) -> bool:
+        """Never: the counts follow any ratio."""
+        return False
+
     def with_policy(self, compression_ratio: float | None, allocation: str | None) -> Scores:
         """The same scores at another ratio, or spent by the core over a layer or all layers."""
         ratio = check_compression_ratio(self.compression_ratio if compression_ratio is None else compression_ratio)
