@@ -21,5 +21,9 @@ class CacheMismatchError(KVzipPressError, RuntimeError):
     """A ragged cache met a model or an attention function that it was not made for."""
 
 
+class ModelNotFoundError(KVzipPressError, OSError):
+    """A model's files are neither on this machine nor reachable."""
+
+
 class MissingDependencyError(KVzipPressError, ImportError):
     """An optional package is needed, and is absent or of a version that does not work."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvzip_press.embedded import embedded_model_dir, find_gguf
-from kvzip_press.errors import InvalidArgumentError, KVzipPressError, MissingDependencyError
+from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,10 +24,6 @@ _TOKENIZER_OPTIONS = (
     "trust_remote_code",
 )
 logger = logging.getLogger(__name__)
-
-
-class ModelNotFoundError(KVzipPressError, OSError):
-    """No model of that name on disk, in the hub's cache or, where there is a network, on the hub."""
 
 
 def load_model(name_or_path: str, **from_pretrained_kwargs: Any) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

@@ -31,8 +31,9 @@ PRESSES = (
 COMPRESSION_RATIOS = (0.5, 0.7, 0.9)
 TASKS = (
     TaskSpec(get_task("hidden_facts", n_keys=4), n_contexts=8, length_tokens=450),
-    TaskSpec(get_task("profile_qa", n_people=1, n_attributes=8), n_contexts=4, length_tokens=450),
+    TaskSpec(get_task("profile_qa", n_people=1, n_attributes=8), n_contexts=5, length_tokens=450),
 )
+SEED = 17  # not one of those that the tasks were tried out with
 TIME_LIMIT_SECONDS = 300.0
 
 
@@ -55,7 +56,7 @@ def run_demo(
     output_dir: str | os.PathLike[str] = "outputs/demo",
     *,
     model_name: str = "smollm2",
-    seed: int = 0,
+    seed: int = SEED,
     tasks: tuple[TaskSpec, ...] = TASKS,
     time_limit_seconds: float = TIME_LIMIT_SECONDS,
     console: Console | None = None,

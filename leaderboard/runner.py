@@ -99,9 +99,7 @@ class _Loop:
         shared: tuple[Scores, float] | None = None
         for ratio in self.run.ratios(spec):
             scores, score_seconds = shared or self._timed(self.presses[spec.label, ratio].score, done)
-            if (
-                scores.counts is None
-            ):  # else the press decided its own budget, and its scores are good for this ratio only
+            if not scores.is_decided:
                 shared = scores, score_seconds
                 self.any_ratio.add(spec.label)
             cache, evict_seconds = self._timed(done.evict, scores, ratio)

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from kvzip_press import loading
-from kvzip_press.errors import InvalidArgumentError, KVzipPressError, MissingDependencyError
-from kvzip_press.loading import ModelNotFoundError, load_model
+from kvzip_press.errors import InvalidArgumentError, KVzipPressError, MissingDependencyError, ModelNotFoundError
+from kvzip_press.loading import load_model
 from kvzip_press.testing import tiny_model
 
 

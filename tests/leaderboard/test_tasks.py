@@ -21,12 +21,12 @@ every_task = pytest.mark.parametrize("name", sorted(TASKS))
 
 
 GOLDEN_QUESTIONS = [
-    ("What is the phone number of Carla?", ("797",)),
-    ("What is the phone number of Boris?", ("995",)),
+    ("What is the phone number of Carla?", ("97",)),
+    ("What is the phone number of Boris?", ("52",)),
 ]
 GOLDEN_CONTEXT = (
-    "The phone number of Boris is 995. In the quiet weeks of winter, the windows are opened wide and the smell of "
-    "fresh bread drifts through the lanes. The phone number of Carla is 797."
+    "The phone number of Carla is 97. A group of students likes to stop beside the ferry landing and look at the water "
+    "before going on. The phone number of Boris is 52."
 )
 
 
@@ -109,6 +109,7 @@ def test_two_people_of_a_page_never_share_a_value() -> None:
         ("profile_qa", {"n_keys": 3}, "n_keys"),
         ("hidden_facts", {"n_keys": 0}, "n_keys"),
         ("hidden_facts", {"n_keys": 25}, "n_keys"),
+        ("hidden_facts", {"n_digits": 1}, "n_digits"),
         ("profile_qa", {"n_attributes": 11}, "n_attributes"),
         ("profile_qa", {"n_people": 0}, "n_people"),
     ],

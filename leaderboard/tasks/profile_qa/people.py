@@ -30,9 +30,9 @@ class Attribute:
 ATTRIBUTES = (
     Attribute(
         "birthplace",
-        "{name} was born in {value} and still speaks of it often.",
+        "{name} was born in the city of {value} and still speaks of it often.",
         "Where was {name} born?",
-        "{name} was born in",
+        "{name} was born in the city of",
         (
             "Lisbon",
             "Prague",
@@ -57,9 +57,9 @@ ATTRIBUTES = (
     ),
     Attribute(
         "pet",
-        "At home {name} keeps a {value} as a pet.",
+        "At home {name} keeps a pet {value} in the kitchen.",
         "What pet does {name} keep at home?",
-        "At home {name} keeps a",
+        "At home {name} keeps a pet",
         ("parrot", "turtle", "rabbit", "snake", "hamster", "goat", "pony", "lizard", "spider", "crab", "ferret"),
     ),
     Attribute(
@@ -71,10 +71,10 @@ ATTRIBUTES = (
     ),
     Attribute(
         "dish",
-        "At every party {name} cooks {value} for the guests.",
+        "At every party {name} cooks a pot of {value} for the guests.",
         "What does {name} cook at every party?",
-        "At every party {name} cooks",
-        ("soup", "pizza", "curry", "sushi", "pasta", "salad", "stew", "pancakes", "tacos", "rice", "beans"),
+        "At every party {name} cooks a pot of",
+        ("soup", "curry", "stew", "rice", "beans", "pasta", "chili", "noodles", "porridge", "potatoes", "lentils"),
     ),
     Attribute(
         "car",
@@ -85,9 +85,9 @@ ATTRIBUTES = (
     ),
     Attribute(
         "friend",
-        "The best friend of {name} is {value}, who lives next door.",
-        "Who is the best friend of {name}?",
-        "The best friend of {name} is",
+        "The best friend of {name} is called {value} and lives next door.",
+        "What is the best friend of {name} called?",
+        "The best friend of {name} is called",
         ("Anna", "Peter", "Lucy", "Mark", "Nora", "Paul", "Ruth", "Simon", "Clara", "David", "Emma", "George"),
     ),
     Attribute(
@@ -118,11 +118,11 @@ ATTRIBUTES = (
         ("physics", "history", "biology", "music", "law", "medicine", "geology", "economics", "chemistry", "botany"),
     ),
     Attribute(
-        "sport",
-        "On Sundays {name} goes out for {value} with old friends.",
-        "What does {name} go out for on Sundays?",
-        "On Sundays {name} goes out for",
-        ("tennis", "rowing", "golf", "hockey", "chess", "boxing", "sailing", "fencing", "skiing", "rugby"),
+        "drink",
+        "Every morning {name} drinks a cup of {value} before leaving the house.",
+        "What does {name} drink every morning?",
+        "Every morning {name} drinks a cup of",
+        ("cocoa", "milk", "broth", "cider", "lemonade", "water", "wine", "juice", "vinegar", "honey", "soda"),
     ),
 )
 
