@@ -66,12 +66,13 @@ def test_logits_equal_masked_dense(architecture, implementation, question_length
     assert 0.35 < RaggedCache.of(cache).kept_fraction < 0.6
 
 
+@pytest.mark.parametrize("question_length", [1, 7])
 @pytest.mark.parametrize(("architecture", "implementation"), CASES)
-def test_padded_batch_equals_masked_dense(architecture, implementation, keep_masks) -> None:
+def test_padded_batch_equals_masked_dense(architecture, implementation, question_length, keep_masks) -> None:
     """The same for a batch of three rows of unequal length."""
     model = tiny_model(architecture, attn_implementation=implementation)
     ids, mask = left_padded([N_CONTEXT, 31, 40])
-    question = token_ids(3, 7, seed=1)
+    question = token_ids(3, question_length, seed=1)
     logits, cache = ragged_logits(model, ids, mask, RandomPress(0.6), question)
     keep = keep_masks(cache, mask.bool())
     model = tiny_model(architecture, attn_implementation="eager")
@@ -100,7 +101,7 @@ def test_padded_row_equals_row_alone(architecture, padding) -> None:
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_generate_equals_masked_dense(architecture, num_beams, keep_masks) -> None:
     """`with press(model): model.generate(...)` writes what generate writes from the masked dense cache."""
     options = {"max_new_tokens": 9, "do_sample": False, "num_beams": num_beams, "return_dict_in_generate": True}
