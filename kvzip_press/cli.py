@@ -51,6 +51,9 @@ def ask(
     compression_ratio: Annotated[
         float, typer.Option("--compression-ratio", help="Fraction of pairs removed, in [0, 1).")
     ] = 0.7,
+    answer_prefix: Annotated[
+        str, typer.Option("--answer-prefix", help="How every answer begins; small models need the help.")
+    ] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
 ) -> None:
     """Asks questions about a file, and shows the answers of the full and of the compressed cache side by side."""
@@ -60,12 +63,12 @@ def ask(
 
     chosen, full = get_press(press, compression_ratio), get_press("none")
     loaded, tokenizer = load_model(model)
-    done = prefill(loaded, tokenizer, context.read_text(encoding="utf-8"), observers=[chosen])
+    done = prefill(loaded, tokenizer, context.read_text(encoding="utf-8").rstrip(), observers=[chosen])
     begin = time.perf_counter()
     compressed = done.evict(chosen.score(done))
     seconds = time.perf_counter() - begin
     caches = {"full cache": done.evict(full.score(done)), f"{press}, {compression_ratio:.0%} removed": compressed}
-    _print_answers(loaded, tokenizer, caches, question, max_new_tokens)
+    _print_answers(loaded, tokenizer, caches, question, answer_prefix, max_new_tokens)
     _print_figures(done, caches, seconds)
 
 
@@ -78,7 +81,9 @@ def presses() -> None:
         typer.echo(name)
 
 
-def _print_answers(model: Any, tokenizer: Any, caches: dict[str, Any], questions: list[str], limit: int) -> None:
+def _print_answers(
+    model: Any, tokenizer: Any, caches: dict[str, Any], questions: list[str], prefix: str, limit: int
+) -> None:
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
@@ -87,7 +92,7 @@ def _print_answers(model: Any, tokenizer: Any, caches: dict[str, Any], questions
 
     table = Table("question", *caches, show_lines=True)
     for question in track(questions, description="answering", transient=True):
-        answers = [answer(model, tokenizer, cache, question, max_new_tokens=limit) for cache in caches.values()]
+        answers = [answer(model, tokenizer, cache, question, prefix, limit) for cache in caches.values()]
         table.add_row(question, *answers)
     Console().print(table)
 

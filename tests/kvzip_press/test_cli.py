@@ -16,11 +16,12 @@ run = CliRunner().invoke
 def test_ask_shows_both_caches_and_the_figures(tmp_path) -> None:
     """`ask` prints each question with both answers, and what each cache holds."""
     context = tmp_path / "notes.txt"
-    context.write_text("The red box belongs to Vera. The blue box belongs to Pablo. The key lies under the mat.\n" * 4)
-    questions = ["--question", "Who owns the red box?", "--question", "Where is the key?"]
-    result = run(app, ["ask", "--context", str(context), *questions, "--max-new-tokens", "12"])
+    context.write_text("The phone number of Vera is 47. The baker opens early. A dog sleeps by the stone bridge.\n")
+    asked = ["--question", "What is the phone number of Vera?", "--question", "How can one call Vera?"]
+    prefix = ["--answer-prefix", "The phone number of Vera is", "--max-new-tokens", "3"]
+    result = run(app, ["ask", "--context", str(context), *asked, *prefix])
     assert result.exit_code == 0, result.output
-    for shown in ("Who owns the red box?", "full cache", "kvzip, 70% removed", "kept pairs", "resident MB"):
+    for shown in ("How can one call Vera?", "full cache", "kvzip, 70% removed", " 47", "kept pairs", "resident MB"):
         assert shown in result.output
 
 
