@@ -12,7 +12,7 @@ from kvzip_press import compat
 from kvzip_press.errors import UnsupportedCacheError
 from kvzip_press.layout import PackedPairs
 from kvzip_press.models import AttentionLayer, attention_layers, full_attention_layers
-from kvzip_press.ragged_cache import RaggedLayer
+from kvzip_press.ragged_layer import RaggedLayer
 
 if TYPE_CHECKING:
     from torch import nn

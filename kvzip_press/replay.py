@@ -20,7 +20,7 @@ from kvzip_press.eviction import compressible_layers, sliding_copy
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
 from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.models import attention_layers, text_decoder
-from kvzip_press.ragged_cache import RaggedLayer
+from kvzip_press.ragged_layer import RaggedLayer
 
 if TYPE_CHECKING:
     from kvzip_press.prefilling import Prefill

@@ -10,7 +10,7 @@ import torch
 
 from kvzip_press import RaggedPress
 from kvzip_press.prefilling import run_prefill
-from kvzip_press.ragged_cache import RaggedLayer
+from kvzip_press.ragged_layer import RaggedLayer
 
 pytestmark = pytest.mark.kvpress
 

@@ -1,0 +1,224 @@
+"""One layer of a compressed cache: a frozen packed context and a dense tail that grows."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvzip_press import compat
+from kvzip_press.attention import CacheView
+from kvzip_press.attention_mask import tail_mask
+from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
+from kvzip_press.kernels.ragged_attention import ragged_attention
+from kvzip_press.layout import PackedPairs
+from kvzip_press.models import layer_fingerprint
+from kvzip_press.tail import Tail
+
+
+class RaggedLayer(compat.CacheLayerMixin):
+    """One layer's cache in which every head of every row keeps its own number of context pairs.
+
+    Args:
+        packed: The kept pairs of the context.
+        n_context: Tokens of the context as the model saw them (columns, padding included).
+        n_protected: For each packed row, how many of its first tokens no head has lost.
+        module: The attention module that made the keys and values; the layer refuses any other.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    is_initialized = True
+
+    def __init__(self, packed: PackedPairs, *, n_context: int, n_protected: tuple[int, ...], module: nn.Module) -> None:
+        self.packed = packed
+        self.n_context = n_context
+        self.n_protected = n_protected
+        self.tail = Tail()
+        self.row_index: torch.Tensor | None = None  # batch row -> packed row; None is the identity
+        self.fingerprint = layer_fingerprint(module)
+        self._known_module = weakref.ref(module)
+
+    # What Hugging Face asks of a cache layer -----------------------------------------------------------------------
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """A ragged layer is made with its content; there is nothing to initialise."""
+
+    @property
+    def keys(self) -> torch.Tensor:  # type: ignore[override]  # no dense tensor to set
+        """Raises: there is no dense tensor of keys, and a part of it would be a silent wrong answer."""
+        raise CacheMismatchError(
+            "a ragged layer has no dense `keys` and `values`: read `packed` (kept context pairs) and `tail`"
+        )
+
+    values = keys
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends ``[batch, num_heads, t, head_dim]`` to the tail in place.
+
+        Returns:
+            Views of the tail that only our attention function accepts; it reaches the packed context through them.
+        """
+        if self.get_seq_length() == 0:
+            self.row_index = None  # emptied by reset(): any batch may begin
+            self.packed = _empty_like(self.packed, key_states.shape[0])
+        expected = (self.batch_size, self.packed.num_heads, self.packed.keys.dtype, self.packed.keys.device)
+        given = (key_states.shape[0], key_states.shape[1], key_states.dtype, key_states.device)
+        if given != expected:
+            raise CacheMismatchError(f"expected keys with (batch, heads, dtype, device) = {expected}, got {given}")
+        self.tail.append(key_states, value_states)
+        assert self.tail.keys is not None and self.tail.values is not None
+        return CacheView.of(self, self.tail.keys), CacheView.of(self, self.tail.values)
+
+    def get_mask_sizes(self, cache_position: int | torch.Tensor) -> tuple[int, int]:
+        """Length and offset of the keys that a mask is about: the tail. Context pairs are visible to every query."""
+        return self.tail.length + compat.query_length_of(cache_position), self.n_context
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not, so that positions go on where they should."""
+        return self.n_context + self.tail.length
+
+    def get_max_cache_shape(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_length = get_max_cache_shape
+
+    def crop(self, max_length: int) -> None:
+        """Drops tokens from the end: see :func:`kvzip_press.compat.length_after_crop`.
+
+        Raises:
+            InvalidArgumentError: The context itself would be cut, which was packed for good.
+        """
+        length = compat.length_after_crop(max_length, self.get_seq_length())
+        if length < self.n_context:
+            raise InvalidArgumentError(
+                f"expected to crop to at least the {self.n_context} tokens of the compressed context, got {length}"
+            )
+        self.tail.truncate(length - self.n_context)
+
+    def reset(self) -> None:
+        """Empties the layer; the next update may be of any batch size."""
+        self.packed = _empty_like(self.packed, self.packed.num_rows)
+        self.n_context, self.n_protected, self.row_index = 0, (0,) * self.packed.num_rows, None
+        self.tail = Tail()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beam search: batch row i goes on as row ``beam_idx[i]`` did. The packed context is shared, not copied."""
+        index = beam_idx.to(self.packed.keys.device)
+        self.row_index = self._rows()[index]
+        self.tail.select_rows(index)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times; the packed context stays as it is."""
+        self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps only the given batch rows, and frees the context of the others."""
+        rows = self._rows()[indices.to(self.packed.keys.device)].tolist()
+        self.n_protected = tuple(self.n_protected[row] for row in rows)
+        self.packed, self.row_index = self.packed.select_rows(rows), None
+        self.tail.select_rows(torch.as_tensor(indices))
+
+    def offload(self) -> None:
+        """Raises: moving layers to the CPU and back is not supported for ragged layers."""
+        raise CacheMismatchError("expected a cache without offloading: ragged layers stay on their device")
+
+    prefetch = offload
+
+    # What is ours ------------------------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Batch rows."""
+        return self.packed.num_rows if self.row_index is None else self.row_index.numel()
+
+    max_batch_size = batch_size
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        attention_mask: Any,
+        *,
+        scaling: float | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Exact attention over all kept context pairs of a query's row and head, and the tail as its mask says.
+
+        Args:
+            module: The calling attention module.
+            query: ``[batch, num_attention_heads, query_length, head_dim]``.
+            attention_mask: The mask that the model's own implementation would get; None is lower-right causal.
+            scaling: Factor of the logits, None for ``head_dim ** -0.5``.
+            softcap: Bound of the logits (Gemma 2), or None.
+
+        Raises:
+            CacheMismatchError: The module is not the one that made this layer.
+        """
+        self.check_module(module)
+        mask = tail_mask(attention_mask, query_length=query.shape[2], tail_length=self.tail.length)
+        output = ragged_attention(
+            query,
+            self.packed.keys,
+            self.packed.values,
+            self.packed.cu_seqlens,
+            self.tail.keys,
+            self.tail.values,
+            row_index=self.row_index,
+            tail_mask=mask,
+            scaling=scaling,
+            softcap=softcap,
+        )
+        assert isinstance(output, torch.Tensor)
+        return output
+
+    def check_module(self, module: nn.Module) -> None:
+        """Raises CacheMismatchError when the module's weights are not those that made this layer."""
+        if self._known_module() is module:
+            return
+        if layer_fingerprint(module) != self.fingerprint:
+            raise CacheMismatchError(
+                "this ragged cache was made by another model: expected an attention layer with fingerprint "
+                f"{self.fingerprint}, got {type(module).__name__} {module.layer_idx} with {layer_fingerprint(module)}"
+            )
+        self._known_module = weakref.ref(module)
+
+    def fork(self) -> RaggedLayer:
+        """A layer that shares the packed context and has its own copy of the tail."""
+        twin = copy.copy(self)
+        twin.tail = self.tail.copy()
+        return twin
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor the layer holds."""
+        return *self.packed.tensors, *self.tail.tensors
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that an uncompressed layer would hold for the tokens seen."""
+        per_token = self.packed.keys.shape[1] * self.packed.keys.element_size()
+        per_token += self.packed.values.shape[1] * self.packed.values.element_size()
+        return self.batch_size * self.packed.num_heads * self.get_seq_length() * per_token
+
+    def _rows(self) -> torch.Tensor:
+        if self.row_index is not None:
+            return self.row_index
+        return torch.arange(self.packed.num_rows, device=self.packed.keys.device)
+
+
+def _empty_like(packed: PackedPairs, num_rows: int) -> PackedPairs:
+    return PackedPairs(
+        packed.keys.new_empty(0, packed.keys.shape[1]),
+        packed.values.new_empty(0, packed.values.shape[1]),
+        packed.positions.new_empty(0),
+        packed.cu_seqlens.new_zeros(num_rows * packed.num_heads + 1),
+        packed.num_heads,
+    )
