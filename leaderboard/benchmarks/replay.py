@@ -1,8 +1,9 @@
 """KVzip with full and with local replay on the same contexts: accuracy, kept pairs in common, seconds of scoring.
 
-``python -m kvzip_press.leaderboard.benchmarks.replay --contexts 8 --tokens 1200 --chunk-size 256``: chunks are small, so
-that
-a context of this length has several, as a long one has at the default of 2048. With one chunk the two are the same.
+``python -m kvzip_press.leaderboard.benchmarks.replay --contexts 8 --tokens 1200 --chunk-size 256``
+
+Chunks are small, so that a context of this length has several, as a long one has at the default of 2048. With a single
+chunk the two are the same.
 """
 
 import statistics
