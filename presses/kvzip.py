@@ -42,7 +42,7 @@ class KVzipPress(Press):
         chunk_size: Context tokens replayed at a time.
         replay: "full" (the paper): the replay attends to the whole cache, cost grows with the square of the context.
             "local": it attends to the protected prefix, its own chunk and itself only, at the same positions: linear
-            cost, not in the paper; kept sets overlap with those of "full" by about 0.9.
+            cost, not in the paper; kept sets overlap with those of "full" by about 0.92 on SmolLM2.
         kvzip_plus: KVzip+ (kvpress): probabilities times ``||W_o v||`` over ``||x||``, x the row's hidden state.
         n_sink: First tokens protected where the chat-template prefix is not known (``with press(model)``).
         tokenizer: For the replay's prompt. ``compress`` has one; under ``with press(model)`` this one is used, or else
