@@ -1,8 +1,11 @@
 """What a task is: samples made from a seed, and a score for an answer."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+from kvzip_press.leaderboard.metrics import substring_match
 
 TokenCounter = Callable[[str], int]
 """How many tokens a text has; the generated contexts are made to a length in these."""
@@ -75,3 +78,24 @@ class Task(Protocol):
     def score(self, prediction: str, references: Sequence[str]) -> float:
         """How right an answer is, in [0, 1]."""
         ...
+
+
+class GeneratedTask(ABC):
+    """A task whose samples are made one by one from a seed, and asked for a value that stands in the context."""
+
+    name: str
+
+    def samples(
+        self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens
+    ) -> Iterator[Sample]:
+        """See `Task.samples`."""
+        for index in range(n):
+            yield self._sample(seed, index, length_tokens, count_tokens)
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        """1.0 where the value is in the answer."""
+        return substring_match(prediction, references)
+
+    @abstractmethod
+    def _sample(self, seed: int, index: int, length_tokens: int, count_tokens: TokenCounter) -> Sample:
+        """Sample ``index``, which depends on these arguments alone."""

@@ -1,13 +1,11 @@
 """Facts of one form, hidden in prose; each is asked for."""
 
 import random
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.metrics import substring_match
 from kvzip_press.leaderboard.prose import filler_sentences
-from kvzip_press.leaderboard.task import Question, Sample, TokenCounter, approximate_tokens
+from kvzip_press.leaderboard.task import GeneratedTask, Question, Sample, TokenCounter
 
 _NAMES = (
     "Alda", "Boris", "Carla", "Dmitri", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leon", "Marta",
@@ -16,7 +14,7 @@ _NAMES = (
 
 
 @dataclass(frozen=True)
-class HiddenFactsTask:
+class HiddenFactsTask(GeneratedTask):
     """``n_keys`` sentences of the form "The phone number of Vera is 47." at random places in prose, all asked for.
 
     Attributes:
@@ -35,17 +33,6 @@ class HiddenFactsTask:
             raise InvalidArgumentError(f"expected n_keys in 1..{len(_NAMES)}, got {self.n_keys}")
         if not 2 <= self.n_digits <= 9:
             raise InvalidArgumentError(f"expected n_digits in 2..9, got {self.n_digits}")
-
-    def samples(
-        self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens
-    ) -> Iterator[Sample]:
-        """See `Task.samples`."""
-        for index in range(n):
-            yield self._sample(seed, index, length_tokens, count_tokens)
-
-    def score(self, prediction: str, references: Sequence[str]) -> float:
-        """1.0 where the number that was hidden is in the answer."""
-        return substring_match(prediction, references)
 
     def _sample(self, seed: int, index: int, length_tokens: int, count_tokens: TokenCounter) -> Sample:
         rng = random.Random(f"{self.name}/{seed}/{index}")

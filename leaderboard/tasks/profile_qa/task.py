@@ -1,18 +1,16 @@
 """A page about invented people; each question asks for one attribute of one of them."""
 
 import random
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.metrics import substring_match
 from kvzip_press.leaderboard.prose import filler_sentences
-from kvzip_press.leaderboard.task import Question, Sample, TokenCounter, approximate_tokens
+from kvzip_press.leaderboard.task import GeneratedTask, Question, Sample, TokenCounter
 from kvzip_press.leaderboard.tasks.profile_qa.people import ATTRIBUTES, MAX_PEOPLE, NAMES, Attribute
 
 
 @dataclass(frozen=True)
-class ProfileQATask:
+class ProfileQATask(GeneratedTask):
     """A page about ``n_people`` invented people with ``n_attributes`` facts each; every fact is asked for.
 
     Attributes:
@@ -33,17 +31,6 @@ class ProfileQATask:
         ):
             if not 1 <= given <= most:
                 raise InvalidArgumentError(f"expected {name} in 1..{most}, got {given}")
-
-    def samples(
-        self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens
-    ) -> Iterator[Sample]:
-        """See `Task.samples`."""
-        for index in range(n):
-            yield self._sample(seed, index, length_tokens, count_tokens)
-
-    def score(self, prediction: str, references: Sequence[str]) -> float:
-        """1.0 where the attribute's value is in the answer."""
-        return substring_match(prediction, references)
 
     def _sample(self, seed: int, index: int, length_tokens: int, count_tokens: TokenCounter) -> Sample:
         rng = random.Random(f"{self.name}/{seed}/{index}")
