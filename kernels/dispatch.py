@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import cache
+from importlib import import_module
+from typing import Any, Generic, TypeVar
 
 _Run = TypeVar("_Run", bound=Callable[..., object])
 
@@ -22,6 +24,20 @@ class Impl(Generic[_Run]):
 
     run: _Run
     reason_against: Callable[..., str | None] = _nothing
+
+
+def deferred(module: str, function: str) -> Callable[..., Any]:
+    """A function that is imported when it is first called, so that ``import kvzip_press`` does not import Triton."""
+
+    @cache
+    def load() -> Callable[..., Any]:
+        loaded: Callable[..., Any] = getattr(import_module(module), function)
+        return loaded
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return load()(*args, **kwargs)
+
+    return run
 
 
 def select(op: str, impls: Mapping[str, Impl[_Run]], impl: str | None, *arguments: object) -> _Run:

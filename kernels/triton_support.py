@@ -1,0 +1,20 @@
+"""Whether Triton kernels can run, told without importing Triton."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on a CPU: the user set ``TRITON_INTERPRET=1``."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def reason_against_triton(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on tensors of ``device``, or None when one can."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed (the extra `gpu` brings it)"
+    if device.type == "cuda" or (device.type == "cpu" and interpreting()):
+        return None
+    return f"the device is {device.type}: Triton needs a CUDA device, or TRITON_INTERPRET=1 to run on a CPU, slowly"
