@@ -4,6 +4,7 @@ from torch import Tensor
 
 from kvzip_press.kernels.checks import (
     check_device,
+    check_dtype,
     check_floating,
     check_groups,
     check_like,
@@ -11,10 +12,15 @@ from kvzip_press.kernels.checks import (
     check_shape,
     check_softcap,
 )
-from kvzip_press.kernels.dispatch import Impl, select
+from kvzip_press.kernels.dispatch import Impl, deferred, select
 from kvzip_press.kernels.kv_scoring import reference
+from kvzip_press.kernels.kv_scoring.support import reason_against
+from kvzip_press.kernels.numerics import accumulation_dtype
 
-_IMPLS = {"reference": Impl(reference.kv_scoring)}
+_IMPLS = {
+    "triton": Impl(deferred("kvzip_press.kernels.kv_scoring.triton", "kv_scoring"), reason_against),
+    "reference": Impl(reference.kv_scoring),
+}
 
 
 def kv_scoring(
@@ -27,6 +33,7 @@ def kv_scoring(
     softcap: float | None = None,
     key_weight: Tensor | None = None,
     query_weight: Tensor | None = None,
+    lse: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """The largest attention that each key of a context chunk gets while the model replays the chunk.
@@ -46,20 +53,26 @@ def kv_scoring(
             the maximum (KVzip+: the norm of the value after the output projection of that query head).
         query_weight: [batch, n_rows], any floating dtype: factor of each row's probabilities before the maximum
             (KVzip+: one over the norm of the row's hidden state).
-        impl: "reference" (plain PyTorch, query rows in blocks so that logits stay small) or None: the best there is.
+        lse: [batch, num_attention_heads, n_rows], fp32 (fp64 for fp64 inputs), for a caller who has it from the
+            replay's own attention: the natural log of the sum of exp(logits) over each row's sink, chunk and visible
+            replay keys. A probability is then exp(logit - lse), and sink_keys and replay_keys are not read.
+        impl: "triton" (CUDA devices, or a CPU with ``TRITON_INTERPRET=1``; fp16, bf16 and fp32, head_dim up to 256,
+            last dimension contiguous; two passes over tiles, nothing of rows x keys in memory), "reference" (plain
+            PyTorch, query rows in blocks so that logits stay small) or None: the best that can do the input.
 
     Returns:
-        Scores [batch, num_key_value_heads, n_chunk], fp32 (fp64 for fp64 inputs), without weights in [0, 1]. Logits,
-        softmax and weights are in that dtype too, whatever the dtype of the inputs.
+        Scores [batch, num_key_value_heads, n_chunk], fp32 (fp64 for fp64 inputs), without weights in [0, 1] up to
+        rounding. Logits, softmax and weights are in that dtype too, whatever the dtype of the inputs.
 
     Raises:
-        ValueError: a shape, device, ``softcap`` or ``impl`` is not as above.
+        ValueError: a shape, device, ``softcap`` or ``impl`` is not as above, or ``impl`` cannot do this input.
         TypeError: a dtype is not as above.
     """
     _check_keys(query, sink_keys, chunk_keys, replay_keys)
     _check_weights(query, chunk_keys.shape[2], key_weight, query_weight)
+    _check_lse(query, lse)
     check_softcap(softcap)
-    run = select("kv_scoring", _IMPLS, impl)
+    run = select("kv_scoring", _IMPLS, impl, query, sink_keys, chunk_keys, replay_keys)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return run(
         query,
@@ -70,6 +83,7 @@ def kv_scoring(
         softcap=softcap,
         key_weight=key_weight,
         query_weight=query_weight,
+        lse=lse,
     )
 
 
@@ -100,3 +114,10 @@ def _check_weights(query: Tensor, n_chunk: int, key_weight: Tensor | None, query
             check_shape(name, weight, shape, dims)
             check_floating(name, weight)
             check_device(name, weight, query.device)
+
+
+def _check_lse(query: Tensor, lse: Tensor | None) -> None:
+    if lse is not None:
+        check_shape("lse", lse, query.shape[:3], "batch, num_attention_heads, n_rows")
+        check_dtype("lse", lse, accumulation_dtype(query.dtype))
+        check_device("lse", lse, query.device)

@@ -3,11 +3,14 @@
 from torch import Tensor
 
 from kvzip_press.kernels.checks import check_softcap
-from kvzip_press.kernels.dispatch import Impl, select
-from kvzip_press.kernels.ragged_attention import aten, reference
+from kvzip_press.kernels.dispatch import Impl, deferred, select
+from kvzip_press.kernels.ragged_attention import aten, reference, support
 from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
 
 _IMPLS = {
+    "triton": Impl(
+        deferred("kvzip_press.kernels.ragged_attention.triton", "ragged_attention"), support.reason_against_triton
+    ),
     "aten": Impl(aten.ragged_attention, aten.reason_against),
     "reference": Impl(reference.ragged_attention),
 }
@@ -23,6 +26,7 @@ def ragged_attention(
     *,
     row_index: Tensor | None = None,
     tail_mask: Tensor | None = None,
+    tail_length: Tensor | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
@@ -48,12 +52,15 @@ def ragged_attention(
         tail_mask: bool [batch or 1, num_attention_heads or 1, query_length, tail_length], True where a row may look;
             it replaces the causal rule of the tail. Hidden keys and values must be finite. None: row i sees the tail
             keys j <= tail_length - query_length + i, which needs tail_length >= query_length where there is a tail.
+        tail_length: int32 [1] on the device of ``query``: how many tail tokens are live, the last query_length of them
+            the queries' own; ``tail_keys`` and ``tail_values`` (and ``tail_mask``) may then have room for more, which
+            is not read. So a captured CUDA graph goes on while its tail grows. None: all of them.
         scaling: factor of the logits; default head_dim ** -0.5.
         softcap: when given, logits become ``softcap * tanh(logits / softcap)`` after scaling.
         return_lse: whether to return the log-sum-exp too.
-        impl: "reference" (plain PyTorch, any input), "aten" (PyTorch's fused CPU kernel over the context, which refuses
-            what it cannot do; the best that can do it over the tail) or None: "aten" where it can, else
-            "reference".
+        impl: "triton" (one launch that streams all pairs, and one that merges; CUDA), "aten" (PyTorch's fused CPU
+            kernel over the context; the best that can do it over the tail), "reference" (plain PyTorch, any input), or
+            None: the first of these that can do this input. One that is named refuses what it cannot do.
 
     Returns:
         out [batch, num_attention_heads, query_length, value_head_dim] in the dtype of ``query``; with ``return_lse``
@@ -61,12 +68,13 @@ def ragged_attention(
         that sees nothing gives 0 and -inf. Sums and softmax are fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: a shape, device, ``softcap`` or ``impl`` is not as above, or "aten" cannot do this input; on a CPU
-            also when ``cu_seqlens`` does not rise from 0 to total or ``row_index`` names no packed row. Elsewhere
-            their content is not checked, since reading it would wait for the device.
+        ValueError: a shape, device, ``softcap`` or ``impl`` is not as above, or the implementation named cannot do this
+            input; on a CPU also when ``cu_seqlens`` does not rise from 0 to total, ``row_index`` names no packed row or
+            ``tail_length`` is out of range. Elsewhere their content is not checked: reading it would wait for the
+            device.
         TypeError: a dtype is not as above.
     """
-    inputs = RaggedInputs(query, keys, values, cu_seqlens, tail_keys, tail_values, row_index, tail_mask)
+    inputs = RaggedInputs(query, keys, values, cu_seqlens, tail_keys, tail_values, row_index, tail_mask, tail_length)
     inputs.check()
     check_softcap(softcap)
     run = select("ragged_attention", _IMPLS, impl, inputs, softcap)

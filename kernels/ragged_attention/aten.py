@@ -35,6 +35,7 @@ def reason_against(inputs: RaggedInputs, softcap: float | None) -> str | None:
 def ragged_attention(inputs: RaggedInputs, *, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """See :func:`kvzip_press.kernels.ragged_attention.ragged_attention`; for inputs that nothing speaks against."""
     assert softcap is None, "see reason_against"
+    inputs = inputs.with_live_tail()
     n_segments = inputs.query.shape[0] * inputs.num_key_value_heads
     folded = inputs.query.reshape(n_segments, 1, 1, -1, inputs.query.shape[-1])
     partials = _context(folded, inputs, scaling)

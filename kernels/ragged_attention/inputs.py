@@ -1,6 +1,6 @@
 """The tensors of one call of ragged attention, their checks and their segments."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -31,6 +31,7 @@ class RaggedInputs:
     tail_values: Tensor | None = None
     row_index: Tensor | None = None
     tail_mask: Tensor | None = None
+    live_tail_length: Tensor | None = None
 
     @property
     def num_key_value_heads(self) -> int:
@@ -41,8 +42,22 @@ class RaggedInputs:
 
     @property
     def tail_length(self) -> int:
-        """Number of tail tokens; 0 without a tail."""
+        """Number of tail tokens that there is room for, all of them live without ``live_tail_length``."""
         return 0 if self.tail_keys is None else self.tail_keys.shape[2]
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs that are stored: the packed context, and the tail of every head with all of its room."""
+        return self.keys.shape[0] + self.query.shape[0] * self.num_key_value_heads * self.tail_length
+
+    def with_live_tail(self) -> "RaggedInputs":
+        """The same with a tail of just its live tokens, whose number is read from the device."""
+        if self.live_tail_length is None or self.tail_keys is None or self.tail_values is None:
+            return self
+        length = int(self.live_tail_length)
+        mask = None if self.tail_mask is None else self.tail_mask[..., :length]
+        keys, values = self.tail_keys[:, :, :length], self.tail_values[:, :, :length]
+        return replace(self, tail_keys=keys, tail_values=values, tail_mask=mask, live_tail_length=None)
 
     def segments(self) -> list[tuple[Tensor, Tensor]]:
         """Packed keys and values, views [1, 1, n, head_dim], for every (batch row, key-value head) in this order."""
@@ -75,8 +90,10 @@ class RaggedInputs:
 
     def _check_tail(self) -> None:
         if self.tail_keys is None or self.tail_values is None:
-            if self.tail_keys is not self.tail_values or self.tail_mask is not None:
-                raise ValueError("tail_keys, tail_values: expected both, or neither and no tail_mask, got one of them")
+            if not self.tail_keys is self.tail_values is self.tail_mask is self.live_tail_length is None:
+                raise ValueError(
+                    "tail_keys, tail_values: expected both, or neither and no tail_mask or tail_length, got some of them"
+                )
             return
         batch_size, num_heads, query_length, head_dim = self.query.shape
         dims = "batch, num_key_value_heads, tail_length, head_dim"
@@ -91,6 +108,19 @@ class RaggedInputs:
             check_device("tail_mask", self.tail_mask, self.query.device)
         elif 0 < length < query_length:
             raise ValueError(f"tail_keys: expected at least query_length = {query_length} tokens or none, got {length}")
+        self._check_live_length(length)
+
+    def _check_live_length(self, capacity: int) -> None:
+        live = self.live_tail_length
+        if live is None:
+            return
+        check_rank("tail_length", live, "1")
+        check_shape("tail_length", live, (1,), "1")
+        check_dtype("tail_length", live, torch.int32)
+        check_device("tail_length", live, self.query.device)
+        least = 0 if self.tail_mask is not None else self.query.shape[2]
+        if live.device.type == "cpu" and not least <= int(live) <= capacity:
+            raise ValueError(f"tail_length: expected {least} .. {capacity} tokens, got {int(live)}")
 
     def _check_rows(self) -> None:
         n_segments, batch_size = self.cu_seqlens.shape[0] - 1, self.query.shape[0]

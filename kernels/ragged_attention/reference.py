@@ -8,6 +8,7 @@ from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
 
 def ragged_attention(inputs: RaggedInputs, *, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """See :func:`kvzip_press.kernels.ragged_attention.ragged_attention`; returns out and lse."""
+    inputs = inputs.with_live_tail()
     n_heads = inputs.num_key_value_heads
     grouped = inputs.query.unflatten(1, (n_heads, -1))
     out = grouped.new_empty(*grouped.shape[:-1], inputs.values.shape[-1])

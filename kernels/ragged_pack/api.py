@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 
 from kvzip_press.kernels.checks import check_cu_seqlens, check_device, check_dtype, check_like, check_rank, check_shape
-from kvzip_press.kernels.dispatch import Impl, select
+from kvzip_press.kernels.dispatch import Impl, deferred, select
 from kvzip_press.kernels.ragged_pack import reference
 from kvzip_press.kernels.ragged_pack.arguments import check_dense, check_packed, check_positions, check_total
 from kvzip_press.kernels.ragged_pack.packed import Packed
+from kvzip_press.kernels.triton_support import reason_against_triton
 
-_PACK = {"reference": Impl(reference.pack)}
+_TRITON = "kvzip_press.kernels.ragged_pack.triton"
+_PACK = {"triton": Impl(deferred(_TRITON, "pack"), reason_against_triton), "reference": Impl(reference.pack)}
 _UNPACK = {"reference": Impl(reference.unpack)}
-_MERGE = {"reference": Impl(reference.merge)}
+_MERGE = {"triton": Impl(deferred(_TRITON, "merge"), reason_against_triton), "reference": Impl(reference.merge)}
 _SELECT_ROWS = {"reference": Impl(reference.select_rows)}
 
 
@@ -25,21 +27,23 @@ def pack(
         values: [batch, num_key_value_heads, n, value_head_dim], likewise.
         keep: bool [batch, num_key_value_heads, n], True for a pair to keep; a head may keep none.
         positions: int32 [batch, n], the position of each token; None: 0 .. n - 1.
-        impl: "reference" or None.
+        impl: "triton" (one pass over the rows, on a CUDA device), "reference" (plain PyTorch, any device) or None:
+            "triton" where it can, else "reference". The result is the same, bit for bit.
 
     Returns:
         Keys, values and positions of the kept pairs, and int32 cu_seqlens [batch * num_key_value_heads + 1]. All are
         copies, bit for bit, also when everything is kept: the caller may free the dense cache.
 
     Raises:
-        ValueError: a shape, device or ``impl`` is not as above, or more than 2**31 - 1 pairs are given.
+        ValueError: a shape, device or ``impl`` is not as above, "triton" cannot run there, or more than 2**31 - 1
+            pairs are given.
         TypeError: a dtype is not as above.
     """
     batch_size, _, length = check_dense(("keys", keys), ("values", values), ("keep", keep))
     if positions is not None:
         check_positions("positions", positions, (batch_size, length), "batch, n", keys)
     check_total(keep.numel())
-    return select("pack", _PACK, impl)(keys, values, keep, positions)
+    return select("pack", _PACK, impl, keys.device)(keys, values, keep, positions)
 
 
 def unpack(
@@ -93,13 +97,15 @@ def merge(
         tail_positions: int32 [batch, t].
         keep_tail: bool [batch, num_key_value_heads, t], True for a pair to keep.
         keep_context: bool [total], True for a pair to keep; None keeps all.
-        impl: "reference" or None.
+        impl: "triton" (one pass over the rows, on a CUDA device), "reference" (plain PyTorch, any device) or None:
+            "triton" where it can, else "reference". The result is the same, bit for bit.
 
     Returns:
         As :func:`pack`: in each segment the surviving context, then the surviving tail.
 
     Raises:
-        ValueError: a shape, device or ``impl`` is not as above, or more than 2**31 - 1 pairs are given.
+        ValueError: a shape, device or ``impl`` is not as above, "triton" cannot run there, or more than 2**31 - 1
+            pairs are given.
         TypeError: a dtype is not as above.
     """
     context = check_packed(keys, values, positions, cu_seqlens)
@@ -115,7 +121,7 @@ def merge(
         check_dtype("keep_context", keep_context, torch.bool)
         check_device("keep_context", keep_context, keys.device)
     check_total(keys.shape[0] + keep_tail.numel())
-    run = select("merge", _MERGE, impl)
+    run = select("merge", _MERGE, impl, keys.device)
     return run(context, tail_keys, tail_values, tail_positions, keep_tail, keep_context)
 
 

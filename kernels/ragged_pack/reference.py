@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from kvzip_press.kernels.ragged_pack.indices import cumulated, spread
 from kvzip_press.kernels.ragged_pack.packed import Packed
 
 
@@ -17,7 +18,7 @@ def pack(keys: Tensor, values: Tensor, keep: Tensor, positions: Tensor | None) -
         _gather(keys, row, head, column),
         _gather(values, row, head, column),
         kept_positions,
-        _cumulated(lengths).to(torch.int32),
+        cumulated(lengths).to(torch.int32),
     )
 
 
@@ -48,13 +49,13 @@ def merge(
     if keep_context is None:
         source, kept_before = torch.arange(total, device=old.device), torch.arange(total + 1, device=old.device)
     else:
-        source, kept_before = keep_context.nonzero().squeeze(-1), _cumulated(keep_context)
+        source, kept_before = keep_context.nonzero().squeeze(-1), cumulated(keep_context)
     kept = kept_before[old]
     row, head, column = keep_tail.nonzero(as_tuple=True)
-    tail = _cumulated(keep_tail.sum(-1).flatten())
+    tail = cumulated(keep_tail.sum(-1).flatten())
     # Before a segment's context lie the tails of earlier segments too, before its tail the contexts up to its own.
-    from_context = torch.arange(source.numel(), device=old.device) + _spread(tail[:-1], kept.diff(), source.numel())
-    from_tail = torch.arange(row.numel(), device=old.device) + _spread(kept[1:], tail.diff(), row.numel())
+    from_context = torch.arange(source.numel(), device=old.device) + spread(tail[:-1], kept.diff(), source.numel())
+    from_tail = torch.arange(row.numel(), device=old.device) + spread(kept[1:], tail.diff(), row.numel())
     index = old.new_zeros(source.numel() + row.numel()).index_copy_(0, from_context, source)
 
     def joined(packed: Tensor, tail_rows: Tensor) -> Tensor:
@@ -74,21 +75,11 @@ def select_rows(context: Packed, rows: Tensor, num_heads: int) -> Packed:
     segments = (rows.unsqueeze(-1) * num_heads + torch.arange(num_heads, device=rows.device)).flatten()
     old = context.cu_seqlens.long()
     lengths = old.diff()[segments]
-    new = _cumulated(lengths)
+    new = cumulated(lengths)
     total = int(new[-1])
-    index = torch.arange(total, device=rows.device) + _spread(old[segments] - new[:-1], lengths, total)
+    index = torch.arange(total, device=rows.device) + spread(old[segments] - new[:-1], lengths, total)
     keys, values, positions = (tensor.index_select(0, index) for tensor in context[:3])
     return Packed(keys, values, positions, new.to(torch.int32))
-
-
-def _cumulated(counts: Tensor) -> Tensor:
-    """Int64 [n + 1], how many come before each element and, last, how many there are."""
-    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int64), (1, 0))
-
-
-def _spread(per_segment: Tensor, lengths: Tensor, total: int) -> Tensor:
-    """``per_segment``, each repeated for the ``lengths`` of its segment, ``total`` in all."""
-    return per_segment.repeat_interleave(lengths, output_size=total)
 
 
 def _gather(tensor: Tensor, row: Tensor, head: Tensor, column: Tensor) -> Tensor:

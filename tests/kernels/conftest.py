@@ -6,10 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvzip_press.kernels.triton_support import reason_against_triton
+
 Accurate = Callable[[Tensor, Tensor, Tensor], None]
 View = Callable[[Tensor], Tensor]
 
 DEVICES = ["cpu", *(["cuda:0"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(autouse=True)
+def _only_where_triton_runs(request: pytest.FixtureRequest) -> None:
+    """A test of several implementations and devices leaves out Triton on a CPU outside its interpreter."""
+    values = getattr(request.node, "callspec", None)
+    if values is not None and values.params.get("impl") == "triton" and "device" in values.params:
+        reason = reason_against_triton(torch.device(values.params["device"]))
+        if reason is not None:
+            pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)

@@ -127,7 +127,7 @@ def test_weights_of_one_change_nothing() -> None:
 def test_blocks_of_rows_change_nothing_and_stay_small(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs(50, 4, 70)
     weights = {"key_weight": torch.rand(1, 6, 70), "query_weight": torch.rand(1, 50)} if weighted else {}
-    expected = kv_scoring(*tensors, **weights)
+    expected = kv_scoring(*tensors, **weights, impl="reference")
     sizes = []
 
     def shares(rows: Tensor, keys: Tensor, softcap: None) -> Tensor:
@@ -138,9 +138,50 @@ def test_blocks_of_rows_change_nothing_and_stay_small(weighted: bool, monkeypatc
     original = reference._shares
     monkeypatch.setattr(reference, "_shares", shares)
     monkeypatch.setattr(reference, "MAX_LOGITS", 3000)
-    torch.testing.assert_close(kv_scoring(*tensors, **weights), expected)
+    torch.testing.assert_close(kv_scoring(*tensors, **weights, impl="reference"), expected)
     assert len(sizes) > 5
     assert max(sizes) <= 3000
+
+
+def log_sum_exp(query: Tensor, sink: Tensor, chunk: Tensor, replay: Tensor, softcap: float | None = None) -> Tensor:
+    """The natural log of the sum of exp(logits) over what each row sees, fp64, straight from the definition."""
+    keys = torch.cat([sink, chunk, replay], 2).double().repeat_interleave(query.shape[1] // chunk.shape[1], 1)
+    logits = query.double() @ keys.mT * query.shape[-1] ** -0.5
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    future = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool).triu(keys.shape[2] - query.shape[2] + 1)
+    return logits.masked_fill(future, -torch.inf).logsumexp(-1)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("max_logits", [300, 1 << 20])
+def test_a_given_log_sum_exp_stands_for_sink_and_replay_keys(
+    softcap: float | None, weighted: bool, max_logits: int, monkeypatch: pytest.MonkeyPatch, assert_accurate: Accurate
+) -> None:
+    monkeypatch.setattr(reference, "MAX_LOGITS", max_logits)
+    tensors = inputs(9, 2, 20, batch_size=2)
+    options: dict[str, Any] = {"softcap": softcap}
+    if weighted:
+        options |= {"key_weight": torch.rand(2, 6, 20) - 0.5, "query_weight": torch.rand(2, 9)}
+    lse = log_sum_exp(*tensors, softcap).float()
+    query, sink, chunk, replay = tensors
+    unread = (query, torch.full_like(sink, torch.nan), chunk, torch.full_like(replay, torch.nan))
+    scores = kv_scoring(*unread, **options, lse=lse, impl="reference")
+    assert_accurate(scores, formula(*tensors, **options), formula(*tensors, **options, dtype=torch.float32))
+
+
+def test_a_given_log_sum_exp_of_fp64_inputs_is_fp64() -> None:
+    tensors = inputs(9, 2, 20, dtype=torch.float64)
+    scores = kv_scoring(*tensors, lse=log_sum_exp(*tensors))
+    torch.testing.assert_close(scores, formula(*tensors), rtol=1e-12, atol=1e-12)
+    with pytest.raises(TypeError, match="lse: expected"):
+        kv_scoring(*tensors, lse=log_sum_exp(*tensors).float())
+
+
+def test_a_given_log_sum_exp_of_no_keys_gives_no_scores() -> None:
+    tensors = inputs(9, 2, 0)
+    assert kv_scoring(*tensors, lse=torch.zeros(1, 6, 9), impl="reference").shape == (1, 2, 0)
 
 
 def test_strided_views_are_read_in_their_bounds(inside_nan: View) -> None:
@@ -191,6 +232,9 @@ BAD_INPUTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"key_weight": torch.zeros(1, 6, 7, dtype=torch.bool)}, TypeError, "key_weight: expected a floating-point"),
     ({"query_weight": torch.zeros(5)}, ValueError, "query_weight: expected"),
     ({"query_weight": torch.zeros(1, 5, device="meta")}, ValueError, "query_weight: expected device"),
+    ({"lse": torch.zeros(1, 2, 5)}, ValueError, "lse: expected"),
+    ({"lse": torch.zeros(1, 6, 5).half()}, TypeError, "lse: expected torch.float32"),
+    ({"lse": torch.zeros(1, 6, 5, device="meta")}, ValueError, "lse: expected device"),
     ({"softcap": 0.0}, ValueError, "softcap: expected"),
     ({"impl": "cuda"}, ValueError, "expected impl to be None or one of"),
 ]

@@ -1,0 +1,485 @@
+"""KVzip's score in Triton: two passes over tiles of rows by keys, no tile of which is written anywhere.
+
+The first pass gives the log-sum-exp of every replay row over sink, chunk and visible replay keys; a caller who has it
+from the attention itself skips it. The second holds a block of chunk keys and streams the query rows past it. A key's
+probability is exp(logit - lse), and exp is monotone: without weights the largest exponent is kept, and exp is taken
+once, at the end. Logits and log-sum-exps are in base 2 inside the kernels, because exp2 is what the hardware has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvzip_press.kernels.triton_support import interpreting
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a pass is launched.
+
+    Attributes:
+        block_m: query rows of a tile, a power of two >= 16.
+        block_n: keys of a tile, a power of two >= 16.
+        num_warps: warps of a program.
+        num_stages: tiles in flight.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+PROGRAMS_PER_SM = 4
+"""Programs of the second pass for each multiprocessor, about: more even out the load, fewer read keys less often."""
+
+
+def row_config(head_dim: int, itemsize: int) -> Config:
+    """Tiles of the first pass: no spilled registers, two programs a multiprocessor; to be settled by measurement."""
+    if itemsize == 4:  # no tensor cores: operands lie in registers, and larger tiles or more stages spill
+        return Config(32, 32, 8, 1)
+    return Config(128, 64, 8, 3 if head_dim <= 128 else 2)
+
+
+def column_config(head_dim: int, itemsize: int) -> Config:
+    """Tiles of the second pass: no spilled registers, two programs a multiprocessor; to be settled by measurement.
+
+    With fewer rows than threads, Triton has every thread load the log-sum-exps that it needs itself, into many more
+    registers: so block_m is at least 32 num_warps, but for a head_dim whose tiles do not fit.
+    """
+    if itemsize == 4:
+        return Config(32, 64, 8, 2) if head_dim <= 128 else Config(32, 32, 8, 2)
+    return Config(128, 128, 4, 2) if head_dim <= 128 else Config(64, 128, 4, 2)
+
+
+def kv_scoring(
+    query: Tensor,
+    sink_keys: Tensor,
+    chunk_keys: Tensor,
+    replay_keys: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    key_weight: Tensor | None,
+    query_weight: Tensor | None,
+    lse: Tensor | None,
+) -> Tensor:
+    """See :func:`kvzip_press.kernels.kv_scoring.kv_scoring`; for inputs that nothing speaks against."""
+    if chunk_keys.numel() == 0:
+        return torch.empty(chunk_keys.shape[:3], dtype=torch.float32, device=query.device)
+    if lse is None:
+        lse = row_lse(query, sink_keys, chunk_keys, replay_keys, scaling=scaling, softcap=softcap)
+    else:
+        lse = (lse * LOG2_E).contiguous()
+    return column_max(
+        query, chunk_keys, lse, scaling=scaling, softcap=softcap, key_weight=key_weight, query_weight=query_weight
+    )
+
+
+def row_lse(
+    query: Tensor,
+    sink_keys: Tensor,
+    chunk_keys: Tensor,
+    replay_keys: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    config: Config | None = None,
+) -> Tensor:
+    """The first pass.
+
+    Args:
+        query: as for the op, like the keys.
+        sink_keys: see there.
+        chunk_keys: see there.
+        replay_keys: see there.
+        scaling: factor of the logits.
+        softcap: cap of the logits, or None.
+        config: for tuning; by default chosen from the shape.
+
+    Returns:
+        fp32 [batch, num_attention_heads, n_rows], contiguous: log2 of the sum of exp(logits) over a row's keys.
+    """
+    batch_size, num_heads, n_rows, head_dim = query.shape
+    config = config or row_config(head_dim, query.element_size())
+    out = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    with torch.cuda.device_of(query):
+        _row_lse_kernel[(triton.cdiv(n_rows, config.block_m), batch_size * num_heads)](
+            query,
+            sink_keys,
+            chunk_keys,
+            replay_keys,
+            out,
+            *query.stride()[:3],
+            *sink_keys.stride()[:3],
+            *chunk_keys.stride()[:3],
+            *replay_keys.stride()[:3],
+            n_rows,
+            sink_keys.shape[2],
+            chunk_keys.shape[2],
+            num_heads,
+            num_heads // chunk_keys.shape[1],
+            *_logit_factors(scaling, softcap),
+            HEAD_DIM=head_dim,
+            BLOCK_D=_padded(head_dim),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            HAS_SOFTCAP=softcap is not None,
+            UPCAST=_upcast(query),
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out
+
+
+def column_max(
+    query: Tensor,
+    chunk_keys: Tensor,
+    lse: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    key_weight: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    config: Config | None = None,
+    n_splits: int | None = None,
+) -> Tensor:
+    """The second pass.
+
+    Args:
+        query: as for the op.
+        chunk_keys: see there, at least one key.
+        lse: what :func:`row_lse` returns.
+        scaling: factor of the logits.
+        softcap: cap of the logits, or None.
+        key_weight: as for the op.
+        query_weight: see there.
+        config: for tuning; by default chosen from the shape.
+        n_splits: for tuning: programs that share the query rows of a block of keys; by default enough to fill the GPU.
+
+    Returns:
+        Scores, fp32 [batch, num_key_value_heads, n_chunk].
+    """
+    batch_size, num_heads, n_rows, head_dim = query.shape
+    num_kv_heads, n_chunk = chunk_keys.shape[1:3]
+    config = config or column_config(head_dim, query.element_size())
+    n_blocks = triton.cdiv(n_chunk, config.block_n) * batch_size * num_kv_heads
+    n_steps = triton.cdiv(n_rows, config.block_m) * (num_heads // num_kv_heads)
+    n_splits = n_splits or triton.cdiv(PROGRAMS_PER_SM * _multiprocessors(query.device), n_blocks)
+    n_splits = min(n_splits, n_steps)
+    out = torch.empty(n_splits, *chunk_keys.shape[:3], dtype=torch.float32, device=query.device)
+    with torch.cuda.device_of(query):
+        _column_max_kernel[(triton.cdiv(n_chunk, config.block_n), batch_size * num_kv_heads, n_splits)](
+            query,
+            chunk_keys,
+            lse,
+            lse if key_weight is None else key_weight,
+            lse if query_weight is None else query_weight,
+            out,
+            *query.stride()[:3],
+            *chunk_keys.stride()[:3],
+            *((0, 0, 0) if key_weight is None else key_weight.stride()),
+            *((0, 0) if query_weight is None else query_weight.stride()),
+            n_rows,
+            n_chunk,
+            num_kv_heads,
+            num_heads // num_kv_heads,
+            *_logit_factors(scaling, softcap),
+            HEAD_DIM=head_dim,
+            BLOCK_D=_padded(head_dim),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            HAS_SOFTCAP=softcap is not None,
+            HAS_KEY_WEIGHT=key_weight is not None,
+            HAS_QUERY_WEIGHT=query_weight is not None,
+            UPCAST=_upcast(query),
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out[0] if n_splits == 1 else out.amax(0)
+
+
+def _padded(head_dim: int) -> int:
+    """Columns of a tile: a power of two that a dot product of tiles can do."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _logit_factors(scaling: float, softcap: float | None) -> tuple[float, float]:
+    """What makes logits in base 2 of dot products: their factor before the softcap, and the softcap."""
+    return (scaling * LOG2_E, 0.0) if softcap is None else (scaling / softcap, softcap * LOG2_E)
+
+
+def _upcast(tensor: Tensor) -> bool:
+    """Whether tiles become fp32 before they are multiplied: in the interpreter, which multiplies the bits of bf16."""
+    return interpreting() and tensor.element_size() == 2
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors; a few for a CPU, where Triton's interpreter runs the programs in turn."""
+    return 3 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@triton.jit
+def _dot(left, right, UPCAST: tl.constexpr):
+    """left right^T, summed in fp32."""
+    if UPCAST:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, tl.trans(right), input_precision="ieee")
+
+
+@triton.jit
+def _base2_logits(scores, factor, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Dot products to logits in base 2, see :func:`_logit_factors`."""
+    if HAS_SOFTCAP:
+        return softcap * _tanh(scores * factor)
+    return scores * factor
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to about 1e-7 of its value: near 0, where 1 - 2 / (exp(2x) + 1) cancels, by an odd polynomial."""
+    square = x * x
+    near = ((0.01560795 * square - 0.05220784) * square + 0.1331301) * square - 0.33332589
+    far = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)  # 2 log2(e)
+    return tl.where(square < 0.36, x + x * square * near, far)
+
+
+@triton.jit
+def _load_tile(ptrs, mask_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of BLOCK_D numbers, 0 beyond HEAD_DIM and, if MASKED, where ``mask_rows`` is False."""
+    mask_d = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    if MASKED:
+        return tl.load(ptrs, mask_rows[:, None] & mask_d, other=0.0)
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask_d, other=0.0)
+
+
+@triton.jit
+def _add_keys(
+    peak,
+    total,
+    query,
+    k_ptr,
+    stride_kn,
+    start,
+    stop,
+    offs_m,
+    factor,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    UPCAST: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Adds keys start .. stop - 1 to a running sum of exp2(logits - peak) a row; whole tiles of them unless MASKED.
+
+    A row that sees a key of the tile at all has seen one by then, so that its peak is never -inf - -inf.
+    """
+    k_rows = (start + tl.arange(0, BLOCK_N)).to(tl.int64) * stride_kn
+    k_ptrs = k_ptr + k_rows[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    step = tl.full([], BLOCK_N, tl.int64) * stride_kn
+    for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        keys = _load_tile(k_ptrs, offs_n < stop, HEAD_DIM, BLOCK_D, MASKED)
+        logits = _base2_logits(_dot(query, keys, UPCAST), factor, softcap, HAS_SOFTCAP)
+        if MASKED:
+            mask_n = offs_n[None, :] < stop
+            if CAUSAL:
+                mask_n = mask_n & (offs_n[None, :] <= offs_m[:, None])
+            logits = tl.where(mask_n, logits, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(logits, 1))
+        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(logits - new_peak[:, None]), 1)
+        peak = new_peak
+        k_ptrs += step
+    return peak, total
+
+
+@triton.jit
+def _add_region(
+    peak,
+    total,
+    query,
+    k_ptr,
+    stride_kn,
+    n_whole,
+    n_keys,
+    offs_m,
+    factor,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    UPCAST: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Adds a region of keys, see :func:`_add_keys`; those from ``n_whole`` on, a multiple of BLOCK_N, are masked."""
+    # fmt: off
+    peak, total = _add_keys(
+        peak, total, query, k_ptr, stride_kn, 0, n_whole, offs_m, factor, softcap,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, False, CAUSAL, UPCAST, STAGES,
+    )
+    peak, total = _add_keys(
+        peak, total, query, k_ptr, stride_kn, n_whole, n_keys, offs_m, factor, softcap,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, True, CAUSAL, UPCAST, 1,
+    )
+    # fmt: on
+    return peak, total
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_sink", "n_chunk"])
+def _row_lse_kernel(
+    q_ptr,
+    sink_ptr,
+    chunk_ptr,
+    replay_ptr,
+    lse_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_sb,
+    stride_sh,
+    stride_sn,
+    stride_cb,
+    stride_ch,
+    stride_cn,
+    stride_rb,
+    stride_rh,
+    stride_rn,
+    n_rows,
+    n_sink,
+    n_chunk,
+    num_heads,
+    groups,
+    factor,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The log-sum-exp (base 2) of a block of query rows of one head; later rows see more keys and start first."""
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    pair = tl.program_id(1)
+    batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
+    kv_head = head // groups
+    offs_m = row + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < n_rows
+    q_rows = q_ptr + batch * stride_qb + head * stride_qh + offs_m.to(tl.int64) * stride_qm
+    query = _load_tile(q_rows[:, None] + tl.arange(0, BLOCK_D)[None, :], mask_m, HEAD_DIM, BLOCK_D, True)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sink = sink_ptr + batch * stride_sb + kv_head * stride_sh
+    chunk = chunk_ptr + batch * stride_cb + kv_head * stride_ch
+    replay = replay_ptr + batch * stride_rb + kv_head * stride_rh
+    # fmt: off
+    peak, total = _add_region(
+        peak, total, query, sink, stride_sn, n_sink // BLOCK_N * BLOCK_N, n_sink, offs_m, factor, softcap,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, False, UPCAST, STAGES,
+    )
+    peak, total = _add_region(
+        peak, total, query, chunk, stride_cn, n_chunk // BLOCK_N * BLOCK_N, n_chunk, offs_m, factor, softcap,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, False, UPCAST, STAGES,
+    )
+    last = tl.minimum(row + BLOCK_M, n_rows)
+    peak, total = _add_region(
+        peak, total, query, replay, stride_rn, row // BLOCK_N * BLOCK_N, last, offs_m, factor, softcap,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, True, UPCAST, STAGES,
+    )
+    # fmt: on
+    tl.store(lse_ptr + pair.to(tl.int64) * n_rows + offs_m, peak + tl.log2(total), mask_m)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_chunk"])
+def _column_max_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    key_weight_ptr,
+    query_weight_ptr,
+    out_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_wb,
+    stride_wh,
+    stride_wn,
+    stride_ub,
+    stride_um,
+    n_rows,
+    n_chunk,
+    num_kv_heads,
+    groups,
+    factor,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_KEY_WEIGHT: tl.constexpr,
+    HAS_QUERY_WEIGHT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The largest probability of each key of a block, over a share of the (query head, block of rows) of its group.
+
+    No row is masked: the last block of rows starts early enough to be whole, and the rows of a replay shorter than a
+    block are filled up with its last one. A maximum does not mind a row that it sees twice.
+    """
+    pair = tl.program_id(1)
+    batch, kv_head = (pair // num_kv_heads).to(tl.int64), (pair % num_kv_heads).to(tl.int64)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < n_chunk
+    k_rows = k_ptr + batch * stride_kb + kv_head * stride_kh + offs_n.to(tl.int64) * stride_kn
+    keys = _load_tile(k_rows[:, None] + tl.arange(0, BLOCK_D)[None, :], mask_n, HEAD_DIM, BLOCK_D, True)
+    offs_m = tl.minimum(tl.arange(0, BLOCK_M), n_rows - 1).to(tl.int64)
+    q_ptrs = q_ptr + batch * stride_qb + offs_m[:, None] * stride_qm + tl.arange(0, BLOCK_D)[None, :]
+    lse_ptrs = lse_ptr + batch * num_kv_heads * groups * n_rows + offs_m
+    best = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    n_row_blocks = tl.cdiv(n_rows, BLOCK_M)
+    n_steps = n_row_blocks * groups
+    split, n_splits = tl.program_id(2), tl.num_programs(2)
+    for step in tl.range(split * n_steps // n_splits, (split + 1) * n_steps // n_splits, num_stages=STAGES):
+        head = kv_head * groups + step // n_row_blocks
+        row = tl.maximum(tl.minimum(step % n_row_blocks * BLOCK_M, n_rows - BLOCK_M), 0).to(tl.int64)
+        query = _load_tile(q_ptrs + (head * stride_qh + row * stride_qm), mask_n, HEAD_DIM, BLOCK_D, False)
+        lse = tl.load(lse_ptrs + (head * n_rows + row))
+        logits = _base2_logits(_dot(keys, query, UPCAST), factor, softcap, HAS_SOFTCAP)
+        shares = logits - lse[None, :]
+        if HAS_KEY_WEIGHT or HAS_QUERY_WEIGHT:
+            shares = tl.exp2(shares)
+        if HAS_KEY_WEIGHT:
+            key_weight_ptrs = key_weight_ptr + batch * stride_wb + head * stride_wh + offs_n.to(tl.int64) * stride_wn
+            shares *= tl.load(key_weight_ptrs, mask_n, other=0.0).to(tl.float32)[:, None]
+        if HAS_QUERY_WEIGHT:
+            query_weight_ptrs = query_weight_ptr + batch * stride_ub + (row + offs_m) * stride_um
+            shares *= tl.load(query_weight_ptrs).to(tl.float32)[None, :]
+        best = tl.maximum(best, tl.max(shares, 1))
+    if not (HAS_KEY_WEIGHT or HAS_QUERY_WEIGHT):
+        best = tl.exp2(best)
+    out_row = (split * tl.num_programs(1) + pair).to(tl.int64)
+    tl.store(out_ptr + out_row * n_chunk + offs_n, best, mask_n)
