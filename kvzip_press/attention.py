@@ -124,9 +124,9 @@ def attention_forward(
     if not isinstance(key, CacheView):
         return _own_attention(module, query, key, value, attention_mask, **kwargs)
     _refuse_unsupported(module, kwargs)
-    output = key.layer.attend(
-        module, query, attention_mask, scaling=kwargs.get("scaling"), softcap=kwargs.get("softcap")
-    )
+    # transformers' sdpa function leaves a softcap out (Gemma 2): a compressed cache must not change what a model computes.
+    softcap = None if _implementation(module.config) == PREFIX + "sdpa" else kwargs.get("softcap")
+    output = key.layer.attend(module, query, attention_mask, scaling=kwargs.get("scaling"), softcap=softcap)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -73,6 +73,50 @@ def ask(
 
 
 @app.command()
+def profile(
+    model: Annotated[str | None, typer.Option("--model", help="Path or hub id of a model, or smollm2.")] = None,
+    shape: Annotated[
+        str | None, typer.Option("--shape", help="Random weights of llama3.1-8b, qwen2.5-7b, qwen3-8b or gemma3-12b.")
+    ] = None,
+    context_length: Annotated[
+        list[int] | None,
+        typer.Option("--context-length", help="Tokens; several times. Default 4096 16384 65536, on a CPU 1024 4096."),
+    ] = None,
+    press: Annotated[
+        list[str] | None,
+        typer.Option("--press", help="Several times; none is always there. Default kvzip, kvzip_local, snapkv."),
+    ] = None,
+    compression_ratio: Annotated[
+        list[float] | None, typer.Option("--compression-ratio", help="Fraction removed, in [0, 1); several times.")
+    ] = None,
+    decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Decode steps timed.")] = 32,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default the GPU if any.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also the compiled decode step.")] = False,
+    kvpress: Annotated[
+        bool | None, typer.Option("--kvpress/--no-kvpress", help="Also kvpress's own runs; default if installed.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", help="Directory for profile.jsonl.")] = Path("outputs/profile"),
+) -> None:
+    """Measures what compression costs and gains on a model, and says from which context length on it gains."""
+    from kvzip_press.leaderboard.profile.run import run_profile
+
+    run_profile(
+        output,
+        model=model,
+        shape=shape,
+        device=device,
+        dtype=dtype,
+        context_lengths=context_length or (),
+        presses=press or (),
+        compression_ratios=compression_ratio or (0.7,),
+        decode_tokens=decode_tokens,
+        compile=compiled,
+        kvpress=kvpress,
+    )
+
+
+@app.command()
 def presses() -> None:
     """Lists the names of the presses."""
     from kvzip_press.registry import press_names

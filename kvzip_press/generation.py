@@ -1,17 +1,23 @@
-"""Questions to a compressed cache."""
+"""Questions to a compressed cache, and generation behind one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Generator
+from contextlib import closing
+from itertools import takewhile
 from typing import Any
 
 import torch
 
 from kvzip_press.attention import attach
 from kvzip_press.chat import chat_frame, encode
+from kvzip_press.decoding import DecodeStep, forward
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.models import text_config
 from kvzip_press.ragged_cache import RaggedCache
+from kvzip_press.sampling import Sampling, most_likely
+
+MIN_GRAPH_TOKENS = 16
 
 
 def answer(
@@ -36,8 +42,8 @@ def answer(
         CacheMismatchError: The cache was made by another model.
         InvalidArgumentError: Context, question and answer exceed the model's positions.
     """
-    ids = question_ids(tokenizer, question, answer_prefix)
-    generated = greedy(model, cache.fork(), ids, max_new_tokens=max_new_tokens, eos_ids=eos_ids(model, tokenizer))
+    ids = torch.tensor([question_ids(tokenizer, question, answer_prefix)])
+    [generated] = generate(model, cache.fork(), ids, max_new_tokens, eos_ids=eos_ids(model, tokenizer))
     return str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
 
 
@@ -55,28 +61,93 @@ def eos_ids(model: Any, tokenizer: Any) -> set[int]:
 
 
 @torch.no_grad()
-def greedy(model: Any, cache: Any, input_ids: list[int], *, max_new_tokens: int, eos_ids: Collection[int]) -> list[int]:
-    """Greedy decoding of one sequence behind a cache, which grows by what is read and written.
+def generate(
+    model: Any,
+    cache: Any,
+    input_ids: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    eos_ids: Collection[int] = (),
+    sampling: Sampling | None = None,
+    streamer: Any = None,
+    graph: bool | None = None,
+    compile: bool = False,  # noqa: A002  # torch's name for it
+) -> list[list[int]]:
+    """Generates behind a cache, which grows by what is read and written.
+
+    Args:
+        model: A causal language model.
+        cache: Its cache; with a compressed one on a GPU the decode steps replay a CUDA graph.
+        input_ids: int64 ``[batch, n]``, what is read first, n >= 1, without padding.
+        max_new_tokens: Most tokens to generate a row.
+        eos_ids: The ids that end a row.
+        sampling: How to sample; None takes the most likely token.
+        streamer: A transformers streamer (``put``, ``end``), for one row; it gets ``input_ids`` first, as it does there.
+        graph: See :class:`kvzip_press.decoding.DecodeStep`. By default a graph is captured where it is possible and
+            ``max_new_tokens`` is at least 16: a capture takes as long as a few steps.
+        compile: See :class:`kvzip_press.decoding.DecodeStep`.
 
     Returns:
-        The generated ids, without the one that ended them.
+        The generated ids of every row, without the one that ended it.
+
+    Raises:
+        InvalidArgumentError: An argument out of range, or more tokens than the model has positions.
     """
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or max_new_tokens < 0:
+        shape = tuple(input_ids.shape)
+        raise InvalidArgumentError(
+            f"expected input_ids [batch, n >= 1] and max_new_tokens >= 0, got {shape} and {max_new_tokens}"
+        )
+    if streamer is not None:
+        if input_ids.shape[0] > 1:
+            raise InvalidArgumentError(f"expected one row for a streamer, got {input_ids.shape[0]}")
+        streamer.put(input_ids.cpu())
+    _check_positions(model, cache.get_seq_length() + input_ids.shape[1] + max_new_tokens)
+    choose = most_likely if sampling is None else sampling.sampler()
+    ended = set(eos_ids)
+    rows: list[list[int]] = [[] for _ in range(input_ids.shape[0])]
+    with closing(_tokens(model, cache, input_ids, max_new_tokens, choose, graph=graph, compile=compile)) as tokens:
+        for chosen in tokens:
+            for row, token in zip(rows, chosen.tolist(), strict=True):
+                row.append(token)
+            if all(not ended.isdisjoint(row) for row in rows):
+                break
+            if streamer is not None:
+                streamer.put(chosen.cpu())
+    if streamer is not None:
+        streamer.end()
+    return [list(takewhile(lambda token: token not in ended, row)) for row in rows]
+
+
+def _tokens(
+    model: Any,
+    cache: Any,
+    input_ids: torch.Tensor,
+    max_new_tokens: int,
+    choose: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    graph: bool | None,
+    compile: bool,  # noqa: A002
+) -> Generator[torch.Tensor]:
+    """The chosen tokens ``[batch]`` one after another; the last one is not read by the model."""
+    if max_new_tokens == 0:
+        return
     attach(model)
-    position = cache.get_seq_length()
-    _check_positions(model, position + len(input_ids) + max_new_tokens)
-    device = model.get_input_embeddings().weight.device
-    step = torch.tensor([input_ids], device=device)
-    generated: list[int] = []
-    for _ in range(max_new_tokens):
-        positions = torch.arange(position, position + step.shape[1], device=device)[None]
-        output = model(input_ids=step, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        position += step.shape[1]
-        token = int(output.logits[0, -1].argmax())
-        if token in eos_ids:
-            break
-        generated.append(token)
-        step = torch.tensor([[token]], device=device)
-    return generated
+    input_ids = input_ids.to(model.get_input_embeddings().weight.device)
+    chosen = choose(forward(model, cache, input_ids, _positions(cache, input_ids)))
+    yield chosen
+    if max_new_tokens == 1:
+        return
+    if graph is None and not compile and max_new_tokens < MIN_GRAPH_TOKENS:
+        graph = False
+    with DecodeStep(model, cache, max_new_tokens=max_new_tokens - 1, graph=graph, compile=compile) as step:
+        for _ in range(max_new_tokens - 1):
+            chosen = choose(step(chosen))
+            yield chosen
+
+
+def _positions(cache: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    return (cache.get_seq_length() + torch.arange(input_ids.shape[1], device=input_ids.device)).expand_as(input_ids)
 
 
 def _check_positions(model: Any, needed: int) -> None:

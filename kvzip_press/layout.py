@@ -59,6 +59,11 @@ class PackedPairs:
         """Everything that this object holds in memory."""
         return self.keys, self.values, self.positions, self.cu_seqlens
 
+    @property
+    def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values."""
+        return self.keys, self.values
+
     def row(self, row: int) -> PackedPairs:
         """One batch row, as views."""
         bounds = self.cu_seqlens[row * self.num_heads : (row + 1) * self.num_heads + 1]

@@ -104,6 +104,8 @@ class ReplayedAttention:
         sink_keys: ``[batch, heads, n_sink, head_dim]``.
         scaling: Factor of the logits, None for ``head_dim ** -0.5``.
         softcap: Bound of the logits, or None.
+        lse: ``[batch, num_attention_heads, query_length]``, fp32, the log-sum-exp of each row's logits over sink, chunk
+            and replayed keys, when that is what the row attended to (a local replay); else None.
     """
 
     module: nn.Module
@@ -114,6 +116,7 @@ class ReplayedAttention:
     sink_keys: torch.Tensor
     scaling: float | None
     softcap: float | None
+    lse: torch.Tensor | None = None
 
 
 class ReplayLayer(compat.CacheLayerMixin):
@@ -162,14 +165,16 @@ class ReplayLayer(compat.CacheLayerMixin):
         sink_keys, sink_values = (
             x.expand(len(self.chunks), -1, -1, -1) for x in (self.span.sink_keys, self.span.sink_values)
         )
-        self.look(ReplayedAttention(module, query, own_keys, chunk_keys, chunk_values, sink_keys, scaling, softcap))
         if self.local:
             keys, values = torch.cat([sink_keys, chunk_keys], 2), torch.cat([sink_values, chunk_values], 2)
             past = attention_with_lse(query, keys, values, causal=False, scaling=scaling, softcap=softcap)
         else:
             past = self.span.attend(query, scaling, softcap)
         own = attention_with_lse(query, own_keys, own_values, causal=True, scaling=scaling, softcap=softcap)
-        return merge_attention(*past, *own)[0]
+        output, lse = merge_attention(*past, *own)
+        seen = (module, query, own_keys, chunk_keys, chunk_values, sink_keys, scaling, softcap)
+        self.look(ReplayedAttention(*seen, lse=lse if self.local else None))
+        return output
 
     def _chunks_of(self, span: torch.Tensor) -> torch.Tensor:
         if len(self.chunks) == 1:

@@ -45,6 +45,21 @@ class Tail:
         self._values[:, :, self.length : end] = values
         self.length = end
 
+    def reserve(self, n_tokens: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Makes room for ``n_tokens`` more tokens at once, so that nothing moves while they are written.
+
+        Args:
+            n_tokens: Tokens to make room for.
+            keys: Any tensor ``[batch, num_heads, 1, head_dim]`` of the right dtype and device.
+            values: The same for the values.
+
+        Returns:
+            The whole buffers, ``[batch, num_heads, room, head_dim]``.
+        """
+        self._keys = self._room_for(self._keys, keys.expand(-1, -1, n_tokens, -1))
+        self._values = self._room_for(self._values, values.expand(-1, -1, n_tokens, -1))
+        return self._keys, self._values
+
     def _room_for(self, buffer: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
         batch, heads, t, dim = new.shape
         if buffer is not None:

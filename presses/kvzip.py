@@ -160,6 +160,7 @@ def _score_chunk(attention: ReplayedAttention, norms: torch.Tensor | None) -> to
         softcap=attention.softcap,
         key_weight=key_weight,
         query_weight=query_weight,
+        lse=attention.lse,
     )
 
 

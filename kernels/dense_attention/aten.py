@@ -15,6 +15,7 @@ _FLASH_OPS = {
     "cpu": "_scaled_dot_product_flash_attention_for_cpu",
     "cuda": "_scaled_dot_product_flash_attention",
 }
+_CUDNN_MAX_HEAD_DIM, _CUDNN_MIN_ROWS, _CUDNN_MIN_KEYS = 128, 256, 1024
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -50,6 +51,30 @@ def _reason_against_cuda(query: Tensor) -> str | None:
     if torch.cuda.get_device_capability(query.device) < (8, 0):
         return "it needs compute capability 8.0 or later"
     return None
+
+
+def _cudnn_pays(query: Tensor, keys: Tensor) -> bool:
+    """Whether cuDNN's kernel is there and faster: on Hopper, for long rows of queries without a causal rule.
+
+    Measured on an H200, 2100 queries against 65536 keys, 32/8 heads: cuDNN 4.6 ms, the flash kernel 7.6 ms.
+    """
+    return (
+        query.device.type == "cuda"
+        and query.shape[-1] <= _CUDNN_MAX_HEAD_DIM
+        and query.shape[-2] >= _CUDNN_MIN_ROWS
+        and keys.shape[-2] >= _CUDNN_MIN_KEYS
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and torch.cuda.get_device_capability(query.device)[0] == 9
+    )
+
+
+def _cudnn(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """cuDNN's fused attention, on [batch, heads, rows, head_dim]; out and lse [batch, heads, rows]."""
+    no_bias, with_lse, no_dropout, not_causal, no_debug_mask = None, True, 0.0, False, False
+    attention = torch.ops.aten._scaled_dot_product_cudnn_attention
+    options = (no_bias, with_lse, no_dropout, not_causal, no_debug_mask)
+    out, lse = attention(query, keys, values, *options, scale=scaling)[:2]
+    return out, lse.reshape(query.shape[:-1])
 
 
 def flash(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool = False) -> tuple[Tensor, Tensor]:
@@ -92,7 +117,8 @@ def _uncovered(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> t
     """Every row sees every key, so the query heads of a group are just more rows."""
     batch_size, num_heads, query_length, head_dim = query.shape
     folded = query.reshape(batch_size, keys.shape[1], -1, head_dim)
-    out, lse = flash(folded, keys, values, scaling)
+    kernel = _cudnn if _cudnn_pays(folded, keys) else flash
+    out, lse = kernel(folded, keys, values, scaling)
     return out.reshape(query.shape), lse.reshape(batch_size, num_heads, query_length)
 
 

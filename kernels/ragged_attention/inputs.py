@@ -45,11 +45,6 @@ class RaggedInputs:
         """Number of tail tokens that there is room for, all of them live without ``live_tail_length``."""
         return 0 if self.tail_keys is None else self.tail_keys.shape[2]
 
-    @property
-    def n_pairs(self) -> int:
-        """Pairs that are stored: the packed context, and the tail of every head with all of its room."""
-        return self.keys.shape[0] + self.query.shape[0] * self.num_key_value_heads * self.tail_length
-
     def with_live_tail(self) -> "RaggedInputs":
         """The same with a tail of just its live tokens, whose number is read from the device."""
         if self.live_tail_length is None or self.tail_keys is None or self.tail_values is None:
@@ -92,7 +87,7 @@ class RaggedInputs:
         if self.tail_keys is None or self.tail_values is None:
             if not self.tail_keys is self.tail_values is self.tail_mask is self.live_tail_length is None:
                 raise ValueError(
-                    "tail_keys, tail_values: expected both, or neither and no tail_mask or tail_length, got some of them"
+                    "tail_keys, tail_values: expected both, or neither and no tail_mask or tail_length; got some"
                 )
             return
         batch_size, num_heads, query_length, head_dim = self.query.shape

@@ -1,11 +1,10 @@
 """Ragged attention in Triton: every program streams the same number of pairs, whatever the lengths of the heads.
 
-The pairs of all segments, each one's context and then its tail, are seen as one row of ``n_pairs`` pairs, which the
-programs of a launch cut into equal pieces (stream-K, arXiv 2301.03598). A program finds its piece from ``cu_seqlens``
-and the length of the tail, both read on the device, so that no list of work is made or kept, and a captured graph stays
-right while the tail grows. For each segment in its piece a program leaves a partial result, and a second small kernel
-merges those of a segment, in parallel over query rows and slices of head_dim. On Hopper it is launched early
-(programmatic dependent launch) and waits on the device. Why it is so: DESIGN.md of this folder's parent.
+Every segment, its context and then its tail, is cut into pieces of about the same length, one for each program that the
+GPU can hold. A program finds its piece from ``cu_seqlens`` and the length of the tail, both read on the device, so that no
+list of work is made or kept, and a captured graph stays right while the tail grows. It leaves a partial result, and a
+second small kernel merges those of a segment, in parallel over query rows and slices of head_dim. On Hopper it is
+launched early (programmatic dependent launch) and waits on the device. Why it is so: kernels/DESIGN.md.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ except ImportError:  # an older Triton; the names below stand in branches that a
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
+MIN_PIECE = tl.constexpr(16)  # pairs that are worth a program
 
 
 def ragged_attention(
@@ -49,9 +49,9 @@ def ragged_attention(
         return out, lse
     groups, n_segments = num_attention_heads // n_heads, batch_size * n_heads
     n_rows = groups * query_length
-    config = config or choose(n_rows, head_dim, query.element_size(), inputs.n_pairs, n_segments)
+    config = config or choose(n_rows, head_dim, query.element_size(), inputs.keys.shape[0], n_segments)
     n_row_blocks = triton.cdiv(n_rows, config.block_m)
-    n_programs = _n_programs(inputs, config, n_row_blocks)
+    n_programs = _n_programs(query.device, config, n_row_blocks, n_segments)
     partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
     partial_sums = torch.empty(n_programs, n_rows, 2, dtype=torch.float32, device=query.device)
     begins, starts = _segments(inputs)
@@ -120,11 +120,10 @@ def ragged_attention(
     return out, lse
 
 
-def _n_programs(inputs: RaggedInputs, config: Config, n_row_blocks: int) -> int:
-    """Programs that share the pairs: no more than are resident at once, and no more than there are tiles of pairs."""
-    slots = multiprocessors(inputs.query.device) * config.programs_per_sm
-    n_segments = inputs.query.shape[0] * inputs.num_key_value_heads
-    return max(n_segments, min(triton.cdiv(slots, n_row_blocks), n_segments + triton.cdiv(inputs.n_pairs, 32)))
+def _n_programs(device: torch.device, config: Config, n_row_blocks: int, n_segments: int) -> int:
+    """Programs that share the pairs: as many as are resident at once, but at least one for every segment."""
+    slots = multiprocessors(device) * config.programs_per_sm
+    return max(n_segments, triton.cdiv(slots, n_row_blocks))
 
 
 def _segments(inputs: RaggedInputs) -> tuple[Tensor, Tensor]:
@@ -187,7 +186,7 @@ def _items_of(lengths, n_segments, n_programs):
     """
     total = tl.sum(lengths, 0)
     spare = (n_segments * tl.arange(0, 16)) // 15
-    pieces = tl.maximum(tl.cdiv(total, tl.maximum(n_programs - spare, 1)), 1)
+    pieces = tl.maximum(tl.cdiv(total, tl.maximum(n_programs - spare, 1)), MIN_PIECE)
     n_items = tl.sum((lengths[:, None] + pieces[None, :] - 1) // pieces[None, :], 0)
     piece = tl.min(tl.where(n_items <= n_programs, pieces, tl.maximum(total, 1)), 0)
     return (lengths + piece - 1) // piece
@@ -298,7 +297,7 @@ def _attend_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for tile in range(0, n_tiles):
+    for tile in range(n_tiles):
         row = tile * BLOCK_N
         tile_keys_ptr, tile_values_ptr, n_live = keys_ptr, values_ptr, n_left
         if HAS_TAIL:
@@ -362,7 +361,7 @@ def _merge_kernel(
     TAIL_ON_DEVICE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Merges the partial results of a query row of a segment, for a slice of head_dim; without any, gives 0 and -inf."""
+    """Merges the partial results of a query row of a segment, for a slice of head_dim; none give 0 and -inf."""
     segment, row = tl.program_id(0), tl.program_id(1)
     n_tail = _tail_length(tail_length, HAS_TAIL, TAIL_ON_DEVICE)
     offs_s = tl.arange(0, BLOCK_S)

@@ -37,7 +37,8 @@ def choose(n_rows: int, head_dim: int, itemsize: int, n_pairs: int, n_segments: 
         n_rows: Query rows that share the pairs of one head: groups x query_length.
         head_dim: Size of a head.
         itemsize: Bytes of an element.
-        n_pairs: Pairs that are stored, of all segments together.
+        n_pairs: Pairs of the packed context, of all segments together. The tail does not count: the choice must be the
+            same while it grows, and in a captured graph, which has room for more.
         n_segments: Batch rows x KV heads.
     """
     wide = head_dim * itemsize > 256  # bytes of a key

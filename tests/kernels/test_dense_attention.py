@@ -237,6 +237,20 @@ def test_a_merge_with_what_saw_nothing_changes_nothing() -> None:
     torch.testing.assert_close(merge_attention(*nothing, *nothing), nothing, rtol=0, atol=0)
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 2, 5, 16), (2, 3, 17, 80), (1, 1, 1, 128)])
+def test_the_triton_merge_equals_the_reference(
+    shape: tuple[int, ...], dtype: torch.dtype, triton_device: torch.device, inside_nan: View
+) -> None:
+    out_a, out_b = (inside_nan(torch.randn(shape, device=triton_device).to(dtype)) for _ in range(2))
+    lse_a, lse_b = 3 * torch.randn(2, *shape[:3], device=triton_device)
+    lse_a[0, 0, 0] = lse_b[0, -1, -1] = -torch.inf
+    ours = merge_attention(out_a, lse_a, out_b, lse_b, impl="triton")
+    theirs = merge_attention(out_a, lse_a, out_b, lse_b, impl="reference")
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_a_merge_survives_logits_that_overflow_exp() -> None:
     out = torch.ones(1, 1, 1, 4)
     lse = torch.full((1, 1, 1), 500.0)

@@ -17,7 +17,8 @@ Accurate = Callable[[Tensor, Tensor, Tensor], None]
 View = Callable[[Tensor], Tensor]
 
 LAW = settings(deadline=None, max_examples=25, derandomize=True)
-IMPLS = [None, "reference", pytest.param("triton", marks=pytest.mark.triton)]
+CPU_IMPLS = [None, "reference"]
+IMPLS = [*CPU_IMPLS, pytest.param("triton", marks=pytest.mark.triton)]
 LENGTHS = {
     "empty_and_one": [0, 1, 1, 0],
     "around_a_block": [63, 64, 65, 1],
@@ -167,7 +168,7 @@ def test_each_precision_errs_no_more_than_a_plain_computation_in_it(
     assert_equals_formula(ragged, assert_accurate, impl=impl)
 
 
-@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_fp64_stays_fp64(impl: str | None) -> None:
     ragged = case([600, 40, 0, 65], 3, 9, dtype=torch.float64)
     got = ragged.run(return_lse=True, impl=impl)
@@ -241,7 +242,7 @@ def test_strided_views_are_read_in_their_bounds(impl: str | None, inside_nan: Vi
     torch.testing.assert_close(padded.run(impl=impl), expected)
 
 
-@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_dimensions_may_lie_in_any_order(impl: str | None) -> None:
     ragged = case([600, 0, 5, 65], 3, 9)
     expected = ragged.run(impl=impl)
@@ -256,7 +257,7 @@ def test_dimensions_may_lie_in_any_order(impl: str | None) -> None:
     torch.testing.assert_close(turned.run(impl=impl), expected)
 
 
-@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 @pytest.mark.parametrize("n_rows", [1, 3])
 def test_a_batch_neighbour_changes_no_bit(n_rows: int, impl: str | None) -> None:
     together = case([600, 0, 5, 1025, 9, 9], n_rows, 9)
@@ -289,7 +290,7 @@ def test_equal_lengths_equal_scaled_dot_product_attention(impl: str | None) -> N
     lengths=st.lists(st.integers(0, 70), min_size=2, max_size=2),
     n_rows=st.integers(1, 4),
     n_tail=st.integers(0, 5),
-    impl=st.sampled_from(IMPLS),
+    impl=st.sampled_from(CPU_IMPLS),
     seed=st.integers(0, 1000),
 )
 def test_the_order_of_keys_in_a_segment_changes_nothing(
@@ -304,7 +305,9 @@ def test_the_order_of_keys_in_a_segment_changes_nothing(
 
 
 @LAW
-@given(n_context=st.integers(0, 70), n_moved=st.integers(0, 70), impl=st.sampled_from(IMPLS), seed=st.integers(0, 1000))
+@given(
+    n_context=st.integers(0, 70), n_moved=st.integers(0, 70), impl=st.sampled_from(CPU_IMPLS), seed=st.integers(0, 1000)
+)
 def test_it_does_not_matter_whether_a_key_lies_in_the_context_or_in_the_tail(
     n_context: int, n_moved: int, impl: str | None, seed: int
 ) -> None:

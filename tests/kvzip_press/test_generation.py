@@ -7,7 +7,7 @@ import torch
 
 from kvzip_press import KVzipPress, RandomPress, answer, compress
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
-from kvzip_press.generation import greedy, question_ids
+from kvzip_press.generation import generate, question_ids
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 CONTEXT = "The key of the red box is under the mat, and the mat is at the door."
@@ -32,7 +32,8 @@ def test_uncompressed_answer_is_what_generate_writes() -> None:
     cache = compress(model, TOKENIZER, CONTEXT, RandomPress(0.0))
     ids = [TOKENIZER.bos_token_id, *TOKENIZER.encode(CONTEXT), *question_ids(TOKENIZER, "Where?", "At")]
     expected = tiny_model().generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
-    got = greedy(model, cache.fork(), question_ids(TOKENIZER, "Where?", "At"), max_new_tokens=8, eos_ids={2})
+    question = torch.tensor([question_ids(TOKENIZER, "Where?", "At")])
+    [got] = generate(model, cache.fork(), question, 8, eos_ids={2})
     assert got == [token for token in expected if token != 2]
 
 
@@ -40,11 +41,11 @@ def test_generation_stops_at_the_end_token() -> None:
     """The end token ends the answer and is not part of it; the last token before a limit is not lost."""
     model = tiny_model()
     cache = compress(model, TOKENIZER, CONTEXT, RandomPress(0.0))
-    ids = question_ids(TOKENIZER, "Where?")
-    free = greedy(model, cache.fork(), ids, max_new_tokens=8, eos_ids=set())
+    ids = torch.tensor([question_ids(TOKENIZER, "Where?")])
+    [free] = generate(model, cache.fork(), ids, 8)
     assert len(free) == 8
     stop = next(token for token in free if token != free[0])
-    assert greedy(model, cache.fork(), ids, max_new_tokens=8, eos_ids={stop}) == free[: free.index(stop)]
+    assert generate(model, cache.fork(), ids, 8, eos_ids={stop}) == [free[: free.index(stop)]]
 
 
 def test_too_long_and_empty_inputs_are_refused() -> None:

@@ -1,0 +1,234 @@
+"""Decode steps: one token a row through the model, captured in a CUDA graph where that is possible.
+
+A decode step of an 8B model is some five hundred short kernels, and Python launches them more slowly than the GPU runs
+them: without a graph, what a smaller cache saves stays hidden. The graph is captured over static layers
+(``static_layers.py``) that share the cache's memory, and counts its position on the device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvzip_press.attention import attach
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.models import attention_layers, text_decoder
+from kvzip_press.static_layers import StaticCache, reason_against
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+_TRIALS = 2  # steps before the capture: kernels are compiled, libraries set up
+
+
+class DecodeStep:
+    """Decodes one token a row at a time behind a cache, which grows with every call.
+
+    Args:
+        model: A causal language model.
+        cache: Its cache. A graph needs ragged layers (beside them, sliding ones may stand).
+        max_new_tokens: Most calls.
+        position_ids: int64 ``[batch]``, the position of each row's next token; default the tokens that the cache saw.
+        graph: Whether to capture a CUDA graph: None where it is possible, False never, True or else raise.
+        compile: Whether to compile the decoder layers around attention with ``torch.compile`` before the capture: fewer
+            kernels, for a minute or so of compiling. Only for a graph.
+
+    Attributes:
+        captured: Whether calls replay a graph.
+        reason: Why they do not, None when they do.
+
+    Raises:
+        InvalidArgumentError: ``graph=True`` where it is impossible, ``max_new_tokens`` below 1, or ``compile`` without a
+            graph.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: Any,
+        *,
+        max_new_tokens: int,
+        position_ids: torch.Tensor | None = None,
+        graph: bool | None = None,
+        compile: bool = False,  # noqa: A002  # torch's name for it
+    ) -> None:
+        if max_new_tokens < 1:
+            raise InvalidArgumentError(f"expected max_new_tokens >= 1, got {max_new_tokens}")
+        attach(model)
+        self.model, self.cache = model, cache
+        self._n_left = max_new_tokens
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]  # every transformers model has it
+        self._device: torch.device = embedding.weight.device
+        self._positions = position_ids
+        self._static: _StaticStep | None = None
+        self.reason = "graph=False was asked for" if graph is False else _reason_against(model, cache, self._device)
+        if self.reason is None:
+            self._capture(max_new_tokens, compile)
+        if graph and self.reason is not None:
+            raise InvalidArgumentError(f"expected a model and a cache that a CUDA graph can hold, but {self.reason}")
+        if compile and self._static is None:
+            raise InvalidArgumentError(f"compile=True: expected a step in a CUDA graph, but {self.reason}")
+        if graph is None and self.reason is not None and self._device.type == "cuda":
+            logger.warning("decoding without a CUDA graph: %s", self.reason)
+
+    def _capture(self, max_new_tokens: int, compiled: bool) -> None:
+        step = _StaticStep(self.model, self.cache, max_new_tokens, self._positions, self._device)
+        try:
+            with torch.cuda.device(self._device), _compiled_layers(self.model, compiled):
+                step.capture()
+        except RuntimeError as error:
+            self.reason = f"the capture failed: {error}"
+            return
+        self._static = step
+
+    @property
+    def captured(self) -> bool:
+        """Whether calls replay a graph."""
+        return self._static is not None
+
+    @torch.no_grad()
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Decodes one token a row.
+
+        Args:
+            token_ids: int64 ``[batch]``.
+
+        Returns:
+            Logits ``[batch, vocabulary]``, valid until the next call.
+
+        Raises:
+            InvalidArgumentError: More calls than ``max_new_tokens``.
+        """
+        if self._n_left == 0:
+            raise InvalidArgumentError("expected at most max_new_tokens calls, which were made already")
+        self._n_left -= 1
+        if self._static is not None:
+            return self._static(token_ids)
+        token_ids = token_ids.to(self._device)
+        if self._positions is None:
+            self._positions = torch.full_like(token_ids, self.cache.get_seq_length())
+        logits = forward(self.model, self.cache, token_ids[:, None], self._positions[:, None])
+        self._positions = self._positions + 1
+        return logits
+
+    def close(self) -> None:
+        """Brings the cache up to date where a graph wrote beside it (sliding layers). The step is over."""
+        self._n_left = 0
+        if self._static is not None:
+            self._static.close()
+
+    def __enter__(self) -> DecodeStep:
+        """Itself, to be closed at the end."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes the step."""
+        self.close()
+
+
+class _StaticStep:
+    """A decode step over static layers and static inputs; :meth:`capture` turns it into a graph."""
+
+    def __init__(
+        self, model: nn.Module, cache: Any, n_tokens: int, positions: torch.Tensor | None, device: torch.device
+    ) -> None:
+        self.model = model
+        self.cache = StaticCache(cache, n_tokens)
+        batch = cache.layers[0].batch_size if hasattr(cache.layers[0], "batch_size") else cache.layers[0].keys.shape[0]
+        self.token_ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.positions = torch.full_like(self.token_ids, self.cache.n_seen)
+        if positions is not None:
+            self.positions.copy_(positions[:, None])
+        self.n_steps = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def run(self) -> torch.Tensor:
+        """The kernels of one step: the model, and all counters moved on."""
+        logits = forward(self.model, self.cache.layers, self.token_ids, self.positions)
+        self.cache.advance()
+        self.positions.add_(1)
+        return logits
+
+    def capture(self) -> None:
+        """Runs the step on trial, forgets it and captures it."""
+        start = self.positions.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_TRIALS):
+                self.run()
+                self._rewind(start)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits = self.run()
+        self.graph = graph
+
+    def _rewind(self, positions: torch.Tensor) -> None:
+        self.cache.restart()
+        self.positions.copy_(positions)
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        self.token_ids.copy_(token_ids[:, None])
+        if self.graph is None:
+            self.logits = self.run()
+        else:
+            self.graph.replay()
+        self.n_steps += 1
+        self.cache.count(1)
+        assert self.logits is not None
+        return self.logits
+
+    def close(self) -> None:
+        self.cache.write_back(self.n_steps)
+        self.n_steps, self.graph = 0, None
+
+
+def forward(model: Any, cache: Any, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Reads ``token_ids`` ``[batch, n]`` at ``positions`` into a cache; logits ``[batch, vocabulary]`` of the last."""
+    output = model(
+        input_ids=token_ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits
+
+
+def _reason_against(model: nn.Module, cache: Any, device: torch.device) -> str | None:
+    """Why this model behind this cache cannot be captured, as far as can be told before."""
+    if device.type != "cuda":
+        return f"the model is on {device.type}"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "the model lies on several devices"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "the model's modules are moved or offloaded by hooks"
+    return reason_against(cache)
+
+
+@contextmanager
+def _compiled_layers(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """While open, the decoder layers run compiled; our attention in their middle does not.
+
+    What was compiled lives on in the graph that is captured meanwhile; the modules get their own forward back.
+    """
+    if not wanted:
+        yield
+        return
+    layers: Any = text_decoder(model).layers
+    torch._dynamo.reset()
+    limits = {"recompile_limit": 8 * len(layers), "accumulated_recompile_limit": 64 * len(attention_layers(model))}
+    try:
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, **limits):
+            for layer in layers:
+                layer.forward = torch.compile(layer.forward, dynamic=False)
+            yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)

@@ -1,0 +1,66 @@
+"""Choice of the next token from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kvzip_press.errors import InvalidArgumentError
+
+
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """The most likely token of each row: logits ``[batch, vocabulary]`` to ids ``[batch]``."""
+    return logits.argmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample the next token; the warpers are transformers' own, in its order.
+
+    Args:
+        temperature: Divides the logits, above 0.
+        top_k: Sample from the k most likely tokens, None from all.
+        top_p: Sample from the fewest tokens that have this much probability together, in (0, 1], None from all.
+        seed: Of the random numbers; None takes PyTorch's own generator.
+
+    Raises:
+        InvalidArgumentError: A value out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise InvalidArgumentError(f"expected temperature > 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise InvalidArgumentError(f"expected top_k >= 1 or None, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InvalidArgumentError(f"expected top_p in (0, 1] or None, got {self.top_p}")
+
+    def sampler(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function from logits ``[batch, vocabulary]`` to sampled ids ``[batch]``, with random numbers of its own."""
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
+        if self.top_k is not None:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        generators: dict[torch.device, torch.Generator] = {}
+
+        def sample(logits: torch.Tensor) -> torch.Tensor:
+            generator = None
+            if self.seed is not None:
+                device = logits.device
+                if device not in generators:
+                    generators[device] = torch.Generator(device).manual_seed(self.seed)
+                generator = generators[device]
+            probabilities = warpers(None, logits.float()).softmax(dim=-1)
+            return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+        return sample

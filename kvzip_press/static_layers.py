@@ -1,0 +1,235 @@
+"""Cache layers with a fixed place in memory, for a decode step that is captured once and replayed.
+
+A captured CUDA graph repeats the same kernels on the same addresses. So a static layer writes a token's keys and values
+where a number on the device says, and attends to as many tokens as another number on the device says; the graph itself
+counts both up. The layers stand in for those of a cache during the capture only, over the same memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvzip_press import compat
+from kvzip_press.attention import CacheView
+from kvzip_press.kernels.ragged_attention import ragged_attention
+from kvzip_press.layout import PackedPairs
+from kvzip_press.ragged_layer import RaggedLayer
+
+
+class Place:
+    """Where the token of a decode step goes, on the device.
+
+    Args:
+        n_before: Tokens before it.
+        size: Rows of the buffer when it is a ring, in which the newest token overwrites the oldest; None when it grows.
+        device: The device.
+
+    Attributes:
+        index: int64 ``[1]``, the token's row in the buffer.
+        n_live: int32 ``[1]``, rows of the buffer that the token sees, itself included.
+    """
+
+    def __init__(self, n_before: int, size: int | None, device: torch.device) -> None:
+        self._n_before = torch.tensor([n_before], dtype=torch.int64, device=device)
+        self._size = size
+        self.index = torch.empty_like(self._n_before)
+        self.n_live = torch.empty(1, dtype=torch.int32, device=device)
+        self._settle()
+
+    def advance(self) -> None:
+        """Moves on by one token, on the device."""
+        self._n_before.add_(1)
+        self._settle()
+
+    def move_to(self, n_before: int) -> None:
+        """Goes to the place behind ``n_before`` tokens."""
+        self._n_before.fill_(n_before)
+        self._settle()
+
+    def _settle(self) -> None:
+        n_live = self._n_before + 1
+        self.index.copy_(self._n_before if self._size is None else self._n_before % self._size)
+        self.n_live.copy_(n_live if self._size is None else n_live.clamp(max=self._size))
+
+
+class StaticLayer(compat.CacheLayerMixin):
+    """One layer of a decode step: frozen pairs and a buffer ``[batch, num_heads, room, head_dim]`` behind them.
+
+    Args:
+        keys: The buffer of keys, written in place.
+        values: The buffer of values.
+        place: Where the token of the step goes.
+        packed: The frozen pairs.
+        row_index: Batch row to packed row, None for the identity.
+        n_seen: Tokens seen before the step, as the model counts them.
+    """
+
+    is_sliding = False
+    is_initialized = True
+
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        place: Place,
+        packed: PackedPairs,
+        *,
+        row_index: torch.Tensor | None,
+        n_seen: int,
+    ) -> None:
+        self.keys, self.values, self.place, self.packed = keys, values, place, packed
+        self.row_index, self.n_seen = row_index, n_seen
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes ``[batch, num_heads, 1, head_dim]`` into the buffer."""
+        self.keys.index_copy_(2, self.place.index, key_states)
+        self.values.index_copy_(2, self.place.index, value_states)
+        return CacheView.of(self, self.keys), CacheView.of(self, self.values)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        attention_mask: Any,
+        *,
+        scaling: float | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Attention of one token a row to all frozen pairs and all live rows of the buffer; so it needs no mask."""
+        output = ragged_attention(
+            query,
+            self.packed.keys,
+            self.packed.values,
+            self.packed.cu_seqlens,
+            self.keys,
+            self.values,
+            row_index=self.row_index,
+            tail_length=self.place.n_live,
+            scaling=scaling,
+            softcap=softcap,
+        )
+        assert isinstance(output, torch.Tensor)
+        return output
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to initialise."""
+
+    def get_mask_sizes(self, cache_position: int | torch.Tensor) -> tuple[int, int]:
+        """Sizes for a mask that nobody reads: as if there were only the new token."""
+        return compat.query_length_of(cache_position), self.n_seen
+
+    def get_seq_length(self) -> int:
+        """Tokens seen before the step."""
+        return self.n_seen
+
+    def get_max_cache_shape(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_length = get_max_cache_shape
+
+
+class SlidingRing:
+    """The window of a sliding layer in a ring: decode steps overwrite its oldest token instead of moving all others.
+
+    Args:
+        layer: The dense sliding layer, which stays as it is until :meth:`write_back`.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.size = int(layer.sliding_window)
+        self.n_seen = int(layer.get_seq_length())
+        keys, values = (x[:, :, -self.size :] for x in (layer.keys, layer.values))
+        slots = torch.arange(self.n_seen - keys.shape[2], self.n_seen, device=keys.device) % self.size
+        self.keys, self.values = (
+            x.new_zeros(*x.shape[:2], self.size, x.shape[3]).index_copy_(2, slots, x) for x in (keys, values)
+        )
+
+    def static_layer(self, place: Place) -> StaticLayer:
+        """The layer of a decode step over the ring."""
+        batch, heads, _, head_dim = self.keys.shape
+        nothing = PackedPairs(
+            self.keys.new_empty(0, head_dim),
+            self.values.new_empty(0, self.values.shape[3]),
+            torch.empty(0, dtype=torch.int32, device=self.keys.device),
+            torch.zeros(batch * heads + 1, dtype=torch.int32, device=self.keys.device),
+            heads,
+        )
+        return StaticLayer(self.keys, self.values, place, nothing, row_index=None, n_seen=self.n_seen)
+
+    def write_back(self, n_steps: int) -> None:
+        """Gives the dense layer the tokens of ``n_steps`` decode steps; those that left the window count, as zeros."""
+        n_held = min(n_steps, self.size)
+        slots = torch.arange(self.n_seen + n_steps - n_held, self.n_seen + n_steps, device=self.keys.device) % self.size
+        padding = (0, 0, n_steps - n_held, 0)
+        self.layer.update(*(nn.functional.pad(x.index_select(2, slots), padding) for x in (self.keys, self.values)))
+
+
+class StaticCache:
+    """Static layers over the memory of a ragged cache, for decode steps of one token a row.
+
+    Args:
+        cache: A cache that :func:`reason_against` has nothing against.
+        n_tokens: Most tokens to decode.
+    """
+
+    def __init__(self, cache: Any, n_tokens: int) -> None:
+        self._ragged = [layer for layer in cache.layers if isinstance(layer, RaggedLayer)]
+        self._rings: list[SlidingRing] = []
+        self._places: dict[int | None, Place] = {}
+        self.n_seen = int(cache.get_seq_length())
+        self.layers = compat.Cache(layers=[self._static(layer, n_tokens) for layer in cache.layers])
+
+    def _static(self, layer: Any, n_tokens: int) -> StaticLayer:
+        if not isinstance(layer, RaggedLayer):
+            ring = SlidingRing(layer)
+            self._rings.append(ring)
+            return ring.static_layer(self._place(ring.n_seen, ring.size, ring.keys.device))
+        packed = layer.packed
+        one = (x.new_empty(1, 1, 1, x.shape[1]).expand(layer.batch_size, packed.num_heads, 1, -1) for x in packed.pairs)
+        keys, values = layer.tail.reserve(n_tokens, *one)
+        place = self._place(layer.tail.length, None, keys.device)
+        return StaticLayer(keys, values, place, packed, row_index=layer.row_index, n_seen=self.n_seen)
+
+    def _place(self, n_before: int, size: int | None, device: torch.device) -> Place:
+        return self._places.setdefault(size, Place(n_before, size, device))
+
+    def advance(self) -> None:
+        """Moves all places on by one token, on the device."""
+        for place in self._places.values():
+            place.advance()
+
+    def restart(self) -> None:
+        """Moves all places back to where the cache ends: a trial step is overwritten by the first real one."""
+        for size, place in self._places.items():
+            place.move_to(self._ragged[0].tail.length if size is None else self.n_seen)
+
+    def count(self, n_steps: int) -> None:
+        """Tells the ragged layers that ``n_steps`` tokens were written into their tails."""
+        for layer in self._ragged:
+            layer.tail.length += n_steps
+
+    def write_back(self, n_steps: int) -> None:
+        """Tells the sliding layers what ``n_steps`` steps wrote into their rings."""
+        if n_steps:
+            for ring in self._rings:
+                ring.write_back(n_steps)
+
+
+def reason_against(cache: Any) -> str | None:
+    """Why the layers of a cache cannot stand still in memory, or None when they can."""
+    layers: list[Any] = list(getattr(cache, "layers", []))
+    ragged = [layer for layer in layers if isinstance(layer, RaggedLayer)]
+    if not ragged:
+        return "the cache has no ragged layer"
+    if len({(layer.tail.length, layer.packed.keys.device) for layer in ragged}) > 1:
+        return "the ragged layers of the cache lie on several devices or differ in length"
+    others = [layer for layer in layers if not isinstance(layer, RaggedLayer)]
+    odd = next((layer for layer in others if type(layer) is not compat.DynamicSlidingWindowLayer), None)
+    return None if odd is None else f"the cache has a layer of type {type(odd).__name__}"

@@ -1,0 +1,142 @@
+"""Where the gain begins, in sentences. A length without a gain is named, not left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kvzip_press.leaderboard.profile.rows import DENSE, KVPRESS, OURS, ProfileRow
+
+LEAST_GAIN = 0.02  # of the baseline's time; less is noise
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Decode steps of a press and of its baseline at one length, both eager or both in a CUDA graph.
+
+    Attributes:
+        row: The press's row.
+        mode: "in a CUDA graph" or "eager".
+        ms: Milliseconds of the press.
+        baseline_ms: Milliseconds of its baseline.
+    """
+
+    row: ProfileRow
+    mode: str
+    ms: float
+    baseline_ms: float
+
+    @property
+    def gains(self) -> bool:
+        """Whether a step takes at least two per cent less time."""
+        return self.ms < self.baseline_ms * (1 - LEAST_GAIN)
+
+    @property
+    def tokens_to_pay_back(self) -> int | None:
+        """Decoded tokens until the time of compressing is won back; None where that time is not known apart.
+
+        kvpress's own runs compress inside the prefill, in whole or in part.
+        """
+        if self.row.compress_seconds is None or self.row.engine == KVPRESS or self.ms >= self.baseline_ms:
+            return None
+        return max(1, math.ceil(self.row.compress_seconds * 1e3 / (self.baseline_ms - self.ms)))
+
+    def __str__(self) -> str:
+        return f"{self.ms:.2f} ms beside {self.baseline_ms:.2f} ms"
+
+
+def sentences(rows: Sequence[ProfileRow]) -> list[str]:
+    """What the rows say: the baselines, each press at each ratio, errors, and once why there is no CUDA graph.
+
+    Presses of ours are compared with the ragged cache that keeps everything; kvpress's own runs with a DynamicCache.
+    """
+    said = list(_about_baselines(rows))
+    groups: dict[tuple[str, float], list[ProfileRow]] = {}
+    for row in rows:
+        if row.engine != DENSE and not row.is_baseline:
+            groups.setdefault((row.label, row.compression_ratio), []).append(row)
+    said += [_about_press(label, ratio, group, rows) for (label, ratio), group in groups.items()]
+    reasons = dict.fromkeys(row.notes["graph"] for row in rows if row.engine == OURS and "graph" in row.notes)
+    said += [f"No CUDA graph: {reason}." for reason in reasons]
+    compilers = dict.fromkeys(row.notes["compiled"] for row in rows if "compiled" in row.notes)
+    return said + [f"Compiled decode step: {reason}." for reason in compilers]
+
+
+def _about_baselines(rows: Sequence[ProfileRow]) -> Iterator[str]:
+    for row in rows:
+        if (row.engine == DENSE or row.is_baseline) and row.error is not None:
+            yield f"{row.label} at {row.context_length} tokens: {row.error}."
+    both = [
+        (row, dense)
+        for row in rows
+        if row.is_baseline and row.error is None and (dense := _baseline_of(row, rows, DENSE)) is not None
+    ]
+    if both:
+        ours, dense = max(both, key=lambda pair: pair[0].context_length)
+        yield (
+            f"Nothing removed, {ours.context_length} tokens: {_times(ours)} of the ragged cache, {_times(dense)} of a "
+            "plain DynamicCache."
+        )
+
+
+def _times(row: ProfileRow) -> str:
+    graph = "" if row.decode_ms_graph is None else f" ({row.decode_ms_graph:.2f} ms in a CUDA graph)"
+    return "no decode time" if row.decode_ms_eager is None else f"{row.decode_ms_eager:.2f} ms eager{graph}"
+
+
+def _about_press(label: str, ratio: float, group: Sequence[ProfileRow], rows: Sequence[ProfileRow]) -> str:
+    compared, without, failed = [], [], []
+    for row in sorted(group, key=lambda row: row.context_length):
+        comparison = _compare(row, _baseline_of(row, rows, DENSE if row.engine == KVPRESS else OURS))
+        if row.error is not None:
+            failed.append(f"at {row.context_length} tokens: {row.error}")
+        elif comparison is None:
+            without.append(str(row.context_length))
+        else:
+            compared.append(comparison)
+    gains = [one for one in compared if one.gains]
+    parts = [_about_gains(gains)] if gains else []
+    parts += [_about_losses([one for one in compared if not one.gains])] if len(gains) < len(compared) else []
+    parts += [f"nothing to compare with at {', '.join(without)} tokens"] if without else []
+    return f"{label}, {ratio:.0%} removed: {'; '.join([*parts, *failed])}."
+
+
+def _about_gains(gains: Sequence[Comparison]) -> str:
+    first, last = gains[0], gains[-1]
+    paid = [
+        f"{one.tokens_to_pay_back} at {one.row.context_length}" for one in gains if one.tokens_to_pay_back is not None
+    ]
+    text = f"decode ({last.mode}) gains from {first.row.context_length} tokens on ({first})"
+    if last is not first:
+        text += f", at {last.row.context_length} tokens it is {last.baseline_ms / last.ms:.2f} times as fast ({last})"
+    else:
+        text += f", {last.baseline_ms / last.ms:.2f} times as fast"
+    return text + (f"; decoded tokens until compressing is paid back: {', '.join(paid)}" if paid else "")
+
+
+def _about_losses(losses: Sequence[Comparison]) -> str:
+    lengths = ", ".join(f"{one.row.context_length} tokens ({one})" for one in losses)
+    return f"no gain ({losses[-1].mode}) at {lengths}"
+
+
+def _compare(row: ProfileRow, baseline: ProfileRow | None) -> Comparison | None:
+    if baseline is None:
+        return None
+    if row.decode_ms_graph is not None and baseline.decode_ms_graph is not None:
+        return Comparison(row, "in a CUDA graph", row.decode_ms_graph, baseline.decode_ms_graph)
+    if row.decode_ms_eager is not None and baseline.decode_ms_eager is not None:
+        return Comparison(row, "eager", row.decode_ms_eager, baseline.decode_ms_eager)
+    return None
+
+
+def _baseline_of(row: ProfileRow, rows: Sequence[ProfileRow], engine: str) -> ProfileRow | None:
+    """The row of the same length that keeps everything, where it was measured."""
+    alike = [
+        one
+        for one in rows
+        if one.context_length == row.context_length
+        and one.error is None
+        and (one.is_baseline if engine == OURS else one.engine == DENSE)
+    ]
+    return alike[0] if alike else None

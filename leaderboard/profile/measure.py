@@ -1,0 +1,167 @@
+"""What one cache costs and gives: read a context, compress it, decode behind it."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvzip_press.attention import detach
+from kvzip_press.compat import DynamicCache
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.profile.decode import WARMUP_STEPS, plain_ms, stepped_ms
+from kvzip_press.leaderboard.profile.rows import DENSE, OURS
+from kvzip_press.models import full_attention_layers, text_config, text_decoder
+from kvzip_press.prefilling import run_prefill, synchronize
+from kvzip_press.ragged_cache import RaggedCache
+from kvzip_press.registry import get_press
+
+NO_GRAPH = "a DynamicCache makes new tensors at every step, which a CUDA graph cannot hold"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cache to measure; the fields are those of `ProfileRow`."""
+
+    press: str
+    engine: str
+    compression_ratio: float
+    context_length: int
+    decode_tokens: int
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured, and the tokenizer of KVzip's prompts, None for random weights."""
+
+    name: str
+    model: Any
+    tokenizer: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return torch.device(next(self.model.parameters()).device)
+
+    def context(self, length: int, seed: int = 0) -> torch.Tensor:
+        """Random token ids ``[1, length]``, the same for every press: time does not depend on what a text says."""
+        generator = torch.Generator().manual_seed(seed)
+        vocab_size = text_config(self.model).vocab_size
+        return torch.randint(3, vocab_size, (1, length), generator=generator).to(self.device)
+
+
+class Memory:
+    """GPU memory beyond what was allocated when this was made (the weights); None on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._base = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+    def restart(self) -> None:
+        """Forgets the peak."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak(self) -> int | None:
+        """Most bytes since the last restart."""
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self._device) - self._base
+
+
+def original() -> Any:
+    """The module that runs kvpress's presses kvpress's way, found by name: the leaderboard knows no concrete press."""
+    return importlib.import_module(".original", "kvzip_press.presses.kvpress_adapter")
+
+
+def measure(subject: Subject, case: Case) -> dict[str, Any]:
+    """The figures of a case, by the names of `ProfileRow`.
+
+    Raises:
+        InvalidArgumentError: More tokens than the model has positions, or a press that refuses.
+        torch.OutOfMemoryError: And whatever else goes wrong; the caller makes it a row.
+    """
+    limit = getattr(text_config(subject.model), "max_position_embeddings", None)
+    needed = case.context_length + WARMUP_STEPS + case.decode_tokens
+    if limit is not None and needed > limit:
+        raise InvalidArgumentError(f"expected context and decoded tokens within {limit} positions, got {needed}")
+    if case.engine == OURS:
+        return _ours(subject, case)
+    return _dense(subject, case) if case.engine == DENSE else _kvpress(subject, case)
+
+
+def _ours(subject: Subject, case: Case) -> dict[str, Any]:
+    press, ids = get_press(case.press, case.compression_ratio), subject.context(case.context_length)
+    memory = Memory(subject.device)
+    memory.restart()
+    synchronize(subject.device)
+    done = run_prefill(subject.model, ids, torch.ones_like(ids, dtype=torch.bool), observers=[press])
+    done.tokenizer = subject.tokenizer
+    figures: dict[str, Any] = {"prefill_seconds": done.seconds, "peak_prefill_bytes": memory.peak()}
+    memory.restart()
+    begin = time.perf_counter()
+    done.evict_in_place(press.score(done))
+    synchronize(subject.device)
+    figures |= {"compress_seconds": time.perf_counter() - begin, "peak_compress_bytes": memory.peak()}
+    cache = RaggedCache.of(done.cache)
+    del done  # what watched the prefill goes with it
+    figures |= {
+        "resident_bytes": cache.resident_bytes,
+        "dense_bytes": cache.dense_bytes,
+        "kept_fraction": cache.kept_fraction,
+    }
+    return figures | stepped_ms(subject.model, cache, case.decode_tokens, compiled=case.compile)
+
+
+@torch.no_grad()
+def _dense(subject: Subject, case: Case) -> dict[str, Any]:
+    """Hugging Face as it is: the model's own attention over a DynamicCache."""
+    model, ids, decoder = subject.model, subject.context(case.context_length), text_decoder(subject.model)
+    detach(model)
+    memory = Memory(subject.device)
+    memory.restart()
+    cache = DynamicCache(config=text_config(model))
+    synchronize(subject.device)
+    begin = time.perf_counter()
+    decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+    synchronize(subject.device)
+    figures: dict[str, Any] = {"prefill_seconds": time.perf_counter() - begin, "peak_prefill_bytes": memory.peak()}
+    seen = RaggedCache(cache.layers)
+    figures |= {"resident_bytes": seen.resident_bytes, "dense_bytes": seen.dense_bytes, "kept_fraction": 1.0}
+    return figures | {"decode_ms_eager": plain_ms(model, cache, case.decode_tokens), "notes": {"graph": NO_GRAPH}}
+
+
+def _kvpress(subject: Subject, case: Case) -> dict[str, Any]:
+    """kvpress as it is. Its peak is that of reading and compressing together, which it does not keep apart."""
+    model, ids = subject.model, subject.context(case.context_length)
+    press = original().original_press(case.press, case.compression_ratio)
+    if press is None:
+        raise InvalidArgumentError(f"expected a press that kvpress has too, got {case.press!r}")
+    memory = Memory(subject.device)
+    memory.restart()
+    with original().run_original(press, model, ids, subject.tokenizer) as run:
+        return {
+            "prefill_seconds": run.prefill_seconds,
+            "compress_seconds": run.compress_seconds,
+            "peak_compress_bytes": memory.peak(),
+            # not the storages: KVzip's replay leaves larger ones behind its views, which the first decode step lets go
+            "resident_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in run.cache.layers),
+            "dense_bytes": _dense_bytes(model, run.cache, case.context_length),
+            "kept_fraction": run.kept_fraction,
+            "decode_ms_eager": plain_ms(model, run.cache, case.decode_tokens),
+            "notes": {"graph": NO_GRAPH},
+        }
+
+
+def _dense_bytes(model: Any, cache: Any, n: int) -> int:
+    """Bytes of ``n`` tokens in the full-attention layers, and of what the other layers hold."""
+    full = {layer.layer_idx for layer in full_attention_layers(model)}
+    total = 0
+    for layer_idx, layer in enumerate(cache.layers):
+        held = layer.keys.nbytes + layer.values.nbytes
+        total += held // layer.keys.shape[2] * n if layer_idx in full else held
+    return total

@@ -1,0 +1,136 @@
+"""Rows of a profile: one line of JSON for each cache that was measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.kernels.benchmarks.report import commit
+from kvzip_press.leaderboard import runner
+
+logger = logging.getLogger(__name__)
+
+OURS, KVPRESS, DENSE = "ragged", "kvpress", "dense"
+BASELINE = "none"  # the press that everything is compared with
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """What one cache cost and gave. Times are wall seconds or milliseconds, sizes bytes; None: not measured.
+
+    Attributes:
+        model: The model's or the shape's name, as it was asked for.
+        press: The press's registry name; "none" in a row without one.
+        engine: "ragged" (ours), "kvpress" (its press run its own way) or "dense" (a plain DynamicCache).
+        compression_ratio: The fraction of pairs asked to be removed.
+        context_length: Tokens of the context.
+        decode_tokens: Decode steps that were timed.
+        prefill_seconds: The dense forward, with all that the press does while it runs.
+        compress_seconds: Scoring and evicting after it.
+        decode_ms_eager: Median milliseconds of a decode step of one row.
+        decode_ms_graph: The same in a CUDA graph.
+        decode_ms_compiled: The same, compiled.
+        resident_bytes: What the compressed cache holds.
+        dense_bytes: What the uncompressed cache would hold.
+        peak_prefill_bytes: Most GPU memory beyond the weights while the context was read.
+        peak_compress_bytes: The same while it was compressed, the cache included.
+        kept_fraction: Pairs kept over pairs seen, of the layers that can be compressed.
+        notes: Figure -> why it is absent.
+        error: Why the whole row is.
+        provenance: Versions, device, dtype, commit, date.
+    """
+
+    model: str
+    press: str
+    engine: str
+    compression_ratio: float
+    context_length: int
+    decode_tokens: int
+    prefill_seconds: float | None = None
+    compress_seconds: float | None = None
+    decode_ms_eager: float | None = None
+    decode_ms_graph: float | None = None
+    decode_ms_compiled: float | None = None
+    resident_bytes: int | None = None
+    dense_bytes: int | None = None
+    peak_prefill_bytes: int | None = None
+    peak_compress_bytes: int | None = None
+    kept_fraction: float | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """What a table calls it."""
+        return {OURS: self.press, KVPRESS: f"{self.press} (kvpress)", DENSE: "DynamicCache"}[self.engine]
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is the ragged cache with everything kept."""
+        return self.engine == OURS and self.press == BASELINE
+
+    def to_json(self) -> str:
+        """One line, without its end."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """The row of a line; fields that a newer version may have added are left out.
+
+        Raises:
+            InvalidArgumentError: Not a JSON object, or fields are missing.
+        """
+        try:
+            values: dict[str, Any] = json.loads(line)
+            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        except (ValueError, TypeError) as error:
+            raise InvalidArgumentError(f"expected a row of a profile in JSON, got {line[:80]!r} ({error})") from error
+
+
+def read_profile(path: str | os.PathLike[str]) -> Iterator[ProfileRow]:
+    """The rows of a file in order. Half a line at its end is left out with a warning; it is no row yet.
+
+    Raises:
+        InvalidArgumentError: Any other line that is not a row; the message has its number.
+        FileNotFoundError: No such file.
+    """
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                logger.warning("%s:%d: half a row at the end is left out", path, number)
+            elif line.strip():
+                try:
+                    yield ProfileRow.from_json(line)
+                except InvalidArgumentError as error:
+                    raise InvalidArgumentError(f"{path}:{number}: {error}") from error
+
+
+def provenance(model: Any) -> dict[str, str]:
+    """What a measurement depends on beside its row: versions, device, dtype, commit, date."""
+    device = next(model.parameters()).device
+    return {
+        **runner.provenance(model),
+        "triton": _version("triton"),
+        "kvpress": _version("kvpress"),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "commit": commit(Path(__file__).parent),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"

@@ -1,0 +1,129 @@
+"""``kvzip-press profile``: the loop over the cases; every row is on disk the moment it is known."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.profile.decode import one_line
+from kvzip_press.leaderboard.profile.gains import sentences
+from kvzip_press.leaderboard.profile.grid import Grid, get_device, get_dtype, make_grid
+from kvzip_press.leaderboard.profile.measure import Case, Subject, measure
+from kvzip_press.leaderboard.profile.report import profile_table
+from kvzip_press.leaderboard.profile.rows import ProfileRow, provenance
+from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
+from kvzip_press.leaderboard.results import Row, RowWriter
+from kvzip_press.loading import load_model
+
+logger = logging.getLogger(__name__)
+
+
+def run_profile(
+    output_dir: str | os.PathLike[str] = "outputs/profile",
+    *,
+    model: str | None = None,
+    shape: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    console: Console | None = None,
+    **grid_options: Any,
+) -> list[ProfileRow]:
+    """Measure caches of one model, print the table and where the gain begins, and append the rows to a file.
+
+    Args:
+        output_dir: Gets ``profile.jsonl``; rows of earlier profiles stay in it.
+        model: As for `kvzip_press.load_model`.
+        shape: A name of `SHAPES`, for random weights. Exactly one of the two is given.
+        device: By default the GPU, where there is one.
+        dtype: By default the checkpoint's; for a shape bf16 on a GPU and fp32 on a CPU.
+        console: Where to print.
+        **grid_options: See `make_grid`.
+
+    Raises:
+        InvalidArgumentError: Arguments out of range, before a model is loaded.
+        ModelNotFoundError: The model is not to be had.
+    """
+    console = console or Console()
+    if (model is None) == (shape is None):
+        given = "neither" if model is None else f"both {model!r} and {shape!r}"
+        raise InvalidArgumentError(f"expected exactly one of --model and --shape, got {given}")
+    place, kind = get_device(device), get_dtype(dtype)
+    known = None if shape is None else get_shape(shape)
+
+    def say(line: str) -> None:
+        console.print(line, style="yellow", markup=False)
+
+    grid = make_grid(place, say=say, **grid_options)
+    with console.status(f"making {model or shape}"):
+        if known is not None:
+            kind = kind or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+            subject = Subject(str(shape), random_model(known, place, kind))
+        else:
+            subject = _load(str(model), place, kind)
+    path = Path(output_dir) / "profile.jsonl"
+    rows = list(_measured(subject, grid, path, console))
+    console.print(profile_table(rows, _title(rows[0])))
+    for sentence in sentences(rows):
+        console.print(sentence, markup=False, highlight=False)
+    console.print(f"rows: {path}", markup=False, highlight=False)
+    return rows
+
+
+def _load(name: str, device: torch.device, dtype: torch.dtype | None) -> Subject:
+    model, tokenizer = load_model(name, dtype=dtype or "auto")
+    return Subject(name, cast("Any", model).to(device), tokenizer)
+
+
+def _measured(subject: Subject, grid: Grid, path: Path, console: Console) -> Iterator[ProfileRow]:
+    cases, about = list(grid.cases()), provenance(subject.model)
+    with console.status("warming up") as status:
+        for case in grid.warmups():
+            status.update(f"warming up: {case.press} ({case.engine})")
+            _figures(subject, case)
+        with RowWriter(path) as writer:
+            for number, case in enumerate(cases, start=1):
+                what = f"{case.press} ({case.engine}) {case.compression_ratio}"
+                status.update(f"{number} of {len(cases)}: {case.context_length} tokens, {what}")
+                row = _row(subject, case, about)
+                writer.write(cast("Row", row))  # it asks a row for its JSON and nothing else
+                yield row
+
+
+def _row(subject: Subject, case: Case, about: dict[str, str]) -> ProfileRow:
+    return ProfileRow(
+        model=subject.name,
+        press=case.press,
+        engine=case.engine,
+        compression_ratio=case.compression_ratio,
+        context_length=case.context_length,
+        decode_tokens=case.decode_tokens,
+        provenance=about,
+        **_figures(subject, case),
+    )
+
+
+def _figures(subject: Subject, case: Case) -> dict[str, Any]:
+    """The figures of a case, or its error; the memory is free again afterwards."""
+    try:
+        return measure(subject, case)
+    except Exception as error:  # out of memory, a press that refuses: a row, and the run goes on
+        logger.debug("%s", case, exc_info=True)
+        return {"error": one_line(error)}
+    finally:
+        gc.collect()
+        if subject.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _title(row: ProfileRow) -> str:
+    about = row.provenance
+    place = about["gpu"] if about["gpu"] != "CPU" else f"CPU, {about['threads']} threads"
+    return f"{row.model}, {about['dtype']}, {place}, torch {about['torch']}, transformers {about['transformers']}"

@@ -1,0 +1,143 @@
+"""kvpress's own way of running a press: the other side of a comparison.
+
+Its layer-wise presses replace the tensors of a DynamicCache, its head-wise ones (KVzip, AdaKV ...) leave all bytes
+where they are and hide the evicted keys from the decode steps by masks on the modules.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvzip_press import compat
+from kvzip_press.attention import detach
+from kvzip_press.models import attention_layers, text_decoder
+from kvzip_press.prefilling import synchronize
+from kvzip_press.presses.kvpress_adapter.importing import kvpress
+from kvzip_press.presses.kvpress_adapter.module_state import fresh_copy, untouched_model
+from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress
+from kvzip_press.registry import get_press, press_names
+
+SAME_PAPER = {"kvzip": "kvpress_kvzip"}  # presses of ours whose paper kvpress implements too
+
+
+@dataclass(frozen=True)
+class OriginalRun:
+    """A context that kvpress read and compressed.
+
+    Attributes:
+        cache: The DynamicCache that it left.
+        kept_fraction: Pairs of it that decode steps see, over pairs that were read.
+        prefill_seconds: The forward, with what the press does inside it.
+        compress_seconds: What it does when its context manager ends.
+    """
+
+    cache: Any
+    kept_fraction: float
+    prefill_seconds: float
+    compress_seconds: float
+
+
+def original_press(name: str, compression_ratio: float) -> Any | None:
+    """kvpress's own press object, or None where kvpress has no press of this name.
+
+    Args:
+        name: A name of the registry.
+        compression_ratio: Fraction of pairs removed, in [0, 1).
+
+    Raises:
+        MissingDependencyError: kvpress is absent, or transformers is too new for it.
+    """
+    kvpress()
+    logging.getLogger("kvpress").setLevel(logging.ERROR)  # it says with every KVzip press that KVzip takes time
+    known = SAME_PAPER.get(name, name)
+    press = get_press(known, compression_ratio) if known in press_names() else None
+    return fresh_copy(press.press) if isinstance(press, RaggedPress) else None
+
+
+@contextmanager
+def run_original(press: Any, model: Any, input_ids: torch.Tensor, tokenizer: Any = None) -> Iterator[OriginalRun]:
+    """Reads ``input_ids`` ``[1, n]`` under kvpress's context manager; inside, decode steps see what it left.
+
+    While it is open, the model attends as kvpress wants it to (no ragged caches); afterwards everything is as it was.
+
+    Args:
+        press: From :func:`original_press`.
+        model: A model whose layers all attend to the whole context, where kvpress asks for that.
+        input_ids: The context.
+        tokenizer: For kvpress's KVzip, which loads one from the model's path; without one it gets a blank one, which
+            makes every text one token, so that the replay runs all but without a prompt.
+    """
+    decoder, device = text_decoder(model), input_ids.device
+    with untouched_model(model), _wrapped_attention(), _path_with(model, tokenizer):
+        detach(model)
+        cache = compat.DynamicCache(config=decoder.config)
+        synchronize(device)
+        begin = time.perf_counter()
+        with torch.no_grad():
+            with press(model):
+                decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
+                synchronize(device)
+                read = time.perf_counter()
+            synchronize(device)
+        end = time.perf_counter()
+        yield OriginalRun(cache, _kept_fraction(model, cache, input_ids.shape[1]), read - begin, end - read)
+
+
+def _kept_fraction(model: Any, cache: Any, n: int) -> float:
+    kept = seen = 0
+    for layer in attention_layers(model):
+        if not layer.is_full:
+            continue
+        keys = cache.layers[layer.layer_idx].keys
+        masked = getattr(layer.module, "masked_key_indices", None)
+        kept += keys.shape[1] * keys.shape[2] - (0 if masked is None else len(masked[0]))
+        seen += keys.shape[1] * n
+    return kept / seen
+
+
+@contextmanager
+def _wrapped_attention() -> Iterator[None]:
+    """kvpress's wrappers around the attention functions, which importing it by way of ours leaves away."""
+    before = dict(ALL_ATTENTION_FUNCTIONS)
+    wrap = kvpress().attention_patch.attention_patch
+    for name, function in before.items():
+        if not compat.is_kvpress_wrapper(function):
+            ALL_ATTENTION_FUNCTIONS[name] = wrap(function)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            if ALL_ATTENTION_FUNCTIONS[name] is not function:
+                del ALL_ATTENTION_FUNCTIONS[name]  # the override that was put over the library-wide entry
+                if ALL_ATTENTION_FUNCTIONS.get(name) is not function:
+                    ALL_ATTENTION_FUNCTIONS[name] = function
+
+
+@contextmanager
+def _path_with(model: Any, tokenizer: Any) -> Iterator[None]:
+    """The model's path is where a tokenizer lies."""
+    before = model.config.name_or_path
+    with tempfile.TemporaryDirectory() as folder:
+        (tokenizer or _blank_tokenizer()).save_pretrained(folder)
+        model.config.name_or_path = folder
+        try:
+            yield
+        finally:
+            model.config.name_or_path = before
+
+
+def _blank_tokenizer() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, unk_token="?")), unk_token="?")  # noqa: S106  # no password
