@@ -1,6 +1,7 @@
 """Whether Triton kernels can run, told without importing Triton."""
 
 import os
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -18,3 +19,11 @@ def reason_against_triton(device: torch.device) -> str | None:
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
         return None
     return f"the device is {device.type}: Triton needs a CUDA device, or TRITON_INTERPRET=1 to run on a CPU, slowly"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors; a small one for a CPU, where Triton's interpreter runs the programs in turn."""
+    if device.type != "cuda":
+        return 3
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

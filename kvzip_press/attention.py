@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -106,6 +106,15 @@ def is_attached(model: nn.Module) -> bool:
     return all(_implementation(config).startswith(PREFIX) for config in _attention_configs(model))
 
 
+@contextmanager
+def attention_replaced(model: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """While open, an attached model calls ``function`` in the place of :func:`attention_forward`."""
+    with ExitStack() as stack:
+        for name in {_implementation(config) for config in _attention_configs(model)}:
+            stack.enter_context(compat.attention_overridden(name, function))
+        yield
+
+
 def attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -124,7 +133,7 @@ def attention_forward(
     if not isinstance(key, CacheView):
         return _own_attention(module, query, key, value, attention_mask, **kwargs)
     _refuse_unsupported(module, kwargs)
-    # transformers' sdpa function leaves a softcap out (Gemma 2): a compressed cache must not change what a model computes.
+    # transformers' sdpa function leaves a softcap out (Gemma 2): a compressed cache computes what the model computed.
     softcap = None if _implementation(module.config) == PREFIX + "sdpa" else kwargs.get("softcap")
     output = key.layer.attend(module, query, attention_mask, scaling=kwargs.get("scaling"), softcap=softcap)
     return output.transpose(1, 2).contiguous(), None

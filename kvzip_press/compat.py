@@ -10,7 +10,8 @@ The differences that matter here:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "attention_function",
+    "attention_overridden",
     "is_kvpress_wrapper",
     "length_after_crop",
     "mask_function",
@@ -87,6 +89,16 @@ def _flex_mask(*args: Any, **kwargs: Any) -> Any:
     if kwargs.get("kv_offset", 0) and kwargs.get("local_size") is None:
         return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
     return ALL_MASK_ATTENTION_FUNCTIONS["flex_attention"](*args, **kwargs)
+
+
+@contextmanager
+def attention_overridden(name: str, attention: Callable[..., Any]) -> Iterator[None]:
+    """While open, ``name`` stands for another attention function."""
+    ALL_ATTENTION_FUNCTIONS[name] = attention
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name]
 
 
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None) -> None:

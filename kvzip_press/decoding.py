@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvzip_press.attention import attach
+from kvzip_press import compat
+from kvzip_press.attention import attach, attention_forward, attention_replaced
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.models import attention_layers, text_decoder
+from kvzip_press.models import layer_index, text_decoder
 from kvzip_press.static_layers import StaticCache, reason_against
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ class DecodeStep:
         reason: Why they do not, None when they do.
 
     Raises:
-        InvalidArgumentError: ``graph=True`` where it is impossible, ``max_new_tokens`` below 1, or ``compile`` without a
-            graph.
+        InvalidArgumentError: ``graph=True`` or ``compile=True`` where a graph is impossible, or ``max_new_tokens`` < 1.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class DecodeStep:
     def _capture(self, max_new_tokens: int, compiled: bool) -> None:
         step = _StaticStep(self.model, self.cache, max_new_tokens, self._positions, self._device)
         try:
-            with torch.cuda.device(self._device), _compiled_layers(self.model, compiled):
-                step.capture()
+            with torch.cuda.device(self._device):
+                step.capture(compiled)
         except RuntimeError as error:
             self.reason = f"the capture failed: {error}"
             return
@@ -150,26 +150,28 @@ class _StaticStep:
         self.logits: torch.Tensor | None = None
 
     @torch.no_grad()
-    def run(self) -> torch.Tensor:
+    def run(self, cache: Any = None) -> torch.Tensor:
         """The kernels of one step: the model, and all counters moved on."""
-        logits = forward(self.model, self.cache.layers, self.token_ids, self.positions)
+        logits = forward(self.model, self.cache.layers if cache is None else cache, self.token_ids, self.positions)
         self.cache.advance()
         self.positions.add_(1)
         return logits
 
-    def capture(self) -> None:
+    def capture(self, compiled: bool = False) -> None:
         """Runs the step on trial, forgets it and captures it."""
-        start = self.positions.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_TRIALS):
-                self.run()
-                self._rewind(start)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.logits = self.run()
+        with ExitStack() as stack:
+            cache = stack.enter_context(_compiled_layers(self.model, self.cache)) if compiled else None
+            start = self.positions.clone()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_TRIALS):
+                    self.run(cache)
+                    self._rewind(start)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.logits = self.run(cache)
         self.graph = graph
 
     def _rewind(self, positions: torch.Tensor) -> None:
@@ -194,9 +196,7 @@ class _StaticStep:
 
 def forward(model: Any, cache: Any, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Reads ``token_ids`` ``[batch, n]`` at ``positions`` into a cache; logits ``[batch, vocabulary]`` of the last."""
-    output = model(
-        input_ids=token_ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-    )
+    output = model(input_ids=token_ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits: torch.Tensor = output.logits[:, -1]
     return logits
 
@@ -212,23 +212,36 @@ def _reason_against(model: nn.Module, cache: Any, device: torch.device) -> str |
     return reason_against(cache)
 
 
-@contextmanager
-def _compiled_layers(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """While open, the decoder layers run compiled; our attention in their middle does not.
+class _PassingCache(compat.Cache):
+    """Gives keys and values back as they come, for a compiled layer to hand on to the attention function."""
 
-    What was compiled lives on in the graph that is captured meanwhile; the modules get their own forward back.
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keys and values themselves."""
+        return key_states, value_states
+
+
+@contextmanager
+def _compiled_layers(model: nn.Module, cache: StaticCache, **options: Any) -> Iterator[_PassingCache]:
+    """While open, the decoder layers run compiled but for the attention in their middle, over the cache it gives.
+
+    What was compiled lives on in a graph that is captured meanwhile; the modules get their own forward back.
     """
-    if not wanted:
-        yield
-        return
+    from torch import _dynamo as dynamo
+
     layers: Any = text_decoder(model).layers
-    torch._dynamo.reset()
-    limits = {"recompile_limit": 8 * len(layers), "accumulated_recompile_limit": 64 * len(attention_layers(model))}
+
+    @dynamo.disable  # type: ignore[untyped-decorator]  # torch's own, without types
+    def attend(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        views = cache.layers.layers[layer_index(module)].update(key, value)
+        return attention_forward(module, query, *views, *args, **kwargs)
+
+    # All layers share their code and differ in an index, which would otherwise be compiled in as a constant for each.
+    limits = {"recompile_limit": 8 * len(layers), "accumulated_recompile_limit": 64 * len(layers)}
     try:
-        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, **limits):
+        with dynamo.config.patch(allow_unspec_int_on_nn_module=True, **limits), attention_replaced(model, attend):
             for layer in layers:
-                layer.forward = torch.compile(layer.forward, dynamic=False)
-            yield
+                layer.forward = torch.compile(layer.forward, dynamic=False, **options)
+            yield _PassingCache(layers=cache.layers.layers)
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)

@@ -82,7 +82,7 @@ def generate(
         max_new_tokens: Most tokens to generate a row.
         eos_ids: The ids that end a row.
         sampling: How to sample; None takes the most likely token.
-        streamer: A transformers streamer (``put``, ``end``), for one row; it gets ``input_ids`` first, as it does there.
+        streamer: A transformers streamer (``put``, ``end``), for one row; it gets ``input_ids`` first, as there.
         graph: See :class:`kvzip_press.decoding.DecodeStep`. By default a graph is captured where it is possible and
             ``max_new_tokens`` is at least 16: a capture takes as long as a few steps.
         compile: See :class:`kvzip_press.decoding.DecodeStep`.

@@ -159,27 +159,30 @@ class ReplayLayer(compat.CacheLayerMixin):
         softcap: float | None,
     ) -> torch.Tensor:
         """Frozen context without a mask, replayed tokens causally, merged by their log-sum-exp."""
-        own_keys, own_values = self.keys, self.values
-        assert own_keys is not None and own_values is not None
+        replayed_keys, own_values = self.keys, self.values
+        assert replayed_keys is not None and own_values is not None
+        own_keys = replayed_keys
+        self.keys = self.values = None  # for this layer only: those of all layers together would be large
         chunk_keys, chunk_values = (self._chunks_of(x) for x in (self.span.keys, self.span.values))
         sink_keys, sink_values = (
             x.expand(len(self.chunks), -1, -1, -1) for x in (self.span.sink_keys, self.span.sink_values)
         )
         if self.local:
-            keys, values = torch.cat([sink_keys, chunk_keys], 2), torch.cat([sink_values, chunk_values], 2)
-            past = attention_with_lse(query, keys, values, causal=False, scaling=scaling, softcap=softcap)
+            past = attention_with_lse(query, chunk_keys, chunk_values, causal=False, scaling=scaling, softcap=softcap)
+            # The few keys of the sink go before the replayed ones: lower right, the causal rule shows them to all rows.
+            own_keys, own_values = torch.cat([sink_keys, own_keys], 2), torch.cat([sink_values, own_values], 2)
         else:
             past = self.span.attend(query, scaling, softcap)
         own = attention_with_lse(query, own_keys, own_values, causal=True, scaling=scaling, softcap=softcap)
         output, lse = merge_attention(*past, *own)
-        seen = (module, query, own_keys, chunk_keys, chunk_values, sink_keys, scaling, softcap)
+        seen = (module, query, replayed_keys, chunk_keys, chunk_values, sink_keys, scaling, softcap)
         self.look(ReplayedAttention(*seen, lse=lse if self.local else None))
         return output
 
     def _chunks_of(self, span: torch.Tensor) -> torch.Tensor:
-        if len(self.chunks) == 1:
-            return span[:, :, self.chunks[0]]
-        return torch.cat([span[:, :, chunk] for chunk in self.chunks])
+        """``[len(chunks), heads, chunk, dim]``: a view, since the chunks lie one after another and are equally long."""
+        together = span[0, :, self.chunks[0].start : self.chunks[-1].stop]
+        return together.unflatten(1, (len(self.chunks), -1)).transpose(0, 1)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to initialise."""

@@ -2,8 +2,8 @@
 
 They know neither softcap nor unequal head sizes, give a wrong log-sum-exp for a masked row that sees nothing, need the
 last dimension contiguous without checking it and kill the process on empty inputs: :func:`reason_against` guards all
-that. Their causal rule is aligned to the upper left, so the keys before the square at the lower right get a call of
-their own.
+that. On a CPU the causal rule is aligned to the upper left, so the keys before the square at the lower right get a call
+of their own.
 """
 
 import torch
@@ -15,6 +15,7 @@ _FLASH_OPS = {
     "cpu": "_scaled_dot_product_flash_attention_for_cpu",
     "cuda": "_scaled_dot_product_flash_attention",
 }
+_CUDNN_OP = "_scaled_dot_product_cudnn_attention"
 _CUDNN_MAX_HEAD_DIM, _CUDNN_MIN_ROWS, _CUDNN_MIN_KEYS = 128, 256, 1024
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -71,16 +72,17 @@ def _cudnn_pays(query: Tensor, keys: Tensor) -> bool:
 def _cudnn(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """cuDNN's fused attention, on [batch, heads, rows, head_dim]; out and lse [batch, heads, rows]."""
     no_bias, with_lse, no_dropout, not_causal, no_debug_mask = None, True, 0.0, False, False
-    attention = torch.ops.aten._scaled_dot_product_cudnn_attention
+    attention = getattr(torch.ops.aten, _CUDNN_OP)
     options = (no_bias, with_lse, no_dropout, not_causal, no_debug_mask)
     out, lse = attention(query, keys, values, *options, scale=scaling)[:2]
     return out, lse.reshape(query.shape[:-1])
 
 
 def flash(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool = False) -> tuple[Tensor, Tensor]:
-    """The fused kernel itself on [batch, heads, rows, head_dim], as many key-value heads as query heads, nothing empty.
+    """The fused kernel itself on [batch, heads, rows, head_dim], nothing empty.
 
-    ``causal`` needs as many rows as keys. Returns out in the dtype of ``query`` and lse [batch, heads, rows].
+    On a CPU there must be as many key-value heads as query heads, and for ``causal`` as many rows as keys. Returns out in
+    the dtype of ``query`` and lse [batch, heads, rows].
     """
     device = query.device.type
     no_dropout = 0.0
@@ -102,6 +104,8 @@ def attention_with_lse(
     """See :func:`kvzip_press.kernels.dense_attention.attention_with_lse`; for inputs that nothing speaks against."""
     assert mask is None, "see reason_against"
     assert softcap is None, "see reason_against"
+    if query.device.type == "cuda":
+        return _on_cuda(query, keys, values, scaling, causal and query.shape[2] > 1)
     query_length, key_length = query.shape[2], keys.shape[2]
     if not causal or query_length == 1:
         return _uncovered(query, keys, values, scaling)
@@ -113,17 +117,28 @@ def attention_with_lse(
     return merge_pair(*prefix, *square)
 
 
+def _on_cuda(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """The CUDA kernels know groups, and their causal rule is aligned to the lower right: one call does it all.
+
+    Few rows are folded all the same: the members of a group as rows of one head read the keys once.
+    """
+    if not causal and query.shape[2] < _CUDNN_MIN_ROWS:
+        return _uncovered(query, keys, values, scaling)
+    if not causal and _cudnn_pays(query, keys):
+        return _cudnn(query, keys, values, scaling)
+    return flash(query, keys, values, scaling, causal)
+
+
 def _uncovered(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Every row sees every key, so the query heads of a group are just more rows."""
     batch_size, num_heads, query_length, head_dim = query.shape
     folded = query.reshape(batch_size, keys.shape[1], -1, head_dim)
-    kernel = _cudnn if _cudnn_pays(folded, keys) else flash
-    out, lse = kernel(folded, keys, values, scaling)
+    out, lse = flash(folded, keys, values, scaling)
     return out.reshape(query.shape), lse.reshape(batch_size, num_heads, query_length)
 
 
 def _square(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """As many rows as keys, causal: one call for each member of the groups, so that keys are not repeated."""
+    """As many rows as keys, causal, on a CPU: a call for each member of the groups, so that keys are not repeated."""
     members = query.unflatten(1, (keys.shape[1], -1)).unbind(2)
     results = [flash(member, keys, values, scaling, causal=True) for member in members]
     out, lse = (torch.stack(tensors, 2).flatten(1, 2) for tensors in zip(*results, strict=True))

@@ -8,6 +8,7 @@ from kvzip_press.kernels.dispatch import Impl, deferred, select
 from kvzip_press.kernels.numerics import accumulation_dtype
 from kvzip_press.kernels.triton_support import reason_against_triton
 
+
 def merge_attention(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -8,56 +8,15 @@ once, at the end. Logits and log-sum-exps are in base 2 inside the kernels, beca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvzip_press.kernels.triton_support import interpreting
+from kvzip_press.kernels.kv_scoring.tuning import Config, column_config, n_column_splits, row_config
+from kvzip_press.kernels.triton_ops import dot, tanh
 
 LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a pass is launched.
-
-    Attributes:
-        block_m: query rows of a tile, a power of two >= 16.
-        block_n: keys of a tile, a power of two >= 16.
-        num_warps: warps of a program.
-        num_stages: tiles in flight.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-PROGRAMS_PER_SM = 4
-"""Programs of the second pass for each multiprocessor, about: more even out the load, fewer read keys less often."""
-
-
-def row_config(head_dim: int, itemsize: int) -> Config:
-    """Tiles of the first pass: no spilled registers, two programs a multiprocessor; to be settled by measurement."""
-    if itemsize == 4:  # no tensor cores: operands lie in registers, and larger tiles or more stages spill
-        return Config(32, 32, 8, 1)
-    return Config(128, 64, 8, 3 if head_dim <= 128 else 2)
-
-
-def column_config(head_dim: int, itemsize: int) -> Config:
-    """Tiles of the second pass: no spilled registers, two programs a multiprocessor; to be settled by measurement.
-
-    With fewer rows than threads, Triton has every thread load the log-sum-exps that it needs itself, into many more
-    registers: so block_m is at least 32 num_warps, but for a head_dim whose tiles do not fit.
-    """
-    if itemsize == 4:
-        return Config(32, 64, 8, 2) if head_dim <= 128 else Config(32, 32, 8, 2)
-    return Config(128, 128, 4, 2) if head_dim <= 128 else Config(64, 128, 4, 2)
 
 
 def kv_scoring(
@@ -133,7 +92,6 @@ def row_lse(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             HAS_SOFTCAP=softcap is not None,
-            UPCAST=_upcast(query),
             STAGES=config.num_stages,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -174,7 +132,7 @@ def column_max(
     config = config or column_config(head_dim, query.element_size())
     n_blocks = triton.cdiv(n_chunk, config.block_n) * batch_size * num_kv_heads
     n_steps = triton.cdiv(n_rows, config.block_m) * (num_heads // num_kv_heads)
-    n_splits = n_splits or triton.cdiv(PROGRAMS_PER_SM * _multiprocessors(query.device), n_blocks)
+    n_splits = n_splits or n_column_splits(n_blocks, query.device)
     n_splits = min(n_splits, n_steps)
     out = torch.empty(n_splits, *chunk_keys.shape[:3], dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
@@ -201,7 +159,6 @@ def column_max(
             HAS_SOFTCAP=softcap is not None,
             HAS_KEY_WEIGHT=key_weight is not None,
             HAS_QUERY_WEIGHT=query_weight is not None,
-            UPCAST=_upcast(query),
             STAGES=config.num_stages,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -219,40 +176,12 @@ def _logit_factors(scaling: float, softcap: float | None) -> tuple[float, float]
     return (scaling * LOG2_E, 0.0) if softcap is None else (scaling / softcap, softcap * LOG2_E)
 
 
-def _upcast(tensor: Tensor) -> bool:
-    """Whether tiles become fp32 before they are multiplied: in the interpreter, which multiplies the bits of bf16."""
-    return interpreting() and tensor.element_size() == 2
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors; a few for a CPU, where Triton's interpreter runs the programs in turn."""
-    return 3 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@triton.jit
-def _dot(left, right, UPCAST: tl.constexpr):
-    """left right^T, summed in fp32."""
-    if UPCAST:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, tl.trans(right), input_precision="ieee")
-
-
 @triton.jit
 def _base2_logits(scores, factor, softcap, HAS_SOFTCAP: tl.constexpr):
     """Dot products to logits in base 2, see :func:`_logit_factors`."""
     if HAS_SOFTCAP:
-        return softcap * _tanh(scores * factor)
+        return softcap * tanh(scores * factor)
     return scores * factor
-
-
-@triton.jit
-def _tanh(x):
-    """tanh to about 1e-7 of its value: near 0, where 1 - 2 / (exp(2x) + 1) cancels, by an odd polynomial."""
-    square = x * x
-    near = ((0.01560795 * square - 0.05220784) * square + 0.1331301) * square - 0.33332589
-    far = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)  # 2 log2(e)
-    return tl.where(square < 0.36, x + x * square * near, far)
 
 
 @triton.jit
@@ -284,7 +213,6 @@ def _add_keys(
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
-    UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Adds keys start .. stop - 1 to a running sum of exp2(logits - peak) a row; whole tiles of them unless MASKED.
@@ -297,7 +225,7 @@ def _add_keys(
     for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         offs_n = first + tl.arange(0, BLOCK_N)
         keys = _load_tile(k_ptrs, offs_n < stop, HEAD_DIM, BLOCK_D, MASKED)
-        logits = _base2_logits(_dot(query, keys, UPCAST), factor, softcap, HAS_SOFTCAP)
+        logits = _base2_logits(dot(query, tl.trans(keys), "ieee"), factor, softcap, HAS_SOFTCAP)
         if MASKED:
             mask_n = offs_n[None, :] < stop
             if CAUSAL:
@@ -327,18 +255,17 @@ def _add_region(
     BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     CAUSAL: tl.constexpr,
-    UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Adds a region of keys, see :func:`_add_keys`; those from ``n_whole`` on, a multiple of BLOCK_N, are masked."""
     # fmt: off
     peak, total = _add_keys(
         peak, total, query, k_ptr, stride_kn, 0, n_whole, offs_m, factor, softcap,
-        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, False, CAUSAL, UPCAST, STAGES,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, False, CAUSAL, STAGES,
     )
     peak, total = _add_keys(
         peak, total, query, k_ptr, stride_kn, n_whole, n_keys, offs_m, factor, softcap,
-        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, True, CAUSAL, UPCAST, 1,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, True, CAUSAL, 1,
     )
     # fmt: on
     return peak, total
@@ -375,7 +302,6 @@ def _row_lse_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """The log-sum-exp (base 2) of a block of query rows of one head; later rows see more keys and start first."""
@@ -395,16 +321,16 @@ def _row_lse_kernel(
     # fmt: off
     peak, total = _add_region(
         peak, total, query, sink, stride_sn, n_sink // BLOCK_N * BLOCK_N, n_sink, offs_m, factor, softcap,
-        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, False, UPCAST, STAGES,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, False, STAGES,
     )
     peak, total = _add_region(
         peak, total, query, chunk, stride_cn, n_chunk // BLOCK_N * BLOCK_N, n_chunk, offs_m, factor, softcap,
-        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, False, UPCAST, STAGES,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, False, STAGES,
     )
     last = tl.minimum(row + BLOCK_M, n_rows)
     peak, total = _add_region(
         peak, total, query, replay, stride_rn, row // BLOCK_N * BLOCK_N, last, offs_m, factor, softcap,
-        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, True, UPCAST, STAGES,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFTCAP, True, STAGES,
     )
     # fmt: on
     tl.store(lse_ptr + pair.to(tl.int64) * n_rows + offs_m, peak + tl.log2(total), mask_m)
@@ -442,7 +368,6 @@ def _column_max_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_KEY_WEIGHT: tl.constexpr,
     HAS_QUERY_WEIGHT: tl.constexpr,
-    UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """The largest probability of each key of a block, over a share of the (query head, block of rows) of its group.
@@ -468,7 +393,7 @@ def _column_max_kernel(
         row = tl.maximum(tl.minimum(step % n_row_blocks * BLOCK_M, n_rows - BLOCK_M), 0).to(tl.int64)
         query = _load_tile(q_ptrs + (head * stride_qh + row * stride_qm), mask_n, HEAD_DIM, BLOCK_D, False)
         lse = tl.load(lse_ptrs + (head * n_rows + row))
-        logits = _base2_logits(_dot(keys, query, UPCAST), factor, softcap, HAS_SOFTCAP)
+        logits = _base2_logits(dot(keys, tl.trans(query), "ieee"), factor, softcap, HAS_SOFTCAP)
         shares = logits - lse[None, :]
         if HAS_KEY_WEIGHT or HAS_QUERY_WEIGHT:
             shares = tl.exp2(shares)

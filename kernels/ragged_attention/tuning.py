@@ -1,9 +1,6 @@
 """Block sizes of the Triton kernel, chosen from measurements by shape: nothing is tuned at run time."""
 
 from dataclasses import dataclass
-from functools import cache
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,3 @@ def choose(n_rows: int, head_dim: int, itemsize: int, n_pairs: int, n_segments: 
     if n_pairs <= MIDDLE_CONTEXT:
         return Config(16, 64, 4, 3, 1)
     return Config(16, 64, 4, 4, 1) if n_rows > 4 else Config(16, 64, 4, 3, 2)
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors; a small one for a CPU, where Triton's interpreter runs the programs in turn."""
-    if device.type != "cuda":
-        return 3
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -98,8 +98,9 @@ def _about_press(label: str, ratio: float, group: Sequence[ProfileRow], rows: Se
     gains = [one for one in compared if one.gains]
     parts = [_about_gains(gains)] if gains else []
     parts += [_about_losses([one for one in compared if not one.gains])] if len(gains) < len(compared) else []
+    parts += [_beside_dense(compared[-1], rows)] if compared and compared[-1].row.engine == OURS else []
     parts += [f"nothing to compare with at {', '.join(without)} tokens"] if without else []
-    return f"{label}, {ratio:.0%} removed: {'; '.join([*parts, *failed])}."
+    return f"{label}, {ratio:.0%} removed: {'; '.join([part for part in [*parts, *failed] if part])}."
 
 
 def _about_gains(gains: Sequence[Comparison]) -> str:
@@ -113,6 +114,14 @@ def _about_gains(gains: Sequence[Comparison]) -> str:
     else:
         text += f", {last.baseline_ms / last.ms:.2f} times as fast"
     return text + (f"; decoded tokens until compressing is paid back: {', '.join(paid)}" if paid else "")
+
+
+def _beside_dense(comparison: Comparison, rows: Sequence[ProfileRow]) -> str:
+    """What the user has without us, at the longest length: empty where it was not measured."""
+    dense = _baseline_of(comparison.row, rows, DENSE)
+    if dense is None or dense.decode_ms_eager is None:
+        return ""
+    return f"a plain DynamicCache (eager) takes {dense.decode_ms_eager:.2f} ms at {dense.context_length} tokens"
 
 
 def _about_losses(losses: Sequence[Comparison]) -> str:

@@ -76,7 +76,8 @@ def run_original(press: Any, model: Any, input_ids: torch.Tensor, tokenizer: Any
         tokenizer: For kvpress's KVzip, which loads one from the model's path; without one it gets a blank one, which
             makes every text one token, so that the replay runs all but without a prompt.
     """
-    decoder, device = text_decoder(model), input_ids.device
+    decoder: Any = text_decoder(model)
+    device = input_ids.device
     with untouched_model(model), _wrapped_attention(), _path_with(model, tokenizer):
         detach(model)
         cache = compat.DynamicCache(config=decoder.config)

@@ -114,12 +114,13 @@ def formula(
 def tail_rule(tail_keys: Tensor, n_rows: int, tail_mask: Tensor | None, row: int, query_head: int) -> Tensor:
     n_tail = tail_keys.shape[2]
     if tail_mask is not None:
-        return tail_mask[row if tail_mask.shape[0] > 1 else 0, query_head if tail_mask.shape[1] > 1 else 0]
+        return tail_mask[row if tail_mask.shape[0] > 1 else 0, query_head if tail_mask.shape[1] > 1 else 0].cpu()
     return torch.arange(n_tail) <= n_tail - n_rows + torch.arange(n_rows)[:, None]
 
 
 def assert_equals_formula(case: Case, accurate: Accurate, *, impl: str | None, **options: Any) -> None:
-    tensors = {name: torch.tensor(value) if name == "row_index" else value for name, value in options.items()}
+    device = case.query.device
+    tensors = {n: torch.tensor(value, device=device) if n == "row_index" else value for n, value in options.items()}
     got = case.run(**tensors, return_lse=True, impl=impl)
     exact = formula(case, **options)
     plain = formula(case, **options, dtype=case.query.dtype)
@@ -152,8 +153,10 @@ def test_it_equals_the_formula_for_every_group(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_one_long_head_beside_seven_short_ones_is_exact(impl: str | None, assert_accurate: Accurate) -> None:
-    assert_equals_formula(case([4096, *[33] * 7], 1, 20, heads=8), assert_accurate, impl=impl)
+def test_one_long_head_beside_seven_short_ones_is_exact(
+    impl: str | None, device: torch.device, assert_accurate: Accurate
+) -> None:
+    assert_equals_formula(case([4096, *[33] * 7], 1, 20, heads=8, device=device), assert_accurate, impl=impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -178,17 +181,19 @@ def test_fp64_stays_fp64(impl: str | None) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("mask_shape", [(1, 1), (1, 6), (2, 1), (2, 6)])
 def test_a_tail_mask_replaces_the_causal_rule(
-    mask_shape: tuple[int, int], impl: str | None, assert_accurate: Accurate
+    mask_shape: tuple[int, int], impl: str | None, device: torch.device, assert_accurate: Accurate
 ) -> None:
-    tail_mask = torch.rand(*mask_shape, 5, 4) < 0.5  # fewer tail tokens than rows, which the causal rule refuses
-    ragged = case([30, 0, 0, 65], 5, 4)
+    tail_mask = (
+        torch.rand(*mask_shape, 5, 4, device=device) < 0.5
+    )  # fewer tail tokens than rows, which the causal rule refuses
+    ragged = case([30, 0, 0, 65], 5, 4, device=device)
     assert_equals_formula(ragged, assert_accurate, impl=impl, tail_mask=tail_mask)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_query_that_sees_nothing_gives_zero(impl: str | None) -> None:
-    tail_mask = torch.zeros(1, 1, 1, 4, dtype=torch.bool)
-    out, lse = case([0, 5], 1, 4).run(tail_mask=tail_mask, return_lse=True, impl=impl)
+def test_a_query_that_sees_nothing_gives_zero(impl: str | None, device: torch.device) -> None:
+    tail_mask = torch.zeros(1, 1, 1, 4, dtype=torch.bool, device=device)
+    out, lse = case([0, 5], 1, 4, device=device).run(tail_mask=tail_mask, return_lse=True, impl=impl)
     assert not out[:, :3].any()
     assert (lse[:, :3] == -torch.inf).all()
     assert out[:, 3:].all()
@@ -200,8 +205,8 @@ def test_softcap_and_scaling_act_in_this_order(assert_accurate: Accurate) -> Non
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_scaling_replaces_the_default(impl: str | None, assert_accurate: Accurate) -> None:
-    assert_equals_formula(case([70, 3], 3, 9), assert_accurate, impl=impl, scaling=0.7)
+def test_scaling_replaces_the_default(impl: str | None, device: torch.device, assert_accurate: Accurate) -> None:
+    assert_equals_formula(case([70, 3], 3, 9, device=device), assert_accurate, impl=impl, scaling=0.7)
 
 
 def test_values_may_have_a_head_dim_of_their_own(assert_accurate: Accurate) -> None:
@@ -212,23 +217,25 @@ def test_values_may_have_a_head_dim_of_their_own(assert_accurate: Accurate) -> N
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("row_index", [[0, 0, 0], [1, 0, 1], [1, 1, 0]])
-def test_rows_may_share_a_context(row_index: list[int], impl: str | None, assert_accurate: Accurate) -> None:
-    ragged = case([33, 0, 5, 700], 1, 9, batch_size=3)
+def test_rows_may_share_a_context(
+    row_index: list[int], impl: str | None, device: torch.device, assert_accurate: Accurate
+) -> None:
+    ragged = case([33, 0, 5, 700], 1, 9, batch_size=3, device=device)
     assert_equals_formula(ragged, assert_accurate, impl=impl, row_index=row_index)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_shared_row_equals_a_copied_row(impl: str | None) -> None:
-    ragged = case([33, 0, 5, 700], 1, 9)
+def test_a_shared_row_equals_a_copied_row(impl: str | None, device: torch.device) -> None:
+    ragged = case([33, 0, 5, 700], 1, 9, device=device)
     copied = replace(ragged, keys=ragged.keys[33:].repeat(2, 1), values=ragged.values[33:].repeat(2, 1))
     copied.lengths = [5, 700, 5, 700]
-    shared = ragged.run(row_index=torch.tensor([1, 1]), impl=impl)
+    shared = ragged.run(row_index=torch.tensor([1, 1], device=device), impl=impl)
     torch.testing.assert_close(shared, copied.run(impl=impl), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_strided_views_are_read_in_their_bounds(impl: str | None, inside_nan: View) -> None:
-    ragged = case([600, 0, 5, 65], 3, 9)
+def test_strided_views_are_read_in_their_bounds(impl: str | None, device: torch.device, inside_nan: View) -> None:
+    ragged = case([600, 0, 5, 65], 3, 9, device=device)
     expected = ragged.run(impl=impl)
     assert ragged.tail_keys is not None and ragged.tail_values is not None
     padded = replace(
@@ -275,12 +282,12 @@ def test_a_batch_neighbour_changes_no_bit(n_rows: int, impl: str | None) -> None
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_equal_lengths_equal_scaled_dot_product_attention(impl: str | None) -> None:
-    ragged = case([70] * 4, 5, 20)
+def test_equal_lengths_equal_scaled_dot_product_attention(impl: str | None, device: torch.device) -> None:
+    ragged = case([70] * 4, 5, 20, device=device)
     assert ragged.tail_keys is not None and ragged.tail_values is not None
     keys = torch.cat([ragged.keys.view(2, 2, 70, 16), ragged.tail_keys], 2)
     values = torch.cat([ragged.values.view(2, 2, 70, 16), ragged.tail_values], 2)
-    visible = torch.ones(5, 90, dtype=torch.bool).tril(85)
+    visible = torch.ones(5, 90, dtype=torch.bool, device=device).tril(85)
     expected = scaled_dot_product_attention(ragged.query, keys, values, visible, enable_gqa=True)
     torch.testing.assert_close(ragged.run(impl=impl), expected)
 
