@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -229,7 +230,9 @@ class Replay:
         }
 
     def run(self, input_ids: Sequence[Sequence[int]], chunks: Sequence[slice], *, local: bool) -> None:
-        """One forward of the decoder (no logits) over a batch of replays, each about its chunk of the span.
+        """One forward of the decoder over a batch of replays, each about its chunk of the span.
+
+        It ends with the attention of the last layer that is looked at: nobody wants what would come after.
 
         Args:
             input_ids: One list of ids a replay, all of one length.
@@ -241,16 +244,28 @@ class Replay:
         positions = self._next_position + torch.arange(ids.shape[1], device=self._device)[None]
         layers: list[Any] = [None] * (len(self._spans) + len(self._dense))
         for idx, span in self._spans.items():
-            look = _bind(self._look, idx)
+            look = _bind(self._look, idx, last=idx == max(self._spans))
             layers[idx] = ReplayLayer(span, chunks, local=local, n_seen=self._n_seen, look=look)
         for idx, layer in self._dense.items():
             layers[idx] = _repeated(layer, len(chunks))
         cache = compat.Cache(layers=layers)
-        self._decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        with suppress(_LastLayerSeen):
+            self._decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
 
 
-def _bind(look: Callable[[int, ReplayedAttention], None], layer_idx: int) -> Callable[[ReplayedAttention], None]:
-    return lambda attention: look(layer_idx, attention)
+class _LastLayerSeen(Exception):  # noqa: N818  # no error: how a forward ends early
+    """Ends a replay forward."""
+
+
+def _bind(
+    look: Callable[[int, ReplayedAttention], None], layer_idx: int, *, last: bool
+) -> Callable[[ReplayedAttention], None]:
+    def look_at(attention: ReplayedAttention) -> None:
+        look(layer_idx, attention)
+        if last:
+            raise _LastLayerSeen
+
+    return look_at
 
 
 def _row_of(layer: Any, row: int) -> Any:

@@ -15,6 +15,7 @@ from torch import nn
 from kvzip_press import compat
 from kvzip_press.attention import CacheView
 from kvzip_press.kernels.ragged_attention import ragged_attention
+from kvzip_press.kernels.tail_append import tail_append
 from kvzip_press.layout import PackedPairs
 from kvzip_press.ragged_layer import RaggedLayer
 
@@ -87,8 +88,7 @@ class StaticLayer(compat.CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes ``[batch, num_heads, 1, head_dim]`` into the buffer."""
-        self.keys.index_copy_(2, self.place.index, key_states)
-        self.values.index_copy_(2, self.place.index, value_states)
+        tail_append(self.keys, self.values, key_states, value_states, self.place.index)
         return CacheView.of(self, self.keys), CacheView.of(self, self.values)
 
     def attend(

@@ -81,8 +81,8 @@ def _cudnn(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple
 def flash(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool = False) -> tuple[Tensor, Tensor]:
     """The fused kernel itself on [batch, heads, rows, head_dim], nothing empty.
 
-    On a CPU there must be as many key-value heads as query heads, and for ``causal`` as many rows as keys. Returns out in
-    the dtype of ``query`` and lse [batch, heads, rows].
+    On a CPU there must be as many key-value heads as query heads, and for ``causal`` as many rows as keys. Returns out
+    in the dtype of ``query`` and lse [batch, heads, rows].
     """
     device = query.device.type
     no_dropout = 0.0

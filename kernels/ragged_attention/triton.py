@@ -1,8 +1,8 @@
 """Ragged attention in Triton: every program streams the same number of pairs, whatever the lengths of the heads.
 
 Every segment, its context and then its tail, is cut into pieces of about the same length, one for each program that the
-GPU can hold. A program finds its piece from ``cu_seqlens`` and the length of the tail, both read on the device: no list of
-work is made or kept, and a captured graph stays right while the tail grows. It leaves a partial result, and a second
+GPU can hold. A program finds its piece from ``cu_seqlens`` and the length of the tail, both read on the device: no list
+of work is made or kept, and a captured graph stays right while the tail grows. It leaves a partial result, and a second
 small kernel merges those of a segment, in parallel over query rows and slices of head_dim. On Hopper it is launched
 early (programmatic dependent launch) and waits on the device. Why it is so: DESIGN.md of kernels.
 """
