@@ -31,7 +31,7 @@ except ImportError:  # an older Triton; the names below stand in branches that a
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
-MIN_PIECE = tl.constexpr(16)  # pairs that are worth a program
+MIN_PIECE = tl.constexpr(32)  # pairs that are worth a program
 
 
 def ragged_attention(

@@ -45,7 +45,7 @@ def choose(n_rows: int, head_dim: int, itemsize: int, n_pairs: int, n_segments: 
     if wide:
         return Config(16, 64 if itemsize == 2 else 32, 4, 3, 1)
     if n_segments >= MANY_SEGMENTS:
-        return Config(16, 64, 4, 4, 2)
+        return Config(16, 32, 4, 3, 3)
     if n_pairs <= SHORT_CONTEXT:
         return Config(16, 32, 4, 4, 3)
     if n_pairs <= MIDDLE_CONTEXT:
