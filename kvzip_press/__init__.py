@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvzip_press.attention import attach, detach
-    from kvzip_press.generation import answer
+    from kvzip_press.decoding import DecodeStep
+    from kvzip_press.generation import answer, generate
     from kvzip_press.loading import load_model
     from kvzip_press.prefilling import Prefill, compress, prefill
     from kvzip_press.press import Press
@@ -19,20 +20,24 @@ if TYPE_CHECKING:
     from kvzip_press.presses.random import RandomPress
     from kvzip_press.ragged_cache import RaggedCache
     from kvzip_press.registry import get_press, register_press
+    from kvzip_press.sampling import Sampling
     from kvzip_press.scores import Scores
 
 _EXPORTS = {
     "KVzipPress": "kvzip_press.presses.kvzip",
     "RandomPress": "kvzip_press.presses.random",
     "RaggedPress": "kvzip_press.presses.kvpress_adapter",
+    "DecodeStep": "kvzip_press.decoding",
     "Press": "kvzip_press.press",
     "Prefill": "kvzip_press.prefilling",
+    "Sampling": "kvzip_press.sampling",
     "Scores": "kvzip_press.scores",
     "RaggedCache": "kvzip_press.ragged_cache",
     "answer": "kvzip_press.generation",
     "attach": "kvzip_press.attention",
     "compress": "kvzip_press.prefilling",
     "detach": "kvzip_press.attention",
+    "generate": "kvzip_press.generation",
     "get_press": "kvzip_press.registry",
     "load_model": "kvzip_press.loading",
     "prefill": "kvzip_press.prefilling",
@@ -40,17 +45,20 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "DecodeStep",
     "KVzipPress",
     "Prefill",
     "Press",
     "RaggedCache",
     "RaggedPress",
     "RandomPress",
+    "Sampling",
     "Scores",
     "answer",
     "attach",
     "compress",
     "detach",
+    "generate",
     "get_press",
     "load_model",
     "prefill",

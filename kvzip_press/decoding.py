@@ -236,7 +236,7 @@ def _compiled_layers(model: nn.Module, cache: StaticCache, **options: Any) -> It
         return attention_forward(module, query, *views, *args, **kwargs)
 
     # All layers share their code and differ in an index, which would otherwise be compiled in as a constant for each.
-    limits = {"recompile_limit": 8 * len(layers), "accumulated_recompile_limit": 64 * len(layers)}
+    limits: dict[str, Any] = {"recompile_limit": 8 * len(layers), "accumulated_recompile_limit": 64 * len(layers)}
     try:
         with dynamo.config.patch(allow_unspec_int_on_nn_module=True, **limits), attention_replaced(model, attend):
             for layer in layers:

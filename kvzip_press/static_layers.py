@@ -81,7 +81,9 @@ class StaticLayer(compat.CacheLayerMixin):
         row_index: torch.Tensor | None,
         n_seen: int,
     ) -> None:
-        self.keys, self.values, self.place, self.packed = keys, values, place, packed
+        self.keys: torch.Tensor = keys
+        self.values: torch.Tensor = values
+        self.place, self.packed = place, packed
         self.row_index, self.n_seen = row_index, n_seen
 
     def update(

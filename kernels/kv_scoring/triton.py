@@ -385,6 +385,8 @@ def _column_max_kernel(
     q_ptrs = q_ptr + batch * stride_qb + offs_m[:, None] * stride_qm + tl.arange(0, BLOCK_D)[None, :]
     lse_ptrs = lse_ptr + batch * num_kv_heads * groups * n_rows + offs_m
     best = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    # A maximum passes over NaN, which must not end as a small score: 0 * lse is NaN for a row whose softmax is.
+    poison = tl.zeros([BLOCK_M], tl.float32)
     n_row_blocks = tl.cdiv(n_rows, BLOCK_M)
     n_steps = n_row_blocks * groups
     split, n_splits = tl.program_id(2), tl.num_programs(2)
@@ -393,18 +395,24 @@ def _column_max_kernel(
         row = tl.maximum(tl.minimum(step % n_row_blocks * BLOCK_M, n_rows - BLOCK_M), 0).to(tl.int64)
         query = _load_tile(q_ptrs + (head * stride_qh + row * stride_qm), mask_n, HEAD_DIM, BLOCK_D, False)
         lse = tl.load(lse_ptrs + (head * n_rows + row))
+        poison += 0.0 * lse
         logits = _base2_logits(dot(keys, tl.trans(query), "ieee"), factor, softcap, HAS_SOFTCAP)
         shares = logits - lse[None, :]
         if HAS_KEY_WEIGHT or HAS_QUERY_WEIGHT:
             shares = tl.exp2(shares)
         if HAS_KEY_WEIGHT:
             key_weight_ptrs = key_weight_ptr + batch * stride_wb + head * stride_wh + offs_n.to(tl.int64) * stride_wn
-            shares *= tl.load(key_weight_ptrs, mask_n, other=0.0).to(tl.float32)[:, None]
+            key_weight = tl.load(key_weight_ptrs, mask_n, other=0.0).to(tl.float32)
+            shares *= key_weight[:, None]
+            best += 0.0 * key_weight
         if HAS_QUERY_WEIGHT:
             query_weight_ptrs = query_weight_ptr + batch * stride_ub + (row + offs_m) * stride_um
-            shares *= tl.load(query_weight_ptrs).to(tl.float32)[None, :]
-        best = tl.maximum(best, tl.max(shares, 1))
+            query_weight = tl.load(query_weight_ptrs).to(tl.float32)
+            shares *= query_weight[None, :]
+            poison += 0.0 * query_weight
+        best = tl.maximum(best, tl.max(shares, 1), propagate_nan=tl.PropagateNan.ALL)
     if not (HAS_KEY_WEIGHT or HAS_QUERY_WEIGHT):
         best = tl.exp2(best)
+    best += tl.sum(poison, 0)
     out_row = (split * tl.num_programs(1) + pair).to(tl.int64)
     tl.store(out_ptr + out_row * n_chunk + offs_n, best, mask_n)

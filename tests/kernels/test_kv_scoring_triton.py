@@ -295,3 +295,21 @@ def test_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="the device is cpu"):
         kv_scoring(*tensors, impl="triton")
     assert torch.equal(kv_scoring(*tensors), kv_scoring(*tensors, impl="reference"))
+
+
+@pytest.mark.parametrize("where", ["query", "chunk", "replay", "key_weight", "query_weight"])
+def test_nan_is_not_taken_for_a_small_score(where: str, triton_device: torch.device) -> None:
+    """A KV head that meets a NaN gives NaN, as the reference does, which no budget accepts; the other is as it was."""
+    tensors = inputs(70, 3, 40, triton_device, groups=2)
+    weights = {
+        "key_weight": torch.rand(1, 4, 40, device=triton_device),
+        "query_weight": torch.rand(1, 70, device=triton_device),
+    }
+    options = weights if where in weights else {}
+    clean = kv_scoring(*tensors, **options, impl="triton")
+    broken = {"query": tensors[0], "chunk": tensors[2], "replay": tensors[3], **weights}[where]
+    broken[(0, 5) if where == "query_weight" else (0, 0, 5)] = torch.nan
+    scores = kv_scoring(*tensors, **options, impl="triton")
+    assert scores[0, 0].isnan().any()
+    if where != "query_weight":
+        assert torch.equal(scores[0, 1], clean[0, 1])
