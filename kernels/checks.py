@@ -54,7 +54,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 def check_groups(num_attention_heads: int, num_key_value_heads: int) -> None:
     """Raises ValueError unless the query heads divide evenly among the key-value heads."""
-    if num_key_value_heads < 1 or num_attention_heads % num_key_value_heads:
+    if num_key_value_heads < 1 or num_attention_heads < 1 or num_attention_heads % num_key_value_heads:
         raise ValueError(
             f"query heads: expected a multiple of the {num_key_value_heads} key-value heads, got {num_attention_heads}"
         )

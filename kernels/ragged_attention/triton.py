@@ -178,14 +178,15 @@ def _tail_length(tail_length, HAS_TAIL: tl.constexpr, TAIL_ON_DEVICE: tl.constex
 
 
 @triton.jit
-def _items_of(lengths, n_segments, n_programs):
+def _items_of(lengths, n_segments, n_programs, BLOCK_S: tl.constexpr):
     """Items of each segment [BLOCK_S]: as many pieces as make the longest piece shortest, all together <= n_programs.
 
-    Of 16 lengths of a piece the shortest that fits is taken; the last always does: there, each segment has a program to
-    spare for its remainder.
+    Of 16 lengths of a piece (2, where there are very many segments) the shortest that fits is taken. The last always
+    does: with it, each segment has a program to spare for its remainder, or there is one program for each.
     """
+    N_CHOICES: tl.constexpr = 16 if BLOCK_S <= 256 else 2
     total = tl.sum(lengths, 0)
-    spare = (n_segments * tl.arange(0, 16)) // 15
+    spare = (n_segments * tl.arange(0, N_CHOICES)) // (N_CHOICES - 1)
     pieces = tl.maximum(tl.cdiv(total, tl.maximum(n_programs - spare, 1)), MIN_PIECE)
     n_items = tl.sum((lengths[:, None] + pieces[None, :] - 1) // pieces[None, :], 0)
     piece = tl.min(tl.where(n_items <= n_programs, pieces, tl.maximum(total, 1)), 0)
@@ -250,7 +251,7 @@ def _attend_kernel(
     starts = tl.load(starts_ptr + offs_s, mask_s, other=0)
     contexts = tl.load(starts_ptr + offs_s + 1, mask_s, other=0) - starts
     begins = tl.load(begins_ptr + offs_s, mask_s, other=0)
-    n_items = _items_of(tl.where(mask_s, contexts + n_tail, 0), n_segments, tl.num_programs(0))
+    n_items = _items_of(tl.where(mask_s, contexts + n_tail, 0), n_segments, tl.num_programs(0), BLOCK_S)
     items_before = tl.cumsum(n_items, 0) - n_items
     mine = (items_before <= program) & (program < items_before + n_items)
     if tl.sum(mine.to(tl.int32), 0) == 0:
@@ -368,7 +369,7 @@ def _merge_kernel(
     mask_s = offs_s < n_segments
     starts = tl.load(starts_ptr + offs_s, mask_s, other=0)
     stops = tl.load(starts_ptr + offs_s + 1, mask_s, other=0)
-    n_items = _items_of(tl.where(mask_s, stops - starts + n_tail, 0), n_segments, n_programs)
+    n_items = _items_of(tl.where(mask_s, stops - starts + n_tail, 0), n_segments, n_programs, BLOCK_S)
     first = tl.sum(tl.where(offs_s < segment, n_items, 0), 0)
     n_parts = tl.sum(tl.where(offs_s == segment, n_items, 0), 0)
     offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -355,6 +355,11 @@ BAD_INPUTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query": torch.zeros(6, 3, 16)}, ValueError, "query: expected"),
     ({"query": torch.zeros(1, 6, 3, 16, dtype=torch.int32)}, TypeError, "query: expected a floating-point"),
     ({"query": torch.zeros(1, 5, 3, 16)}, ValueError, "query heads: expected a multiple"),
+    (
+        {"query": torch.zeros(1, 0, 3, 16)},
+        ValueError,
+        "query heads: expected a multiple of the 2 key-value heads, got 0",
+    ),
     ({"keys": torch.zeros(1, 9, 16)}, ValueError, "keys: expected"),
     ({"keys": torch.zeros(9, 8)}, ValueError, "keys: expected"),
     ({"keys": torch.zeros(9, 16, dtype=torch.float64)}, TypeError, "keys: expected the dtype of query"),

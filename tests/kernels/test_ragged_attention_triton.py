@@ -117,11 +117,21 @@ def test_the_number_of_programs_changes_only_rounding(programs_per_sm: int, trit
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("n_segments", [33, 600])
+def test_more_segments_than_programs(n_segments: int, triton_device: torch.device) -> None:
+    """Each gets a program of its own, the empty ones too."""
+    inputs = tensors([n % 4 for n in range(n_segments)], 2, heads=3, groups=1, device=triton_device)
+    expected = ragged_attention(*inputs, return_lse=True, impl="reference")
+    torch.testing.assert_close(ragged_attention(*inputs, return_lse=True, impl="triton"), expected)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"query": torch.randn(1, 6, 1, 16, dtype=torch.float64)}, "float64"),
         ({"values": torch.randn(8, 24)}, "value_head_dim 24"),
+        ({"query": torch.randn(1, 6, 1, 264), "values": torch.randn(8, 264)}, "head_dim 264"),
         ({"keys": torch.randn(16, 8).T}, "not contiguous"),
     ],
 )
