@@ -37,6 +37,19 @@ def chat_frame(tokenizer: Any) -> ChatFrame:
     return ChatFrame(encode(tokenizer, prefix), encode(tokenizer, suffix))
 
 
+def turn_break(tokenizer: Any) -> tuple[int, ...]:
+    """The ids between an answer and the user's next question: the answer's end of turn and the user's header.
+
+    From the tokenizer's chat template; without one, an empty line.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return encode(tokenizer, "\n\n")
+    turns = [{"role": role, "content": f"{_SENTINEL}{role}"} for role in ("user", "assistant", "user")]
+    turns[2]["content"] = _SENTINEL + "again"
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return encode(tokenizer, text.split(turns[1]["content"])[1].split(turns[2]["content"])[0])
+
+
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
     """Ids of a piece of text, no special tokens added (those spelled out in it are recognised)."""
     return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvzip_press.attention import attach
-from kvzip_press.chat import chat_frame, encode
+from kvzip_press.chat import chat_frame, encode, turn_break
 from kvzip_press.decoding import DecodeStep, forward
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.models import text_config
@@ -27,8 +27,13 @@ def answer(
     question: str,
     answer_prefix: str = "",
     max_new_tokens: int = 64,
+    *,
+    keep: bool = False,
 ) -> str:
-    """Answers a question about a compressed context, greedily. The cache is unchanged afterwards.
+    """Answers a question about a compressed context, greedily.
+
+    The cache is unchanged afterwards, unless question and answer are to be kept in it: then the next question, kept or
+    not, comes after them, framed as a new turn by the model's chat template.
 
     Args:
         model: The model that made the cache.
@@ -37,20 +42,38 @@ def answer(
         question: The question; it follows the context in the user's turn after an empty line.
         answer_prefix: How the answer begins; not part of what is returned.
         max_new_tokens: Most tokens to generate.
+        keep: Whether the cache remembers this question and its answer. An error leaves it as it was.
 
     Raises:
         CacheMismatchError: The cache was made by another model.
         InvalidArgumentError: Context, question and answer exceed the model's positions.
     """
-    ids = torch.tensor([question_ids(tokenizer, question, answer_prefix)])
-    [generated] = generate(model, cache.fork(), ids, max_new_tokens, eos_ids=eos_ids(model, tokenizer))
+    ids = question_ids(tokenizer, question, answer_prefix, is_first=not cache.turn_starts)
+    grown = cache.fork()
+    [generated] = generate(model, grown, torch.tensor([ids]), max_new_tokens, eos_ids=eos_ids(model, tokenizer))
+    if keep:
+        _read_last(model, grown, generated, n_seen=cache.get_seq_length() + len(ids))
+        cache.adopt_turn(grown)
     return str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
 
 
-def question_ids(tokenizer: Any, question: str, answer_prefix: str = "") -> list[int]:
-    """Ids of a question that follows a context: the question, the end of the user's turn, the answer's beginning."""
-    text = "\n\n" + question.strip()
-    return [*encode(tokenizer, text), *chat_frame(tokenizer).suffix, *encode(tokenizer, answer_prefix)]
+def question_ids(tokenizer: Any, question: str, answer_prefix: str = "", *, is_first: bool = True) -> list[int]:
+    """Ids of a question: the question, the end of the user's turn, the answer's beginning.
+
+    The first question follows the context in the user's turn; a later one begins a turn of its own, after an answer.
+    """
+    before = () if is_first else turn_break(tokenizer)
+    text = "\n\n" + question.strip() if is_first else question.strip()
+    return [*before, *encode(tokenizer, text), *chat_frame(tokenizer).suffix, *encode(tokenizer, answer_prefix)]
+
+
+@torch.no_grad()
+def _read_last(model: Any, cache: Any, generated: list[int], *, n_seen: int) -> None:
+    """Lets the model read the last generated token, where generation stopped before it had."""
+    if cache.get_seq_length() == n_seen + len(generated):
+        return
+    last = torch.tensor([generated[-1:]], device=model.get_input_embeddings().weight.device)
+    forward(model, cache, last, _positions(cache, last))
 
 
 def eos_ids(model: Any, tokenizer: Any) -> set[int]:

@@ -24,6 +24,7 @@ class RaggedCache(compat.Cache):
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
+        self.turn_starts: list[int] = []  # tokens seen before each kept turn (a question and its answer)
 
     @classmethod
     def of(cls, cache: Any) -> RaggedCache:
@@ -37,6 +38,7 @@ class RaggedCache(compat.Cache):
         if not any(isinstance(layer, RaggedLayer) for layer in getattr(cache, "layers", [])):
             raise CacheMismatchError(f"expected a cache with ragged layers, got {type(cache).__name__} without any")
         view = cls.__new__(cls)
+        cache.__dict__.setdefault("turn_starts", [])  # one list for all views of the cache
         view.__dict__.update(cache.__dict__)
         return view
 
@@ -103,12 +105,19 @@ class RaggedCache(compat.Cache):
         for layer, excess in zip(layers, surplus, strict=True):
             if excess > 0:
                 layer.crop(-excess)
+        self.turn_starts[:] = [start for start in self.turn_starts if start < n_seen]
 
     def fork(self) -> RaggedCache:
         """A cache that shares the packed context and copies only what came after it."""
-        return RaggedCache(
-            [layer.fork() if isinstance(layer, RaggedLayer) else copy.copy(layer) for layer in self.layers]
-        )
+        layers = [layer.fork() if isinstance(layer, RaggedLayer) else copy.copy(layer) for layer in self.layers]
+        twin = RaggedCache(layers)
+        twin.turn_starts = list(self.turn_starts)
+        return twin
+
+    def adopt_turn(self, grown: RaggedCache) -> None:
+        """Takes over what a fork of this cache has read since, as one turn."""
+        self.turn_starts.append(self.get_seq_length())
+        self.layers[:] = grown.layers
 
     def _ragged(self, layer_idx: int) -> RaggedLayer:
         layer = self.layers[layer_idx]

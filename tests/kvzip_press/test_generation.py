@@ -65,3 +65,79 @@ def test_another_models_cache_is_refused() -> None:
     cache = compress(tiny_model(), TOKENIZER, CONTEXT, RandomPress(0.5))
     with pytest.raises(CacheMismatchError, match="another model"):
         answer(tiny_model(seed=1), TOKENIZER, cache, "Where?")
+
+
+class FramedTokenizer(ByteTokenizer):
+    """Bytes with a chat template, whose marks are single characters: ``<user>``, then ``;`` ends a turn."""
+
+    chat_template = "yes"
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt, **options) -> str:
+        marks = {"user": "U", "assistant": "A"}
+        text = "".join(f"{marks[message['role']]}:{message['content']};" for message in messages)
+        return text + "A:" if add_generation_prompt else text
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 8])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_kept_turns_are_those_of_the_chat_template(architecture, max_new_tokens) -> None:
+    """With nothing removed, the second kept answer is what generate writes after the whole dialogue, as text."""
+    model, tokenizer = tiny_model(architecture, max_position_embeddings=512), FramedTokenizer()
+    model.generation_config.eos_token_id = None
+    tokenizer.eos_token_id = None
+    cache = compress(model, tokenizer, CONTEXT, RandomPress(0.0))
+    first = answered(model, tokenizer, cache, "Where?", max_new_tokens, keep=True)
+    second = answered(model, tokenizer, cache, "And why?", max_new_tokens, keep=True)
+    question = tokenizer.encode(f"U:{CONTEXT}\n\nWhere?;A:")
+    after = tokenizer.encode(";U:And why?;A:")
+    dialogue = torch.tensor([[*question, *first, *after]])
+    expected = model.generate(dialogue, max_new_tokens=max_new_tokens, do_sample=False)[0, dialogue.shape[1] :]
+    assert second == expected.tolist()
+    assert cache.get_seq_length() == dialogue.shape[1] + max_new_tokens
+    assert len(cache.turn_starts) == 2
+
+
+def answered(model, tokenizer, cache, question, max_new_tokens, *, keep) -> list[int]:
+    """The ids of an answer: the bytes of a random model are no text."""
+    ids: list[list[int]] = []
+    decode = tokenizer.decode
+    tokenizer.decode = lambda tokens, **options: ids.append(list(tokens)) or decode(tokens, **options)
+    try:
+        answer(model, tokenizer, cache, question, max_new_tokens=max_new_tokens, keep=keep)
+    finally:
+        tokenizer.decode = decode
+    return ids[0]
+
+
+def test_keeping_and_discarding_may_alternate() -> None:
+    """A discarded question leaves the history as it was: the kept answers are those of the dialogue without it."""
+    model, tokenizer = tiny_model(max_position_embeddings=512), FramedTokenizer()
+    with_discarded = compress(model, tokenizer, CONTEXT, KVzipPress(0.5))
+    without = with_discarded.fork()
+    dialogues = []
+    for cache, asides in ((with_discarded, True), (without, False)):
+        answers = []
+        for question in ("Where?", "Why?", "Who?"):
+            if asides:
+                answer(model, tokenizer, cache, "An aside?", max_new_tokens=5)
+            answers.append(answer(model, tokenizer, cache, question, max_new_tokens=5, keep=True))
+        dialogues.append((answers, cache.get_seq_length(), list(cache.turn_starts)))
+    assert dialogues[0] == dialogues[1]
+    with_discarded.truncate(with_discarded.turn_starts[1])
+    assert len(with_discarded.turn_starts) == 1
+    again = answer(model, tokenizer, with_discarded, "Why?", max_new_tokens=5)
+    assert again == dialogues[0][0][1]
+
+
+def test_a_failure_while_keeping_leaves_the_cache_as_it_was(monkeypatch) -> None:
+    """Nothing is remembered of a question whose answer did not come to its end."""
+    model, tokenizer = tiny_model(), FramedTokenizer()
+    cache = compress(model, tokenizer, CONTEXT, KVzipPress(0.5))
+    expected = answer(model, tokenizer, cache, "Where?", max_new_tokens=5)
+    before = (cache.get_seq_length(), cache.resident_bytes)
+    handle = model.model.layers[2].register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    with pytest.raises(RuntimeError, match="stop"):
+        answer(model, tokenizer, cache, "Where?", max_new_tokens=5, keep=True)
+    handle.remove()
+    assert (cache.get_seq_length(), cache.resident_bytes, cache.turn_starts) == (*before, [])
+    assert answer(model, tokenizer, cache, "Where?", max_new_tokens=5) == expected
