@@ -25,6 +25,18 @@ def _only_where_triton_runs(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _empty_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For Triton kernels ``torch.empty`` is full of NaN (or of the largest integer): what is not written is seen."""
+    if request.node.get_closest_marker("triton") is None:
+        yield
+        return
+    assert torch.utils.deterministic.fill_uninitialized_memory  # PyTorch's default, in force under the switch below
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tensors are tiny here: on a busy machine, threads that wait for each other take longer than the work."""
     before = torch.get_num_threads()
