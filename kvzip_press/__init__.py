@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from kvzip_press.loading import load_model
     from kvzip_press.prefilling import Prefill, compress, prefill
     from kvzip_press.press import Press
+    from kvzip_press.presses.composed import ComposedPress
     from kvzip_press.presses.kvpress_adapter import RaggedPress
     from kvzip_press.presses.kvzip import KVzipPress
+    from kvzip_press.presses.kvzip_head import HeadScores, KVzipHeadPress
     from kvzip_press.presses.random import RandomPress
     from kvzip_press.ragged_cache import RaggedCache
     from kvzip_press.registry import get_press, register_press
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from kvzip_press.scores import Scores
 
 _EXPORTS = {
+    "ComposedPress": "kvzip_press.presses.composed",
+    "HeadScores": "kvzip_press.presses.kvzip_head",
+    "KVzipHeadPress": "kvzip_press.presses.kvzip_head",
     "KVzipPress": "kvzip_press.presses.kvzip",
     "RandomPress": "kvzip_press.presses.random",
     "RaggedPress": "kvzip_press.presses.kvpress_adapter",
@@ -45,7 +50,10 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "ComposedPress",
     "DecodeStep",
+    "HeadScores",
+    "KVzipHeadPress",
     "KVzipPress",
     "Prefill",
     "Press",

@@ -1,118 +1,167 @@
-"""From a compression ratio to integers: how many unprotected pairs each (row, layer, head) keeps."""
+"""From a budget to integers: how many unprotected pairs each (row, layer, head) keeps.
+
+A budget is spent in a pool: all layers, one layer, or one head. In a pool the best pairs win, after those that heads
+take in turns because floors reserve them. Pools and what is reserved is all that allocations differ in.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.policy import ALLOCATIONS, check_allocation, check_compression_ratio
 from kvzip_press.scores import Scores
+from kvzip_press.spending import spend, top_counts, with_best_marked
 
-#: "global": all pairs of all layers and heads compete (KVzip). "layer": every layer keeps the same number, its heads
-#: compete. "head": every head keeps the same number (SnapKV and most others).
-ALLOCATIONS = ("global", "layer", "head")
+__all__ = [
+    "ALLOCATIONS",
+    "Counts",
+    "Masks",
+    "allocate",
+    "check_allocation",
+    "check_compression_ratio",
+    "standing_pairs",
+    "top_counts",
+]
 
 Counts = dict[int, torch.Tensor]
+Masks = Mapping[int, torch.Tensor]
+Pool = list[tuple[int, slice]]  # (layer_idx, its heads) of the pairs that compete
 
 
-def check_compression_ratio(compression_ratio: float) -> float:
-    """Returns the ratio as a float, or raises InvalidArgumentError unless it is a number in [0, 1)."""
-    valid = isinstance(compression_ratio, (int, float)) and not isinstance(compression_ratio, bool)
-    if not valid or math.isnan(compression_ratio) or not 0 <= compression_ratio < 1:
-        raise InvalidArgumentError(
-            f"expected compression_ratio (the fraction removed) in [0, 1), got {compression_ratio!r}"
-        )
-    return float(compression_ratio)
-
-
-def check_allocation(allocation: str) -> str:
-    """Returns the allocation, or raises InvalidArgumentError when it is not one of :data:`ALLOCATIONS`."""
-    if allocation not in ALLOCATIONS:
-        raise InvalidArgumentError(f"expected allocation to be one of {ALLOCATIONS}, got {allocation!r}")
-    return allocation
-
-
-def allocate(scores: Scores, valid: torch.Tensor) -> Counts:
+def allocate(
+    scores: Scores, valid: torch.Tensor, *, among: Masks | None = None, held: Mapping[int, torch.Tensor] | None = None
+) -> Counts:
     """Spends the budget of ``scores``.
 
-    A pool (all layers, one layer or one head) of n pairs keeps ``round((1 - compression_ratio) * n)`` of them, exactly,
-    whatever the ties: those of equal score go by lower position, then lower layer, then lower head. Each batch row has
-    its own budget over its own tokens. At least one pair a layer stays in every row.
+    A pool (all layers, one layer or one head) of n pairs keeps ``round((1 - compression_ratio) * n)`` of them, or
+    ``budget`` for each of its heads where a budget in tokens was given (less what ``held`` says), exactly, whatever the
+    ties: those of equal score go by lower position, then lower layer, then lower head. Each batch row has its own
+    budget over its own tokens. At least one pair a layer stays in every row.
+
+    Floors are inside the budget. Heads fill them in turns, each with its best pair, then each with its second best, and
+    in a turn the better pairs come first: ``min_kept_per_head`` of every head, and for "adakv" ``safeguard`` of the
+    budget, so that each head has that part of its equal share, rounded down. When the budget is too small for the
+    floors it ends within the turns. A larger budget keeps a superset, under every allocation.
 
     Args:
         scores: Scores with their policy.
         valid: ``[batch, span]``, bool, False at padding.
+        among: ``layer_idx -> [batch, heads, span]``, bool: the pairs that are left to choose from; None for all.
+        held: ``layer_idx -> [batch, heads]``: pairs of earlier turns that a budget in tokens has to hold too.
 
     Returns:
         ``layer_idx -> [batch, num_key_value_heads]``, int64: pairs to keep, protected ones not counted.
+
+    Raises:
+        InvalidArgumentError: Pairs are left out, and the press had decided its counts over all of them.
     """
-    if scores.counts is not None:
+    if among is None and scores.counts is not None:
         return dict(scores.counts)
-    check_compression_ratio(scores.compression_ratio)
-    check_allocation(scores.allocation)
-    rows = [_allocate_row(scores, row, valid[row]) for row in range(valid.shape[0])]
+    if scores.is_decided:
+        raise InvalidArgumentError("expected scores that follow a budget, got counts that were decided over all pairs")
+    standing = standing_pairs(scores, valid, among)
+    rows = [_allocate_row(scores, row, standing, held) for row in range(valid.shape[0])]
     return {layer_idx: torch.stack([row[layer_idx] for row in rows]) for layer_idx in scores.layers}
 
 
-def _allocate_row(scores: Scores, row: int, valid: torch.Tensor) -> Counts:
-    eligible = valid & ~scores.protected[row]
-    n_protected = int((valid & scores.protected[row]).sum())
-    pool: Mapping[int, torch.Tensor] = {
-        layer_idx: values[row][:, eligible.to(values.device)] for layer_idx, values in scores.layers.items()
+def standing_pairs(scores: Scores, valid: torch.Tensor, among: Masks | None) -> dict[int, torch.Tensor]:
+    """``layer_idx -> [batch, heads, span]``, bool, on the scores' devices: the pairs that can be kept at all."""
+    every = {
+        layer_idx: valid.to(values.device).unsqueeze(1).expand_as(values) for layer_idx, values in scores.layers.items()
     }
-    if scores.allocation == "global":
-        return _spend(pool, scores, n_protected)
-    counts: Counts = {}
-    for layer_idx, values in pool.items():
-        if scores.allocation == "layer":
-            counts |= _spend({layer_idx: values}, scores, n_protected)
-        else:
-            heads = [_spend({layer_idx: head[None]}, scores, n_protected)[layer_idx] for head in values]
-            counts[layer_idx] = torch.cat(heads)
+    return every if among is None else {i: mask & among[i].to(mask.device) for i, mask in every.items()}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One batch row: ``layer_idx -> [heads, span]`` scores, -inf where nothing competes, and pairs per head."""
+
+    values: Mapping[int, torch.Tensor]
+    free: Mapping[int, Sequence[int]]
+    protected: Mapping[int, Sequence[int]]
+    held: Mapping[int, Sequence[int]]
+
+    @classmethod
+    def of(cls, scores: Scores, row: int, standing: Masks, held: Mapping[int, torch.Tensor] | None) -> _Row:
+        protected = {i: mask[row] & scores.protected[row].to(mask.device) for i, mask in standing.items()}
+        free = {i: mask[row] & ~protected[i] for i, mask in standing.items()}
+        return cls(
+            {i: values[row].masked_fill(~free[i], -torch.inf) for i, values in scores.layers.items()},
+            _numbers({i: mask.sum(dim=-1) for i, mask in free.items()}),
+            _numbers({i: mask.sum(dim=-1) for i, mask in protected.items()}),
+            {} if held is None else _numbers({i: pairs[row] for i, pairs in held.items()}),
+        )
+
+
+def _numbers(per_head: Mapping[int, torch.Tensor]) -> dict[int, list[int]]:
+    """Lists of ``layer_idx -> [heads]`` tensors, read from the device at once."""
+    if not per_head:
+        return {}
+    device = next(iter(per_head.values())).device
+    numbers = iter(torch.cat([values.to(device) for values in per_head.values()]).tolist())
+    return {layer_idx: [next(numbers) for _ in values] for layer_idx, values in per_head.items()}
+
+
+def _allocate_row(scores: Scores, index: int, standing: Masks, held: Mapping[int, torch.Tensor] | None) -> Counts:
+    row = _Row.of(scores, index, standing, held)
+    counts = {i: torch.zeros(v.shape[0], dtype=torch.int64, device=v.device) for i, v in row.values.items()}
+    for pool in _pools(scores.allocation, row):
+        budget = _budget(scores, row, pool)
+        sizes = _of_pool(row.free, pool)
+        if budget == 0:
+            continue
+        spent = spend(_best_first(row, pool), sizes, budget, _reserved(scores, sizes, budget))
+        for (i, heads), part in zip(pool, spent.split([len(row.free[i][heads]) for i, heads in pool]), strict=True):
+            counts[i][heads] = part.to(counts[i].device)
     return counts
 
 
-def _spend(pool: Mapping[int, torch.Tensor], scores: Scores, n_protected: int) -> Counts:
-    """Counts per head of one pool ``layer_idx -> [heads, n]``: the best of all its pairs, exactly as many as it may."""
-    segments = sum(values.shape[0] for values in pool.values())
-    n_pairs = sum(values.numel() for values in pool.values())
-    charged = segments * n_protected if scores.protected_count else 0
-    budget = round((1 - scores.compression_ratio) * (n_pairs + charged)) - charged
-    floor = min(len(pool), n_pairs) if n_protected == 0 else 0
-    budget = min(max(budget, floor), n_pairs)
-    if n_pairs == 0 or budget == 0:
-        return {layer_idx: torch.zeros(v.shape[0], dtype=torch.int64, device=v.device) for layer_idx, v in pool.items()}
-    device = next(iter(pool.values())).device
-    first = [_best_first(values) if floor else values for values in pool.values()]
-    counts = top_counts(torch.cat([values.to(device) for values in first]), budget)
-    split = counts.split([values.shape[0] for values in pool.values()])
-    return {layer_idx: part.to(pool[layer_idx].device) for layer_idx, part in zip(pool, split, strict=True)}
+def _pools(allocation: str, row: _Row) -> list[Pool]:
+    if allocation == "global":
+        return [[(i, slice(None)) for i in row.values]]
+    if allocation == "head":
+        return [[(i, slice(head, head + 1))] for i, values in row.values.items() for head in range(values.shape[0])]
+    return [[(i, slice(None))] for i in row.values]
 
 
-def _best_first(values: torch.Tensor) -> torch.Tensor:
-    """Marks a layer's best pair (lowest position, then head, among equals) so that every budget holds it."""
-    n = values.shape[1]
-    best = int(values.T.reshape(-1).argmax())
-    marked = values.clone()
-    marked[best % values.shape[0], best // values.shape[0]] = torch.inf
-    assert n > 0
-    return marked
+def _of_pool(per_head: Mapping[int, Sequence[int]], pool: Pool) -> list[int]:
+    return [number for i, heads in pool if i in per_head for number in per_head[i][heads]]
 
 
-def top_counts(values: torch.Tensor, budget: int) -> torch.Tensor:
-    """How many of the ``budget`` largest entries lie in each row; equal entries go by lower column, then lower row.
+def _budget(scores: Scores, row: _Row, pool: Pool) -> int:
+    """Pairs that a pool keeps, protected ones not counted, at most as many as it has."""
+    free = _of_pool(row.free, pool)
+    charged = sum(_of_pool(row.protected, pool)) if scores.protected_count else 0
+    if scores.budget is None:
+        total = round((1 - scores.ratio_of(pool[0][0])) * (sum(free) + charged))
+    else:
+        total = scores.budget * len(free) - sum(_of_pool(row.held, pool))
+    return min(max(total - charged, len(_bare(row, pool))), sum(free))
 
-    Args:
-        values: ``[segments, n]``, no NaN.
-        budget: 1 to ``values.numel()``.
 
-    Returns:
-        ``[segments]``, int64, summing to ``budget`` exactly.
+def _bare(row: _Row, pool: Pool) -> list[int]:
+    """Layers of a pool that would be left empty: nothing of them is protected, and they have pairs."""
+    return [i for i, heads in pool if not any(row.protected[i][heads]) and any(row.free[i][heads])]
+
+
+def _reserved(scores: Scores, sizes: Sequence[int], budget: int) -> int:
+    """How much of a budget goes to heads in turns."""
+    floors = sum(min(size, scores.min_kept_per_head) for size in sizes)
+    share = int(Fraction(str(scores.safeguard)) * budget) if scores.allocation == "adakv" else 0
+    return min(max(floors, share), budget)
+
+
+def _best_first(row: _Row, pool: Pool) -> torch.Tensor:
+    """Scores of a pool, ``[heads of all its layers, span]``, +inf at the best pair of each layer that may not be empty.
+
+    Lowest position, then head, among equals; every budget holds these pairs.
     """
-    threshold = values.reshape(-1).kthvalue(values.numel() - budget + 1).values
-    counts = (values > threshold).sum(dim=1)
-    missing = budget - int(counts.sum())
-    tied = (values == threshold).T.nonzero()[:missing, 1]  # rows of the transpose are columns: lower positions first
-    return counts + torch.bincount(tied, minlength=values.shape[0])
+    bare = _bare(row, pool) if len(pool) > 1 else []  # of one layer the best comes first anyway
+    device = row.values[pool[0][0]].device
+    parts = [(i, row.values[i][heads]) for i, heads in pool]
+    return torch.cat([(with_best_marked(values) if i in bare else values).to(device) for i, values in parts])

@@ -9,11 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from kvzip_press.errors import KVzipPressError
+from kvzip_press import cli_heads
+from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="KV-cache compression presses whose eviction is real."
 )
+
+app.add_typer(cli_heads.app, name="heads")
 
 OutputOption = Annotated[Path, typer.Option("--output", help="Directory for the rows and the picture.")]
 ModelOption = Annotated[str, typer.Option("--model", help="Path or hub id of a model, or smollm2 (embedded).")]
@@ -44,8 +47,14 @@ def demo(output: OutputOption = Path("outputs/demo"), model: ModelOption = "smol
 
 @app.command()
 def ask(
-    context: Annotated[Path, typer.Option("--context", exists=True, dir_okay=False, help="A text file.")],
     question: Annotated[list[str], typer.Option("--question", help="May be given several times.")],
+    context: Annotated[
+        Path | None, typer.Option("--context", exists=True, dir_okay=False, help="A text file to read and compress.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="A compressed cache that --save kept, instead of --context.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option("--save", help="Where to keep the compressed cache.")] = None,
     model: ModelOption = "smollm2",
     press: Annotated[str, typer.Option("--press", help="Name of a press, see `kvzip-press presses`.")] = "kvzip",
     compression_ratio: Annotated[
@@ -56,20 +65,34 @@ def ask(
     ] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
 ) -> None:
-    """Asks questions about a file, and shows the answers of the full and of the compressed cache side by side."""
+    """Asks questions about a file, and shows the answers of the full and of the compressed cache side by side.
+
+    With --cache the answers are those of a cache that was compressed earlier; the file it was made of is not needed.
+    """
     from kvzip_press.loading import load_model
     from kvzip_press.prefilling import prefill
     from kvzip_press.registry import get_press
 
-    chosen, full = get_press(press, compression_ratio), get_press("none")
+    if (context is None) == (cache is None):
+        raise InvalidArgumentError("expected one of --context FILE and --cache FILE, got both or none")
+    if cache is not None:
+        if save is not None:
+            raise InvalidArgumentError("expected --save with --context, got it with --cache, which is a saved cache")
+        _ask_saved(cache, load_model(model), question, answer_prefix, max_new_tokens)
+        return
+    assert context is not None
+    chosen = get_press(press, compression_ratio)
     loaded, tokenizer = load_model(model)
     done = prefill(loaded, tokenizer, context.read_text(encoding="utf-8").rstrip(), observers=[chosen])
     begin = time.perf_counter()
     compressed = done.evict(chosen.score(done))
     seconds = time.perf_counter() - begin
-    caches = {"full cache": done.evict(full.score(done)), f"{press}, {compression_ratio:.0%} removed": compressed}
+    if save is not None:  # before anything is asked: reading the context again is what costs
+        compressed.save(save, press=chosen)
+    full = done.evict(get_press("none").score(done))
+    caches = {"full cache": full, f"{press}, {compression_ratio:.0%} removed": compressed}
     _print_answers(loaded, tokenizer, caches, question, answer_prefix, max_new_tokens)
-    _print_figures(done, caches, seconds)
+    _print_figures(caches, f"{done.valid.shape[1]} tokens read in {done.seconds:.1f} s, compressed in {seconds:.1f} s")
 
 
 @app.command()
@@ -141,7 +164,20 @@ def _print_answers(
     Console().print(table)
 
 
-def _print_figures(done: Any, caches: dict[str, Any], compress_seconds: float) -> None:
+def _ask_saved(path: Path, model_and_tokenizer: tuple[Any, Any], questions: list[str], prefix: str, limit: int) -> None:
+    from kvzip_press.cache_file import read_record
+    from kvzip_press.ragged_cache import RaggedCache
+
+    model, tokenizer = model_and_tokenizer
+    begin = time.perf_counter()
+    caches = {path.name: RaggedCache.load(path, model)}
+    seconds = time.perf_counter() - begin
+    record = read_record(path)
+    _print_answers(model, tokenizer, caches, questions, prefix, limit)
+    _print_figures(caches, f"{record.n_seen} tokens, {record.press or 'press not named'}; loaded in {seconds:.1f} s")
+
+
+def _print_figures(caches: dict[str, Any], note: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -150,6 +186,4 @@ def _print_figures(done: Any, caches: dict[str, Any], compress_seconds: float) -
         megabytes, fraction = cache.resident_bytes / 1e6, cache.resident_bytes / cache.dense_bytes
         table.add_row(name, f"{cache.kept_fraction:.1%}", f"{megabytes:.1f}", f"{fraction:.1%}")
     Console().print(table)
-    Console().print(
-        f"{done.valid.shape[1]} tokens read in {done.seconds:.1f} s, compressed in {compress_seconds:.1f} s"
-    )
+    Console().print(note, markup=False)

@@ -21,6 +21,10 @@ class CacheMismatchError(KVzipPressError, RuntimeError):
     """A ragged cache met a model or an attention function that it was not made for."""
 
 
+class CacheFileError(KVzipPressError):
+    """A file of a cache cannot be written, is absent, torn or changed, or is none of ours. The message has its path."""
+
+
 class ModelNotFoundError(KVzipPressError, OSError):
     """A model's files are neither on this machine nor reachable."""
 

@@ -18,6 +18,7 @@ from kvzip_press.eviction import check_not_evicted, compressible_layers, evicted
 from kvzip_press.models import text_config, text_decoder
 from kvzip_press.press import Observer, Press
 from kvzip_press.ragged_cache import RaggedCache
+from kvzip_press.ragged_layer import RaggedLayer
 from kvzip_press.scores import Scores
 from kvzip_press.selection import select
 
@@ -90,26 +91,53 @@ class Prefill:
             self.observers[press] = again.observers[press]
         return self.observers[press]
 
+    def held_pairs(self, scores: Scores) -> dict[int, torch.Tensor]:
+        """What a budget in tokens has to hold beside the span: pairs of earlier turns and the tokens since the last.
+
+        Returns:
+            ``layer_idx -> [batch, num_key_value_heads]``, int64, protected pairs counted where ``scores`` count them;
+            empty without such a budget, and for a first turn.
+        """
+        if scores.budget is None or not self.start:
+            return {}
+        layers = {i: layer for i in scores.layers if isinstance(layer := self.cache.layers[i], RaggedLayer)}
+        held = {}
+        for layer_idx, layer in layers.items():
+            pairs = layer.packed.seqlens.long()
+            if not scores.protected_count:
+                pairs = pairs - torch.tensor(layer.n_protected, device=pairs.device).unsqueeze(1)
+            pairs = pairs if layer.row_index is None else pairs[layer.row_index]
+            held[layer_idx] = pairs + layer.tail.length - self.valid.shape[1]
+        return held
+
     def evict(
-        self, scores: Scores, compression_ratio: float | None = None, allocation: str | None = None
+        self,
+        scores: Scores,
+        compression_ratio: float | None = None,
+        allocation: str | None = None,
+        *,
+        budget: int | None = None,
     ) -> RaggedCache:
         """A compressed copy of the cache; any number of them can be made, this prefill stays as it is.
 
         Args:
             scores: What ``press.score(prefill)`` returned.
             compression_ratio: Fraction of pairs removed, in [0, 1); default the press's own.
-            allocation: "global", "layer" or "head"; default the press's own.
+            allocation: "global", "layer", "head" or "adakv"; default the press's own.
+            budget: Instead of a ratio: tokens' worth of pairs kept, see :class:`kvzip_press.press.Press`.
 
         Raises:
-            InvalidArgumentError: Ratio or allocation out of range, or scores of another prefill.
+            InvalidArgumentError: Ratio, budget or allocation out of range, both of the first two, or scores of another
+                prefill.
             UnsupportedCacheError: A cache that cannot be compressed.
         """
-        keep = select(self._checked(scores).with_policy(compression_ratio, allocation), self.valid)
+        asked = self._checked(scores).asked_for(compression_ratio, allocation, budget)
+        keep = select(asked, self.valid, held=self.held_pairs(asked))
         return RaggedCache([layer for _, layer in evicted_layers(self, keep, scores.protected)])
 
     def evict_in_place(self, scores: Scores) -> None:
         """Replaces the layers of the cache itself, freeing each dense one before the next is packed."""
-        keep = select(self._checked(scores), self.valid)
+        keep = select(self._checked(scores), self.valid, held=self.held_pairs(scores))
         for layer_idx, layer in evicted_layers(self, keep, scores.protected):
             self.cache.layers[layer_idx] = layer
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from kvzip_press import compat
-from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
+from kvzip_press import cache_file, compat, kept_export
+from kvzip_press.attention import attach
+from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.models import attention_layers
 from kvzip_press.ragged_layer import RaggedLayer
 
 
@@ -118,6 +122,65 @@ class RaggedCache(compat.Cache):
         """Takes over what a fork of this cache has read since, as one turn."""
         self.turn_starts.append(self.get_seq_length())
         self.layers[:] = grown.layers
+
+    def save(self, path: str | Path, *, press: Any = None, model: nn.Module | None = None) -> None:
+        """Writes the cache as a safetensors file of about ``resident_bytes``; a file that is there is replaced at once.
+
+        Args:
+            path: The file. Its folder must exist.
+            press: What compressed the cache, kept as a description: a text, or a press, whose ``repr`` is taken.
+            model: The model that made the cache; only needed where it is not in memory any more under its own object.
+
+        Raises:
+            CacheFileError: The file cannot be written; an old one stays as it was.
+            CacheMismatchError: ``model`` did not make the cache.
+            InvalidArgumentError: The model is gone and none was given, or a forward failed half-way.
+            UnsupportedCacheError: No layer is ragged, or one is of a kind or dtype that is not saved.
+        """
+        config, starts = self._config(model), self.turn_starts
+        cache_file.save_layers(Path(path), self.layers, config=config, press=press, turn_starts=starts)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: nn.Module, *, device: torch.device | str | None = None, verify: bool = True
+    ) -> RaggedCache:
+        """Reads a cache that :meth:`save` wrote: it answers bit for bit as the saved one. Attaches the model.
+
+        Args:
+            path: The file.
+            model: The model that made the cache: the same weights, settings and dtype.
+            device: Where the cache goes; by default each layer to the device of the model's layer.
+            verify: Whether every byte is checked against the SHA-256 in the file.
+
+        Raises:
+            CacheFileError: No such file, a torn or changed one, or none of ours.
+            CacheMismatchError: Another model made the cache, or it is loaded in another dtype.
+        """
+        layers, record = cache_file.load_layers(Path(path), model, device=device, verify=verify)
+        cache = cls(layers)
+        cache.turn_starts = list(record.turn_starts)
+        attach(model)
+        return cache
+
+    def export_kept(self, path: str | Path) -> None:
+        """Writes which positions every head kept, as numpy arrays: see :func:`kvzip_press.kept_export.export_kept`."""
+        kept_export.export_kept(Path(path), self.layers)
+
+    def _config(self, model: nn.Module | None) -> Any:
+        """The config of the model that made the cache."""
+        if model is not None:
+            by_idx = {layer.layer_idx: layer.module for layer in attention_layers(model)}
+            for layer_idx, layer in self.ragged_layers():
+                if layer_idx not in by_idx:
+                    raise CacheMismatchError(f"expected a model with attention in layer {layer_idx}, got one without")
+                layer.check_module(by_idx[layer_idx])
+        known = [layer._known_module() for _, layer in self.ragged_layers()]  # noqa: SLF001  # the layer and its cache
+        if not known:
+            raise UnsupportedCacheError("expected a cache with ragged layers, got one without any")
+        if known[0] is None:
+            raise InvalidArgumentError("expected save(..., model=...), got no model, and the one of the cache is gone")
+        config: Any = known[0].config
+        return config
 
     def _ragged(self, layer_idx: int) -> RaggedLayer:
         layer = self.layers[layer_idx]

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from kvzip_press.budget import Counts, allocate
+from kvzip_press.budget import Counts, Masks, allocate, standing_pairs
 from kvzip_press.scores import Scores
 
 
-def select(scores: Scores, valid: torch.Tensor) -> dict[int, torch.Tensor]:
+def select(
+    scores: Scores, valid: torch.Tensor, *, among: Masks | None = None, held: Mapping[int, torch.Tensor] | None = None
+) -> dict[int, torch.Tensor]:
     """Which pairs stay.
 
     Args:
         scores: Scores with their policy.
         valid: ``[batch, span]``, bool, False at padding, which is never kept.
+        among: ``layer_idx -> [batch, heads, span]``, bool: the pairs that are left to choose from, as an earlier
+            selection returned them; None for all.
+        held: Pairs of earlier turns inside a budget in tokens, see :func:`kvzip_press.budget.allocate`.
 
     Returns:
         ``layer_idx -> [batch, num_key_value_heads, span]``, bool: every protected pair, and in each head the best
         unprotected ones, exactly as many as :func:`kvzip_press.budget.allocate` says.
     """
-    counts: Counts = allocate(scores, valid)
+    counts: Counts = allocate(scores, valid, among=among, held=held)
     keep = {}
-    for layer_idx, values in scores.layers.items():
-        on = values.device
-        keep[layer_idx] = top_mask(values, counts[layer_idx], (valid & ~scores.protected).to(on)) | (
-            valid & scores.protected
-        ).to(on).unsqueeze(1)
+    for layer_idx, standing in standing_pairs(scores, valid, among).items():
+        protected = scores.protected.to(standing.device)
+        values = scores.layers[layer_idx].masked_fill(~standing, -torch.inf)
+        kept = top_mask(values, counts[layer_idx], ~protected)
+        keep[layer_idx] = kept | (standing & protected.unsqueeze(1))
     return keep
 
 
@@ -33,8 +40,8 @@ def top_mask(values: torch.Tensor, counts: torch.Tensor, eligible: torch.Tensor)
     """The ``counts`` largest eligible entries of each head; equal entries go by lower position.
 
     Args:
-        values: ``[batch, heads, span]``, finite.
-        counts: ``[batch, heads]``, int64, at most the eligible positions of the row.
+        values: ``[batch, heads, span]``, no NaN, -inf where nothing can be kept.
+        counts: ``[batch, heads]``, int64, at most the entries of the head that can be kept.
         eligible: ``[batch, span]``, bool.
     """
     candidates = values.masked_fill(~eligible.unsqueeze(1), -torch.inf)

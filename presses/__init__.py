@@ -9,6 +9,7 @@ PRESSES = {
     "random": "kvzip_press.presses.random:RandomPress",
     "kvzip": "kvzip_press.presses.kvzip:KVzipPress",
     "kvzip_local": "kvzip_press.presses.kvzip:local_press",
+    "kvzip_head": "kvzip_press.presses.kvzip_head:KVzipHeadPress",
     # kvpress's, made real; the attribute of the catalogue is the name
     **{
         name: f"kvzip_press.presses.kvpress_adapter.catalogue:{name}"

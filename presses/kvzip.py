@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.budget import check_allocation
 from kvzip_press.chat import chat_frame, encode, find_tokenizer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.kv_scoring import kv_scoring
 from kvzip_press.models import full_attention_layers, layer_index
 from kvzip_press.prefilling import Prefill
-from kvzip_press.press import Press
+from kvzip_press.press import AllocatingPress
 from kvzip_press.replay import Replay, ReplayedAttention
 from kvzip_press.scores import Scores
 
@@ -28,7 +27,7 @@ LOCAL_BATCH = 4  # chunks of a local replay that run in one forward
 
 
 @dataclass(frozen=True)
-class KVzipPress(Press):
+class KVzipPress(AllocatingPress):
     """A pair matters as much as the most attention it gets while the model repeats the context.
 
     The context is replayed in chunks, teacher-forced, against the cache. In each layer the softmax of the replay's
@@ -38,7 +37,9 @@ class KVzipPress(Press):
 
     Args:
         compression_ratio: Fraction of the context's pairs removed, in [0, 1); protected tokens are not counted.
-        allocation: "global" (the paper: all pairs of all layers and heads compete), "layer" or "head".
+        allocation: "global" (the paper: all pairs of all layers and heads compete), "layer", "head" or "adakv".
+        budget: Tokens' worth of pairs kept instead of a ratio. This, ``layer_ratios``, ``safeguard`` and
+            ``min_kept_per_head`` are explained in :class:`kvzip_press.press.AllocatingPress`; all four by name.
         chunk_size: Context tokens replayed at a time.
         replay: "full" (the paper): the replay attends to the whole cache, cost grows with the square of the context.
             "local": it attends to the protected prefix, its own chunk and itself only, at the same positions: linear
@@ -52,7 +53,6 @@ class KVzipPress(Press):
         InvalidArgumentError: A value out of range.
     """
 
-    allocation: str = "global"
     chunk_size: int = 2048
     replay: str = "full"
     kvzip_plus: bool = False
@@ -61,7 +61,6 @@ class KVzipPress(Press):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_allocation(self.allocation)
         if self.replay not in ("full", "local"):
             raise InvalidArgumentError(f'expected replay to be "full" or "local", got {self.replay!r}')
         if self.chunk_size < 1 or self.n_sink < 0:
@@ -84,7 +83,7 @@ class KVzipPress(Press):
         with _hidden_norms(prefill.model, self.kvzip_plus) as norms:
             for row in range(prefill.valid.shape[0]):
                 self._score_row(prefill, row, int(protected[row].sum()), prompts, norms, layers)
-        return Scores(layers, protected, self.compression_ratio, self.allocation)
+        return Scores(layers, protected, **self.policy)
 
     def _score_row(
         self,

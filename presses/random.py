@@ -6,30 +6,26 @@ from dataclasses import dataclass
 
 import torch
 
-from kvzip_press.budget import check_allocation
 from kvzip_press.prefilling import Prefill
-from kvzip_press.press import Press
+from kvzip_press.press import AllocatingPress
 from kvzip_press.scores import Scores
 
 
 @dataclass(frozen=True)
-class RandomPress(Press):
+class RandomPress(AllocatingPress):
     """Removes pairs at random.
 
     Args:
         compression_ratio: Fraction of the context's pairs removed, in [0, 1).
-        allocation: "global", "layer" or "head".
+        allocation: "global", "layer", "head" or "adakv".
+        budget: Tokens' worth of pairs kept instead of a ratio; this and the policy's other fields are those of
+            :class:`kvzip_press.press.AllocatingPress`.
         seed: Seed of the generator.
         n_sink: First tokens protected where the chat-template prefix is not known.
     """
 
-    allocation: str = "global"
     seed: int = 0
     n_sink: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_allocation(self.allocation)
 
     def score(self, prefill: Prefill) -> Scores:
         """Uniform scores in [0, 1); a row's depend on the seed, the layer and its own length only, on every device."""
@@ -39,7 +35,7 @@ class RandomPress(Press):
                 generator = torch.Generator().manual_seed(self.seed * 100_003 + layer_idx)
                 drawn = torch.rand(int(valid.sum()), scores.shape[1], generator=generator).T
                 scores[row, :, valid.to(scores.device)] = drawn.to(scores.device)
-        return Scores(layers, prefill.protected(self.n_sink), self.compression_ratio, self.allocation)
+        return Scores(layers, prefill.protected(self.n_sink), **self.policy)
 
 
 @dataclass(frozen=True)
@@ -47,5 +43,6 @@ class NonePress(RandomPress):
     """Keeps every pair, through the same code path as every other press: the reference row of a table."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "compression_ratio", 0.0)
+        for name, value in {"compression_ratio": 0.0, "budget": None, "layer_ratios": None}.items():
+            object.__setattr__(self, name, value)
         super().__post_init__()

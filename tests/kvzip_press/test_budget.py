@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
+from kvzip_press import KVzipPress, Press, RaggedCache, RandomPress
 from kvzip_press.budget import ALLOCATIONS, allocate, check_compression_ratio, top_counts
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.prefilling import run_prefill
 from kvzip_press.scores import Scores
 from kvzip_press.selection import select, top_mask
+from kvzip_press.testing import tiny_model
 
 laws = settings(deadline=None, max_examples=60, derandomize=True)
 ratios = st.floats(0, 1, exclude_max=True, allow_nan=False)
@@ -30,7 +37,7 @@ def make_scores(seed, ratio, allocation, *, batch=1, layers=3, heads=2, n=20, n_
 
 def pools(scores: Scores, allocation: str, kept: torch.Tensor) -> torch.Tensor:
     """Kept pairs ``[layers, batch, heads]`` summed over each pool."""
-    dims = {"global": (0, 2), "layer": (2,), "head": ()}[allocation]
+    dims = {"global": (0, 2), "layer": (2,), "head": (), "adakv": (2,)}[allocation]
     return kept.sum(dim=dims) if dims else kept
 
 
@@ -50,9 +57,9 @@ def test_kept_is_exactly_the_budget(seed, ratio, allocation, n, n_sink, levels) 
     valid = torch.ones(1, n, dtype=torch.bool)
     keep = select(scores, valid)
     kept = torch.stack([keep[i].sum(-1) for i in keep])
-    size = {"global": layers * heads, "layer": heads, "head": 1}[allocation]
+    size = {"global": layers * heads, "layer": heads, "head": 1, "adakv": heads}[allocation]
     free = max(n - n_sink, 0)
-    floor = {"global": layers, "layer": 1, "head": 1}[allocation] if n_sink == 0 else 0
+    floor = {"global": layers, "layer": 1, "head": 1, "adakv": 1}[allocation] if n_sink == 0 else 0
     expected = max(round((1 - ratio) * size * free), min(floor, size * free)) + size * min(n_sink, n)
     assert (pools(scores, allocation, kept) == expected).all()
     assert (kept.sum(dim=2) >= 1).all()
@@ -147,3 +154,277 @@ def test_scores_that_are_not_numbers_are_refused() -> None:
         Scores({0: torch.zeros(1, 2, 5)}, protected, 0.5)
     with pytest.raises(InvalidArgumentError, match="allocation"):
         allocate(Scores({0: torch.zeros(1, 2, 4)}, protected, 0.5, "heads"), ~protected)
+
+
+budgets = st.integers(1, 70)
+ONE_ROW = {n: torch.ones(1, n, dtype=torch.bool) for n in range(1, 65)}
+
+
+def policy(scores: Scores, **changes) -> Scores:
+    return replace(scores, **{"compression_ratio": 0.0, **changes})
+
+
+def kept_per_head(scores: Scores) -> torch.Tensor:
+    """``[layers, heads]`` kept pairs of one row."""
+    keep = select(scores, ONE_ROW[scores.protected.shape[1]])
+    return torch.stack([mask[0].sum(-1) for mask in keep.values()])
+
+
+@laws
+@given(
+    seed=st.integers(0, 99),
+    budget=budgets,
+    allocation=st.sampled_from(ALLOCATIONS),
+    n=st.integers(1, 64),
+    n_sink=st.integers(0, 5),
+    inside=st.booleans(),
+    min_kept=st.integers(0, 9),
+    levels=st.sampled_from([None, 1, 3]),
+)
+def test_a_budget_in_tokens_is_kept_exactly(seed, budget, allocation, n, n_sink, inside, min_kept, levels) -> None:
+    """A pool keeps budget * heads pairs, protected ones inside or on top; a short context stays whole."""
+    layers, heads = 3, 2
+    scores = make_scores(seed, 0.0, allocation, layers=layers, heads=heads, n=n, n_sink=n_sink, levels=levels)
+    kept = kept_per_head(policy(scores, budget=budget, protected_count=inside, min_kept_per_head=min_kept))
+    n_sink = min(n_sink, n)
+    if inside:
+        each = max(min(budget, n), n_sink)
+    else:
+        each = n_sink + min(budget, n - n_sink)
+    size = {"global": layers * heads, "layer": heads, "head": 1, "adakv": heads}[allocation]
+    assert (pools(scores, allocation, kept[:, None]) == each * size).all()
+    assert (kept.sum(1) >= 1).all()
+
+
+@laws
+@given(
+    seed=st.integers(0, 99),
+    amounts=st.tuples(budgets, budgets),
+    allocation=st.sampled_from(ALLOCATIONS),
+    n=st.integers(1, 64),
+    safeguard=st.sampled_from([0.0, 0.2, 0.55, 1.0]),
+    min_kept=st.integers(0, 9),
+    levels=st.sampled_from([None, 1, 3]),
+)
+def test_larger_budget_in_tokens_keeps_a_superset(seed, amounts, allocation, n, safeguard, min_kept, levels) -> None:
+    """So it is for every allocation, AdaKV's growing floors and floors that the budget cuts included."""
+    scores = make_scores(seed, 0.0, allocation, n=n, levels=levels, heads=3)
+    small, large = (
+        select(policy(scores, budget=b, safeguard=safeguard, min_kept_per_head=min_kept), ONE_ROW[n])
+        for b in sorted(amounts)
+    )
+    assert all((small[i] & ~large[i]).sum() == 0 for i in small)
+
+
+@laws
+@given(seed=st.integers(0, 99), step=st.integers(1, 255), safeguard=st.sampled_from([0.2, 0.55, 1.0]))
+def test_a_safeguard_that_moves_by_one_pair_takes_nothing_back(seed, step, safeguard) -> None:
+    """With four heads of very different scores, one pair more in the budget is one pair more kept."""
+    values = torch.rand(1, 4, 64, generator=torch.Generator().manual_seed(seed)) - 10.0 * torch.arange(4)[None, :, None]
+    scores = Scores({0: values}, ~ONE_ROW[64], 0.0, "adakv", safeguard=safeguard)
+    few, more = (select(replace(scores, compression_ratio=1 - (step + d) / 256), ONE_ROW[64])[0] for d in (0, 1))
+    assert int((few & ~more).sum()) == 0 and int(more.sum() - few.sum()) == 1
+
+
+@laws
+@given(
+    seed=st.integers(0, 99),
+    ratio=ratios,
+    n=st.integers(1, 64),
+    safeguard=st.floats(0, 1),
+    levels=st.sampled_from([None, 1, 3]),
+)
+def test_adakv_safeguards_a_part_of_the_equal_share(seed, ratio, n, safeguard, levels) -> None:
+    """Each head keeps at least that part, rounded down; without a safeguard it is a layer's competition."""
+    scores = make_scores(seed, ratio, "adakv", n=n, levels=levels, heads=4)
+    scores.layers[0][:, 0] -= 5  # a head that would lose everything
+    kept = kept_per_head(replace(scores, safeguard=safeguard))
+    budget = max(round((1 - ratio) * 4 * n), 1)
+    assert (kept.sum(1) == budget).all()
+    assert (kept >= math.floor(Fraction(str(safeguard)) * budget / 4)).all()
+    assert torch.equal(
+        kept_per_head(replace(scores, safeguard=0.0)), kept_per_head(replace(scores, allocation="layer"))
+    )
+
+
+def test_adakv_by_hand() -> None:
+    """Two heads, 10 of 20 pairs, alpha 0.4: the weak head gets its two, the strong one the other eight."""
+    strong, weak = torch.arange(10, 20).float(), torch.arange(10).float()
+    scores = Scores({0: torch.stack([strong, weak])[None]}, ~ONE_ROW[10], 0.5, "adakv", safeguard=0.4)
+    assert kept_per_head(scores).tolist() == [[8, 2]]
+    assert kept_per_head(replace(scores, safeguard=1.0)).tolist() == [[5, 5]]
+    assert kept_per_head(replace(scores, safeguard=0.0)).tolist() == [[10, 0]]
+
+
+@laws
+@given(
+    seed=st.integers(0, 99),
+    ratio=ratios,
+    allocation=st.sampled_from(ALLOCATIONS),
+    min_kept=st.integers(0, 70),
+    n=st.integers(1, 64),
+)
+def test_every_head_keeps_its_floor_inside_the_budget(seed, ratio, allocation, min_kept, n) -> None:
+    """The sum does not change; heads keep the floor, or, where the budget is too small, equal parts up to one pair."""
+    scores = make_scores(seed, ratio, allocation, n=n)
+    for values in scores.layers.values():
+        values[:, 0] -= 5
+    floored = kept_per_head(replace(scores, min_kept_per_head=min_kept))
+    free = kept_per_head(scores)
+    assert torch.equal(pools(scores, allocation, floored[:, None]), pools(scores, allocation, free[:, None]))
+    size = {"global": 6, "layer": 2, "head": 1, "adakv": 2}[allocation]
+    budget = int(pools(scores, allocation, free[:, None]).flatten()[0])
+    assert (floored >= min(min_kept, n, budget // size)).all()
+
+
+@laws
+@given(
+    seed=st.integers(0, 99),
+    per_layer=st.lists(ratios, min_size=3, max_size=3),
+    n=st.integers(1, 64),
+    allocation=st.sampled_from(["layer", "head", "adakv"]),
+)
+def test_each_layer_keeps_its_own_ratio(seed, per_layer, n, allocation) -> None:
+    """A layer's kept pairs are those of that ratio alone."""
+    scores = make_scores(seed, 0.0, allocation, n=n)
+    own = select(policy(scores, layer_ratios=dict(zip((0, 2, 4), per_layer, strict=True))), ONE_ROW[n])
+    for layer_idx, ratio in zip((0, 2, 4), per_layer, strict=True):
+        assert torch.equal(own[layer_idx], select(replace(scores, compression_ratio=ratio), ONE_ROW[n])[layer_idx])
+
+
+def test_layer_ratios_that_do_not_fit_are_refused() -> None:
+    """Other layers than were scored, a pool of all layers, and a second amount raise, naming what came."""
+    scores = make_scores(0, 0.0, "layer")
+    for wrong, got in (({0: 0.5, 2: 0.5}, "[0, 2]"), ([0.5] * 5, "[0, 1, 2, 3, 4]")):
+        with pytest.raises(InvalidArgumentError, match=re.escape(f"layers [0, 2, 4], got them for {got}")):
+            policy(scores, layer_ratios=wrong)
+    ratios_of_all = dict.fromkeys((0, 2, 4), 0.5)
+    with pytest.raises(InvalidArgumentError, match="global"):
+        policy(scores, layer_ratios=ratios_of_all, allocation="global")
+    with pytest.raises(InvalidArgumentError, match="only one of"):
+        policy(scores, layer_ratios=ratios_of_all, budget=5)
+    assert scores.with_budget(5).with_policy(0.5, None).budget is None
+
+
+@laws
+@given(
+    seed=st.integers(0, 99),
+    ratio=ratios,
+    allocation=st.sampled_from(ALLOCATIONS),
+    order=st.permutations(range(4)),
+    min_kept=st.integers(0, 9),
+)
+def test_permuted_heads_have_permuted_counts(seed, ratio, allocation, order, min_kept) -> None:
+    """No head is preferred for its place."""
+    scores = replace(make_scores(seed, ratio, allocation, heads=4), min_kept_per_head=min_kept)
+    moved = replace(scores, layers={i: values[:, list(order)] for i, values in scores.layers.items()})
+    assert torch.equal(kept_per_head(scores)[:, list(order)], kept_per_head(moved))
+
+
+@laws
+@given(seed=st.integers(0, 99), ratio=ratios, allocation=st.sampled_from(ALLOCATIONS), min_kept=st.integers(0, 9))
+def test_a_budget_is_spent_among_the_pairs_that_are_left(seed, ratio, allocation, min_kept) -> None:
+    """With any pairs left out, heads of different sizes keep exactly the ratio of what is left of their pool."""
+    scores = make_scores(seed, ratio, allocation, n_sink=3)
+    left = {
+        i: torch.rand(v.shape, generator=torch.Generator().manual_seed(seed + i)) < 0.4
+        for i, v in scores.layers.items()
+    }
+    keep = select(replace(scores, min_kept_per_head=min_kept), ONE_ROW[20], among=left)
+    assert all(
+        (mask & ~left[i]).sum() == 0 and (left[i] & scores.protected[:, None] & ~mask).sum() == 0
+        for i, mask in keep.items()
+    )
+    free = torch.stack([(mask & ~scores.protected[:, None]).sum(-1) for mask in left.values()])
+    sinks = torch.stack([(mask & scores.protected[:, None]).sum(-1) for mask in left.values()])
+    kept = pools(scores, allocation, torch.stack([mask.sum(-1) for mask in keep.values()]) - sinks)
+    expected = torch.tensor([round((1 - ratio) * x) for x in pools(scores, allocation, free).flatten().tolist()])
+    bare = (pools(scores, allocation, sinks) == 0) & (pools(scores, allocation, free) > 0)
+    if allocation != "global":
+        expected = torch.maximum(expected, bare.flatten().long())
+        assert torch.equal(kept.flatten(), expected)
+    else:
+        assert int(expected) <= int(kept) <= int(expected) + 3
+
+
+def test_a_budget_counts_what_earlier_turns_left() -> None:
+    """What is held is taken off; when nothing is left, each layer still keeps a pair of the span."""
+    scores = policy(make_scores(0, 0.0, "layer"), budget=8)
+    held = {i: torch.tensor([[5, 2]]) for i in scores.layers}
+    keep = select(scores, ONE_ROW[20], held=held)
+    assert all(int(mask.sum()) == 16 - 7 for mask in keep.values())
+    full = select(scores, ONE_ROW[20], held={i: pairs + 50 for i, pairs in held.items()})
+    assert all(int(mask.sum()) == 1 for mask in full.values())
+
+
+@pytest.mark.parametrize("options", [
+    {"budget": 0}, {"budget": -3}, {"budget": 2.5}, {"budget": True}, {"budget": "64"},
+    {"compression_ratio": 0.5, "budget": 64}, {"budget": 64, "layer_ratios": [0.5]},
+    {"compression_ratio": 0.5, "layer_ratios": [0.5], "allocation": "layer"},
+    {"layer_ratios": [0.5]}, {"layer_ratios": [1.0], "allocation": "layer"},
+    {"layer_ratios": {"0": 0.5}, "allocation": "layer"}, {"layer_ratios": 0.5, "allocation": "layer"},
+    {"safeguard": -0.1}, {"safeguard": 1.1}, {"safeguard": math.nan}, {"safeguard": None},
+    {"min_kept_per_head": -1}, {"min_kept_per_head": 1.5}, {"allocation": "ada"},
+])  # fmt: skip
+@pytest.mark.parametrize("press", [RandomPress, KVzipPress])
+def test_bad_policies_are_refused_when_a_press_is_made(press, options) -> None:
+    """Values out of range and values that contradict each other raise at once and say what came."""
+    with pytest.raises(InvalidArgumentError, match=r"expected .* got"):
+        press(**options)
+
+
+def test_presses_are_values() -> None:
+    """Presses with equal budgets are equal and hash alike, layer ratios given either way included."""
+    one = RandomPress(allocation="layer", layer_ratios=[0.1, 0.2], min_kept_per_head=2)
+    two = RandomPress(allocation="layer", layer_ratios={1: 0.2, 0: 0.1}, min_kept_per_head=2)
+    assert one == two and hash(one) == hash(two) and replace(one) == one
+    assert one != replace(one, layer_ratios=[0.1, 0.3])
+
+
+class Forgetful(Press):
+    """A press that knows nothing of budgets."""
+
+    def score(self, prefill) -> Scores:
+        return Scores(prefill.blank_scores(), prefill.protected(0), self.compression_ratio, "head")
+
+
+def prefilled(n: int = 30):
+    ids = torch.randint(3, 128, (1, n), generator=torch.Generator().manual_seed(0))
+    return run_prefill(tiny_model(), ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+def seqlens(cache) -> torch.Tensor:
+    """``[layers, heads]`` kept context pairs of row 0."""
+    return torch.stack([layer.packed.seqlens[0] for _, layer in RaggedCache.of(cache).ragged_layers()])
+
+
+def test_every_press_takes_a_budget() -> None:
+    """Also one whose scorer does not look at it; and every eviction takes one instead of the press's."""
+    done = prefilled()
+    assert (seqlens(done.evict(Forgetful(budget=7).score(done))) == 7).all()
+    assert (seqlens(done.evict(Forgetful(budget=100).score(done))) == 30).all()
+    scores = RandomPress(0.5, n_sink=2).score(done)
+    assert int(seqlens(done.evict(scores, budget=9)).sum()) == 6 * (9 + 2)
+    assert (seqlens(done.evict(scores, allocation="head", budget=9)) == 11).all()
+    assert int(seqlens(done.evict(scores.with_budget(9), compression_ratio=0.5)).sum()) == 12 + round(0.5 * 6 * 28)
+    for wrong in ({"compression_ratio": 0.5, "budget": 9}, {"budget": 0}):
+        with pytest.raises(InvalidArgumentError, match="expected"):
+            done.evict(scores, **wrong)
+
+
+@pytest.mark.parametrize("n_sink", [0, 4])
+def test_a_budget_bounds_a_conversation(n_sink) -> None:
+    """Turns share a budget: what is held of earlier turns, and what was said between, is taken off the last one's."""
+    model, cache = tiny_model(), DynamicCache()
+    ids = torch.randint(3, 128, (1, 90), generator=torch.Generator().manual_seed(1))
+    press = RandomPress(budget=40, n_sink=n_sink)
+    with torch.no_grad():
+        with press(model):
+            model(ids[:, :30], past_key_values=cache)
+        assert (seqlens(cache) == 30).all()  # shorter than the budget
+        for step in range(3):
+            model(ids[:, step : step + 1], past_key_values=cache)
+        for held in (6 * (40 + n_sink), 6 * (40 + n_sink) + 3):  # the third turn finds it full: one pair a layer
+            with press(model):
+                model(ids[:, 30:55], past_key_values=cache)
+            assert int(seqlens(cache).sum()) == held

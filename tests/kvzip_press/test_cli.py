@@ -7,7 +7,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from kvzip_press import loading
 from kvzip_press.cli import app, main
+from kvzip_press.testing import ByteTokenizer, tiny_model
 
 run = CliRunner().invoke
 
@@ -41,3 +43,51 @@ def test_an_unknown_press_is_one_line_with_a_suggestion(tmp_path, monkeypatch, c
         main()
     assert ended.value.code == 1
     assert "did you mean 'kvzip'?" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> None:
+    """The command's model is a tiny one with random weights."""
+    monkeypatch.setattr(loading, "load_model", lambda name: (tiny_model(), ByteTokenizer()))
+
+
+def answers_in(output: str) -> list[str]:
+    """The last column of the rows of the first table that begin with a question."""
+    return [line.split("\u2502")[-2].strip() for line in output.splitlines() if "Who?" in line]
+
+
+def test_a_saved_cache_answers_as_the_one_that_was_made(tiny, tmp_path, monkeypatch) -> None:
+    """`--save` keeps the compressed cache; `--cache` answers from it, without the context and the full cache."""
+    monkeypatch.setenv("COLUMNS", "200")
+    context, saved = tmp_path / "notes.txt", tmp_path / "cache.safetensors"
+    context.write_text("The phone number of Vera is 47. The baker opens early.\n")
+    asked = ["--question", "Who?", "--max-new-tokens", "6"]
+    made = run(app, ["ask", "--context", str(context), "--press", "random", "--save", str(saved), *asked])
+    assert made.exit_code == 0, made.output
+    context.unlink()
+    loaded = run(app, ["ask", "--cache", str(saved), *asked])
+    assert loaded.exit_code == 0, loaded.output
+    assert answers_in(loaded.output) == answers_in(made.output) != []
+    assert "full cache" in made.output and "full cache" not in loaded.output
+    for shown in ("cache.safetensors", "RandomPress", "resident MB"):
+        assert shown in loaded.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "one of --context FILE and --cache FILE"),
+        (["--context", "notes.txt", "--cache", "c.safetensors"], "one of --context FILE and --cache FILE"),
+        (["--cache", "c.safetensors", "--save", "d.safetensors"], "--save with --context"),
+        (["--cache", "c.safetensors"], "c.safetensors: expected a file"),
+    ],
+)
+def test_ask_says_which_file_it_needs(tiny, tmp_path, monkeypatch, capsys, options, message) -> None:
+    """Neither or both, a cache to copy, a cache that is not there: one line each."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("anything")
+    monkeypatch.setattr(sys, "argv", ["kvzip-press", "ask", "--question", "Who?", *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert message in capsys.readouterr().err

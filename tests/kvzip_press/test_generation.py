@@ -141,3 +141,16 @@ def test_a_failure_while_keeping_leaves_the_cache_as_it_was(monkeypatch) -> None
     handle.remove()
     assert (cache.get_seq_length(), cache.resident_bytes, cache.turn_starts) == (*before, [])
     assert answer(model, tokenizer, cache, "Where?", max_new_tokens=5) == expected
+
+
+def test_a_dialogue_goes_on_from_a_file(tmp_path) -> None:
+    """A cache that was saved after a turn asks its next question as a turn, with the same answer."""
+    model, tokenizer = tiny_model(max_position_embeddings=512), FramedTokenizer()
+    cache = compress(model, tokenizer, CONTEXT, KVzipPress(0.5))
+    answer(model, tokenizer, cache, "Where?", max_new_tokens=5, keep=True)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = type(cache).load(tmp_path / "cache.safetensors", model)
+    assert loaded.turn_starts == cache.turn_starts
+    answers = [answer(model, tokenizer, one, "Why?", max_new_tokens=5, keep=True) for one in (cache, loaded)]
+    assert answers[0] == answers[1]
+    assert loaded.get_seq_length() == cache.get_seq_length()

@@ -1,0 +1,132 @@
+"""A compressed cache on disk: a safetensors file, so that reading one runs no code.
+
+Tensors are named ``<layer>.<part>``: keys, values, positions, cu_seqlens, tail_keys, tail_values (live tokens only) and
+row_index of a ragged layer; keys and values of a layer that stayed dense. All else is one JSON text in the metadata,
+with the SHA-256 of every tensor's bytes; the SHA-256 of that text stands beside it. So a byte that changed is noticed,
+and the shapes that the file must have are known before any tensor is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from kvzip_press import __version__, compat
+from kvzip_press.atomic_write import replacing
+from kvzip_press.cache_reading import load_layers, read_record
+from kvzip_press.cache_record import (
+    DIGEST,
+    FORMAT,
+    NAMES,
+    TEXT,
+    CacheRecord,
+    LayerRecord,
+    digest_of,
+    digest_of_tensor,
+    live_tokens,
+    settings_of,
+    to_json,
+)
+from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.ragged_layer import RaggedLayer
+
+__all__ = ["load_layers", "read_record", "save_layers"]
+
+
+def save_layers(
+    path: Path, layers: Sequence[Any], *, config: Any, press: Any = None, turn_starts: Sequence[int] = ()
+) -> None:
+    """Writes the layers of a compressed cache, atomically. Needs host memory for one copy of what it writes.
+
+    Args:
+        path: The file; one that is there is replaced.
+        layers: Ragged layers, and dense or sliding ones beside them.
+        config: The config that the model's attention modules read.
+        press: What compressed the cache: a text, or an object whose ``repr`` is taken.
+        turn_starts: Tokens seen before each kept turn.
+
+    Raises:
+        CacheFileError: The file cannot be written.
+        InvalidArgumentError: The layers have not seen the same tokens: a forward failed half-way. Or positions below 0.
+        UnsupportedCacheError: A layer of another kind, or of another dtype than bf16, fp16 and fp32.
+    """
+    records = [_record_of(layer) for layer in layers]
+    tensors = {f"{i}.{part}": tensor for i, layer in enumerate(layers) for part, tensor in _parts_of(layer).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    ragged = [layer for layer in layers if isinstance(layer, RaggedLayer)]
+    settings = settings_of(config)
+    record = CacheRecord(
+        format=FORMAT,
+        kvzip_press=__version__,
+        transformers=str(compat.TRANSFORMERS_VERSION),
+        torch=str(torch.__version__),
+        press="" if press is None else str(press if isinstance(press, str) else repr(press))[:1000],
+        config=settings,
+        config_hash=digest_of(to_json(settings).encode()),
+        dtype=_one({NAMES.get(tensor.dtype, str(tensor.dtype)) for tensor in _pairs(tensors)}, "dtype"),
+        batch_size=_one({_batch_size(layer) for layer in layers}, "batch size"),
+        n_context=_one({layer.n_context for layer in ragged}, "context length"),
+        n_seen=_one({int(layer.get_seq_length()) for layer in layers}, "number of tokens seen"),
+        n_positions=_position_limit([layer.packed.positions for layer in ragged]),
+        turn_starts=tuple(turn_starts),
+        layers=tuple(records),
+        tensors={name: digest_of_tensor(tensor) for name, tensor in tensors.items()},
+    )
+    if record.dtype not in ("BF16", "F16", "F32"):
+        raise UnsupportedCacheError(f"expected a cache in bf16, fp16 or fp32, got {record.dtype}")
+    text = to_json(asdict(record))
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={TEXT: text, DIGEST: digest_of(text.encode())})
+
+
+def _record_of(layer: Any) -> LayerRecord:
+    if isinstance(layer, RaggedLayer):
+        heads, dims = layer.packed.num_heads, (layer.packed.keys.shape[1], layer.packed.values.shape[1])
+        n_protected = layer.n_protected if layer.n_context else (0,) * layer.packed.num_rows
+        return LayerRecord("ragged", heads, *dims, layer.fingerprint, n_protected, layer.row_index is not None)
+    kinds: dict[type, str] = {compat.DynamicLayer: "dense", compat.DynamicSlidingWindowLayer: "sliding"}
+    if type(layer) not in kinds or not isinstance(layer.keys, torch.Tensor) or layer.keys.dim() != 4:
+        raise UnsupportedCacheError(
+            f"expected ragged layers, and dense or sliding ones that hold tokens, got {type(layer).__name__}"
+        )
+    window = int(getattr(layer, "sliding_window", 0) or 0)
+    dims = (layer.keys.shape[3], layer.values.shape[3])
+    return LayerRecord(kinds[type(layer)], layer.keys.shape[1], *dims, sliding_window=window)
+
+
+def _parts_of(layer: Any) -> dict[str, torch.Tensor]:
+    if not isinstance(layer, RaggedLayer):
+        live = live_tokens(int(layer.get_seq_length()), int(getattr(layer, "sliding_window", 0) or 0))
+        return {"keys": layer.keys[:, :, -live:], "values": layer.values[:, :, -live:]}
+    parts = dict(zip(("keys", "values", "positions", "cu_seqlens"), layer.packed.tensors, strict=True))
+    if layer.row_index is not None:
+        parts["row_index"] = layer.row_index.long()
+    if layer.tail.keys is not None and layer.tail.values is not None and layer.tail.length:
+        parts |= {"tail_keys": layer.tail.keys, "tail_values": layer.tail.values}
+    return parts
+
+
+def _pairs(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor for name, tensor in tensors.items() if name.endswith(("keys", "values"))]
+
+
+def _batch_size(layer: Any) -> int:
+    return layer.batch_size if isinstance(layer, RaggedLayer) else int(layer.keys.shape[0])
+
+
+def _one(values: set[Any], what: str) -> Any:
+    if len(values) != 1:
+        raise InvalidArgumentError(f"expected layers of one {what}, got {sorted(values)}: truncate the cache first?")
+    return values.pop()
+
+
+def _position_limit(positions: Sequence[torch.Tensor]) -> int:
+    kept = torch.cat([tensor.cpu() for tensor in positions])
+    if kept.numel() and int(kept.min()) < 0:
+        raise InvalidArgumentError(f"expected positions of 0 and more, got {int(kept.min())}")
+    return int(kept.max()) + 1 if kept.numel() else 0

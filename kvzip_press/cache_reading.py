@@ -1,0 +1,198 @@
+"""The layers of a compressed cache, read from a file and compared with the model."""
+
+from __future__ import annotations
+
+import reprlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvzip_press import compat
+from kvzip_press.cache_record import (
+    DTYPES,
+    CacheRecord,
+    LayerRecord,
+    digest_of,
+    digest_of_tensor,
+    live_tokens,
+    opened,
+    record_in,
+    settings_of,
+    to_json,
+)
+from kvzip_press.errors import CacheFileError, CacheMismatchError
+from kvzip_press.layout import PackedPairs
+from kvzip_press.models import AttentionLayer, attention_layers, layer_fingerprint, text_config, text_decoder
+from kvzip_press.ragged_layer import RaggedLayer
+
+
+def load_layers(
+    path: Path, model: nn.Module, *, device: torch.device | str | None = None, verify: bool = True
+) -> tuple[list[Any], CacheRecord]:
+    """Reads the layers of a compressed cache into memory of their own, and what the file says of it.
+
+    Args:
+        path: A file that :func:`save_layers` wrote.
+        model: The model that made the cache.
+        device: Where the layers go; by default each to its attention module's device.
+        verify: Whether the bytes of every tensor are checked against their SHA-256 (about 1 GB/s); shapes, dtypes,
+            lengths and positions always are.
+
+    Raises:
+        CacheFileError: No such file, a torn or changed one, or none of ours. Names the path.
+        CacheMismatchError: Another model made the cache, or it is loaded in another dtype.
+    """
+    with opened(path) as file:
+        record = record_in(file)
+        modules = _check_model(record, model)
+        tensors = _Tensors(file, record, verify=verify)
+        layers = []
+        for index, (layer, module) in enumerate(zip(record.layers, modules, strict=True)):
+            target = next(module.parameters()).device if device is None else torch.device(device)
+            if layer.kind == "ragged":
+                layers.append(_ragged(index, record, tensors, module, target))
+            else:
+                layers.append(_dense(index, record, tensors, target))
+        return layers, record
+
+
+def read_record(path: Path) -> CacheRecord:
+    """What a file says of its cache, without reading a tensor.
+
+    Raises:
+        CacheFileError: No such file, a torn or changed one, or none of ours. Names the path.
+    """
+    with opened(path) as file:
+        return record_in(file)
+
+
+def _check_model(record: CacheRecord, model: nn.Module) -> list[nn.Module]:
+    """The attention module of every layer, after all that has to agree with the model was compared."""
+    expected, got = record.config, settings_of(text_config(model))
+    if expected != got:
+        names = [name for name in sorted({*expected, *got}) if expected.get(name) != got.get(name)]
+        differ = [f"{name}={reprlib.repr(expected.get(name))}, got {reprlib.repr(got.get(name))}" for name in names]
+        raise CacheMismatchError(
+            f"this cache was made by another model: expected config {record.config_hash[:16]}, got "
+            f"{digest_of(to_json(got).encode())[:16]}: expected {'; expected '.join(differ)}"
+        )
+    dtype: Any = text_decoder(model).dtype
+    if dtype is not DTYPES[record.dtype]:
+        raise CacheMismatchError(f"expected a model in {DTYPES[record.dtype]}, as this cache is, got one in {dtype}")
+    attention = {layer.layer_idx: layer for layer in attention_layers(model)}
+    if sorted(attention) != list(range(len(record.layers))):
+        raise CacheMismatchError(
+            f"expected a model with attention in each of {len(record.layers)} layers, got layers {sorted(attention)}"
+        )
+    for index, layer in enumerate(record.layers):
+        _check_layer(layer, attention[index])
+    return [attention[index].module for index in range(len(record.layers))]
+
+
+def _check_layer(layer: LayerRecord, attention: AttentionLayer) -> None:
+    module, where = attention.module, f"layer {attention.layer_idx}"
+    kinds = ("ragged", "dense") if attention.is_full else ("sliding",)
+    if layer.kind not in kinds or (not attention.is_full and layer.sliding_window != attention.sliding_window):
+        raise CacheMismatchError(
+            f"{where}: expected a {layer.kind} layer with window {layer.sliding_window or None}, got a model whose "
+            f"window there is {attention.sliding_window}"
+        )
+    config: Any = module.config
+    head_dim: Any = getattr(module, "head_dim", None) or layer.head_dim
+    projection: Any = getattr(module, "k_proj", None)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = projection.out_features // head_dim if hasattr(projection, "out_features") else heads
+    if (layer.num_heads, layer.head_dim) != (heads, head_dim):
+        raise CacheMismatchError(
+            f"{where}: expected (KV heads, head_dim) = {(layer.num_heads, layer.head_dim)}, got {(heads, head_dim)}"
+        )
+    if layer.kind == "ragged" and layer.fingerprint != layer_fingerprint(module):
+        raise CacheMismatchError(
+            f"{where}: this cache was made by another model: expected an attention module with fingerprint "
+            f"{reprlib.repr(layer.fingerprint)}, got {layer_fingerprint(module)}"
+        )
+
+
+class _Tensors:
+    """The tensors of an open file, each read after its dtype and shape were compared with what they must be."""
+
+    def __init__(self, file: Any, record: CacheRecord, *, verify: bool) -> None:
+        self._file, self._digests, self._verify = file, record.tensors, verify
+        names = {f"{i}.{part}" for i, layer in enumerate(record.layers) for part in _part_names(layer, record)}
+        if set(file.keys()) != names or set(record.tensors) != names:
+            differing = sorted((set(file.keys()) | set(record.tensors)) ^ names) or sorted(set(file.keys()) ^ names)
+            raise CacheFileError(f"expected {len(names)} tensors, got others: {reprlib.repr(differing)}")
+
+    def read(self, name: str, dtype: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        held = self._file.get_slice(name)
+        if (held.get_dtype(), tuple(held.get_shape())) != (dtype, shape):
+            raise CacheFileError(f"expected {name!r} as {dtype} {shape}, got {held.get_dtype()} {held.get_shape()}")
+        # A copy: what is mapped from the file would change or vanish with it, and is aligned to the header's length.
+        tensor: torch.Tensor = self._file.get_tensor(name).clone(memory_format=torch.contiguous_format)
+        if self._verify and digest_of_tensor(tensor) != self._digests[name]:
+            raise CacheFileError(f"expected {name!r} with the SHA-256 that was saved, got another: a byte was changed")
+        return tensor.to(device)
+
+
+def _part_names(layer: LayerRecord, record: CacheRecord) -> list[str]:
+    if layer.kind != "ragged":
+        return ["keys", "values"]
+    tail = ["tail_keys", "tail_values"] if record.n_seen > record.n_context else []
+    return ["keys", "values", "positions", "cu_seqlens", *tail, *(["row_index"] if layer.has_row_index else [])]
+
+
+def _ragged(index: int, record: CacheRecord, tensors: _Tensors, module: nn.Module, device: torch.device) -> RaggedLayer:
+    layer = record.layers[index]
+    restored = RaggedLayer(
+        _packed(index, record, tensors, device),
+        n_context=record.n_context,
+        n_protected=layer.n_protected,
+        module=module,
+    )
+    if layer.has_row_index:
+        restored.row_index = tensors.read(f"{index}.row_index", "I64", (record.batch_size,), device)
+        _check_range(restored.row_index, len(layer.n_protected), f"{index}.row_index")
+    if record.n_seen > record.n_context:
+        shape = (record.batch_size, layer.num_heads, record.n_seen - record.n_context)
+        keys = tensors.read(f"{index}.tail_keys", record.dtype, (*shape, layer.head_dim), device)
+        values = tensors.read(f"{index}.tail_values", record.dtype, (*shape, layer.v_head_dim), device)
+        restored.tail.append(keys, values)
+    return restored
+
+
+def _packed(index: int, record: CacheRecord, tensors: _Tensors, device: torch.device) -> PackedPairs:
+    layer = record.layers[index]
+    segments = len(layer.n_protected) * layer.num_heads
+    cu_seqlens = tensors.read(f"{index}.cu_seqlens", "I32", (segments + 1,), device)
+    total = int(cu_seqlens[-1])
+    if int(cu_seqlens[0]) != 0 or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+        raise CacheFileError(f"expected '{index}.cu_seqlens' to ascend from 0, got {reprlib.repr(cu_seqlens.tolist())}")
+    positions = tensors.read(f"{index}.positions", "I32", (total,), device)
+    _check_range(positions, record.n_positions, f"{index}.positions")
+    keys = tensors.read(f"{index}.keys", record.dtype, (total, layer.head_dim), device)
+    values = tensors.read(f"{index}.values", record.dtype, (total, layer.v_head_dim), device)
+    return PackedPairs(keys, values, positions, cu_seqlens, layer.num_heads)
+
+
+def _dense(index: int, record: CacheRecord, tensors: _Tensors, device: torch.device) -> Any:
+    layer = record.layers[index]
+    shape = (record.batch_size, layer.num_heads, live_tokens(record.n_seen, layer.sliding_window))
+    keys = tensors.read(f"{index}.keys", record.dtype, (*shape, layer.head_dim), device)
+    values = tensors.read(f"{index}.values", record.dtype, (*shape, layer.v_head_dim), device)
+    if layer.kind == "dense":
+        dense = compat.DynamicLayer()
+        dense.update(keys, values)
+        return dense
+    sliding = compat.DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+    sliding.update(keys, values)
+    sliding.cumulative_length = record.n_seen
+    return sliding
+
+
+def _check_range(tensor: torch.Tensor, limit: int, name: str) -> None:
+    if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < limit:
+        raise CacheFileError(
+            f"expected {name!r} in [0, {limit}), got values from {int(tensor.min())} to {int(tensor.max())}"
+        )

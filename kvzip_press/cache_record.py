@@ -1,0 +1,247 @@
+"""What the metadata of a cache file say, and whether they can be believed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from kvzip_press.errors import CacheFileError
+
+FORMAT = 1
+TEXT, DIGEST = "kvzip_press", "sha256"  # the two entries of the safetensors metadata
+_LIMIT = 2**31  # no length, count or position of a cache reaches it: positions are int32
+_MAXTEXT = 4_000_000
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# What decides what keys and values mean, beyond the weights. A list of what counts, not of what does not: transformers
+# adds settings in every release, and a file should be readable by the next one.
+_SETTINGS = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "rms_norm_eps", "layer_types"),
+    *("sliding_window", "attention_chunk_size", "attn_logit_softcapping", "query_pre_attn_scalar"),
+    *("attention_multiplier", "original_max_position_embeddings"),
+)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What the metadata say of one layer.
+
+    Attributes:
+        kind: "ragged", "sliding" or "dense".
+        num_heads: KV heads.
+        head_dim: Width of a key.
+        v_head_dim: Width of a value.
+        fingerprint: Of the attention module that made a ragged layer; empty for the others.
+        n_protected: Of a ragged layer, by packed row.
+        has_row_index: Whether batch rows point to packed rows.
+        sliding_window: Of a sliding layer; 0 for the others.
+    """
+
+    kind: str
+    num_heads: int
+    head_dim: int
+    v_head_dim: int
+    fingerprint: str = ""
+    n_protected: tuple[int, ...] = ()
+    has_row_index: bool = False
+    sliding_window: int = 0
+
+
+@dataclass(frozen=True)
+class CacheRecord:
+    """What the metadata say of a cache.
+
+    Attributes:
+        format: Version of this format.
+        kvzip_press: Version that wrote the file; like the next two for information only.
+        transformers: Its transformers.
+        torch: Its torch.
+        press: Description of the press, empty when none was given.
+        config: The settings that decide what keys and values mean.
+        config_hash: SHA-256 of them.
+        dtype: Of keys and values, as safetensors names it.
+        batch_size: Batch rows.
+        n_context: Tokens of the compressed context.
+        n_seen: Tokens seen; those from ``n_context`` on are the tail.
+        n_positions: One more than the largest position kept; more than ``n_context`` where position ids began late.
+        turn_starts: Tokens seen before each kept turn.
+        layers: One record a layer.
+        tensors: SHA-256 of each tensor's bytes.
+    """
+
+    format: int
+    kvzip_press: str
+    transformers: str
+    torch: str
+    press: str
+    config: dict[str, Any]
+    config_hash: str
+    dtype: str
+    batch_size: int
+    n_context: int
+    n_seen: int
+    n_positions: int
+    turn_starts: tuple[int, ...]
+    layers: tuple[LayerRecord, ...]
+    tensors: dict[str, str]
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The settings of :data:`_SETTINGS` that are set, and RoPE's, spelled as in transformers 5 in every version."""
+    settings = {name: getattr(config, name, None) for name in _SETTINGS}
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        theta, local = getattr(config, "rope_theta", None), getattr(config, "rope_local_base_freq", None)
+        rope = {"rope_type": "default", "rope_theta": theta, **(getattr(config, "rope_scaling", None) or {})}
+        if local is not None:
+            rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
+    partial = getattr(config, "partial_rotary_factor", None) or rope.get("partial_rotary_factor")
+    rope = {name: value for name, value in rope.items() if name not in ("partial_rotary_factor", "type")}
+    settings |= {"rope_parameters": rope, "partial_rotary_factor": None if partial == 1 else partial}
+    plain: dict[str, Any] = _plain(settings)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Values as JSON gives them back, with 10000 and 10000.0 alike and what is None left out."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return value if isinstance(value, str | bool) else str(value)
+
+
+def to_json(value: Any) -> str:
+    """JSON of which equal values have equal texts."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def digest_of(data: Any) -> str:
+    """SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of_tensor(tensor: torch.Tensor) -> str:
+    """SHA-256 of a CPU tensor's bytes."""
+    return digest_of(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The file, mapped into memory. Whatever is wrong with it in here becomes a CacheFileError with its path."""
+    try:
+        _check_is_file(path)
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except CacheFileError as error:
+        raise CacheFileError(f"{path}: {error}") from error
+    except (OSError, SafetensorError, UnicodeError) as error:
+        raise CacheFileError(
+            f"{path}: expected a cache that kvzip-press saved, whole, got {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_is_file(path: Path) -> None:
+    if not path.is_file():  # a folder, or a pipe, which would be waited for
+        raise CacheFileError("expected a file, got nothing or something else of that name")
+
+
+def record_in(file: Any) -> CacheRecord:
+    """What an open file says of its cache.
+
+    Raises:
+        CacheFileError: Metadata that are none of ours, were changed, or contradict themselves.
+    """
+    metadata = file.metadata() or {}
+    text = metadata.get(TEXT, "")
+    if not 0 < len(text) <= _MAXTEXT:
+        raise CacheFileError(f"expected metadata {TEXT!r} of 1 to {_MAXTEXT} characters, got {len(text)}")
+    if digest_of(text.encode()) != metadata.get(DIGEST):
+        raise CacheFileError("expected metadata with the SHA-256 beside them, got another: the file was changed")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CacheFileError(f"expected metadata in JSON, got {type(error).__name__}: {error}") from error
+    if isinstance(data, dict) and data.get("format") != FORMAT:
+        raise CacheFileError(f"expected format {FORMAT}, got {reprlib.repr(data.get('format'))}")
+    layers = tuple(_layer_record(layer) for layer in _field(data, "layers", list))
+    record: CacheRecord = _checked(
+        CacheRecord, {**data, "layers": layers, "turn_starts": _integers(data, "turn_starts")}
+    )
+    _check_record(record)
+    return record
+
+
+def _layer_record(data: Any) -> LayerRecord:
+    n_protected = _integers(data, "n_protected")
+    record: LayerRecord = _checked(LayerRecord, {**data, "n_protected": n_protected})
+    if (
+        record.kind not in ("ragged", "sliding", "dense")
+        or min(record.num_heads, record.head_dim, record.v_head_dim) < 1
+    ):
+        raise CacheFileError(f"expected a ragged, sliding or dense layer with heads, got {reprlib.repr(record)}")
+    return record
+
+
+def _checked(kind: type, data: dict[str, Any]) -> Any:
+    """A record, each of whose fields is there and of the type that its annotation begins with."""
+    types = {"int": int, "str": str, "bool": bool, "tuple": tuple, "dict": dict}
+    return kind(**{f.name: _field(data, f.name, types[str(f.type).partition("[")[0]]) for f in fields(kind)})
+
+
+def _field(data: Any, name: str, kind: type) -> Any:
+    if not isinstance(data, dict):
+        raise CacheFileError(f"expected an object with {name!r}, got {reprlib.repr(data)}")
+    value: Any = data.get(name)
+    in_range = not isinstance(value, int) or 0 <= value < _LIMIT
+    if type(value) is not kind or not in_range:
+        raise CacheFileError(f"expected {name!r} to be of type {kind.__name__}, in range, got {reprlib.repr(value)}")
+    return value
+
+
+def _integers(data: Any, name: str) -> tuple[int, ...]:
+    numbers: list[Any] = _field(data, name, list)
+    if any(type(number) is not int for number in numbers):
+        raise CacheFileError(f"expected integers in {name!r}, got {reprlib.repr(numbers)}")
+    return tuple(numbers)
+
+
+def _check_record(record: CacheRecord) -> None:
+    """Raises CacheFileError where the metadata contradict themselves."""
+    if record.dtype not in ("BF16", "F16", "F32"):
+        raise CacheFileError(f"expected dtype BF16, F16 or F32, got {reprlib.repr(record.dtype)}")
+    if record.config_hash != digest_of(to_json(record.config).encode()):
+        raise CacheFileError(f"expected the SHA-256 of the config, got {reprlib.repr(record.config_hash)}")
+    starts = record.turn_starts
+    if sorted(set(starts)) != list(starts) or not all(0 <= start < record.n_seen for start in starts):
+        raise CacheFileError(f"expected turns that begin one after another, got {reprlib.repr(starts)}")
+    if record.n_context > record.n_seen:
+        raise CacheFileError(f"expected at most the {record.n_seen} tokens seen as context, got {record.n_context}")
+    for layer in record.layers:
+        counts, rows = layer.n_protected, record.batch_size
+        rows_fit = bool(counts) if layer.has_row_index else len(counts) == rows
+        if layer.kind == "ragged" and not (rows_fit and all(0 <= count <= record.n_context for count in counts)):
+            raise CacheFileError(
+                f"expected 'n_protected' of 0 to {record.n_context} for each of {rows} rows, got {reprlib.repr(counts)}"
+            )
+        ragged_only = (layer.fingerprint, layer.n_protected, layer.has_row_index) != ("", (), False)
+        if (layer.sliding_window > 1) != (layer.kind == "sliding") or (ragged_only and layer.kind != "ragged"):
+            raise CacheFileError(f"expected entries that go with a {layer.kind} layer, got {reprlib.repr(layer)}")
+
+
+def live_tokens(n_seen: int, window: int) -> int:
+    """Tokens that a dense layer (window 0) or a sliding one still needs: the next token sees itself and these."""
+    return min(n_seen, window - 1) if window > 1 else n_seen

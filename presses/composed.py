@@ -1,0 +1,143 @@
+"""Several presses as one: each chooses among the pairs that those before it kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.prefilling import Prefill
+from kvzip_press.press import Observer, Press
+from kvzip_press.scores import Scores
+from kvzip_press.selection import select
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True)
+class ComposedPress(Press):
+    """Applies presses in order to one prefill: a pair is kept when all of them keep it.
+
+    The first press selects as it would alone. Among the pairs that it kept, and only among them, the second spends its
+    own budget: its ratio is one of these pairs, so ratios of 0.5 and 0.5 leave a quarter, and a budget in tokens or a
+    floor is filled as far as they go. And so on. Every press scores the same dense prefill. What is protected is each
+    press's own: a position that only an earlier press protects can be lost to a later one; what no head may lose is
+    what all of them protect. A budget in tokens counts what earlier turns left, as for that press alone.
+
+    Presses inside a ComposedPress count as if they stood there themselves, in order.
+
+    Args:
+        presses: The presses, at least one. A press that decides itself how many pairs each head keeps (``is_scorer`` is
+            False, as for kvpress's AdaKV) can only come first: its decision is about all pairs.
+
+    Attributes:
+        compression_ratio: What the ratios come to, those of presses with a budget or layer ratios left out.
+
+    Raises:
+        InvalidArgumentError: No press, something that is none, or one that decides its counts after another.
+    """
+
+    presses: Sequence[Press]
+    compression_ratio: float = field(init=False, default=0.0)
+    budget: int | None = field(init=False, default=None)
+
+    is_scorer = False
+
+    def __post_init__(self) -> None:
+        presses = tuple(_flat(self.presses))
+        if not presses:
+            raise InvalidArgumentError("expected at least one press to compose, got none")
+        for i, press in enumerate(presses[1:], start=1):
+            if not press.is_scorer:
+                raise InvalidArgumentError(
+                    f"expected presses that follow a budget after the first, got one at {i} that decides its own "
+                    f"counts over all pairs: {press!r}; put it first"
+                )
+        ratios = [press.compression_ratio for press in presses]
+        object.__setattr__(self, "presses", presses)
+        object.__setattr__(
+            self, "compression_ratio", 1 - math.prod(1 - ratio for ratio in ratios if not math.isnan(ratio))
+        )
+        super().__post_init__()
+
+    def observer(self, model: nn.Module) -> Observers | None:
+        """The observers of all presses that have one, as one; None when none has."""
+        by_press = {press: observer for press in self.presses if (observer := press.observer(model)) is not None}
+        return Observers(self, by_press) if by_press else None
+
+    def score(self, prefill: Prefill) -> Scores:
+        """What the presses kept, as a decision: as many pairs of each head as stay, and scores that name them.
+
+        Scores hold one score a pair and one policy, and a composition has several. So its result is decided here: kept
+        pairs have the last press's score, all others the lowest finite number, and ``counts`` says how many are kept.
+        Another ratio cannot be asked of it.
+
+        Raises:
+            InvalidArgumentError: A press after the first turned out to have scores for its own counts only.
+        """
+        watched = prefill.observers.get(self)
+        if isinstance(watched, Observers):
+            prefill.observers.update(watched.by_press)
+        return self.composed(prefill)
+
+    def composed(self, prefill: Prefill) -> Scores:
+        """The scores, from presses whose observers the prefill knows, or which watch it again."""
+        scores = self.presses[0].score(prefill)
+        keep = select(scores, prefill.valid, held=prefill.held_pairs(scores))
+        protected = scores.protected
+        for press in self.presses[1:]:
+            scores = press.score(prefill)
+            keep = select(scores, prefill.valid, among=keep, held=prefill.held_pairs(scores))
+            protected = protected & scores.protected
+        layers = {
+            layer_idx: torch.where(keep[layer_idx], values.float().clamp(min=LOWEST / 2), LOWEST)
+            for layer_idx, values in scores.layers.items()
+        }
+        free = (prefill.valid & ~protected).unsqueeze(1)
+        counts = {layer_idx: (kept & free.to(kept.device)).sum(dim=-1) for layer_idx, kept in keep.items()}
+        return Scores(layers, protected, self.compression_ratio, counts=counts)
+
+
+class Observers:
+    """The observers of a composition's presses, which watch the same forward.
+
+    Args:
+        press: The composition.
+        by_press: Its presses' observers.
+    """
+
+    def __init__(self, press: ComposedPress, by_press: dict[Press, Observer]) -> None:
+        self.by_press = by_press
+        self._press, self._watching = press, ExitStack()
+
+    def __enter__(self) -> Observers:
+        with ExitStack() as stack:  # when one cannot begin, those before it end
+            for observer in self.by_press.values():
+                stack.enter_context(observer)
+            self._watching = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._watching.close()
+
+    def scores(self, prefill: Prefill) -> Scores:
+        """The scores of the prefill that was observed."""
+        prefill.observers.update(self.by_press)
+        return self._press.composed(prefill)
+
+
+def _flat(presses: object) -> Iterator[Press]:
+    if not isinstance(presses, Sequence) or isinstance(presses, str):
+        raise InvalidArgumentError(f"expected a sequence of presses, got {type(presses).__name__}")
+    for press in presses:
+        if isinstance(press, ComposedPress):
+            yield from press.presses
+        elif isinstance(press, Press):
+            yield press
+        else:
+            raise InvalidArgumentError(f"expected presses, got {type(press).__name__}")

@@ -1,0 +1,73 @@
+"""Scores of heads on disk: a safetensors file of ours, and KVzip's own ``.pt`` files. Reading either runs no code."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from kvzip_press.errors import InvalidArgumentError
+
+TENSOR, INDICES, FORMAT = "head_scores", "layer_indices", "kvzip_press_head_scores"
+
+
+def write(path: Path, values: torch.Tensor, metadata: Mapping[str, str]) -> None:
+    """Writes ``values`` and what is said of them beside the file's name, then renames."""
+    data = save({TENSOR: values.contiguous()}, metadata={**metadata, FORMAT: "1"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> tuple[torch.Tensor, dict[str, str], tuple[int, ...]]:
+    """Values, provenance and layer indices of a file of :func:`write`.
+
+    Raises:
+        InvalidArgumentError: There is no such file, or one of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = dict(file.metadata() or {})
+            if metadata.pop(FORMAT, None) != "1" or TENSOR not in file.keys():  # noqa: SIM118  # not a mapping
+                raise InvalidArgumentError(
+                    f"expected head scores of format 1 in {path}, got the tensors {sorted(file.keys())}"
+                )
+            values = file.get_tensor(TENSOR)
+        return values, metadata, tuple(int(index) for index in json.loads(metadata.pop(INDICES, "[]")))
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        raise InvalidArgumentError(
+            f"expected a safetensors file of head scores at {path}, got {type(error).__name__}: {error}"
+        ) from error
+
+
+def read_pt(path: Path) -> torch.Tensor:
+    """The one tensor of a ``.pt`` file, ``[layers, heads]``.
+
+    Raises:
+        InvalidArgumentError: There is no such file, or it holds something else than one such tensor.
+    """
+    wanted = f"expected one floating-point tensor [layers, heads] in {path}, as KVzip saves it"
+    try:
+        loaded = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # a torn or hostile file raises anything; none of it was run
+        cause = str(error).strip().partition("\n")[0]
+        raise InvalidArgumentError(f"{wanted}, got {type(error).__name__}: {cause}") from error
+    if not isinstance(loaded, torch.Tensor):
+        raise InvalidArgumentError(f"{wanted}, got a {type(loaded).__name__}")
+    values, shape = loaded, tuple(loaded.shape)
+    while values.dim() > 2 and 1 in values.shape:
+        values = values.squeeze(list(values.shape).index(1))
+    if values.dim() != 2 or not values.is_floating_point() or values.layout != torch.strided:
+        raise InvalidArgumentError(f"{wanted}, got {shape} of {loaded.dtype}")
+    return values.float()

@@ -1,0 +1,52 @@
+"""What ties scores of heads to a model: its shape, and a sketch of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvzip_press.models import full_attention_layers, text_config
+
+SHAPE = ("model_type", "num_hidden_layers", "num_key_value_heads", "hidden_size", "vocab_size")
+"""Settings that models of one shape share; keys of :attr:`HeadScores.provenance`."""
+
+SKETCH_TOLERANCE = 0.01  # quantized weights and light fine-tunes of the same model stay within it
+
+
+def shape_of(model: nn.Module) -> dict[str, str]:
+    """The settings of :data:`SHAPE`, as text."""
+    config = text_config(model)
+    return {name: str(getattr(config, name, "")) for name in SHAPE}
+
+
+def num_kv_heads(model: nn.Module) -> int:
+    """KV heads of each layer."""
+    config = text_config(model)
+    heads: Any = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(heads)
+
+
+@torch.no_grad()
+def weight_sketch(model: nn.Module) -> list[float]:
+    """Norm of the key projection (of the fused one where keys have none of their own) of each full-attention layer."""
+    norms = [_key_norm(layer.module) for layer in full_attention_layers(model)]
+    numbers: list[float] = torch.stack([norm.cpu() for norm in norms]).tolist()
+    return numbers
+
+
+def alike(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two sketches are those of the same weights, up to :data:`SKETCH_TOLERANCE`."""
+    return len(one) == len(other) and all(
+        abs(a - b) <= SKETCH_TOLERANCE * max(abs(a), abs(b)) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _key_norm(module: nn.Module) -> torch.Tensor:
+    for name in ("k_proj", "qkv_proj"):
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+            return torch.linalg.vector_norm(weight, dtype=torch.float32)
+    return torch.stack([p.detach().float().norm() for p in module.parameters()]).norm()
