@@ -140,8 +140,7 @@ class _StaticStep:
     ) -> None:
         self.model = model
         self.cache = StaticCache(cache, n_tokens)
-        batch = cache.layers[0].batch_size if hasattr(cache.layers[0], "batch_size") else cache.layers[0].keys.shape[0]
-        self.token_ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.token_ids = torch.zeros(self.cache.batch_size, 1, dtype=torch.int64, device=device)
         self.positions = torch.full_like(self.token_ids, self.cache.n_seen)
         if positions is not None:
             self.positions.copy_(positions[:, None])

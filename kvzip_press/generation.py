@@ -129,11 +129,14 @@ def generate(
     choose = most_likely if sampling is None else sampling.sampler()
     ended = set(eos_ids)
     rows: list[list[int]] = [[] for _ in range(input_ids.shape[0])]
+    unended = set(range(len(rows)))
     with closing(_tokens(model, cache, input_ids, max_new_tokens, choose, graph=graph, compile=compile)) as tokens:
         for chosen in tokens:
-            for row, token in zip(rows, chosen.tolist(), strict=True):
-                row.append(token)
-            if all(not ended.isdisjoint(row) for row in rows):
+            for number, token in enumerate(chosen.tolist()):
+                rows[number].append(token)
+                if token in ended:
+                    unended.discard(number)
+            if not unended:
                 break
             if streamer is not None:
                 streamer.put(chosen.cpu())

@@ -18,6 +18,7 @@ from torch import nn
 from kvzip_press import compat
 from kvzip_press.attention import CacheView
 from kvzip_press.eviction import compressible_layers, sliding_copy
+from kvzip_press.forward_layer import ForwardLayer
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
 from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.models import attention_layers, text_decoder
@@ -120,7 +121,7 @@ class ReplayedAttention:
     lse: torch.Tensor | None = None
 
 
-class ReplayLayer(compat.CacheLayerMixin):
+class ReplayLayer(ForwardLayer):
     """The cache layer of one replay forward; ``look`` sees what its attention computes with.
 
     Args:
@@ -130,8 +131,6 @@ class ReplayLayer(compat.CacheLayerMixin):
         n_seen: Tokens that the frozen cache has seen.
         look: Called once a forward.
     """
-
-    is_sliding = False
 
     def __init__(
         self,
@@ -184,23 +183,6 @@ class ReplayLayer(compat.CacheLayerMixin):
         """``[len(chunks), heads, chunk, dim]``: a view, since the chunks lie one after another and are equally long."""
         together = span[0, :, self.chunks[0].start : self.chunks[-1].stop]
         return together.unflatten(1, (len(self.chunks), -1)).transpose(0, 1)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to initialise."""
-
-    def get_mask_sizes(self, cache_position: int | torch.Tensor) -> tuple[int, int]:
-        """Masks are about the replayed tokens alone."""
-        return compat.query_length_of(cache_position), self.n_seen
-
-    def get_seq_length(self) -> int:
-        """Tokens seen before the replay."""
-        return self.n_seen
-
-    def get_max_cache_shape(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_length = get_max_cache_shape
 
 
 class Replay:

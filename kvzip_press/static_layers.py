@@ -14,6 +14,7 @@ from torch import nn
 
 from kvzip_press import compat
 from kvzip_press.attention import CacheView
+from kvzip_press.forward_layer import ForwardLayer
 from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.kernels.tail_append import tail_append
 from kvzip_press.layout import PackedPairs
@@ -56,7 +57,7 @@ class Place:
         self.n_live.copy_(n_live if self._size is None else n_live.clamp(max=self._size))
 
 
-class StaticLayer(compat.CacheLayerMixin):
+class StaticLayer(ForwardLayer):
     """One layer of a decode step: frozen pairs and a buffer ``[batch, num_heads, room, head_dim]`` behind them.
 
     Args:
@@ -68,7 +69,6 @@ class StaticLayer(compat.CacheLayerMixin):
         n_seen: Tokens seen before the step, as the model counts them.
     """
 
-    is_sliding = False
     is_initialized = True
 
     def __init__(
@@ -117,23 +117,6 @@ class StaticLayer(compat.CacheLayerMixin):
         )
         assert isinstance(output, torch.Tensor)
         return output
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to initialise."""
-
-    def get_mask_sizes(self, cache_position: int | torch.Tensor) -> tuple[int, int]:
-        """Sizes for a mask that nobody reads: as if there were only the new token."""
-        return compat.query_length_of(cache_position), self.n_seen
-
-    def get_seq_length(self) -> int:
-        """Tokens seen before the step."""
-        return self.n_seen
-
-    def get_max_cache_shape(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_length = get_max_cache_shape
 
 
 class SlidingRing:
@@ -187,6 +170,12 @@ class StaticCache:
         self._places: dict[int | None, Place] = {}
         self.n_seen = int(cache.get_seq_length())
         self.layers = compat.Cache(layers=[self._static(layer, n_tokens) for layer in cache.layers])
+
+    @property
+    def batch_size(self) -> int:
+        """Batch rows."""
+        layer: Any = self.layers.layers[0]
+        return int(layer.keys.shape[0])
 
     def _static(self, layer: Any, n_tokens: int) -> StaticLayer:
         if not isinstance(layer, RaggedLayer):

@@ -4,15 +4,17 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar
 
 from kvzip_press.errors import InvalidArgumentError
 
 logger = logging.getLogger(__name__)
+
+_Line = TypeVar("_Line")
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,16 @@ class RowWriter:
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
-    """The rows of a file in order. Half a line at its end is left out with a warning; it is no row yet.
+    """The rows of a file in order, see :func:`read_lines`."""
+    return read_lines(path, Row.from_json)
+
+
+def read_lines(path: str | os.PathLike[str], from_json: Callable[[str], _Line]) -> Iterator[_Line]:
+    """The rows of a file in order, of any kind. Half a line at its end is left out with a warning; it is no row yet.
+
+    Args:
+        path: A file that :class:`RowWriter` wrote.
+        from_json: Reads a line; raises InvalidArgumentError where it cannot.
 
     Raises:
         InvalidArgumentError: Any other line that is not a row; the message has its number.
@@ -135,7 +146,7 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
                 logger.warning("%s:%d: half a row at the end is left out", path, number)
             elif line.strip():
                 try:
-                    yield Row.from_json(line)
+                    yield from_json(line)
                 except InvalidArgumentError as error:
                     raise InvalidArgumentError(f"{path}:{number}: {error}") from error
 

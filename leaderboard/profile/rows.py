@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -17,8 +16,7 @@ import torch
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.benchmarks.report import commit
 from kvzip_press.leaderboard import runner
-
-logger = logging.getLogger(__name__)
+from kvzip_press.leaderboard.results import read_lines
 
 OURS, KVPRESS, DENSE = "ragged", "kvpress", "dense"
 BASELINE = "none"  # the press that everything is compared with
@@ -99,21 +97,8 @@ class ProfileRow:
 
 
 def read_profile(path: str | os.PathLike[str]) -> Iterator[ProfileRow]:
-    """The rows of a file in order. Half a line at its end is left out with a warning; it is no row yet.
-
-    Raises:
-        InvalidArgumentError: Any other line that is not a row; the message has its number.
-        FileNotFoundError: No such file.
-    """
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                logger.warning("%s:%d: half a row at the end is left out", path, number)
-            elif line.strip():
-                try:
-                    yield ProfileRow.from_json(line)
-                except InvalidArgumentError as error:
-                    raise InvalidArgumentError(f"{path}:{number}: {error}") from error
+    """The rows of a file in order, see :func:`kvzip_press.leaderboard.results.read_lines`."""
+    return read_lines(path, ProfileRow.from_json)
 
 
 def provenance(model: Any) -> dict[str, str]:
