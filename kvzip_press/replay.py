@@ -21,6 +21,7 @@ from kvzip_press.eviction import compressible_layers, sliding_copy
 from kvzip_press.forward_layer import ForwardLayer
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
 from kvzip_press.kernels.ragged_attention import ragged_attention
+from kvzip_press.mlp_slices import mlps_in_slices
 from kvzip_press.models import attention_layers, text_decoder
 from kvzip_press.ragged_layer import RaggedLayer
 
@@ -231,7 +232,7 @@ class Replay:
         for idx, layer in self._dense.items():
             layers[idx] = _repeated(layer, len(chunks))
         cache = compat.Cache(layers=layers)
-        with suppress(_LastLayerSeen):
+        with suppress(_LastLayerSeen), mlps_in_slices(self._decoder):
             self._decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
 
 

@@ -1,0 +1,64 @@
+"""MLPs a slice of tokens at a time: their activations are the most that a forward of a few thousand tokens holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+MAX_ROWS = 2048  # fewer would leave a large GPU idle
+
+
+@contextmanager
+def mlps_in_slices(decoder: nn.Module, max_rows: int = MAX_ROWS) -> Iterator[None]:
+    """While open, the ``mlp`` of each decoder layer computes at most ``max_rows`` tokens at a time.
+
+    A gated MLP holds three tensors ``[rows, intermediate_size]`` at once. It treats tokens one by one, so the result
+    is the same up to the rounding of another matrix shape. An ``mlp`` that returns something else than a tensor of its
+    input's shape (with router logits, say) runs as it is.
+
+    Args:
+        decoder: The module with the ``layers``.
+        max_rows: Rows of a slice; slices are equally long, to within one.
+    """
+    layers: Any = decoder.layers
+    with ExitStack() as stack:
+        for layer in layers:
+            if isinstance(mlp := getattr(layer, "mlp", None), nn.Module):
+                stack.enter_context(_forward_replaced(mlp, max_rows))
+        yield
+
+
+@contextmanager
+def _forward_replaced(mlp: nn.Module, max_rows: int) -> Iterator[None]:
+    """The instance's own ``forward`` covers the class's, or one that was put there before (accelerate does)."""
+    original, covered = mlp.forward, vars(mlp).get("forward")
+    vars(mlp)["forward"] = lambda hidden_states: _in_slices(original, hidden_states, max_rows)
+    try:
+        yield
+    finally:
+        if covered is None:
+            del vars(mlp)["forward"]
+        else:
+            vars(mlp)["forward"] = covered
+
+
+def _in_slices(forward: Callable[[torch.Tensor], Any], hidden_states: torch.Tensor, max_rows: int) -> Any:
+    rows = hidden_states.shape[:-1].numel()
+    if rows <= max_rows:
+        return forward(hidden_states)
+    flat = hidden_states.reshape(1, rows, -1)
+    slices = flat.tensor_split(-(-rows // max_rows), dim=1)
+    first = forward(slices[0])
+    if not isinstance(first, torch.Tensor) or first.shape != slices[0].shape:
+        return forward(hidden_states)
+    whole = torch.empty_like(flat)
+    outputs = whole.tensor_split(len(slices), dim=1)
+    outputs[0].copy_(first)
+    del first
+    for part, output in zip(slices[1:], outputs[1:], strict=True):
+        output.copy_(forward(part))
+    return whole.view_as(hidden_states)
