@@ -34,7 +34,12 @@ Pool = list[tuple[int, slice]]  # (layer_idx, its heads) of the pairs that compe
 
 
 def allocate(
-    scores: Scores, valid: torch.Tensor, *, among: Masks | None = None, held: Mapping[int, torch.Tensor] | None = None
+    scores: Scores,
+    valid: torch.Tensor,
+    *,
+    among: Masks | None = None,
+    of_all: bool = False,
+    held: Mapping[int, torch.Tensor] | None = None,
 ) -> Counts:
     """Spends the budget of ``scores``.
 
@@ -52,6 +57,7 @@ def allocate(
         scores: Scores with their policy.
         valid: ``[batch, span]``, bool, False at padding.
         among: ``layer_idx -> [batch, heads, span]``, bool: the pairs that are left to choose from; None for all.
+        of_all: Whether a ratio is of all pairs and not of those that are left.
         held: ``layer_idx -> [batch, heads]``: pairs of earlier turns that a budget in tokens has to hold too.
 
     Returns:
@@ -65,7 +71,8 @@ def allocate(
     if scores.is_decided:
         raise InvalidArgumentError("expected scores that follow a budget, got counts that were decided over all pairs")
     standing = standing_pairs(scores, valid, among)
-    rows = [_allocate_row(scores, row, standing, held) for row in range(valid.shape[0])]
+    base = standing_pairs(scores, valid, None) if of_all else standing
+    rows = [_allocate_row(scores, row, standing, base, held) for row in range(valid.shape[0])]
     return {layer_idx: torch.stack([row[layer_idx] for row in rows]) for layer_idx in scores.layers}
 
 
@@ -79,21 +86,32 @@ def standing_pairs(scores: Scores, valid: torch.Tensor, among: Masks | None) -> 
 
 @dataclass(frozen=True)
 class _Row:
-    """One batch row: ``layer_idx -> [heads, span]`` scores, -inf where nothing competes, and pairs per head."""
+    """One batch row: ``layer_idx -> [heads, span]`` scores, -inf where nothing competes, and numbers of pairs per head.
+
+    ``counted`` are those that a ratio is of: all but the protected ones outside the budget.
+    """
 
     values: Mapping[int, torch.Tensor]
     free: Mapping[int, Sequence[int]]
     protected: Mapping[int, Sequence[int]]
+    charged: Mapping[int, Sequence[int]]
+    counted: Mapping[int, Sequence[int]]
     held: Mapping[int, Sequence[int]]
 
     @classmethod
-    def of(cls, scores: Scores, row: int, standing: Masks, held: Mapping[int, torch.Tensor] | None) -> _Row:
+    def of(
+        cls, scores: Scores, row: int, standing: Masks, base: Masks, held: Mapping[int, torch.Tensor] | None
+    ) -> _Row:
         protected = {i: mask[row] & scores.protected[row].to(mask.device) for i, mask in standing.items()}
         free = {i: mask[row] & ~protected[i] for i, mask in standing.items()}
+        charged = {i: mask & scores.charged[row].to(mask.device) for i, mask in protected.items()}
+        outside = scores.protected[row] & ~scores.charged[row]
         return cls(
             {i: values[row].masked_fill(~free[i], -torch.inf) for i, values in scores.layers.items()},
             _numbers({i: mask.sum(dim=-1) for i, mask in free.items()}),
             _numbers({i: mask.sum(dim=-1) for i, mask in protected.items()}),
+            _numbers({i: mask.sum(dim=-1) for i, mask in charged.items()}),
+            _numbers({i: (mask[row] & ~outside.to(mask.device)).sum(dim=-1) for i, mask in base.items()}),
             {} if held is None else _numbers({i: pairs[row] for i, pairs in held.items()}),
         )
 
@@ -107,8 +125,10 @@ def _numbers(per_head: Mapping[int, torch.Tensor]) -> dict[int, list[int]]:
     return {layer_idx: [next(numbers) for _ in values] for layer_idx, values in per_head.items()}
 
 
-def _allocate_row(scores: Scores, index: int, standing: Masks, held: Mapping[int, torch.Tensor] | None) -> Counts:
-    row = _Row.of(scores, index, standing, held)
+def _allocate_row(
+    scores: Scores, index: int, standing: Masks, base: Masks, held: Mapping[int, torch.Tensor] | None
+) -> Counts:
+    row = _Row.of(scores, index, standing, base, held)
     counts = {i: torch.zeros(v.shape[0], dtype=torch.int64, device=v.device) for i, v in row.values.items()}
     for pool in _pools(scores.allocation, row):
         budget = _budget(scores, row, pool)
@@ -136,9 +156,9 @@ def _of_pool(per_head: Mapping[int, Sequence[int]], pool: Pool) -> list[int]:
 def _budget(scores: Scores, row: _Row, pool: Pool) -> int:
     """Pairs that a pool keeps, protected ones not counted, at most as many as it has."""
     free = _of_pool(row.free, pool)
-    charged = sum(_of_pool(row.protected, pool)) if scores.protected_count else 0
+    charged = sum(_of_pool(row.charged, pool))
     if scores.budget is None:
-        total = round((1 - scores.ratio_of(pool[0][0])) * (sum(free) + charged))
+        total = round((1 - scores.ratio_of(pool[0][0])) * sum(_of_pool(row.counted, pool)))
     else:
         total = scores.budget * len(free) - sum(_of_pool(row.held, pool))
     return min(max(total - charged, len(_bare(row, pool))), sum(free))

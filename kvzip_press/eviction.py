@@ -13,6 +13,7 @@ from kvzip_press.errors import UnsupportedCacheError
 from kvzip_press.layout import PackedPairs
 from kvzip_press.models import AttentionLayer, attention_layers, full_attention_layers
 from kvzip_press.ragged_layer import RaggedLayer
+from kvzip_press.sliding_windows import own_window
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +26,8 @@ def compressible_layers(model: nn.Module, cache: Any) -> dict[int, AttentionLaye
 
     Raises:
         UnsupportedModelError: The model has none.
-        UnsupportedCacheError: A cache, or a layer of it, of a kind that cannot be compressed.
+        UnsupportedCacheError: A cache, or a layer of it, of a kind that cannot be compressed; or rows that have read
+            questions of different length since they were compressed.
     """
     layers = {layer.layer_idx: layer for layer in full_attention_layers(model)}
     check_cache(cache)
@@ -34,6 +36,12 @@ def compressible_layers(model: nn.Module, cache: Any) -> dict[int, AttentionLaye
         if kind not in (compat.DynamicLayer, compat.DynamicSlidingWindowLayer, RaggedLayer):
             name = "nothing" if kind is None else kind.__name__
             raise UnsupportedCacheError(f"expected a DynamicCache, but layer {layer_idx} holds {name}")
+        if kind is RaggedLayer and cache.layers[layer_idx].tail.padding is not None:
+            raise UnsupportedCacheError(
+                "expected rows that have read equally many tokens since they were compressed, to compress a later "
+                f"turn, but the tails of layer {layer_idx} begin with padding: "
+                f"{cache.layers[layer_idx].tail.padding.tolist()}"
+            )
     return layers
 
 
@@ -69,7 +77,11 @@ def heads_and_device(layer: Any) -> tuple[int, torch.device]:
 
 
 def evicted_layers(
-    prefill: Prefill, keep: Mapping[int, torch.Tensor], protected: torch.Tensor
+    prefill: Prefill,
+    keep: Mapping[int, torch.Tensor],
+    protected: torch.Tensor,
+    *,
+    earlier: Mapping[int, torch.Tensor] | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """The layers of the compressed cache in order, each built when it is asked for.
 
@@ -77,30 +89,46 @@ def evicted_layers(
         prefill: The span and its cache, which is only read.
         keep: ``layer_idx -> [batch, num_heads, span]``, bool.
         protected: ``[batch, span]``, bool.
+        earlier: ``layer_idx -> [total]``, bool: which packed pairs of earlier spans stay; None for all of them.
     """
     by_idx = {layer.layer_idx: layer for layer in attention_layers(prefill.model)}
-    counts = tuple((protected & prefill.valid).sum(dim=-1).tolist())
+    lost = (prefill.valid & ~protected).cumsum(dim=-1) > 0  # from the first token on that a head may lose
+    counts = tuple((prefill.valid & ~lost).sum(dim=-1).tolist())
+    n_padding = tuple((~prefill.valid).sum(dim=-1).masked_fill(~prefill.valid[:, -1], -1).tolist())
+    ends = tuple((prefill.positions.masked_fill(~prefill.valid, -1).amax(dim=-1) + 1).tolist())
     for layer_idx in range(len(prefill.cache.layers)):
         layer = prefill.cache.layers[layer_idx]
         if layer_idx not in keep:
             yield layer_idx, sliding_copy(layer, by_idx.get(layer_idx))
         elif isinstance(layer, RaggedLayer):
-            yield layer_idx, _merged(layer, prefill, keep[layer_idx], counts, by_idx[layer_idx])
+            kept = None if earlier is None else earlier[layer_idx]
+            yield layer_idx, _merged(layer, prefill, keep[layer_idx], kept, counts, ends, by_idx[layer_idx])
         else:
             positions = prefill.positions.to(layer.keys.device)
             packed = PackedPairs.pack(layer.keys, layer.values, keep[layer_idx], positions)
             yield (
                 layer_idx,
                 RaggedLayer(
-                    packed, n_context=keep[layer_idx].shape[-1], n_protected=counts, module=by_idx[layer_idx].module
+                    packed,
+                    n_context=keep[layer_idx].shape[-1],
+                    n_protected=counts,
+                    n_padding=n_padding,
+                    context_ends=ends,
+                    module=by_idx[layer_idx].module,
                 ),
             )
 
 
 def _merged(
-    layer: RaggedLayer, prefill: Prefill, keep: torch.Tensor, counts: tuple[int, ...], attention: AttentionLayer
+    layer: RaggedLayer,
+    prefill: Prefill,
+    keep: torch.Tensor,
+    kept: torch.Tensor | None,
+    counts: tuple[int, ...],
+    ends: tuple[int, ...],
+    attention: AttentionLayer,
 ) -> RaggedLayer:
-    """A later turn: what was packed stays, the span's survivors and the whole tail before the span are added."""
+    """A later span: the ``kept`` of what was packed stay; the span's survivors and the tail before it are added."""
     keys, values = layer.tail.keys, layer.tail.values
     assert keys is not None and values is not None
     earlier = keys.shape[2] - keep.shape[2]
@@ -112,10 +140,14 @@ def _merged(
     rows = range(batch) if layer.row_index is None else layer.row_index.tolist()
     packed = layer.packed if layer.row_index is None else layer.packed.select_rows(rows)
     n_protected = tuple(layer.n_protected[row] or counts[i] for i, row in enumerate(rows))
+    whole = prefill.valid.all(dim=-1).tolist()  # padding in a later span is a hole in what sliding layers hold
+    n_padding = tuple(layer.n_padding[row] if whole[i] else -1 for i, row in enumerate(rows))
     return RaggedLayer(
-        packed.merge(keys, values, positions, keep),
+        packed.merge(keys, values, positions, keep, kept),
         n_context=layer.get_seq_length(),
         n_protected=n_protected if layer.n_context else counts,
+        n_padding=n_padding,
+        context_ends=ends,
         module=attention.module,
     )
 
@@ -127,10 +159,10 @@ def sliding_copy(layer: Any, attention: AttentionLayer | None) -> Any:
     seen, and its mask would not fit a cache with ragged layers, so it becomes a proper sliding layer.
     """
     if attention is None or attention.sliding_window is None or type(layer) is not compat.DynamicLayer:
-        return copy.copy(layer)
-    assert layer.keys is not None and layer.values is not None
-    sliding = compat.DynamicSlidingWindowLayer(sliding_window=attention.sliding_window)
-    sliding.update(layer.keys, layer.values)
-    if sliding.keys is not None and sliding.values is not None:  # slices of what update() concatenated: let go of it
-        sliding.keys, sliding.values = sliding.keys.clone(), sliding.values.clone()
+        sliding = copy.copy(layer)
+    else:
+        assert layer.keys is not None and layer.values is not None
+        sliding = compat.DynamicSlidingWindowLayer(sliding_window=attention.sliding_window)
+        sliding.update(layer.keys, layer.values)
+    own_window(sliding)
     return sliding

@@ -92,15 +92,21 @@ class PackedPairs:
         return PackedPairs(*ragged_pack.select_rows(*self.tensors, index, self.num_heads), num_heads=self.num_heads)
 
     def merge(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        keep: torch.Tensor,
+        kept: torch.Tensor | None = None,
     ) -> PackedPairs:
-        """A new object: all of these pairs, and behind them in each head those of a dense tail where ``keep`` is True.
+        """A new object: these pairs, and behind them in each head those of a dense tail where ``keep`` is True.
 
         Args:
             keys: ``[num_rows, num_heads, t, head_dim]``.
             values: ``[num_rows, num_heads, t, v_head_dim]``.
             positions: ``[num_rows, t]``, int32.
             keep: ``[num_rows, num_heads, t]``, bool.
+            kept: ``[total_kept]``, bool, which of these pairs stay; None for all.
         """
-        merged = ragged_pack.merge(*self.tensors, keys, values, positions, keep)
+        merged = ragged_pack.merge(*self.tensors, keys, values, positions, keep, keep_context=kept)
         return PackedPairs(*merged, num_heads=self.num_heads)

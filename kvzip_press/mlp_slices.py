@@ -9,34 +9,35 @@ from typing import Any
 import torch
 from torch import nn
 
-MAX_ROWS = 2048  # fewer would leave a large GPU idle
+MAX_SLICES = 3  # by then the hidden states around an MLP take as much memory as what is inside
+MIN_ROWS = 1024  # fewer would leave a large GPU idle
 
 
 @contextmanager
-def mlps_in_slices(decoder: nn.Module, max_rows: int = MAX_ROWS) -> Iterator[None]:
-    """While open, the ``mlp`` of each decoder layer computes at most ``max_rows`` tokens at a time.
+def mlps_in_slices(decoder: nn.Module, min_rows: int = MIN_ROWS) -> Iterator[None]:
+    """While open, the ``mlp`` of each decoder layer computes its tokens in up to `MAX_SLICES` slices, one by one.
 
     A gated MLP holds three tensors ``[rows, intermediate_size]`` at once. It treats tokens one by one, so the result
     is the same up to the rounding of another matrix shape. An ``mlp`` that returns something else than a tensor of its
-    input's shape (with router logits, say) runs as it is.
+    input's shape (with router logits, say) runs as it is. For forwards without gradients.
 
     Args:
         decoder: The module with the ``layers``.
-        max_rows: Rows of a slice; slices are equally long, to within one.
+        min_rows: Least rows of a slice; slices are equally long, to within one.
     """
     layers: Any = decoder.layers
     with ExitStack() as stack:
         for layer in layers:
             if isinstance(mlp := getattr(layer, "mlp", None), nn.Module):
-                stack.enter_context(_forward_replaced(mlp, max_rows))
+                stack.enter_context(_forward_replaced(mlp, min_rows))
         yield
 
 
 @contextmanager
-def _forward_replaced(mlp: nn.Module, max_rows: int) -> Iterator[None]:
+def _forward_replaced(mlp: nn.Module, min_rows: int) -> Iterator[None]:
     """The instance's own ``forward`` covers the class's, or one that was put there before (accelerate does)."""
     original, covered = mlp.forward, vars(mlp).get("forward")
-    vars(mlp)["forward"] = lambda hidden_states: _in_slices(original, hidden_states, max_rows)
+    vars(mlp)["forward"] = lambda hidden_states: _in_slices(original, hidden_states, min_rows)
     try:
         yield
     finally:
@@ -46,12 +47,13 @@ def _forward_replaced(mlp: nn.Module, max_rows: int) -> Iterator[None]:
             vars(mlp)["forward"] = covered
 
 
-def _in_slices(forward: Callable[[torch.Tensor], Any], hidden_states: torch.Tensor, max_rows: int) -> Any:
+def _in_slices(forward: Callable[[torch.Tensor], Any], hidden_states: torch.Tensor, min_rows: int) -> Any:
     rows = hidden_states.shape[:-1].numel()
-    if rows <= max_rows:
+    n_slices = min(MAX_SLICES, rows // min_rows)
+    if n_slices < 2:
         return forward(hidden_states)
     flat = hidden_states.reshape(1, rows, -1)
-    slices = flat.tensor_split(-(-rows // max_rows), dim=1)
+    slices = flat.tensor_split(n_slices, dim=1)
     first = forward(slices[0])
     if not isinstance(first, torch.Tensor) or first.shape != slices[0].shape:
         return forward(hidden_states)

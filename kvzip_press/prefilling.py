@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvzip_press import compat
-from kvzip_press.attention import attach
-from kvzip_press.chat import chat_frame, encode
+from kvzip_press.attention import attach, attention_watched
+from kvzip_press.chat import Context, chat_frame, context_rows
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.eviction import check_not_evicted, compressible_layers, evicted_layers, heads_and_device
-from kvzip_press.models import text_config, text_decoder
+from kvzip_press.models import input_device, text_config, text_decoder
+from kvzip_press.padding import left_padded
 from kvzip_press.press import Observer, Press
 from kvzip_press.ragged_cache import RaggedCache
 from kvzip_press.ragged_layer import RaggedLayer
 from kvzip_press.scores import Scores
 from kvzip_press.selection import select
+from kvzip_press.self_check import SelfCheck
+from kvzip_press.sliding_windows import windows_only
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,7 +107,7 @@ class Prefill:
         held = {}
         for layer_idx, layer in layers.items():
             pairs = layer.packed.seqlens.long()
-            if not scores.protected_count:
+            if scores.protected_count is not True:  # a mask is about this span; of earlier ones the prefix is protected
                 pairs = pairs - torch.tensor(layer.n_protected, device=pairs.device).unsqueeze(1)
             pairs = pairs if layer.row_index is None else pairs[layer.row_index]
             held[layer_idx] = pairs + layer.tail.length - self.valid.shape[1]
@@ -153,37 +156,37 @@ class Prefill:
 
 
 def prefill(
-    model: nn.Module, tokenizer: Any, context: str | Sequence[int], *, observers: Sequence[Press] = ()
+    model: nn.Module, tokenizer: Any, context: Context | Sequence[Context], *, observers: Sequence[Press] = ()
 ) -> Prefill:
     """Reads a context once, framed by the model's chat template, ready for a question to follow it.
+
+    Several contexts are the rows of one batch, padded on the left; each row is scored and evicted as it would be alone.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        context: The text, or its token ids (the template is put around both).
+        context: The text, or its token ids (the template is put around both); or a list of such contexts.
         observers: Presses whose scorers watch the forward; each must be hashable, and can then be scored for free.
 
     Raises:
-        InvalidArgumentError: An empty context, or one longer than the model's positions.
+        InvalidArgumentError: An empty context, one longer than the model's positions, or something else than texts and
+            token ids.
     """
     frame = chat_frame(tokenizer)
-    context_ids = encode(tokenizer, context) if isinstance(context, str) else tuple(context)
-    if not context_ids:
-        raise InvalidArgumentError("expected a context of at least one token, got an empty one")
-    device = next(model.parameters()).device
-    input_ids = torch.tensor([[*frame.prefix, *context_ids]], device=device)
-    done = run_prefill(model, input_ids, torch.ones_like(input_ids, dtype=torch.bool), observers=observers)
+    rows = [[*frame.prefix, *ids] for ids in context_rows(tokenizer, context)]
+    input_ids, valid = left_padded(rows, input_device(model))
+    done = run_prefill(model, input_ids, valid, observers=observers)
     done.prefix_length, done.tokenizer = len(frame.prefix), tokenizer
     return done
 
 
-def compress(model: nn.Module, tokenizer: Any, context: str | Sequence[int], press: Press) -> RaggedCache:
+def compress(model: nn.Module, tokenizer: Any, context: Context | Sequence[Context], press: Press) -> RaggedCache:
     """Reads a context and compresses it: a cache ready for many questions (see :func:`kvzip_press.answer`).
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        context: The text, or its token ids.
+        context: The text, or its token ids; or a list of such contexts, which become the rows of one cache.
         press: The press, with its compression ratio.
     """
     done = prefill(model, tokenizer, context, observers=[press])
@@ -193,20 +196,32 @@ def compress(model: nn.Module, tokenizer: Any, context: str | Sequence[int], pre
 
 @torch.no_grad()
 def run_prefill(
-    model: nn.Module, input_ids: torch.Tensor, valid: torch.Tensor, *, observers: Sequence[Press] = ()
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    valid: torch.Tensor,
+    *,
+    observers: Sequence[Press] = (),
+    cache: Any = None,
 ) -> Prefill:
-    """One dense forward of the decoder (no logits) over ``input_ids`` ``[batch, n]``, padding where not ``valid``."""
+    """One forward of the decoder (no logits) over ``input_ids`` ``[batch, n]``, padding where not ``valid``.
+
+    ``cache`` is what to read them behind, without padding; None for a new one.
+    """
     decoder, config = text_decoder(model), text_config(model)
-    _check_length(config, input_ids.shape[1])
+    cache = compat.DynamicCache(config=config) if cache is None else cache
+    start = int(cache.get_seq_length())
+    check_length(config, start + input_ids.shape[1])
     attach(model)
     padded = not bool(valid.all())
-    positions = (valid.long().cumsum(dim=-1) - 1).clamp(min=0)
-    cache = compat.DynamicCache(config=config)
+    positions = start + (valid.long().cumsum(dim=-1) - 1).clamp(min=0)
+    check = SelfCheck(model, valid)
     begin = time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(attention_watched(check))
         watching = {press: observer for press in observers if (observer := press.observer(model)) is not None}
         for observer in watching.values():
             stack.enter_context(observer)
+        stack.enter_context(windows_only(model, cache))
         decoder(
             input_ids=input_ids,
             attention_mask=valid.long() if padded else None,
@@ -214,9 +229,10 @@ def run_prefill(
             past_key_values=cache,
             use_cache=True,
         )
+    check.finish(cache)
     synchronize(input_ids.device)
     seconds = time.perf_counter() - begin
-    return Prefill(model, cache, input_ids, valid, positions.int(), seconds=seconds, observers=watching)
+    return Prefill(model, cache, input_ids, valid, positions.int(), start, seconds=seconds, observers=watching)
 
 
 def synchronize(device: torch.device) -> None:
@@ -225,7 +241,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _check_length(config: Any, length: int) -> None:
+def check_length(config: Any, length: int) -> None:
+    """Raises InvalidArgumentError for a context longer than the model's positions."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise InvalidArgumentError(f"expected a context within the model's {limit} positions, got {length} tokens")

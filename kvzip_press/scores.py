@@ -22,7 +22,8 @@ class Scores:
         protected: ``[batch, span]``, bool: positions that no head may lose (chat-template prefix, sink, window).
         compression_ratio: The fraction to remove that the press was made with.
         allocation: How the press spends its budget, see :data:`kvzip_press.budget.ALLOCATIONS`.
-        protected_count: Whether protected pairs count inside the budget, as most papers have it (KVzip does not).
+        protected_count: Whether protected pairs count inside the budget, as most papers have it (KVzip does not); a
+            mask ``[batch, span]``, bool, where those of some positions do (Fast KVzip: the window, not the prefix).
         counts: ``layer_idx -> [batch, num_key_value_heads]``, int64: unprotected pairs to keep, for a press that
             decides its budget itself; None for all others.
         budget: Tokens' worth of pairs to keep instead of a ratio, see :class:`kvzip_press.press.Press`.
@@ -39,7 +40,7 @@ class Scores:
     protected: torch.Tensor
     compression_ratio: float
     allocation: str = "global"
-    protected_count: bool = False
+    protected_count: bool | torch.Tensor = False
     counts: Mapping[int, torch.Tensor] | None = None
     budget: int | None = None
     layer_ratios: Mapping[int, float] | None = None
@@ -58,6 +59,11 @@ class Scores:
                 )
             if not bool(torch.isfinite(values).all()):
                 raise InvalidArgumentError(f"expected finite scores, got NaN or infinity in layer {layer_idx}")
+
+    @property
+    def charged(self) -> torch.Tensor:
+        """``[batch, span]``, bool: the protected positions whose pairs count inside the budget."""
+        return self.protected & self.protected_count
 
     @property
     def is_decided(self) -> bool:

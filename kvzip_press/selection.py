@@ -11,7 +11,12 @@ from kvzip_press.scores import Scores
 
 
 def select(
-    scores: Scores, valid: torch.Tensor, *, among: Masks | None = None, held: Mapping[int, torch.Tensor] | None = None
+    scores: Scores,
+    valid: torch.Tensor,
+    *,
+    among: Masks | None = None,
+    of_all: bool = False,
+    held: Mapping[int, torch.Tensor] | None = None,
 ) -> dict[int, torch.Tensor]:
     """Which pairs stay.
 
@@ -20,13 +25,14 @@ def select(
         valid: ``[batch, span]``, bool, False at padding, which is never kept.
         among: ``layer_idx -> [batch, heads, span]``, bool: the pairs that are left to choose from, as an earlier
             selection returned them; None for all.
+        of_all: Whether a ratio is of all pairs and not of those that are left.
         held: Pairs of earlier turns inside a budget in tokens, see :func:`kvzip_press.budget.allocate`.
 
     Returns:
         ``layer_idx -> [batch, num_key_value_heads, span]``, bool: every protected pair, and in each head the best
         unprotected ones, exactly as many as :func:`kvzip_press.budget.allocate` says.
     """
-    counts: Counts = allocate(scores, valid, among=among, held=held)
+    counts: Counts = allocate(scores, valid, among=among, of_all=of_all, held=held)
     keep = {}
     for layer_idx, standing in standing_pairs(scores, valid, among).items():
         protected = scores.protected.to(standing.device)

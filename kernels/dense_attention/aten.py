@@ -108,12 +108,12 @@ def attention_with_lse(
         return _on_cuda(query, keys, values, scaling, causal and query.shape[2] > 1)
     query_length, key_length = query.shape[2], keys.shape[2]
     if not causal or query_length == 1:
-        return _uncovered(query, keys, values, scaling)
+        return uncovered(query, keys, values, scaling)
     n_prefix = key_length - query_length
     square = _square(query, keys[:, :, n_prefix:], values[:, :, n_prefix:], scaling)
     if n_prefix == 0:
         return square
-    prefix = _uncovered(query, keys[:, :, :n_prefix], values[:, :, :n_prefix], scaling)
+    prefix = uncovered(query, keys[:, :, :n_prefix], values[:, :, :n_prefix], scaling)
     return merge_pair(*prefix, *square)
 
 
@@ -123,14 +123,14 @@ def _on_cuda(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal
     Few rows are folded all the same: the members of a group as rows of one head read the keys once.
     """
     if not causal and query.shape[2] < _CUDNN_MIN_ROWS:
-        return _uncovered(query, keys, values, scaling)
+        return uncovered(query, keys, values, scaling)
     if not causal and _cudnn_pays(query, keys):
         return _cudnn(query, keys, values, scaling)
     return flash(query, keys, values, scaling, causal)
 
 
-def _uncovered(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Every row sees every key, so the query heads of a group are just more rows."""
+def uncovered(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """The fused kernel where every row sees every key, so that the query heads of a group are just more rows."""
     batch_size, num_heads, query_length, head_dim = query.shape
     folded = query.reshape(batch_size, keys.shape[1], -1, head_dim)
     out, lse = flash(folded, keys, values, scaling)

@@ -4,10 +4,11 @@ from torch import Tensor
 
 from kvzip_press.kernels.checks import check_softcap
 from kvzip_press.kernels.dispatch import Impl, deferred, select
-from kvzip_press.kernels.ragged_attention import aten, reference, support
+from kvzip_press.kernels.ragged_attention import aten, reference, segments, support
 from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
 
 _IMPLS = {
+    "segments": Impl(segments.ragged_attention, segments.reason_against),
     "triton": Impl(
         deferred("kvzip_press.kernels.ragged_attention.triton", "ragged_attention"), support.reason_against_triton
     ),
@@ -58,9 +59,10 @@ def ragged_attention(
         scaling: factor of the logits; default head_dim ** -0.5.
         softcap: when given, logits become ``softcap * tanh(logits / softcap)`` after scaling.
         return_lse: whether to return the log-sum-exp too.
-        impl: "triton" (one launch that streams all pairs, and one that merges; CUDA), "aten" (PyTorch's fused CPU
-            kernel over the context; the best that can do it over the tail), "reference" (plain PyTorch, any input), or
-            None: the first of these that can do this input. One that is named refuses what it cannot do.
+        impl: "segments" (256 rows and more: PyTorch's fused dense kernels, a call a segment), "triton" (one launch that
+            streams all pairs, and one that merges; CUDA), "aten" (PyTorch's fused CPU kernel over the context; the
+            best that can do it over the tail), "reference" (plain PyTorch, any input), or None: the first of these that
+            can do this input. One that is named refuses what it cannot do.
 
     Returns:
         out [batch, num_attention_heads, query_length, value_head_dim] in the dtype of ``query``; with ``return_lse``

@@ -15,6 +15,7 @@ from kvzip_press import compat
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.kvpress_adapter.keep_masks import kept_pairs
 from kvzip_press.presses.kvpress_adapter.module_state import untouched
+from kvzip_press.ragged_layer import RaggedLayer
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,22 @@ class LayerRow:
         """The rows of one call of an attention module.
 
         Raises:
-            InvalidArgumentError: The cache layer does not hold just the tokens of this call.
+            InvalidArgumentError: A dense cache layer does not hold just the tokens of this call.
         """
         hidden_states = args[0] if args else kwargs["hidden_states"]
         batch, n = hidden_states.shape[:2]
         cache: Any = kwargs["past_key_values"] if "past_key_values" in kwargs else kwargs["past_key_value"]
         layer = cache.layers[module.layer_idx]
-        if not (issubclass(type(layer), compat.DynamicLayer) and layer.keys.shape[2] == n):
+        if not isinstance(layer, RaggedLayer) and not (
+            issubclass(type(layer), compat.DynamicLayer) and layer.keys.shape[2] == n
+        ):
             raise InvalidArgumentError(f"expected a dense cache layer of just the {n} tokens read, got {layer}")
+        dense: Any = layer.tail if isinstance(layer, RaggedLayer) else layer
         call = {**kwargs, "hidden_states": hidden_states}
         rows = []
         for row in range(batch):
             own = {**_row_of(call, row, batch), "cache_position": torch.arange(n, device=hidden_states.device)}
-            keys, values = layer.keys[row : row + 1], layer.values[row : row + 1]
+            keys, values = dense.keys[row : row + 1, :, -n:], dense.values[row : row + 1, :, -n:]
             rows.append(cls(module, keys, values, own, _row_of(output, row, batch)))
         return rows
 

@@ -86,7 +86,7 @@ class KvpressObserver:
     def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuses a later turn before anything of it is in the cache."""
         cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
-        if cache is not None and (seen := cache.get_seq_length()):
+        if cache is not None and (seen := cache.get_seq_length()) and not self._press.scores_any_span:
             raise InvalidArgumentError(later_turn(self._press, seen))
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from kvzip_press.presses.kvpress_adapter.module_state import fresh_copy
 from kvzip_press.presses.kvpress_adapter.observing import REFUSALS, KvpressObserver, as_ours, later_turn
 from kvzip_press.presses.kvpress_adapter.own_context import run_native
 from kvzip_press.presses.kvpress_adapter.refused import check_supported
+from kvzip_press.presses.kvpress_adapter.spans import scores_any_span
 from kvzip_press.scores import Scores
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ class RaggedPress(Press):
         ratio = _nominal_ratio(self.press)
         return math.nan if ratio is None else ratio
 
+    @property
+    def scores_any_span(self) -> bool:
+        """Whether the press can score tokens behind a context: a later turn, or a chunk of a long context."""
+        return scores_any_span(self.press)
+
     def observer(self, model: nn.Module) -> KvpressObserver:
         """What watches a prefill."""
         return KvpressObserver(self, model)
@@ -88,10 +94,10 @@ class RaggedPress(Press):
         """The press's scores, or the pairs that it kept, of a context that was read in one forward.
 
         Raises:
-            InvalidArgumentError: A later turn, no token ids where a forward has to be run again, or input that the
-                press refuses (too short a context, no weights for this model ...).
+            InvalidArgumentError: A later turn (or chunk) and a press that needs the whole, no token ids where a forward
+                has to be run again, or input that the press refuses (too short a context, no weights for the model).
         """
-        if prefill.start:
+        if prefill.start and not self.scores_any_span:
             raise InvalidArgumentError(later_turn(self, prefill.start))
         if self.is_native:
             alone = [run_native(self, prefill.model, ids, prefill.tokenizer) for ids in self._ids_of_rows(prefill)]

@@ -19,6 +19,7 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling import run_prefill
 from kvzip_press.scores import Scores
 from kvzip_press.selection import select, top_mask
+from kvzip_press.spending import kth_largest, kth_largest_by_bits
 from kvzip_press.testing import tiny_model
 
 laws = settings(deadline=None, max_examples=60, derandomize=True)
@@ -428,3 +429,14 @@ def test_a_budget_bounds_a_conversation(n_sink) -> None:
             with press(model):
                 model(ids[:, 30:55], past_key_values=cache)
             assert int(seqlens(cache).sum()) == held
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 4097])
+def test_the_kth_largest_by_bits_is_what_sorting_finds(n) -> None:
+    """It is the GPU's way; infinities, both zeros, subnormals and negative scores have their place in the order."""
+    values = torch.randn(n, generator=torch.Generator().manual_seed(n)) ** 3
+    for offset, value in enumerate((0.0, -0.0, torch.inf, -torch.inf, 1e-42, -1e-42, 3.4e38)):
+        values[offset::11] = value
+    ordered = values.sort(descending=True).values
+    for k in {1, 2, n // 3 + 1, n // 2 + 1, n} & set(range(1, n + 1)):
+        assert kth_largest_by_bits(values.view(1, -1), k) == kth_largest(values, k) == ordered[k - 1]

@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, DynamicCache
 
-from kvzip_press import RaggedCache, RaggedPress, compress, prefill
+from kvzip_press import RaggedCache, RaggedPress, RandomPress, compress, compress_in_chunks, prefill
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
 from kvzip_press.prefilling import Prefill, run_prefill
+from kvzip_press.testing import ByteTokenizer
 
 pytestmark = pytest.mark.kvpress
 
@@ -182,7 +183,31 @@ def test_a_refusal_leaves_the_users_cache_dense_and_whole(kvpress: Any, tiny_mod
         assert torch.equal(layer.keys, expected_layer.keys)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+@pytest.mark.parametrize("name", ["KnormPress", "SnapKVPress", "TOVAPress", "KeyDiffPress"])
+def test_what_scores_any_span_reads_in_chunks(name: str, tiny_model: Any, make_press: Any, context: Any) -> None:
+    """A later span is scored as kvpress scores it where nothing was evicted before: from its own states and keys."""
+    model, press, ids = tiny_model(), RaggedPress(make_press(name)), context(160)
+    whole = torch.ones(1, 80, dtype=torch.bool)
+    first = run_prefill(model, ids[:, :80], whole)
+    second = run_prefill(model, ids[:, 80:], whole, observers=[press], cache=first.evict(RandomPress(0.0).score(first)))
+    expected = run_prefill(model, ids, torch.ones(1, 160, dtype=torch.bool))
+    for layer_idx, scores in press.score(second).layers.items():
+        keys = expected.cache.layers[layer_idx].keys[:, :, 80:]
+        if name == "KnormPress":
+            torch.testing.assert_close(scores, -keys.norm(dim=-1), atol=1e-4, rtol=1e-4)
+        assert scores.shape == keys.shape[:3] and scores.std() > 0
+    tokenizer = ByteTokenizer()
+    cache = compress_in_chunks(model, tokenizer, ids[0].tolist(), press, chunk_size=70, window_size=20)
+    assert cache.kept_fraction == pytest.approx(0.4, abs=0.01)
+
+
+def test_what_counts_from_the_beginning_cannot_read_in_chunks(tiny_model: Any, make_press: Any, context: Any) -> None:
+    press = RaggedPress(make_press("ExpectedAttentionPress"))
+    with pytest.raises(InvalidArgumentError, match="read in one forward"):
+        compress_in_chunks(tiny_model(), ByteTokenizer(), context(160)[0].tolist(), press, chunk_size=80)
+
+
+@pytest.mark.parametrize("name", ["ExpectedAttentionPress", *ONE_OF_EACH_KIND[1:]])
 def test_a_later_turn_is_refused(name: str, tiny_model: Any, make_press: Any, context: Any) -> None:
     model, cache = tiny_model(), DynamicCache()
     ragged = RaggedPress(make_press(name))

@@ -1,0 +1,176 @@
+"""A long context read in chunks and evicted after each: the uncompressed cache of the whole never exists.
+
+A chunk is read behind what is left of those before it, and its pairs are scored. Then everything older than a window of
+recent tokens is cut to the part that the press keeps of a context, the window stays for the next chunk to look at, and
+at the end the whole is cut to its budget. So the cache never holds more than the kept part, the window and one chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvzip_press import compat
+from kvzip_press.chat import Context, chat_frame, context_rows
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.eviction import evicted_layers
+from kvzip_press.models import input_device, text_config
+from kvzip_press.prefilling import Prefill, check_length, compress, run_prefill
+from kvzip_press.press import Press
+from kvzip_press.ragged_cache import RaggedCache
+from kvzip_press.ragged_layer import RaggedLayer
+from kvzip_press.scores import Scores
+from kvzip_press.selection import select
+
+CHUNK_SIZE, WINDOW_SIZE = 16384, 4096
+_POLICY = ("compression_ratio", "allocation", "budget", "layer_ratios", "safeguard", "min_kept_per_head")
+
+
+@torch.no_grad()
+def compress_in_chunks(
+    model: nn.Module,
+    tokenizer: Any,
+    context: Context,
+    press: Press,
+    *,
+    chunk_size: int = CHUNK_SIZE,
+    window_size: int = WINDOW_SIZE,
+    rerank: bool = True,
+) -> RaggedCache:
+    """Reads and compresses a context that is too long to be held uncompressed.
+
+    The cache holds at most ``(1 - compression_ratio)`` of the context, ``window_size`` tokens and one chunk, beside
+    what the press protects. A context of one chunk is compressed as :func:`kvzip_press.compress` does it; in a longer
+    one later chunks attend to what is left of the earlier ones, and a pair has the score that it got with its chunk.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        context: The text, or its token ids (the template is put around both); one, not a list of several.
+        press: The press. One that scores a span of tokens by itself: :class:`kvzip_press.FastKVzipPress`, KVzip (which
+            replays each chunk), or kvpress's Knorm, SnapKV, TOVA and KeyDiff as a RaggedPress.
+        chunk_size: Tokens read at a time, the template's included.
+        window_size: Last tokens that stay whole while more is to come.
+        rerank: Whether pairs of all chunks compete, with the scores that they got, so that a dense chunk can have more
+            than a dull one; False: each chunk keeps its own part for good, as the authors of Fast KVzip have it.
+
+    Raises:
+        InvalidArgumentError: A size out of range, several contexts, a context longer than the model's positions, or a
+            press that decides its own counts or cannot score a chunk.
+    """
+    if chunk_size < 1 or window_size < 0:
+        raise InvalidArgumentError(f"expected chunk_size >= 1 and window_size >= 0, got {chunk_size} and {window_size}")
+    frame, rows = chat_frame(tokenizer), context_rows(tokenizer, context)
+    if len(rows) != 1:
+        raise InvalidArgumentError(f"expected one context to read in chunks, got {len(rows)}")
+    ids = torch.tensor([[*frame.prefix, *rows[0]]], device=input_device(model))
+    check_length(text_config(model), ids.shape[1])
+    if ids.shape[1] <= chunk_size:
+        return compress(model, tokenizer, context, press)
+    cache = compat.DynamicCache(config=text_config(model))
+    reading = _Reading(model, press, window_size, rerank=rerank, cache=cache)
+    for chunk in ids.split(chunk_size, dim=1):
+        is_last = reading.n_seen + chunk.shape[1] == ids.shape[1]
+        reading.read(chunk, is_last=is_last, prefix_length=len(frame.prefix), tokenizer=tokenizer)
+    return RaggedCache.of(cache)
+
+
+@dataclass
+class _Reading:
+    """A context so far.
+
+    Attributes:
+        cache: What is left of it.
+        n_seen: Its tokens.
+        scores: ``layer_idx -> [1, heads, n_seen]``, fp32, what each pair got when its chunk was read.
+        alive: ``layer_idx -> [1, heads, n_seen]``, bool, what each head still has.
+        sink: ``[1, n_seen]``, bool, what the press protects at the beginning.
+        charged: ``[1, n_seen]``, bool, the part of it that counts inside the budget.
+        n_decided: Tokens of which nothing more is evicted (without ``rerank``).
+    """
+
+    model: nn.Module
+    press: Press
+    window_size: int
+    rerank: bool
+    cache: Any
+    n_seen: int = 0
+    scores: dict[int, torch.Tensor] = field(default_factory=dict)
+    alive: dict[int, torch.Tensor] = field(default_factory=dict)
+    sink: torch.Tensor | None = None
+    charged: torch.Tensor | None = None
+    n_decided: int = 0
+
+    def read(self, chunk: torch.Tensor, *, is_last: bool, **template: Any) -> None:
+        """Reads ``chunk`` ``[1, n]``, scores it and evicts; ``template`` is what a Prefill is told of the chat's."""
+        valid = torch.ones_like(chunk, dtype=torch.bool)
+        done = run_prefill(self.model, chunk, valid, observers=[self.press], cache=self.cache)
+        new = self.press.score(replace(done, **template))
+        if new.is_decided:
+            raise InvalidArgumentError(
+                f"expected a press whose scores the core spends a budget on, to read in chunks, got {self.press!r}, "
+                "which decides its own counts"
+            )
+        self._add(new)
+        asked = self._asked(new, is_last=is_last)
+        seen = torch.ones_like(asked.protected)
+        self.alive = select(asked, seen, among=self.alive, of_all=True)
+        self._evict(done)
+        self.n_decided = 0 if self.rerank else max(0, self.n_seen - self.window_size)
+
+    def _add(self, new: Scores) -> None:
+        n = new.protected.shape[1]
+        for layer_idx, values in new.layers.items():
+            everything = torch.ones_like(values, dtype=torch.bool)
+            self.scores[layer_idx] = _behind(self.scores.get(layer_idx), values)
+            self.alive[layer_idx] = _behind(self.alive.get(layer_idx), everything)
+        nothing = torch.zeros_like(new.protected)
+        sink = nothing if self.n_seen else _leading(new.protected)
+        self.sink, self.charged = _behind(self.sink, sink), _behind(self.charged, sink & new.charged)
+        self.n_seen += n
+
+    def _asked(self, new: Scores, *, is_last: bool) -> Scores:
+        """Everything seen, under the press's policy; what is recent is protected, for now or for good."""
+        assert self.sink is not None and self.charged is not None
+        columns = torch.arange(self.n_seen, device=self.sink.device)[None]
+        start = self.n_seen - new.protected.shape[1]
+        recent, charged = columns >= self.n_seen - self.window_size, self.charged
+        if is_last:
+            window = _leading(new.protected.flip(-1)).flip(-1)
+            recent, paid = (torch.cat([self.sink.new_zeros(1, start), x], 1) for x in (window, window & new.charged))
+            charged = charged | paid
+        decided = (columns < self.n_decided) & ~self.sink
+        policy = {name: getattr(new, name) for name in _POLICY}
+        protected = self.sink | recent | decided
+        return Scores(self.scores, protected, protected_count=charged | decided, **policy)
+
+    def _evict(self, done: Prefill) -> None:
+        assert self.sink is not None
+        start = done.start
+        earlier = {
+            i: _of_pairs(layer, self.alive[i])
+            for i, layer in enumerate(self.cache.layers)
+            if isinstance(layer, RaggedLayer)
+        }
+        keep = {i: alive[:, :, start:] for i, alive in self.alive.items()}
+        for layer_idx, layer in evicted_layers(done, keep, self.sink[:, start:], earlier=earlier):
+            self.cache.layers[layer_idx] = layer
+
+
+def _behind(before: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    return new if before is None else torch.cat([before, new], dim=-1)
+
+
+def _leading(mask: torch.Tensor) -> torch.Tensor:
+    """The run of True that a row begins with."""
+    return mask.long().cumprod(dim=-1).bool()
+
+
+def _of_pairs(layer: RaggedLayer, alive: torch.Tensor) -> torch.Tensor:
+    """Bool ``[total]``: which of the packed pairs of the one row of a layer are among ``alive`` ``[1, heads, n]``."""
+    packed = layer.packed
+    heads = torch.arange(packed.num_heads, device=packed.keys.device).repeat_interleave(packed.seqlens[0])
+    return alive[0, heads, packed.positions.long()]

@@ -1,0 +1,39 @@
+"""Sliding layers hold their window in memory, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvzip_press.models import attention_layers
+
+
+def own_window(layer: Any) -> None:
+    """Copies the tensors of a dense layer that are views of larger ones.
+
+    transformers' sliding layer keeps the last tokens of a forward as a view of all of them, so that the memory of a
+    prefill stays taken until the next token: five sixths of the whole cache in a Gemma 3.
+    """
+    for name in ("keys", "values"):
+        tensor = getattr(layer, name, None)
+        if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() > tensor.nbytes:
+            setattr(layer, name, tensor.clone())
+
+
+@contextmanager
+def windows_only(model: nn.Module, cache: Any) -> Iterator[None]:
+    """While open, each sliding layer of ``cache`` lets go of what left its window as soon as its attention is done."""
+    with ExitStack() as stack:
+        for attention in attention_layers(model):
+            if not attention.is_full:
+                hook = _after_attention(cache, attention.layer_idx)
+                stack.callback(attention.module.register_forward_hook(hook).remove)
+        yield
+
+
+def _after_attention(cache: Any, layer_idx: int) -> Any:
+    return lambda *_: own_window(cache.layers[layer_idx])

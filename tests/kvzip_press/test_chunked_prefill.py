@@ -1,0 +1,164 @@
+"""Contexts read in chunks: exact budgets, bounded memory, and nothing else where nothing is evicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvzip_press import ComposedPress, KVzipPress, RaggedCache, RandomPress, answer, compress, compress_in_chunks
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.press import AllocatingPress
+from kvzip_press.ragged_layer import RaggedLayer
+from kvzip_press.scores import Scores
+from kvzip_press.testing import ByteTokenizer, tiny_model
+
+TOKENIZER, MODEL = ByteTokenizer(), tiny_model(num_layers=2)
+laws = settings(deadline=None, max_examples=40, derandomize=True)
+
+
+@dataclass(frozen=True)
+class NormPress(AllocatingPress):
+    """Keys of small norm first, sink and window protected, the window inside the budget: it looks at its span alone."""
+
+    n_window: int = 3
+
+    def score(self, prefill) -> Scores:
+        layers = prefill.blank_scores()
+        n = prefill.valid.shape[1]
+        for layer_idx in layers:
+            layer = prefill.cache.layers[layer_idx]
+            keys = layer.tail.keys if isinstance(layer, RaggedLayer) else layer.keys
+            layers[layer_idx] = -keys[:, :, -n:].float().norm(dim=-1)
+        sink = prefill.protected(2)
+        window = torch.arange(n)[None] >= n - self.n_window
+        return Scores(layers, sink | window, **self.policy, protected_count=window & ~sink)
+
+
+def context(n: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 128, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def kept(cache) -> int:
+    return sum(int(layer.packed.seqlens.sum()) for _, layer in cache.ragged_layers())
+
+
+def prefix_length() -> int:
+    from kvzip_press.chat import chat_frame
+
+    return len(chat_frame(TOKENIZER).prefix)
+
+
+@laws
+@given(
+    n=st.integers(1, 64),
+    chunk_size=st.integers(1, 70),
+    window_size=st.integers(0, 20),
+    ratio=st.sampled_from([0.0, 0.3, 0.5, 0.77, 0.95]),
+    allocation=st.sampled_from(["global", "layer", "head", "adakv"]),
+    rerank=st.booleans(),
+)
+def test_the_budget_is_exact_at_every_length_and_chunk_size(n, chunk_size, window_size, ratio, allocation, rerank):
+    """As many pairs as in one go, and after every chunk too, of what has left the window."""
+    press = NormPress(ratio, allocation, n_window=0)
+    options = {"chunk_size": chunk_size, "window_size": window_size, "rerank": rerank}
+    cache = compress_in_chunks(MODEL, TOKENIZER, context(n), press, **options)
+    assert cache.get_seq_length() == prefix_length() + n
+    assert kept(cache) == kept(compress(MODEL, TOKENIZER, context(n), press))
+
+
+@pytest.mark.parametrize("rerank", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "qwen3"])
+def test_where_nothing_is_evicted_chunks_change_nothing(architecture, rerank) -> None:
+    model = tiny_model(architecture)
+    whole = compress(model, TOKENIZER, context(150), NormPress(0.0))
+    chunked = compress_in_chunks(
+        model, TOKENIZER, context(150), NormPress(0.0), chunk_size=40, window_size=10, rerank=rerank
+    )
+    question = {"input_ids": torch.tensor([[5, 6, 7]]), "position_ids": whole.get_seq_length() + torch.arange(3)[None]}
+    with torch.no_grad():
+        logits = [model(**question, past_key_values=cache, use_cache=True).logits for cache in (whole, chunked)]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rerank", [True, False])
+def test_memory_holds_the_kept_part_the_window_and_one_chunk(rerank, monkeypatch) -> None:
+    """Measured on the storages after every forward, when a chunk is in the cache and nothing of it evicted yet."""
+    from kvzip_press import chunked_prefill
+
+    n, chunk_size, window_size, ratio = 4000, 512, 256, 0.7
+    model, held = MODEL, []
+    read = chunked_prefill.run_prefill
+
+    def measured(*args, **options):
+        done = read(*args, **options)
+        held.append(RaggedCache(done.cache.layers).resident_bytes)
+        return done
+
+    monkeypatch.setattr(chunked_prefill, "run_prefill", measured)
+    options = {"chunk_size": chunk_size, "window_size": window_size, "rerank": rerank}
+    cache = compress_in_chunks(model, TOKENIZER, context(n), NormPress(ratio), **options)
+    a_pair = 2 * 16 * 4 + 4  # and its position
+    pairs_a_token = 2 * 2
+    bound = ((1 - ratio) * n + window_size + chunk_size + prefix_length()) * pairs_a_token * a_pair + 2 * 5 * 4
+    assert len(held) == -(-(n + prefix_length()) // chunk_size)
+    assert max(held) <= bound < 0.6 * cache.dense_bytes
+    assert cache.kept_fraction == pytest.approx(1 - ratio, abs=0.002)
+
+
+def test_a_dense_chunk_gets_more_where_all_compete() -> None:
+    """Keys whose norm falls along the context: the last chunks' pairs are the best ones everywhere."""
+
+    class FallingPress(NormPress):
+        def score(self, prefill):
+            scores = super().score(prefill)
+            for values in scores.layers.values():
+                values.copy_(prefill.positions[:, None].expand_as(values))
+            return scores
+
+    def early_pairs(rerank):
+        options = {"chunk_size": 100, "window_size": 20, "rerank": rerank}
+        cache = compress_in_chunks(MODEL, TOKENIZER, context(600), FallingPress(0.7), **options)
+        return sum(int((layer.packed.positions < 200).sum()) for _, layer in cache.ragged_layers())
+
+    protected = 2 * 2 * prefix_length()
+    assert early_pairs(rerank=True) == protected
+    assert early_pairs(rerank=False) > 0.25 * 200 * 4
+
+
+@pytest.mark.parametrize("press", [KVzipPress(0.6, chunk_size=50), RandomPress(0.6)])
+def test_presses_of_ours_read_in_chunks_and_answer(press) -> None:
+    model = tiny_model()
+    cache = compress_in_chunks(model, TOKENIZER, context(300), press, chunk_size=90, window_size=30)
+    assert kept(cache) == kept(compress(model, TOKENIZER, context(300), press))
+    before = cache.resident_bytes
+    assert answer(model, TOKENIZER, cache, "?", max_new_tokens=5) == answer(
+        model, TOKENIZER, cache, "?", max_new_tokens=5
+    )
+    assert cache.resident_bytes == before
+
+
+def test_a_budget_in_tokens_bounds_the_whole() -> None:
+    cache = compress_in_chunks(MODEL, TOKENIZER, context(300), NormPress(budget=64), chunk_size=70, window_size=16)
+    assert kept(cache) == 2 * 2 * (64 + prefix_length())
+
+
+@pytest.mark.parametrize(
+    ("options", "press", "match"),
+    [
+        ({"chunk_size": 0}, NormPress(0.5), "chunk_size >= 1"),
+        ({"window_size": -1}, NormPress(0.5), "window_size >= 0"),
+        ({"chunk_size": 50}, ComposedPress([NormPress(0.5), NormPress(0.5)]), "decides its own counts"),
+    ],
+)
+def test_what_cannot_be_read_in_chunks_is_refused(options, press, match) -> None:
+    with pytest.raises(InvalidArgumentError, match=match):
+        compress_in_chunks(MODEL, TOKENIZER, context(120), press, **options)
+
+
+def test_several_contexts_are_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="one context"):
+        compress_in_chunks(MODEL, TOKENIZER, [context(120), context(120)], NormPress(0.5), chunk_size=50)
