@@ -11,10 +11,14 @@ import typer
 
 from kvzip_press.errors import InvalidArgumentError
 
-app = typer.Typer(no_args_is_help=True, help="Scores of a model's KV heads, for the press kvzip_head.")
+app = typer.Typer(
+    no_args_is_help=True, help="Scores of a model's KV heads, for the presses kvzip_head and duo_attention."
+)
 
 OutOption = Annotated[Path, typer.Option("--out", help="The safetensors file to write.")]
 FORMATS = ("duo-attention",)
+METHODS = {"kvzip": "kvzip_head", "duo-attention": "duo_attention"}
+"""Method -> the press that its scores are for."""
 
 
 @app.command()
@@ -24,21 +28,25 @@ def compute(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            "--text", exists=True, dir_okay=False, help="A text file; several times. Default: two built-in ones."
+            "--text", exists=True, dir_okay=False, help="A text file; several times. Default: six built-in ones."
         ),
     ] = None,
-    chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Tokens replayed at a time.")] = 2048,
+    method: Annotated[str, typer.Option("--method", help="kvzip, or duo-attention (kvpress's short cut).")] = "kvzip",
+    chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Of kvzip: tokens replayed at a time.")] = 2048,
 ) -> None:
     """Scores every KV head of a model once: KVzip over each text, the best pair of each head.
 
     The longer the texts, and the more like what the model will read, the better: KVzip took 88 thousand tokens of a
     book.
     """
+    if method not in METHODS:
+        raise InvalidArgumentError(f"expected --method to be one of {tuple(METHODS)}, got {method!r}")
     from kvzip_press.loading import load_model
 
     texts = _texts(text)
     loaded, tokenizer = load_model(model)
-    scores = _compute(loaded, tokenizer, list(texts.values()), chunk_size)
+    options = {"chunk_size": chunk_size} if method == "kvzip" else {}
+    scores = _compute(METHODS[method], loaded, tokenizer, list(texts.values()), **options)
     scores.save(out)
     n_ones = int((scores.values >= 1).sum())
     typer.echo(
@@ -59,10 +67,11 @@ def export(
     recent_size: Annotated[int, typer.Option("--recent-size", min=0, help="Last tokens of a streaming head.")] = 256,
 ) -> None:
     """Writes scores in another project's format: a DuoAttention pattern, whose sparsity is our compression ratio."""
+    from kvzip_press.head_scores import HeadScores
+
     if layout not in FORMATS:
         raise InvalidArgumentError(f"expected --format to be one of {FORMATS}, got {layout!r}")
-    heads = _heads()
-    heads.export_duo(heads.HeadScores.load(scores), out, sink_size, recent_size)
+    _press("duo_attention").export_duo(HeadScores.load(scores), out, sink_size, recent_size)
     typer.echo(f"{out}: a DuoAttention pattern, sink_size={sink_size}, recent_size={recent_size}")
 
 
@@ -72,34 +81,34 @@ def import_(
     out: OutOption,
 ) -> None:
     """Reads a DuoAttention pattern as scores of heads, and says which sink and window it was made for."""
-    scores, sink_size, recent_size = _heads().import_duo(folder)
+    scores, sink_size, recent_size = _press("duo_attention").import_duo(folder)
     scores.save(out)
     typer.echo(f"{out}: {scores!r}; made for n_sink={sink_size}, window_size={recent_size}")
 
 
 def _texts(paths: Sequence[Path] | None) -> dict[str, str]:
     if not paths:
-        texts: dict[str, str] = _heads().builtin_texts()
+        texts: dict[str, str] = _press("kvzip_head").builtin_texts()
         return texts
     return {str(path): path.read_text(encoding="utf-8") for path in paths}
 
 
-def _compute(model: Any, tokenizer: Any, texts: list[str], chunk_size: int) -> Any:
+def _compute(press: str, model: Any, tokenizer: Any, texts: list[str], **options: int) -> Any:
     from rich.progress import Progress
 
     with Progress(transient=True) as shown:
         bar = shown.add_task("scoring heads", total=None)
-        return _heads().HeadScores.compute(
+        return _press(press).compute_head_scores(
             model,
             tokenizer,
             texts,
-            chunk_size,
             progress=lambda done, total: shown.update(bar, completed=done, total=total),
+            **options,
         )
 
 
-def _heads() -> Any:
-    """What the press ``kvzip_head`` comes with, found by its name: the core knows no press."""
+def _press(name: str) -> Any:
+    """What a press comes with, found by its name: the core knows no press."""
     from kvzip_press.presses import PRESSES
 
-    return importlib.import_module(PRESSES["kvzip_head"].partition(":")[0])
+    return importlib.import_module(PRESSES[name].partition(":")[0])

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from kvzip_press import (
     HeadScores,
     KVzipHeadPress,
     KVzipPress,
     RaggedCache,
+    Scores,
     compress,
     get_press,
     load_model,
     prefill,
 )
-from kvzip_press.cli import app
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import CacheFileError, InvalidArgumentError
 from kvzip_press.models import full_attention_layers
 from kvzip_press.prefilling import run_prefill
-from kvzip_press.presses.kvzip_head import builtin_texts, export_duo, import_duo, shipped_scores
+from kvzip_press.presses.kvzip_head import builtin_texts, compute_head_scores
 from kvzip_press.testing import ByteTokenizer, evicted_keys_masked, tiny_model
 
 TOKENIZER = ByteTokenizer()
@@ -58,6 +57,12 @@ def test_ties_go_to_the_lower_layer_and_then_the_lower_head() -> None:
     values = torch.tensor([[0.5, 1.0], [0.5, 0.5], [1.0, 0.5]])
     expected = torch.tensor([[True, True], [True, False], [True, False]])
     assert torch.equal(HeadScores(values).kept_heads(1 / 3), expected)
+
+
+def test_a_larger_ratio_drops_more_of_the_same_heads() -> None:
+    scores = HeadScores(torch.rand(5, 3).round(decimals=1))
+    kept = [scores.kept_heads(percent / 100) for percent in range(100)]
+    assert all(bool((more >= fewer).all()) for more, fewer in pairwise(kept))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma3_text"])
@@ -142,27 +147,62 @@ def test_compression_runs_no_forward() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_computed_scores_are_the_maximum_of_kvzips(architecture) -> None:
-    """Over the tokens outside the protected prefix, and over the texts."""
+@pytest.mark.parametrize("n_last", [0, 8])
+def test_computed_scores_are_the_maximum_of_kvzips(architecture, n_last) -> None:
+    """Over the tokens between the protected prefix and the last ones, and the mean over the texts."""
     model, texts, seen = tiny_model(architecture), [TEXT, TEXT[::-1] * 2], []
-    computed = HeadScores.compute(model, TOKENIZER, texts, 32, progress=lambda done, total: seen.append((done, total)))
+    computed = compute_head_scores(
+        model, TOKENIZER, texts, chunk_size=32, n_last=n_last, progress=lambda done, total: seen.append((done, total))
+    )
     expected = []
     for text in texts:
         done = prefill(model, TOKENIZER, text)
         layers = KVzipPress(0.0, chunk_size=32).score(done).layers
-        expected.append(torch.stack([v[0, :, done.prefix_length :].amax(dim=-1) for v in layers.values()]))
-    assert torch.equal(computed.values, torch.maximum(*expected))
+        counted = slice(done.prefix_length, done.valid.shape[1] - n_last)
+        expected.append(torch.stack([v[0, :, counted].amax(dim=-1) for v in layers.values()]))
+    torch.testing.assert_close(computed.values, torch.stack(expected).mean(dim=0), rtol=0, atol=1e-7)
     assert computed.layer_indices == tuple(done.blank_scores())
     assert seen == [(i, 8) for i in range(1, 9)]
     assert [text["tokens"] for text in json.loads(computed.provenance["texts"])] == [len(text) for text in texts]
-    one, two = (HeadScores.compute(model, TOKENIZER, [text], 32) for text in texts)
-    assert torch.equal(one.merged([two]).values, computed.values)
-    assert one.merged([two]).provenance["texts"] == computed.provenance["texts"]
+
+
+def test_tokens_that_the_replays_prompt_follows_upon_do_not_count(monkeypatch) -> None:
+    """A head that only looks at what was just read gives the last token its best score: no reason to keep the head.
+
+    SmolLM2 has thirty such heads of ninety.
+    """
+    model = tiny_model()
+    monkeypatch.setattr(KVzipPress, "score", last_token_best)
+    with_last, without = (compute_head_scores(model, TOKENIZER, [TEXT], n_last=n).values for n in (0, 1))
+    assert torch.equal(with_last, torch.ones(3, 2))
+    assert torch.equal(without, torch.full((3, 2), 0.25))
+
+
+def last_token_best(press, done) -> Scores:
+    layers = {layer_idx: torch.full_like(values, 0.25) for layer_idx, values in done.blank_scores().items()}
+    for values in layers.values():
+        values[..., -1] = 1.0
+    return Scores(layers, done.protected(4), **press.policy)
+
+
+def test_scores_of_several_files_are_merged_by_their_maximum_as_kvzip_does() -> None:
+    model, texts = tiny_model(), [TEXT, TEXT[::-1] * 2]
+    one, two = (compute_head_scores(model, TOKENIZER, [text], n_last=8) for text in texts)
+    assert torch.equal(one.merged([two]).values, torch.maximum(one.values, two.values))
+    assert [text["tokens"] for text in json.loads(one.merged([two]).provenance["texts"])] == [len(t) for t in texts]
+
+
+@pytest.mark.parametrize("fact", ["model_type", "k_proj_norms", "method"])
+def test_scores_of_another_model_or_method_are_not_merged(fact) -> None:
+    one = compute_head_scores(tiny_model(), TOKENIZER, [TEXT], n_last=8)
+    other = HeadScores(one.values, one.layer_indices, {**one.provenance, fact: "other"})
+    with pytest.raises(InvalidArgumentError, match=f"differ in {fact}"):
+        one.merged([other])
 
 
 def test_files_hold_what_was_saved(tmp_path) -> None:
     model, path = tiny_model("gemma3_text"), tmp_path / "new" / "scores.safetensors"
-    scores = HeadScores.compute(model, TOKENIZER, [TEXT])
+    scores = compute_head_scores(model, TOKENIZER, [TEXT], n_last=8)
     scores.save(path)
     again = HeadScores.load(path)
     assert torch.equal(again.values, scores.values)
@@ -170,7 +210,7 @@ def test_files_hold_what_was_saved(tmp_path) -> None:
     assert list(path.parent.iterdir()) == [path]
     done = prefill(model, TOKENIZER, TEXT)
     press = get_press("kvzip_head", 0.5, scores=path)
-    assert kept_positions(done.evict(press.score(done)))[0][0] in ([0], list(range(len(TEXT) + 1)))
+    assert kept_positions(done.evict(press.score(done)))[0][0] in ([0, 1, 2, 3], list(range(len(TEXT) + 1)))
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (3, 1, 2), (1, 3, 1, 2)])
@@ -182,6 +222,43 @@ def test_kvzips_files_are_read(tmp_path, shape, dtype) -> None:
     assert torch.equal(one.values, SIX.values.to(dtype).float())
     assert torch.equal(one.merged([two]).values, torch.maximum(one.values, two.values))
     assert KVzipHeadPress(0.5, tmp_path / "one.pt").head_scores(tiny_model()).values.shape == (3, 2)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4, 1, 1), (1, 4, 1, 1)])
+def test_kvzips_files_of_models_with_one_kv_head_keep_their_shape(tmp_path, shape) -> None:
+    torch.save(torch.rand(shape), tmp_path / "one.pt")
+    assert HeadScores.from_kvzip(tmp_path / "one.pt").values.shape == (4, 1)
+
+
+def test_shipped_scores_are_found_by_weights_whatever_the_model_is_called(tmp_path) -> None:
+    """Two models of one shape have files of their own; a third has none, and is told so."""
+    models = [tiny_model(seed=seed) for seed in range(3)]
+    for number, model in enumerate(models[:2]):
+        model.config.name_or_path = f"/somewhere/model-{number}"
+        made = compute_head_scores(model, TOKENIZER, [TEXT], n_last=8)
+        assert made.provenance["model"] == f"model-{number}"
+        made.save(tmp_path / f"any-name-{1 - number}.safetensors")
+        model.config.name_or_path = "org/another-name"
+    for model in models[:2]:
+        expected = compute_head_scores(model, TOKENIZER, [TEXT], n_last=8)
+        assert torch.equal(HeadScores.shipped(tmp_path, model).values, expected.values)
+    with pytest.raises(InvalidArgumentError, match=r"only those of other weights of this shape \(model-1, model-0\)"):
+        HeadScores.shipped(tmp_path, models[2])
+    with pytest.raises(InvalidArgumentError, match="got none"):
+        HeadScores.shipped(tmp_path, tiny_model("qwen2"))
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch) -> None:
+    SIX.save(tmp_path / "scores.safetensors")
+    monkeypatch.setattr("pathlib.Path.replace", full_disk)
+    with pytest.raises(CacheFileError, match=r"expected to write .*scores.safetensors"):
+        HeadScores(torch.zeros(3, 2)).save(tmp_path / "scores.safetensors")
+    assert torch.equal(HeadScores.load(tmp_path / "scores.safetensors").values, SIX.values)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 class Malicious:
@@ -247,10 +324,10 @@ def test_bad_options_are_refused(options) -> None:
         KVzipHeadPress(**options)
 
 
-@pytest.mark.parametrize("texts", [[], "one text", [""]])
-def test_nothing_to_read_is_refused(texts) -> None:
+@pytest.mark.parametrize(("texts", "n_last"), [([], 0), ("one text", 0), ([""], 0), ([TEXT], len(TEXT)), ([TEXT], -1)])
+def test_nothing_to_read_is_refused(texts, n_last) -> None:
     with pytest.raises(InvalidArgumentError, match="expected"):
-        HeadScores.compute(tiny_model(), TOKENIZER, texts)
+        compute_head_scores(tiny_model(), TOKENIZER, texts, n_last=n_last)
 
 
 def test_another_ratio_is_not_asked_of_decided_scores() -> None:
@@ -266,72 +343,10 @@ def test_a_model_without_shipped_scores_is_told_how_to_make_them() -> None:
         KVzipHeadPress(0.5).score(done)
 
 
-def test_a_duo_attention_pattern_comes_back_as_it_went(tmp_path) -> None:
-    export_duo(SIX, tmp_path / "pattern", sink_size=64, recent_size=128)
-    scores, sink_size, recent_size = import_duo(tmp_path / "pattern")
-    assert torch.equal(scores.values, SIX.values) and (sink_size, recent_size) == (64, 128)
-    read = np.loadtxt(tmp_path / "pattern" / "full_attention_heads.tsv", dtype=float, delimiter="\t")
-    assert np.array_equal(read, SIX.values.double().numpy())
-
-
-@pytest.mark.parametrize("shape", [(4, 1), (1, 4)])
-def test_a_pattern_of_one_row_or_column_keeps_its_shape_and_is_clipped(tmp_path, shape) -> None:
-    export_duo(HeadScores(torch.tensor([-0.01, 0.2, 1.0, 1.5]).view(shape)), tmp_path)
-    assert torch.equal(import_duo(tmp_path)[0].values, torch.tensor([0.0, 0.2, 1.0, 1.0]).view(shape))
-
-
-@pytest.mark.parametrize(
-    ("heads", "config"),
-    [("a\tb", '{"sink_size": 1, "recent_size": 1}'), ("1\t0", "{}"), ("1\t0", "no"), ("1\t0\n1", "{}"), (None, "{}")],
-)
-def test_what_is_no_pattern_is_refused(tmp_path, heads, config) -> None:
-    if heads is not None:
-        (tmp_path / "full_attention_heads.tsv").write_text(heads)
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(InvalidArgumentError, match="expected"):
-        import_duo(tmp_path)
-
-
-@pytest.fixture
-def invoke(monkeypatch):
-    """Runs ``kvzip-press heads ...`` on a tiny model and returns what it printed."""
-    monkeypatch.setattr("kvzip_press.loading.load_model", lambda name: (tiny_model(name), TOKENIZER))
-
-    def run(*arguments: object) -> str:
-        done = CliRunner().invoke(app, ["heads", *map(str, arguments)], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        return done.output.replace("\n", " ")
-
-    return run
-
-
-def test_the_command_computes_exports_and_imports(invoke, tmp_path) -> None:
-    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    for path in texts:
-        path.write_text(path.name + TEXT)
-    out, again, pattern = tmp_path / "scores.safetensors", tmp_path / "again.safetensors", tmp_path / "pattern"
-    said = invoke("compute", "--model", "llama", "--text", texts[0], "--text", texts[1], "--out", out)
-    assert "3 layers of 2 heads" in said
-    expected = HeadScores.compute(tiny_model(), TOKENIZER, [path.read_text() for path in texts])
-    assert torch.equal(HeadScores.load(out).values, expected.values)
-    invoke("export", "--format", "duo-attention", "--scores", out, "--out", pattern, "--recent-size", 64)
-    assert "n_sink=128, window_size=64" in invoke("import", "--folder", pattern, "--out", again)
-    assert torch.equal(HeadScores.load(again).values, expected.values)
-    with pytest.raises(InvalidArgumentError, match="expected --format"):
-        invoke("export", "--format", "other", "--scores", out, "--out", pattern)
-
-
-def test_without_texts_the_command_reads_the_built_in_ones(invoke, tmp_path) -> None:
-    out = tmp_path / "scores.safetensors"
-    assert "code, prose" in invoke("compute", "--model", "llama", "--out", out)
-    read = json.loads(HeadScores.load(out).provenance["texts"])
-    assert [text["tokens"] for text in read] == [len(TOKENIZER.encode(text)) for text in builtin_texts().values()]
-
-
 @pytest.mark.embedded
 def test_the_embedded_model_has_shipped_scores_and_other_weights_of_its_shape_have_none() -> None:
     model, tokenizer = load_model("smollm2")
-    scores = shipped_scores(model)
+    scores = KVzipHeadPress().head_scores(model)
     assert scores.values.shape == (30, 3) and scores.values.min() > 0 and scores.values.max() <= 1
     cache = compress(model, tokenizer, TEXT, KVzipHeadPress(0.4))
     lengths = torch.stack([cache.seqlens(layer_idx)[0] for layer_idx, _ in cache.ragged_layers()])
@@ -341,4 +356,4 @@ def test_the_embedded_model_has_shipped_scores_and_other_weights_of_its_shape_ha
     with torch.no_grad():
         model.model.layers[7].self_attn.k_proj.weight.mul_(1.02)
     with pytest.raises(InvalidArgumentError, match="only those of other weights of this shape"):
-        shipped_scores(model)
+        KVzipHeadPress().head_scores(model)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.presses.kvzip_head.head_scores import HeadScores
+from kvzip_press.head_scores import HeadScores
 
 HEADS, CONFIG = "full_attention_heads.tsv", "config.json"
 
@@ -59,7 +59,7 @@ def import_duo(folder: str | PathLike[str]) -> tuple[HeadScores, int, int]:
             f"expected a DuoAttention pattern ({HEADS} and {CONFIG}) in {source}, got {type(error).__name__}: {error}"
         ) from error
     sink_size, recent_size = _sizes(config, str(source / CONFIG))
-    provenance = {"source": "DuoAttention pattern", "sink_size": str(sink_size), "recent_size": str(recent_size)}
+    provenance = {"method": "duo-attention", "sink_size": str(sink_size), "recent_size": str(recent_size)}
     scores = HeadScores(torch.from_numpy(values).clamp(0, 1), (), provenance)
     return scores, sink_size, recent_size
 

@@ -1,10 +1,10 @@
-"""One score per (layer, KV head): KVzip's pair scores, reduced by their maximum over the sequence."""
+"""One score per (layer, KV head) of a model, made once and used for every context."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -13,17 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press import __version__
+from kvzip_press import __version__, head_file
 from kvzip_press.chat import encode
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.model_facts import SHAPE, alike, num_kv_heads, shape_of, weight_sketch
 from kvzip_press.models import full_attention_layers
-from kvzip_press.prefilling import prefill
-from kvzip_press.press import Press
-from kvzip_press.presses.kvzip_head import head_file
-from kvzip_press.presses.kvzip_head.model_facts import SHAPE, num_kv_heads, shape_of, weight_sketch
-from kvzip_press.registry import get_press
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,7 +28,7 @@ class HeadScores:
         values: ``[full_attention_layers, num_key_value_heads]``, fp32, on the CPU, higher is more important.
         layer_indices: The cache's index of each row; empty where a file of another project does not say, and then the
             rows are the model's full-attention layers in order.
-        provenance: Where the scores come from: model, its shape, texts by SHA-256 and tokens, version.
+        provenance: Where the scores come from: method, model, its shape, texts by SHA-256 and tokens, version.
 
     Raises:
         InvalidArgumentError: Values that are not finite numbers ``[layers, heads]``, or as many indices as rows.
@@ -62,59 +56,73 @@ class HeadScores:
         return f"HeadScores({list(self.values.shape)}, model={self.provenance.get('model', 'not named')!r})"
 
     @classmethod
-    def compute(
-        cls,
-        model: nn.Module,
-        tokenizer: Any,
-        texts: Sequence[str],
-        chunk_size: int = 2048,
-        progress: Progress | None = None,
+    def of_texts(
+        cls, values: torch.Tensor, model: Any, tokenizer: Any, texts: Sequence[str], **settings: object
     ) -> HeadScores:
-        """Reads each text, scores it with KVzip and takes the maximum over its tokens, then over the texts.
+        """Scores made with a model from texts, and in their provenance everything that they depend on.
 
         Args:
-            model: A causal language model.
+            values: ``[full_attention_layers, num_key_value_heads]``.
+            model: The model.
             tokenizer: Its tokenizer.
-            texts: One text of a kind that the model will see, or several.
-            chunk_size: Context tokens replayed at a time.
-            progress: Called after every forward with how many are done and how many there are.
+            texts: What it read.
+            settings: The method by name, and its settings.
+        """
+        read = [
+            {"sha256": hashlib.sha256(text.encode()).hexdigest(), "tokens": len(encode(tokenizer, text))}
+            for text in texts
+        ]
+        name = Path(str(getattr(model.config, "name_or_path", "") or type(model).__name__)).name
+        provenance = {
+            "model": name,
+            **shape_of(model),
+            "k_proj_norms": json.dumps([round(norm, 4) for norm in weight_sketch(model)]),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "texts": json.dumps(read),
+            **{setting: str(value) for setting, value in settings.items()},
+            "kvzip_press": __version__,
+        }
+        return cls(values, tuple(layer.layer_idx for layer in full_attention_layers(model)), provenance)
+
+    @classmethod
+    def shipped(cls, folder: Path, model: nn.Module) -> HeadScores:
+        """The scores for a model among those that come with the package, found by its shape and its weights.
 
         Raises:
-            InvalidArgumentError: No text, an empty one, or one longer than the model's positions.
+            InvalidArgumentError: There are none for a model of this shape, or only for other weights of this shape.
         """
-        if isinstance(texts, str) or not texts:
-            raise InvalidArgumentError(f"expected a list of one text or more, got {texts!r}")
-        press, lengths = get_press("kvzip", 0.0, chunk_size=chunk_size), [len(encode(tokenizer, t)) for t in texts]
-        total = sum(1 + -(-length // chunk_size) for length in lengths)
-        done = 0
-
-        def count(*_: Any) -> None:
-            nonlocal done
-            done += 1
-            if progress is not None:
-                progress(done, total)
-
-        hook = full_attention_layers(model)[0].module.register_forward_hook(count)  # a replay calls no decoder
-        try:
-            values = torch.stack([_of_text(model, tokenizer, text, press) for text in texts]).amax(dim=0)
-        finally:
-            hook.remove()
-        indices = tuple(layer.layer_idx for layer in full_attention_layers(model))
-        return cls(values, indices, _provenance(model, texts, lengths, chunk_size))
+        shape, same_shape = shape_of(model), []
+        for path in sorted(folder.glob("*.safetensors")):
+            scores = cls.load(path)
+            if any(scores.provenance[name] != shape[name] for name in SHAPE):
+                continue
+            if alike(json.loads(scores.provenance["k_proj_norms"]), weight_sketch(model)):
+                return scores.check(model)
+            same_shape.append(scores.provenance["model"])
+        got = f"only those of other weights of this shape ({', '.join(same_shape)})" if same_shape else "none"
+        described = ", ".join(f"{name}={value}" for name, value in shape.items())
+        raise InvalidArgumentError(
+            f"expected head scores shipped for {type(model).__name__} ({described}), got {got}: make them with "
+            "`kvzip-press heads compute --model MODEL --out FILE` and pass scores=FILE"
+        )
 
     def merged(self, others: Sequence[HeadScores]) -> HeadScores:
-        """The elementwise maximum of these scores and others of the same model.
+        """The elementwise maximum of these scores and others of the same model, made by the same method.
 
         Raises:
-            InvalidArgumentError: Scores of another shape, or of a model that is known to be another.
+            InvalidArgumentError: Scores of another shape, or of a model or a method that is known to be another.
         """
         values, provenance = self.values, dict(self.provenance)
         for other in others:
-            known = [name for name in (*SHAPE, "k_proj_norms") if name in provenance and name in other.provenance]
+            facts = (*SHAPE, "k_proj_norms", "method")
+            known = [name for name in facts if name in provenance and name in other.provenance]
             differing = [name for name in known if provenance[name] != other.provenance[name]]
             layers = self.layer_indices, other.layer_indices
             if other.values.shape != values.shape or differing or (all(layers) and layers[0] != layers[1]):
-                raise InvalidArgumentError(f"expected scores of one model, got {self!r} and {other!r}")
+                cause = f", which differ in {', '.join(differing)}" if differing else ""
+                raise InvalidArgumentError(
+                    f"expected scores of one model by one method, got {self!r} and {other!r}{cause}"
+                )
             values = torch.maximum(values, other.values)
             texts = json.loads(provenance.get("texts", "[]")) + json.loads(other.provenance.get("texts", "[]"))
             provenance = {**other.provenance, **provenance, "texts": json.dumps(texts)}
@@ -122,7 +130,11 @@ class HeadScores:
         return HeadScores(values, indices, provenance)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all; its folder is made where it is missing."""
+        """Writes a safetensors file, whole or not at all; its folder is made where it is missing.
+
+        Raises:
+            CacheFileError: The file cannot be written.
+        """
         head_file.write(Path(path), self.values, {**self.provenance, "layer_indices": json.dumps(self.layer_indices)})
 
     @classmethod
@@ -146,7 +158,7 @@ class HeadScores:
         Raises:
             InvalidArgumentError: There is no such file, or it holds something else.
         """
-        return cls(head_file.read_pt(Path(path)), (), {"source": Path(path).name})
+        return cls(head_file.read_pt(Path(path)), (), {"method": "kvzip", "source": Path(path).name})
 
     def kept_heads(self, compression_ratio: float) -> torch.Tensor:
         """The ``round((1 - compression_ratio) * layers * heads)`` best heads, exactly, as bool ``[layers, heads]``.
@@ -177,27 +189,12 @@ class HeadScores:
         return self
 
 
-def _of_text(model: nn.Module, tokenizer: Any, text: str, press: Press) -> torch.Tensor:
-    """``[full_attention_layers, num_key_value_heads]``: the best pair of each head outside the protected prefix."""
-    done = prefill(model, tokenizer, text)
-    scores = press.score(done)
-    free = done.valid & ~scores.protected
-    best = [values.masked_fill(~free.to(values.device).unsqueeze(1), -torch.inf) for values in scores.layers.values()]
-    return torch.stack([values.amax(dim=(0, 2)).cpu() for values in best])
+def check_texts(texts: Sequence[str]) -> Sequence[str]:
+    """The texts, if they are a list of at least one.
 
-
-def _provenance(model: Any, texts: Sequence[str], lengths: Sequence[int], chunk_size: int) -> dict[str, str]:
-    read = [
-        {"sha256": hashlib.sha256(text.encode()).hexdigest(), "tokens": length}
-        for text, length in zip(texts, lengths, strict=True)
-    ]
-    name = Path(str(getattr(model.config, "name_or_path", "") or type(model).__name__)).name
-    return {
-        "model": name,
-        **shape_of(model),
-        "k_proj_norms": json.dumps([round(norm, 4) for norm in weight_sketch(model)]),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "texts": json.dumps(read),
-        "chunk_size": str(chunk_size),
-        "kvzip_press": __version__,
-    }
+    Raises:
+        InvalidArgumentError: They are not; a text by itself is a list of letters, and refused.
+    """
+    if isinstance(texts, str) or not texts:
+        raise InvalidArgumentError(f"expected a list of one text or more, got {texts!r}")
+    return texts

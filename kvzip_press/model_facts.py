@@ -1,4 +1,4 @@
-"""What ties scores of heads to a model: its shape, and a sketch of its weights."""
+"""What ties files made for a model (scores of heads, gates) to it: its shape, and a sketch of its weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from kvzip_press.models import full_attention_layers, text_config
 
 SHAPE = ("model_type", "num_hidden_layers", "num_key_value_heads", "hidden_size", "vocab_size")
-"""Settings that models of one shape share; keys of :attr:`HeadScores.provenance`."""
+"""Settings that models of one shape share; keys of what such files say of their model."""
 
 SKETCH_TOLERANCE = 0.01  # quantized weights and light fine-tunes of the same model stay within it
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,21 +10,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from kvzip_press.atomic_write import replacing
 from kvzip_press.errors import InvalidArgumentError
 
 TENSOR, INDICES, FORMAT = "head_scores", "layer_indices", "kvzip_press_head_scores"
 
 
 def write(path: Path, values: torch.Tensor, metadata: Mapping[str, str]) -> None:
-    """Writes ``values`` and what is said of them beside the file's name, then renames."""
+    """Writes ``values`` and what is said of them, whole or not at all; the folder is made where it is missing.
+
+    Raises:
+        CacheFileError: The file cannot be written.
+    """
     data = save({TENSOR: values.contiguous()}, metadata={**metadata, FORMAT: "1"})
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[torch.Tensor, dict[str, str], tuple[int, ...]]:

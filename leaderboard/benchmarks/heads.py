@@ -1,0 +1,82 @@
+"""Whole heads dropped: KVzip's scores, DuoAttention's and random ones, each with the same sink and window.
+
+``python -m kvzip_press.leaderboard.benchmarks.heads --contexts 13``
+
+The tasks are the demo's. Heads that are dropped keep the chat template's prefix, and in the second half of the table
+the last ``window`` tokens of the context besides; on contexts as short as these the window is a good part of what is
+kept, so look at the measured fraction. Rows go to a JSONL file as they are made.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from kvzip_press import load_model
+from kvzip_press.head_scores import HeadScores
+from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, count_rows, plan
+from kvzip_press.leaderboard.results import RowWriter
+from kvzip_press.leaderboard.runner import execute
+from kvzip_press.leaderboard.summary import summarise
+from kvzip_press.leaderboard.table import results_table
+from kvzip_press.leaderboard.tasks import get_task
+from kvzip_press.model_facts import num_kv_heads
+from kvzip_press.models import full_attention_layers
+
+REMOVED = (0.4, 0.5)
+N_SINK = 4  # fewer than the chat template's prefix, so that all presses keep the prefix and no more
+
+
+def main(
+    contexts: Annotated[int, typer.Option(help="Pages of profile_qa (8 questions each); twice as many needles.")] = 13,
+    tokens: Annotated[int, typer.Option(help="Tokens of each context.")] = 450,
+    window: Annotated[int, typer.Option(help="Last tokens that every head keeps, in the second half.")] = 64,
+    draws: Annotated[int, typer.Option(help="Draws of random heads.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the contexts.")] = 17,
+    model: Annotated[str, typer.Option(help="Path or hub id of a model, or smollm2.")] = "smollm2",
+    out: Annotated[Path, typer.Option(help="Where the rows go.")] = Path("outputs/heads.jsonl"),
+) -> None:
+    """Runs the comparison and prints it."""
+    loaded, tokenizer = load_model(model)
+    shape = len(full_attention_layers(loaded)), num_kv_heads(loaded)
+    presses = (PressSpec("none", "full cache", compression_ratios=(0.0,)), *head_presses(shape, window, draws))
+    tasks = (
+        TaskSpec(get_task("hidden_facts", n_keys=4), 2 * contexts, tokens),
+        TaskSpec(get_task("profile_qa", n_people=1, n_attributes=8), contexts, tokens),
+    )
+    run = Run(model, tasks, presses, REMOVED, seed)
+    works, rows = plan(run, tokenizer), []
+    with RowWriter(out) as writer, Progress(transient=True) as progress:
+        bar = progress.add_task("questions", total=count_rows(run, works))
+        for row in execute(run, works, loaded, tokenizer):
+            writer.write(row)
+            rows.append(replace(row, press=row.press.partition(" #")[0]))  # draws of random heads are averaged
+            progress.update(bar, advance=1)
+    cells = summarise(rows)
+    title = f"{model}, seed {seed}, {cells[0].n_questions} questions a press and ratio, {draws} draws of random heads"
+    Console().print(results_table(cells, title))
+
+
+def head_presses(shape: tuple[int, int], window: int, draws: int) -> list[PressSpec]:
+    """The presses of the table, first without a window, as KVzip has it, then with one, as DuoAttention has it."""
+    random = [torch.rand(shape, generator=torch.Generator().manual_seed(draw)) for draw in range(draws)]
+    specs = []
+    for size, label in ((0, ""), (window, f", window {window}")):
+        ends = {"n_sink": N_SINK, "window_size": size}
+        specs += [
+            PressSpec("kvzip_head", f"kvzip_head{label}", ends),
+            PressSpec("duo_attention", f"duo_attention{label}", ends),
+            *(
+                PressSpec("kvzip_head", f"random heads{label} #{draw}", {**ends, "scores": HeadScores(values)})
+                for draw, values in enumerate(random)
+            ),
+        ]
+    return specs
+
+
+if __name__ == "__main__":
+    typer.run(main)

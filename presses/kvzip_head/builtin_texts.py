@@ -1,0 +1,12 @@
+"""The texts that scores of heads are made of where none are given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent / "texts"
+
+
+def builtin_texts() -> dict[str, str]:
+    """Name -> text: pages of prose, code, dialogue, records, instructions and argument, written for this package."""
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.txt"))}
