@@ -82,7 +82,14 @@ def test_without_matplotlib_there_is_no_picture_and_a_line_says_so(
 
 
 def test_the_presses_of_the_demo_are_those_of_the_readme() -> None:
-    assert [spec.name for spec in demo.PRESSES] == ["none", "random", "kvzip", "snapkv", "adakv_expected_attention"]
+    assert [spec.name for spec in demo.PRESSES] == [
+        "none",
+        "random",
+        "kvzip",
+        "fastkvzip",
+        "snapkv",
+        "adakv_expected_attention",
+    ]
     assert demo.COMPRESSION_RATIOS == (0.5, 0.7, 0.9)
     per_cell = sum(
         len(sample.questions) * spec.n_contexts

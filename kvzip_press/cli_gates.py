@@ -1,0 +1,142 @@
+"""``kvzip-press gates``: gates that foresee KVzip's scores, trained."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvzip_press.errors import InvalidArgumentError
+
+app = typer.Typer(no_args_is_help=True, help="Gates of a model's layers, for the press fastkvzip.")
+
+
+@app.callback()
+def _commands() -> None:
+    """Gates of a model's layers, for the press fastkvzip."""
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option("--out", help="The safetensors file to write.")],
+    model: Annotated[str, typer.Option("--model", help="Path or hub id of a model, or smollm2 (embedded).")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="A text file, a .jsonl file with a text a line, or a hub data set; several times."),
+    ] = None,
+    self_generated: Annotated[
+        bool, typer.Option("--self-generated", help="Text sampled from the model itself instead of --data.")
+    ] = False,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to train on.")] = 1_000_000,
+    held_out_tokens: Annotated[int, typer.Option("--held-out-tokens", help="Tokens to evaluate with.")] = 20_000,
+    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.")] = 5000,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 0.2,
+    dim: Annotated[int, typer.Option("--dim", help="Dimensions of a gate.")] = 16,
+    seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
+    piece_tokens: Annotated[int, typer.Option("--piece-tokens", help="Most tokens that are read at a time.")] = 16384,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Texts sampled at a time; default 512 on a GPU, 32 on a CPU.")
+    ] = None,
+    disk_gb: Annotated[float, typer.Option("--disk-gb", help="Most disk for features; the rest goes in rounds.")] = 20,
+    work: Annotated[Path | None, typer.Option("--work", help="Folder for what is under way. Default OUT.work.")] = None,
+    keep_work: Annotated[bool, typer.Option("--keep-work/--no-keep-work", help="Leave that folder.")] = False,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default the GPU if any.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32; default bf16 on a GPU.")] = None,
+) -> None:
+    """Trains gates for a model: KVzip is the teacher, hidden states of the texts are what they learn from.
+
+    A run that was killed goes on where it was when the same command is given again. Nothing of the model is changed.
+    """
+    if bool(data) == self_generated:
+        raise InvalidArgumentError("expected one of --data and --self-generated, got both or none")
+    training = _training()
+    folder = work if work is not None else out.with_name(out.name + ".work")
+    recipe = training.Recipe(
+        tokens=tokens,
+        held_out_tokens=held_out_tokens,
+        steps=steps,
+        lr=lr,
+        dim=dim,
+        seed=seed,
+        piece_tokens=piece_tokens,
+        disk_bytes=int(disk_gb * 1e9),
+    )
+    loaded, tokenizer = _load(model, device, dtype)
+    with _shown() as (progress, seconds):
+        if self_generated:
+            sampled = folder / "sampled"
+            found = training.self_generated(
+                loaded, tokenizer, recipe, sampled, batch_size=batch_size, progress=progress
+            )
+        else:
+            found = training.texts_of(data or [], tokenizer, recipe)
+        gates, agreement = training.Training(loaded, tokenizer, recipe, *found, folder, progress).run()
+    gates.save(out)
+    if not keep_work:
+        shutil.rmtree(folder)
+    _report(agreement, seconds)
+    typer.echo(f"{out}: {gates!r}, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _load(name: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+    import torch
+
+    from kvzip_press.loading import load_model
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: "auto"}
+    chosen = dtype or ("bf16" if device.startswith("cuda") else None)
+    if chosen not in dtypes:
+        raise InvalidArgumentError(f"expected --dtype to be bf16, fp16 or fp32, got {dtype!r}")
+    model, tokenizer = load_model(name, dtype=dtypes[chosen])
+    model.to(device)  # type: ignore[arg-type]  # transformers types this for its own parallel models
+    return model, tokenizer
+
+
+@contextmanager
+def _shown() -> Iterator[tuple[Callable[[str, int, int, str], None], dict[str, float]]]:
+    """A progress bar a stage, and the seconds that each took."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bars: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    last = time.perf_counter()
+    with Progress(*columns, TextColumn("{task.fields[remark]}")) as shown:
+
+        def progress(stage: str, done: int, total: int, remark: str) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            seconds[stage] = seconds.get(stage, 0.0) + now - last
+            last = now
+            if stage not in bars:
+                bars[stage] = shown.add_task(stage, total=total, remark="")
+            shown.update(bars[stage], completed=done, total=total, remark=remark)
+
+        yield progress, seconds
+
+
+def _report(agreement: Any, seconds: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "loss", "agreement", "rank correlation")
+    columns = (agreement.loss, agreement.agreement, agreement.rank_correlation)
+    for layer_idx, *values in zip(agreement.layer_indices, *columns, strict=True):
+        table.add_row(str(layer_idx), *(f"{value:.3f}" for value in values))
+    means = ", ".join(f"{name} {value:.3f}" for name, value in agreement.summary.items())
+    times = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+    Console().print(table, f"held out, {agreement.tokens} tokens: {means}\n{times}", markup=False)
+
+
+def _training() -> Any:
+    """The training that the press ``fastkvzip`` comes with, found by its name: the core knows no press."""
+    from kvzip_press.presses import PRESSES
+
+    return importlib.import_module(PRESSES["fastkvzip"].partition(":")[0] + ".training")

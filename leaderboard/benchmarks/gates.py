@@ -1,0 +1,83 @@
+"""Gated KVzip beside KVzip and presses that cost as little, on the demo's tasks and on families nobody tuned for.
+
+``python -m kvzip_press.leaderboard.benchmarks.gates --contexts 25`` (about 300 questions a row; ``--gate FILE`` for
+another gate than the package's). Every press meets every context and question. A family is held out when it is not one
+of the demo's: gates are trained on neither, but it was by the demo's that they were looked at. Errors are standard
+errors over contexts.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from kvzip_press import load_model
+from kvzip_press.leaderboard.demo import TASKS as DEMO
+from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, count_rows, plan
+from kvzip_press.leaderboard.results import Row, RowWriter
+from kvzip_press.leaderboard.runner import execute
+from kvzip_press.leaderboard.summary import Cell, summarise
+from kvzip_press.leaderboard.tasks import TASKS, get_task
+
+REMOVED = (0.5, 0.7)
+PEERS = ("kvzip", "snapkv", "expected_attention", "knorm", "random")
+
+
+def main(
+    contexts: Annotated[int, typer.Option(help="Contexts a task.")] = 25,
+    tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 450,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="Further tasks; several times. Default: all that the demo does not show.")
+    ] = None,
+    gate: Annotated[Path | None, typer.Option(help="A file of gates. Default: the package's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the contexts.")] = 23,
+    model: Annotated[str, typer.Option(help="Path or hub id of a model, or smollm2.")] = "smollm2",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default the GPU if any.")] = None,
+    rows: Annotated[Path, typer.Option(help="Where the rows go.")] = Path("outputs/gates/rows.jsonl"),
+) -> None:
+    """Runs the comparison and prints it, all tasks together and each by itself."""
+    names = {spec.task.name for spec in DEMO}
+    others = held_out or [name for name in TASKS if name not in names]
+    specs = [replace(spec, n_contexts=contexts, length_tokens=tokens) for spec in DEMO]
+    specs += [TaskSpec(get_task(name), contexts, tokens) for name in others]
+    gated = PressSpec("fastkvzip", "gated", {} if gate is None else {"gate": str(gate)})
+    full = PressSpec("none", "full cache", compression_ratios=(0.0,))
+    run = Run(model, tuple(specs), (full, gated, *(PressSpec(name, name) for name in PEERS)), REMOVED, seed)
+    found = _measure(run, device, rows)
+    for name in ("all tasks", *(spec.task.name for spec in specs)):
+        cells = summarise(row for row in found if name in ("all tasks", row.task))
+        note = " (held out)" if name in others else ""
+        Console().print(_table(cells, f"{name}{note}: {cells[0].n_questions} questions a row, seed {seed}"))
+
+
+def _measure(run: Run, device: str | None, path: Path) -> list[Row]:
+    loaded, tokenizer = load_model(run.model_name)
+    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    works, found = plan(run, tokenizer), []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with RowWriter(path) as writer, Progress(transient=True) as shown:
+        bar = shown.add_task("questions", total=count_rows(run, works))
+        for row in execute(run, works, loaded, tokenizer):
+            writer.write(row)
+            found.append(row)
+            shown.advance(bar)
+    return found
+
+
+def _table(cells: list[Cell], title: str) -> Table:
+    table = Table("press", "removed", "accuracy", "kept", "compress s", title=title)
+    for cell in cells:
+        error = "" if cell.standard_error is None else f" ± {cell.standard_error:.3f}"
+        figures = (f"{cell.accuracy:.3f}{error}", f"{cell.kept_fraction:.2f}", f"{cell.compress_seconds:.3f}")
+        table.add_row(cell.press, f"{cell.compression_ratio:.1f}", *figures)
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)

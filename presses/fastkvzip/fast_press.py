@@ -1,0 +1,150 @@
+"""Fast KVzip (https://arxiv.org/abs/2601.17668): small gates foresee KVzip's scores while the context is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.eviction import compressible_layers
+from kvzip_press.prefilling import Prefill
+from kvzip_press.press import AllocatingPress, ObservingPress
+from kvzip_press.presses.fastkvzip.finding import gates_for
+from kvzip_press.presses.fastkvzip.gates import Gates
+from kvzip_press.presses.fastkvzip.watching import watching_hidden_states
+from kvzip_press.scores import Scores
+
+
+@dataclass(frozen=True)
+class FastKVzipPress(AllocatingPress, ObservingPress):
+    """Scores pairs by gates, from the hidden states that enter each layer's attention, in the prefill itself.
+
+    Nothing is read again, and no hidden state is kept. The last tokens are protected, inside the budget, and the
+    chat-template prefix outside of it, as the authors have it. Their window is 4096 tokens from 16000 tokens on, 2 % of
+    the context below, and cut to the budget; ours is the smaller of the two everywhere: it does not jump, and up to a
+    ratio of 0.98 it never crowds out what the gates chose (beyond, the window is what is kept).
+
+    Args:
+        compression_ratio: Fraction of the context's pairs removed, in [0, 1); the prefix is not counted.
+        allocation: "global" (the paper), "layer", "head" or "adakv".
+        budget: Tokens' worth of pairs kept instead of a ratio. This, ``layer_ratios``, ``safeguard`` and
+            ``min_kept_per_head`` are explained in :class:`kvzip_press.press.AllocatingPress`; all four by name.
+        gate: :class:`Gates`; a file of them, ours or (``.pt``) a published one; a folder or a hub repository laid out
+            as the authors' ``Jang-Hyun/Fast-KVzip``; None for those that come with the package for the model, or else
+            those in that repository.
+        window_size: Most last tokens of a row that every head keeps.
+        window_ratio: The same as a fraction of the row's tokens, in [0, 1]; the smaller of the two holds.
+        n_sink: First tokens protected where the chat-template prefix is not known.
+
+    Raises:
+        InvalidArgumentError: A value out of range, or a file that cannot be read.
+    """
+
+    gate: Gates | str | PathLike[str] | None = None
+    window_size: int = 4096
+    window_ratio: float = 0.02
+    n_sink: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window_size < 0 or self.n_sink < 0 or not 0 <= self.window_ratio <= 1:
+            raise InvalidArgumentError(
+                f"expected window_size >= 0, n_sink >= 0 and window_ratio in [0, 1], got {self.window_size}, "
+                f"{self.n_sink} and {self.window_ratio}"
+            )
+        if not isinstance(self.gate, Gates | str | PathLike | None):
+            raise InvalidArgumentError(f"expected Gates, a path or a hub repository, got {type(self.gate).__name__}")
+        if self.gate is not None and not isinstance(self.gate, Gates) and Path(self.gate).is_file():
+            object.__setattr__(self, "gate", Gates.load(self.gate))
+
+    def observer(self, model: nn.Module) -> GateObserver:
+        """What scores one prefill while it runs.
+
+        Raises:
+            InvalidArgumentError: There are no gates for the model, or they do not fit it.
+        """
+        return GateObserver(self, model)
+
+    def gates(self, model: nn.Module) -> Gates:
+        """The gates for a model.
+
+        Raises:
+            InvalidArgumentError: There are none, or they do not fit it.
+        """
+        return gates_for(model, self.gate)
+
+    def scores(
+        self, hidden_states: Mapping[int, torch.Tensor], model: nn.Module | None = None
+    ) -> dict[int, torch.Tensor]:
+        """The gates' scores of hidden states: for engines with caches of their own, a signal of what to keep.
+
+        A score is about one token and depends on nothing but its hidden state, so chunks, steps and whole contexts give
+        the same. It foresees the most attention that the pair would get while the model repeats the context, in (0, 1).
+
+        Args:
+            hidden_states: ``layer_idx -> [..., n, hidden_size]``, any floating dtype and device: what enters the
+                attention module, after the layer's input norm. Any layers that have a gate.
+            model: The model, where ``gate`` does not hold the gates themselves.
+
+        Returns:
+            ``layer_idx -> [..., num_key_value_heads, n]``, fp32, on the same device.
+
+        Raises:
+            InvalidArgumentError: No gates without a model, a layer without a gate, or another hidden size.
+        """
+        gates = self.gate if model is None else self.gates(model)
+        if not isinstance(gates, Gates):
+            raise InvalidArgumentError(f"expected a model to find its gates by, or gate=Gates or a file, got {gates!r}")
+        return {layer_idx: gates.scores(states, layer_idx) for layer_idx, states in hidden_states.items()}
+
+    def window(self, valid: torch.Tensor) -> torch.Tensor:
+        """``[batch, span]``, bool: the last tokens of each row that no head loses, wherever its padding is."""
+        lengths = valid.sum(dim=-1, keepdim=True)
+        size = (lengths.double() * self.window_ratio).long().clamp(max=self.window_size)
+        tokens_after = valid.long().flip(-1).cumsum(dim=-1).flip(-1) - 1
+        return valid & (tokens_after < size)
+
+
+class GateObserver:
+    """The gates' scores of one forward, each layer's when its attention begins.
+
+    Args:
+        press: The press.
+        model: The model to watch.
+
+    Attributes:
+        layers: ``layer_idx -> [batch, num_key_value_heads, n]``, fp32, of the layers that have run.
+    """
+
+    def __init__(self, press: FastKVzipPress, model: nn.Module) -> None:
+        self.layers: dict[int, torch.Tensor] = {}
+        self._press, self._model, self._gates = press, model, press.gates(model)
+        self._watching = ExitStack()
+
+    def __enter__(self) -> GateObserver:
+        self._watching.enter_context(watching_hidden_states(self._model, self._look))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._watching.close()
+
+    def scores(self, prefill: Prefill) -> Scores:
+        """The scores of the prefill that was watched; what the gates said of padding is left out."""
+        valid = prefill.valid
+        layers = {
+            layer_idx: torch.where(valid.to(scores.device).unsqueeze(1), scores, 0)
+            for layer_idx in compressible_layers(prefill.model, prefill.cache)
+            for scores in [self.layers[layer_idx]]
+        }
+        prefix = prefill.protected(self._press.n_sink)
+        window = self._press.window(valid) & ~prefix
+        return Scores(layers, prefix | window, **self._press.policy, protected_count=window)
+
+    def _look(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
+        self.layers[layer_idx] = self._gates.scores(hidden_states, layer_idx)

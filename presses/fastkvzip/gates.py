@@ -1,0 +1,175 @@
+"""The gates of a model: one for each full-attention layer, with what is known of where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.model_facts import num_kv_heads
+from kvzip_press.models import full_attention_layers, text_config
+from kvzip_press.presses.fastkvzip import gate_file, published
+from kvzip_press.presses.fastkvzip.gate import LayerGate
+
+_TOKENS = 4096  # scored at a time: what lies between the projections and the scores stays in a GPU's L2 cache
+_SHAPE = ("hidden_size", "num_key_value_heads", "num_key_value_groups")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Gates:
+    """The gates of one model.
+
+    Attributes:
+        layers: A gate a full-attention layer, in order.
+        layer_indices: The cache's index of each; empty where a published file does not say, and then they are the
+            model's full-attention layers in order.
+        provenance: Where they come from: model and its shape, training data by SHA-256 and tokens, recipe, version.
+
+    Raises:
+        InvalidArgumentError: No gates, gates of different shapes, or as many indices as there are not gates.
+    """
+
+    layers: Sequence[LayerGate]
+    layer_indices: tuple[int, ...] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    placed: dict[Any, LayerGate] = field(default_factory=dict)  # copies where and as hidden states were
+
+    def __post_init__(self) -> None:
+        shapes = {gate.shape for gate in self.layers}
+        if len(shapes) != 1:
+            raise InvalidArgumentError(f"expected gates of one shape, one gate or more, got shapes {sorted(shapes)}")
+        if self.layer_indices and len(self.layer_indices) != len(self.layers):
+            raise InvalidArgumentError(
+                f"expected a layer index for each of {len(self.layers)} gates, got {len(self.layer_indices)}"
+            )
+
+    def __repr__(self) -> str:
+        return f"Gates({len(self.layers)} layers of {self.shape}, model={self.provenance.get('model', 'not named')!r})"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """hidden_size, num_key_value_heads, num_key_value_groups, dim, n_sink."""
+        return self.layers[0].shape
+
+    @classmethod
+    def of_state_dicts(
+        cls,
+        states: Sequence[Mapping[str, torch.Tensor]],
+        layer_indices: tuple[int, ...] = (),
+        provenance: Mapping[str, str] | None = None,
+    ) -> Gates:
+        """Gates from the state dict of each layer, whose dimensions follow from the shapes.
+
+        Raises:
+            InvalidArgumentError: Keys or shapes that are not those of a gate; the message says what was expected.
+        """
+        return cls([gate_of(state, row) for row, state in enumerate(states)], layer_indices, provenance or {})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Gates:
+        """Reads what :meth:`save` wrote, or (``.pt``) what Fast KVzip published. Reading either runs no code.
+
+        Raises:
+            InvalidArgumentError: There is no such file, or one of another kind.
+        """
+        path = Path(path)
+        if path.suffix == ".pt":
+            return cls.of_state_dicts(published.read(path), (), {"source": path.name})
+        return cls.of_state_dicts(*gate_file.read(path))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all; its folder is made where it is missing."""
+        gate_file.write(Path(path), [gate.state_dict() for gate in self.layers], self.layer_indices, self.provenance)
+
+    def check(self, model: nn.Module) -> Gates:
+        """These gates, if they fit a model's layers, heads, groups and hidden size; they know its layers then.
+
+        Raises:
+            InvalidArgumentError: They do not.
+        """
+        indices = tuple(layer.layer_idx for layer in full_attention_layers(model))
+        config, heads = text_config(model), num_kv_heads(model)
+        expected = (len(indices), config.hidden_size, heads, config.num_attention_heads // heads)
+        got = (len(self.layers), *self.shape[:3])
+        if got != expected:
+            names = ", ".join(("full-attention layers", *_SHAPE))
+            raise InvalidArgumentError(
+                f"expected gates for {type(model).__name__} of {expected} ({names}), got {self!r} of {got}"
+            )
+        if self.layer_indices and self.layer_indices != indices:
+            raise InvalidArgumentError(f"expected gates of the layers {indices}, got those of {self.layer_indices}")
+        return self if self.layer_indices else replace(self, layer_indices=indices)
+
+    @torch.no_grad()
+    def scores(self, hidden_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """One layer's scores.
+
+        Args:
+            hidden_states: ``[..., n, hidden_size]``, any floating dtype, any device: what enters the attention module,
+                after the layer's input norm.
+            layer_idx: The layer's index in the model (in order where these gates were not checked against one).
+
+        Returns:
+            ``[..., num_key_value_heads, n]``, fp32, in (0, 1), on that device.
+
+        Raises:
+            InvalidArgumentError: No gate of this layer, or another hidden size.
+        """
+        indices = self.layer_indices or tuple(range(len(self.layers)))
+        if layer_idx not in indices:
+            raise InvalidArgumentError(f"expected a layer among {indices}, got {layer_idx}")
+        if hidden_states.dim() < 2 or hidden_states.shape[-1] != self.shape[0]:
+            raise InvalidArgumentError(
+                f"expected hidden states [..., n, hidden_size={self.shape[0]}], got {tuple(hidden_states.shape)}"
+            )
+        gate = self._placed(indices.index(layer_idx), hidden_states)
+        return torch.cat([gate(part) for part in hidden_states.split(_TOKENS, dim=-2)], dim=-1)
+
+    def _placed(self, row: int, like: torch.Tensor) -> LayerGate:
+        """A layer's gate with its projections where and as the hidden states are; the first use copies it there."""
+        key = (row, like.device, like.dtype)
+        if key not in self.placed:
+            state = {name: tensor.to(like.device) for name, tensor in self.layers[row].state_dict().items()}
+            gate = _empty_gate(self.shape, like.dtype, like.device)
+            gate.load_state_dict(state)
+            self.placed[key] = gate
+        return self.placed[key]
+
+
+def gate_of(state: Mapping[str, torch.Tensor], row: int = 0) -> LayerGate:
+    """The gate of one state dict.
+
+    Raises:
+        InvalidArgumentError: Its keys or shapes are not those of a gate.
+    """
+    wanted = _empty_gate((1, 1, 1, 1, 1), None, torch.device("meta")).state_dict()
+    if set(state) != set(wanted):
+        raise InvalidArgumentError(f"expected the tensors {sorted(wanted)} for gate {row}, got {sorted(state)}")
+    if state["k_base"].dim() != 4 or state["b"].dim() != 3 or state["q_proj.weight"].dim() != 2:
+        shapes = {name: tuple(state[name].shape) for name in ("k_base", "b", "q_proj.weight")}
+        raise InvalidArgumentError(
+            f"expected k_base [heads, 1, n_sink, dim], b [heads, 1, groups] and q_proj.weight [heads * groups * dim, "
+            f"hidden_size] for gate {row}, got {shapes}"
+        )
+    heads, _, n_sink, dim = state["k_base"].shape
+    shape = (state["q_proj.weight"].shape[1], heads, state["b"].shape[2], dim, n_sink)
+    gate = _empty_gate(shape, state["q_proj.weight"].dtype, torch.device("cpu"))
+    expected = {name: tuple(tensor.shape) for name, tensor in gate.state_dict().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if got != expected or not all(t.is_floating_point() and bool(t.isfinite().all()) for t in state.values()):
+        raise InvalidArgumentError(f"expected finite floats of shapes {expected} for gate {row}, got shapes {got}")
+    gate.load_state_dict(dict(state))
+    return gate.requires_grad_(False)
+
+
+def _empty_gate(shape: tuple[int, int, int, int, int], dtype: torch.dtype | None, device: torch.device) -> LayerGate:
+    hidden_size, heads, groups, dim, n_sink = shape
+    with torch.device("meta"):
+        gate = LayerGate(hidden_size, heads, groups, dim=dim, n_sink=n_sink, dtype=dtype)
+    return gate.to_empty(device=device).requires_grad_(False)

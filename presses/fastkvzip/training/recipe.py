@@ -1,0 +1,64 @@
+"""How gates are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvzip_press.errors import InvalidArgumentError
+
+#: Called with what is being done, how much of it is done, how much there is, and a remark.
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyper-parameters of a training; the published ones by default.
+
+    SGD with momentum 0.9. The rate warms up over 50 steps to its full height (the authors' stops at a half and jumps),
+    and is halved at a half and at three quarters of the steps.
+
+    Args:
+        tokens: Tokens to train on.
+        held_out_tokens: Tokens of other documents to evaluate with.
+        steps: Optimiser steps, over all rounds.
+        batch_size: Tokens a step, the same for all layers.
+        lr: Learning rate.
+        dim: Dimensions of a gate's queries and keys.
+        n_sink: Learned sinks of a gate.
+        seed: Of everything that is drawn.
+        piece_tokens: Most tokens of a document that are read at a time.
+        disk_bytes: Most bytes of features on disk; what does not fit is trained on in several rounds.
+
+    Raises:
+        InvalidArgumentError: A value out of range.
+    """
+
+    tokens: int = 1_000_000
+    held_out_tokens: int = 20_000
+    steps: int = 5000
+    batch_size: int = 1000
+    lr: float = 0.2
+    dim: int = 16
+    n_sink: int = 16
+    seed: int = 0
+    piece_tokens: int = 16384
+    disk_bytes: int = 20 * 10**9
+
+    def __post_init__(self) -> None:
+        for name, least in {
+            "tokens": 64,
+            "held_out_tokens": 32,
+            "seed": 0,
+            "piece_tokens": 64,
+            "disk_bytes": 1,
+        }.items():
+            if getattr(self, name) < least:
+                raise InvalidArgumentError(f"expected {name} >= {least}, got {getattr(self, name)}")
+        if min(self.steps, self.batch_size, self.dim, self.n_sink) < 1 or not self.lr > 0:
+            raise InvalidArgumentError(f"expected steps, batch_size, dim, n_sink and lr above 0, got {self}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        part = step / self.steps
+        return self.lr * min(1.0, (step + 1) / 50) * (1.0 if part < 0.5 else 0.5 if part < 0.75 else 0.25)

@@ -1,0 +1,101 @@
+"""Text sampled from the model itself, for who has none: nothing is downloaded, and its licence is the model's output.
+
+Batches of continuations of random openings (``openings.py``), put together to documents of several lengths. A batch
+depends on the seed and on its number alone, and is kept in a file, so that a run that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvzip_press import compat
+from kvzip_press.chat import encode
+from kvzip_press.generation import eos_ids, generate
+from kvzip_press.models import text_config
+from kvzip_press.presses.fastkvzip.training.openings import opening
+from kvzip_press.sampling import Sampling
+
+_STEP = 8  # openings are cut to multiples of so many tokens, so that rows of one length fill a batch
+
+
+@dataclass(frozen=True)
+class SelfGeneration:
+    """How text is sampled.
+
+    Attributes:
+        seed: Of openings, samples and lengths.
+        batch_size: Continuations sampled at a time; on a GPU several hundred cost as much as one.
+        new_tokens: Most tokens of a continuation.
+        temperature: Of the sampling.
+        top_k: Of the sampling.
+        lengths: Tokens of a document, drawn log-uniformly between these two.
+    """
+
+    seed: int = 0
+    batch_size: int = 64
+    new_tokens: int = 256
+    temperature: float = 0.9
+    top_k: int = 100
+    lengths: tuple[int, int] = (128, 2048)
+
+    def documents(self, model: nn.Module, tokenizer: Any, folder: Path) -> Iterator[list[int]]:
+        """Documents without end, as token ids. Batches that are in the folder are not sampled again."""
+        batch = 0
+        while True:
+            path = folder / f"batch-{batch:05}.json"
+            if not path.exists():
+                texts = self._batch(model, tokenizer, batch)
+                folder.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text(json.dumps(texts), encoding="utf-8")
+                temporary.replace(path)
+            yield from json.loads(path.read_text(encoding="utf-8"))
+            batch += 1
+
+    def _batch(self, model: Any, tokenizer: Any, batch: int) -> list[list[int]]:
+        rng = random.Random(f"{self.seed}/{batch}")
+        openings = self._openings(tokenizer, rng)
+        sampling = Sampling(self.temperature, self.top_k, seed=rng.getrandbits(31))
+        written = generate(
+            model,
+            compat.DynamicCache(config=text_config(model)),
+            torch.tensor(openings),
+            self.new_tokens,
+            eos_ids=eos_ids(model, tokenizer),
+            sampling=sampling,
+            graph=False,  # a dense cache grows by concatenation, which no graph can hold
+        )
+        pieces = [[*first, *rest] for first, rest in zip(openings, written, strict=True)]
+        return list(self._joined(pieces, encode(tokenizer, "\n\n"), rng))
+
+    def _openings(self, tokenizer: Any, rng: random.Random) -> list[list[int]]:
+        """As many openings of one length as fill a batch."""
+        by_length: dict[int, list[list[int]]] = {}
+        while True:
+            ids = list(encode(tokenizer, opening(rng)))
+            ids = ids[: max(len(ids) // _STEP, 1) * _STEP]
+            alike = by_length.setdefault(len(ids), [])
+            alike.append(ids)
+            if len(alike) == self.batch_size:
+                return alike
+
+    def _joined(self, pieces: list[list[int]], between: tuple[int, ...], rng: random.Random) -> Iterator[list[int]]:
+        shortest, longest = self.lengths
+        length, document = 0, list[int]()
+        for piece in pieces:
+            if not document:
+                length = round(shortest * (longest / shortest) ** rng.random())
+            document += [*(between if document else ()), *piece]
+            if len(document) >= length:
+                yield document[:length]
+                document = []
+        if len(document) >= shortest:
+            yield document
