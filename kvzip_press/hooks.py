@@ -1,20 +1,25 @@
-"""``with press(model):`` - two hooks on the decoder that compress the cache when a prefill forward ends."""
+"""``with press(model):`` - hooks on the decoder that compress the cache when a prefill forward ends.
+
+A multimodal wrapper hands its text decoder embeddings and masks of its own making, so what the wrapper itself was
+called with is noted by two more.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvzip_press.attention import attach, detach, is_attached
+from kvzip_press.attention import attach, attention_watched, detach, is_attached
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, UnsupportedCacheError
 from kvzip_press.eviction import check_cache
 from kvzip_press.models import full_attention_layers, text_decoder
 from kvzip_press.prefilling import Prefill
 from kvzip_press.press import Press
+from kvzip_press.self_check import SelfCheck
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +42,9 @@ def compressing(press: Press, model: nn.Module) -> Iterator[None]:
         session = _Session(press, model)
         attach(model)
         stack.callback(session.close)
+        if decoder is not model:
+            stack.callback(model.register_forward_pre_hook(session.enter, with_kwargs=True).remove)
+            stack.callback(model.register_forward_hook(session.leave, always_call=True).remove)
         stack.callback(decoder.register_forward_pre_hook(session.before, with_kwargs=True).remove)
         stack.callback(decoder.register_forward_hook(session.after, with_kwargs=True).remove)
         try:
@@ -54,15 +62,25 @@ class _Session:
         self.press, self.model = press, model
         self.busy = False  # scoring runs forwards of its own
         self.start = 0
-        self.observing: ExitStack | None = None
+        self.outer: _Call | None = None  # the model's own call, while it runs
+        self.watching = ExitStack()  # what looks at the forward that runs
+        self.check: SelfCheck | None = None
         self.observers: dict[Press, Any] = {}
+
+    def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes what the whole model is called with."""
+        self.outer = _Call.of(model, args, kwargs)
+
+    def leave(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Forgets it, also after a forward that raised."""
+        self.outer = None
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuses what cannot be compressed before anything is computed, and lets the press watch."""
         if self.busy:
             return
         self.close()
-        call = _Call.of(decoder, args, kwargs)
+        call = _Call.of(decoder, args, kwargs).within(self.outer)
         if call.use_cache is False:
             raise UnsupportedCacheError("expected use_cache=True inside `with press(model):`, got use_cache=False")
         if call.cache is not None:
@@ -70,22 +88,25 @@ class _Session:
         self.start = call.n_seen
         if not call.is_prefill:
             return
-        call.valid()
+        valid = call.valid()
+        call.positions(self.start, valid)
+        self.check = SelfCheck(self.model, valid)
+        self.watching.enter_context(attention_watched(self.check))
         observer = self.press.observer(self.model)
         if observer is not None:
-            self.observing = ExitStack()
-            self.observing.enter_context(observer)
+            self.watching.enter_context(observer)
             self.observers = {self.press: observer}
 
     def after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Compresses the span that was just read."""
         if self.busy:
             return
-        observers, start = self.observers, self.start
+        observers, start, check = self.observers, self.start, self.check
         self.close()
-        call = _Call.of(decoder, args, kwargs)
-        if not (start == 0 or call.query_length > 1):
-            return
+        if check is None:
+            return  # a decode step
+        check.finish(output.past_key_values)
+        call = _Call.of(decoder, args, kwargs).within(self.outer)
         self.busy = True
         try:
             with torch.no_grad():
@@ -96,9 +117,8 @@ class _Session:
 
     def close(self) -> None:
         """Stops watching (also after a forward that raised)."""
-        if self.observing is not None:
-            self.observing.close()
-        self.observing, self.observers = None, {}
+        self.watching.close()
+        self.check, self.observers = None, {}
 
 
 class _Call:
@@ -111,11 +131,21 @@ class _Call:
         self.use_cache: bool | None = arguments.get("use_cache")
         self.position_ids: torch.Tensor | None = arguments.get("position_ids")
         self.attention_mask = arguments.get("attention_mask")
+        self.outer_ids: torch.Tensor | None = None
 
     @classmethod
     def of(cls, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         names = list(inspect.signature(decoder.forward).parameters) if args else []
         return cls({**dict(zip(names, args, strict=False)), **kwargs})
+
+    def within(self, outer: _Call | None) -> _Call:
+        """The call with what the model around the decoder was called with, where the decoder was given less."""
+        if outer is None or outer.input_ids is None or outer.input_ids.shape != self.shape:
+            return self
+        self.outer_ids = outer.input_ids
+        if isinstance(self.attention_mask, Mapping):
+            self.attention_mask = outer.attention_mask
+        return self
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -160,11 +190,34 @@ class _Call:
             raise InvalidArgumentError("expected at least one token in every row, got a row of padding only")
         return valid
 
-    def prefill(self, model: nn.Module, cache: Any, start: int, observers: dict[Press, Any]) -> Prefill:
-        """What was just read, as presses see it."""
-        valid = self.valid()
+    def positions(self, start: int, valid: torch.Tensor) -> torch.Tensor:
+        """int32 ``[batch, query_length]``, the position of each token in its row.
+
+        Raises:
+            InvalidArgumentError: Tokens with several positions that differ (M-RoPE: images and video).
+        """
         positions = self.position_ids
         if positions is None:
             positions = start + torch.arange(self.query_length, device=valid.device)[None]
-        positions = positions.expand(valid.shape[0], -1).int()
-        return Prefill(model, cache, self.input_ids, valid, positions, start=start, observers=observers)
+        if positions.dim() == 3 and bool((positions == positions[:1]).all()):
+            positions = positions[0]  # text alone has the same position on every axis
+        if positions.dim() != 2:
+            raise InvalidArgumentError(
+                f"expected one position a token under a press, got position_ids {tuple(positions.shape)} that differ "
+                "along the first dimension (M-RoPE): images and video cannot be compressed with such a model"
+            )
+        return positions.expand(valid.shape[0], -1).int()
+
+    def _ids_read(self, model: Any) -> torch.Tensor | None:
+        """The token ids that were read; None where there are none, as for images: their ids are placeholders."""
+        if self.input_ids is not None or self.outer_ids is None:
+            return self.input_ids
+        embeds = model.get_input_embeddings()(self.outer_ids)
+        same = self.embeds is not None and torch.equal(embeds, self.embeds.to(embeds.device))
+        return self.outer_ids if same else None
+
+    def prefill(self, model: nn.Module, cache: Any, start: int, observers: dict[Press, Any]) -> Prefill:
+        """What was just read, as presses see it."""
+        valid = self.valid()
+        positions = self.positions(start, valid)
+        return Prefill(model, cache, self._ids_read(model), valid, positions, start=start, observers=observers)

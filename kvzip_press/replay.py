@@ -42,6 +42,7 @@ class LayerSpan:
         sink_values: ``[1, heads, n_sink, v_head_dim]``.
         packed: The layer when it is ragged: its packed context comes before the span.
         row: The batch row.
+        visible: ``[1, 1, 1, tail]``, bool, False where the span has padding in the row; for a ragged layer.
     """
 
     keys: torch.Tensor
@@ -50,6 +51,7 @@ class LayerSpan:
     sink_values: torch.Tensor
     packed: RaggedLayer | None = None
     row: int = 0
+    visible: torch.Tensor | None = None
 
     @classmethod
     def of(cls, layer: Any, prefill: Prefill, row: int, n_sink: int) -> LayerSpan:
@@ -63,11 +65,12 @@ class LayerSpan:
         assert tail_keys is not None and tail_values is not None
         offset = tail_keys.shape[2] - prefill.valid.shape[1]
         keys, values = (x[row : row + 1, :, offset + first : offset + end] for x in (tail_keys, tail_values))
+        visible = torch.nn.functional.pad(prefill.valid[row].to(keys.device), (offset, 0), value=True)[None, None, None]
         if n_sink:
-            return cls(keys, values, keys[:, :, :n_sink], values[:, :, :n_sink], layer, row)
+            return cls(keys, values, keys[:, :, :n_sink], values[:, :, :n_sink], layer, row, visible)
         packed_row = row if layer.row_index is None else int(layer.row_index[row])
         sinks = layer.packed.first_pairs(packed_row, layer.n_protected[packed_row])
-        return cls(keys, values, *sinks, layer, row)
+        return cls(keys, values, *sinks, layer, row, visible)
 
     def attend(self, query: torch.Tensor, scaling: float | None, softcap: float | None) -> Attended:
         """Attention of ``query`` to everything in the row, the span included: output and log-sum-exp."""
@@ -76,7 +79,7 @@ class LayerSpan:
         layer, index = self.packed, torch.tensor([self.row], device=query.device)
         tail_keys, tail_values = layer.tail.keys, layer.tail.values
         assert tail_keys is not None and tail_values is not None
-        everything = torch.ones(1, 1, query.shape[2], tail_keys.shape[2], dtype=torch.bool, device=query.device)
+        assert self.visible is not None
         attended = ragged_attention(
             query,
             layer.packed.keys,
@@ -85,7 +88,7 @@ class LayerSpan:
             tail_keys[self.row : self.row + 1],
             tail_values[self.row : self.row + 1],
             row_index=index if layer.row_index is None else layer.row_index[index],
-            tail_mask=everything,
+            tail_mask=self.visible.expand(-1, -1, query.shape[2], -1),
             scaling=scaling,
             softcap=softcap,
             return_lse=True,
@@ -199,7 +202,7 @@ class Replay:
     def __init__(self, prefill: Prefill, row: int, n_sink: int, look: Callable[[int, ReplayedAttention], None]) -> None:
         self._decoder = text_decoder(prefill.model)
         self._look = look
-        self._n_seen = prefill.start + prefill.valid.shape[1]
+        self._n_seen = prefill.start + prefill.valid.shape[1] - _left_padding(prefill, row)
         self._next_position = int(prefill.positions[row][prefill.valid[row]][-1]) + 1
         self._device = prefill.valid.device
         layers = prefill.cache.layers
@@ -207,7 +210,7 @@ class Replay:
         self._spans = {idx: LayerSpan.of(layers[idx], prefill, row, n_sink) for idx in compressible}
         by_idx = {layer.layer_idx: layer for layer in attention_layers(prefill.model)}
         self._dense = {
-            idx: _row_of(sliding_copy(layer, by_idx.get(idx)), row)
+            idx: _row_of(sliding_copy(layer, by_idx.get(idx)), row, self._n_seen)
             for idx, layer in enumerate(layers)
             if idx not in compressible
         }
@@ -251,8 +254,20 @@ def _bind(
     return look_at
 
 
-def _row_of(layer: Any, row: int) -> Any:
-    return _with_tensors(layer, lambda tensor: tensor[row : row + 1])
+def _left_padding(prefill: Prefill, row: int) -> int:
+    """Columns of padding on the left of a row; 0 where its padding lies elsewhere."""
+    if not prefill.start:
+        return int((~prefill.valid[row]).sum()) if bool(prefill.valid[row, -1]) else 0
+    layer = next(layer for layer in prefill.cache.layers if isinstance(layer, RaggedLayer))
+    return max(0, layer.n_padding[row if layer.row_index is None else int(layer.row_index[row])])
+
+
+def _row_of(layer: Any, row: int, n_seen: int) -> Any:
+    """One row of a dense layer as if it had been alone: the last of the ``n_seen`` tokens of the row, no padding."""
+    alone = _with_tensors(layer, lambda tensor: tensor[row : row + 1, :, -n_seen:])
+    if hasattr(alone, "cumulative_length"):
+        alone.cumulative_length = n_seen
+    return alone
 
 
 def _repeated(layer: Any, batch: int) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 from kvzip_press.chat import chat_frame, encode, find_tokenizer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.kv_scoring import kv_scoring
-from kvzip_press.models import full_attention_layers, layer_index
+from kvzip_press.models import dense_weight, full_attention_layers, layer_index
 from kvzip_press.prefilling import Prefill
 from kvzip_press.press import AllocatingPress
 from kvzip_press.replay import Replay, ReplayedAttention
@@ -167,7 +167,7 @@ def _output_norms(module: nn.Module, values: torch.Tensor, num_attention_heads: 
     """``||W_o v||`` of each value under each query head of its group: ``[batch, num_attention_heads, chunk]``, fp32."""
     _, heads, _, dim = values.shape
     projection: Any = module.o_proj
-    weight = projection.weight.float().view(-1, num_attention_heads, dim)
+    weight = dense_weight(projection, values).view(-1, num_attention_heads, dim)
     gram = torch.einsum("ohi,ohj->hij", weight, weight)  # ||W v||^2 = v^T (W^T W) v: no [chunk, hidden_size] tensor
     grouped = values.float().repeat_interleave(num_attention_heads // heads, dim=1)
     return torch.einsum("bhti,hij,bhtj->bht", grouped, gram, grouped).clamp(min=0).sqrt()

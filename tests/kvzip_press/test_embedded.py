@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvzip_press import embedded
+from kvzip_press import embedded, gguf_gemma3
 from kvzip_press.errors import MissingDependencyError
 
 Convert = Callable[[Path, Path], None]
@@ -36,7 +36,7 @@ def conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) ->
         (output_dir / "model.safetensors").write_bytes(source.read_bytes() * 1000)
         (output_dir / "config.json").write_text("{}")
 
-    monkeypatch.setattr(embedded, "find_gguf", lambda: gguf_path)
+    monkeypatch.setattr(embedded, "find_gguf", lambda model: [gguf_path])
     monkeypatch.setattr(embedded, "convert_gguf", convert)
     return made
 
@@ -146,6 +146,29 @@ def test_without_gguf_the_error_names_the_command(cache: Path, monkeypatch: pyte
     assert not list(cache.rglob("*.safetensors"))
 
 
+def test_parts_are_joined_in_their_order(
+    cache: Path, conversions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GGUF in several packages is converted as the one file that it was, and nothing of the joining stays."""
+    parts = [tmp_path / f"part{number}" for number in range(3)]
+    for number, part in enumerate(parts):
+        part.write_bytes(f"<{number}>".encode())
+    monkeypatch.setattr(embedded, "find_gguf", lambda model: parts)
+    made = embedded.embedded_model_dir(embedded.GEMMA3_270M)
+    assert (made / "model.safetensors").read_bytes() == b"<0><1><2>" * 1000
+    assert made.name.startswith("gemma3-270m-")
+    assert [path.name for path in cache.iterdir()] == [made.name]
+    parts[1].write_bytes(b"<9>")
+    assert embedded.embedded_model_dir(embedded.GEMMA3_270M) != made
+
+
+def test_gemmas_merges_follow_the_scores_of_pieces() -> None:
+    """SentencePiece merges the neighbours whose piece scores best, in whichever pair they come."""
+    vocab = {"a": 0, "b": 1, "c": 2, "bc": 3, "ab": 4, "abc": 5}
+    scores = [-1000.0, -1000.0, -1000.0, -1.0, -2.0, -3.0]
+    assert gguf_gemma3._merges(vocab, scores) == [("b", "c"), ("a", "b"), ("a", "bc"), ("ab", "c")]
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real model, converted here and now by two processes at once."""
@@ -180,7 +203,7 @@ def test_the_weights_are_those_of_the_gguf(converted: Path) -> None:
     from gguf.quants import dequantize
     from safetensors import safe_open
 
-    tensors = {tensor.name: tensor for tensor in GGUFReader(str(embedded.find_gguf())).tensors}
+    tensors = {tensor.name: tensor for tensor in GGUFReader(str(embedded.find_gguf()[0])).tensors}
     with safe_open(converted / "model.safetensors", "pt") as file:
         assert len(list(file.keys())) == len(tensors) == 272
         for name, stem in [("token_embd", "embed_tokens"), ("blk.29.ffn_down", "layers.29.mlp.down_proj")]:

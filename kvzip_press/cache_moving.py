@@ -1,0 +1,70 @@
+"""Compressed caches that wait elsewhere: many in host memory, the one that is asked on the GPU.
+
+A cache is moved whole. Bringing it over layer by layer in every forward, as transformers' offloaded caches do, would
+move at each decode step what eviction made small enough to stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
+from kvzip_press.layout import PackedPairs
+from kvzip_press.models import attention_layers, execution_device
+from kvzip_press.ragged_layer import RaggedLayer
+from kvzip_press.tail import Tail
+
+
+def move_layers(layers: Sequence[Any], target: torch.device | str | nn.Module) -> None:
+    """Moves the layers of a compressed cache, in place; what forks share with it stays where it is.
+
+    Args:
+        layers: Ragged layers, and dense or sliding ones beside them.
+        target: A device for all of them, or the model that made them: each to the device of its layer.
+
+    Raises:
+        CacheMismatchError: The model has no attention in one of the layers.
+        UnsupportedCacheError: A layer of another kind.
+    """
+    devices = _devices(layers, target)
+    for layer in layers:
+        if not isinstance(layer, RaggedLayer) and not isinstance(getattr(layer, "keys", None), torch.Tensor):
+            raise UnsupportedCacheError(f"expected layers that hold keys and values, got {type(layer).__name__}")
+    for layer, device in zip(layers, devices, strict=True):
+        _move(layer, device)
+
+
+def _devices(layers: Sequence[Any], target: torch.device | str | nn.Module) -> list[torch.device]:
+    if not isinstance(target, nn.Module):
+        return [torch.device(target)] * len(layers)
+    by_idx = {layer.layer_idx: layer.module for layer in attention_layers(target)}
+    if sorted(by_idx) != list(range(len(layers))):
+        raise CacheMismatchError(
+            f"expected a model with attention in {len(layers)} layers, got layers {sorted(by_idx)}"
+        )
+    return [execution_device(by_idx[index]) for index in range(len(layers))]
+
+
+def _move(layer: Any, device: torch.device) -> None:
+    if not isinstance(layer, RaggedLayer):
+        layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+        layer.device = device
+        return
+    keys, values, positions, cu_seqlens = (tensor.to(device) for tensor in layer.packed.tensors)
+    layer.packed = PackedPairs(keys, values, positions, cu_seqlens, layer.packed.num_heads)
+    layer.tail = _moved_tail(layer.tail, device)
+    if layer.row_index is not None:
+        layer.row_index = layer.row_index.to(device)
+
+
+def _moved_tail(tail: Tail, device: torch.device) -> Tail:
+    """Its live tokens, without the room behind them."""
+    moved = Tail()
+    if tail.keys is not None and tail.values is not None and tail.length:
+        moved.append(tail.keys.to(device), tail.values.to(device))
+    moved.padding = None if tail.padding is None else tail.padding.to(device)
+    return moved

@@ -1,0 +1,136 @@
+"""Does a model attend as a ragged cache will? Looked at in every prefill, before anything is evicted.
+
+A ragged layer computes ``softmax(scaling * q k^T) v`` over all pairs that it kept, from what the attention interface
+hands it. That is what a model computes unless its attention adds something: sinks, a bias, another scale, a local or
+sparse pattern, a second pass through the same layer. Such a model would answer from a ragged cache without an error,
+and wrongly. So the last query of every full-attention layer is computed again, over all keys of its row, and compared
+with what the model's own attention gave; a decode step's worth of work. Nothing is recomputed from hidden states:
+queries and keys, after projection, norm and RoPE, are those of the model's own call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvzip_press.attention import refuse_unsupported, softcap_of
+from kvzip_press.errors import UnsupportedModelError
+from kvzip_press.kernels.dense_attention import attention_with_lse
+from kvzip_press.models import full_attention_layers
+from kvzip_press.ragged_layer import RaggedLayer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one layer's attention call showed: its newest pair, and the largest deviation over what is allowed."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    excess: torch.Tensor | None
+
+
+class SelfCheck:
+    """Watches the attention calls of one prefill (:func:`kvzip_press.attention.attention_watched`).
+
+    Args:
+        model: The model.
+        valid: ``[batch, span]``, bool, False at padding.
+    """
+
+    def __init__(self, model: nn.Module, valid: torch.Tensor) -> None:
+        self._indices = {layer.module: layer.layer_idx for layer in full_attention_layers(model)}
+        self._valid, self._is_padded = valid, not bool(valid.all())
+        self._seen: dict[int, list[_Seen]] = {layer_idx: [] for layer_idx in self._indices.values()}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Looks at one attention call; the arguments are those of the attention interface.
+
+        Raises:
+            UnsupportedModelError: It was given something that ragged attention does not know.
+        """
+        layer_idx = self._indices.get(module)
+        if layer_idx is None:
+            return
+        refuse_unsupported(module, kwargs)
+        excess = None
+        if keys.shape[2] == self._valid.shape[1]:  # else it is behind a dense cache that somebody else filled
+            excess = self._excess(module, query[:, :, -1:], keys, values, output[:, -1:], kwargs)
+        self._seen[layer_idx].append(_Seen(keys[:, :, -1].clone(), values[:, :, -1].clone(), excess))
+
+    def finish(self, cache: Any) -> None:
+        """Judges what was seen, when the forward has ended and its cache is as it left it.
+
+        Raises:
+            UnsupportedModelError: A layer's attention is another than that of a ragged cache, or was not seen once, or
+                did not use the pairs that are in the cache.
+        """
+        for module, layer_idx in self._indices.items():
+            layer = cache.layers[layer_idx]
+            if isinstance(layer, RaggedLayer):
+                continue  # a later turn: it was ragged attention that computed
+            where, seen = f"{type(module).__name__} {layer_idx}", self._seen[layer_idx]
+            if len(seen) != 1:
+                raise UnsupportedModelError(
+                    f"{where}: expected one call of transformers' attention interface a forward, got {len(seen)}"
+                )
+            for name, used, held in (("keys", seen[0].keys, layer.keys), ("values", seen[0].values, layer.values)):
+                if not _equal(used, held[:, :, -1]):
+                    raise UnsupportedModelError(
+                        f"{where}: expected attention over the {name} that are in its layer of the cache, got others"
+                    )
+            excess = 0.0 if seen[0].excess is None else float(seen[0].excess)
+            if not excess <= 1:
+                raise UnsupportedModelError(
+                    f"{where}: expected attention as softmax(scaling * q k^T) v over all tokens, got an output that "
+                    f"differs from it by {excess:.3g} times what rounding explains (sinks? a bias? a local pattern?); "
+                    "a compressed cache of this model would answer wrongly"
+                )
+
+    def _excess(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Largest deviation of any row and head, as a multiple of what rounding can do; NaN where only ours is.
+
+        A head's deviation is relative to its output. Eager attention rounds each logit to the model's dtype, and logits
+        that count are about as large as their log-sum-exp: measured, a fifth of what is allowed for it here.
+        """
+        mask = self._valid[:, None, None, :].to(keys.device) if self._is_padded else None
+        scaling, softcap = kwargs.get("scaling"), softcap_of(module, kwargs)
+        ours, lse = attention_with_lse(query, keys, values, causal=False, mask=mask, scaling=scaling, softcap=softcap)
+        ours, theirs = ours.transpose(1, 2).float(), output.reshape(ours.transpose(1, 2).shape).float()
+        size = ours.norm(dim=-1) + theirs.norm(dim=-1)
+        deviation = (ours - theirs).norm(dim=-1) / size.clamp(min=torch.finfo(torch.float32).tiny)
+        eps = _precision(keys)
+        excess = deviation / (max(2 * eps, 1e-4) + eps / 2 * lse.transpose(1, 2).abs())
+        return excess.where(theirs.isfinite().all(dim=-1), 0).amax()  # infinities are the model's own
+
+
+def _precision(tensor: torch.Tensor) -> float:
+    """Of the products: fp32 ones may be made in TF32 on a GPU."""
+    eps = torch.finfo(tensor.dtype).eps
+    return max(eps, 2**-10) if tensor.is_cuda else eps
+
+
+def _equal(used: torch.Tensor, held: torch.Tensor) -> bool:
+    same = (used.shape, used.dtype, used.device) == (held.shape, held.dtype, held.device)
+    return same and bool(((used == held) | (used.isnan() & held.isnan())).all())
