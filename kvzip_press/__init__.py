@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvzip_press.attention import attach, detach
+    from kvzip_press.chunked_prefill import compress_in_chunks
     from kvzip_press.decoding import DecodeStep
     from kvzip_press.generation import answer, generate
+    from kvzip_press.head_scores import HeadScores
     from kvzip_press.loading import load_model
     from kvzip_press.prefilling import Prefill, compress, prefill
     from kvzip_press.press import Press
     from kvzip_press.presses.composed import ComposedPress
+    from kvzip_press.presses.duo_attention import DuoAttentionPress
+    from kvzip_press.presses.fastkvzip import FastKVzipPress, Gates
     from kvzip_press.presses.kvpress_adapter import RaggedPress
     from kvzip_press.presses.kvzip import KVzipPress
-    from kvzip_press.presses.kvzip_head import HeadScores, KVzipHeadPress
+    from kvzip_press.presses.kvzip_head import KVzipHeadPress
     from kvzip_press.presses.random import RandomPress
     from kvzip_press.ragged_cache import RaggedCache
     from kvzip_press.registry import get_press, register_press
@@ -27,7 +31,10 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "ComposedPress": "kvzip_press.presses.composed",
-    "HeadScores": "kvzip_press.presses.kvzip_head",
+    "DuoAttentionPress": "kvzip_press.presses.duo_attention",
+    "FastKVzipPress": "kvzip_press.presses.fastkvzip",
+    "Gates": "kvzip_press.presses.fastkvzip",
+    "HeadScores": "kvzip_press.head_scores",
     "KVzipHeadPress": "kvzip_press.presses.kvzip_head",
     "KVzipPress": "kvzip_press.presses.kvzip",
     "RandomPress": "kvzip_press.presses.random",
@@ -41,6 +48,7 @@ _EXPORTS = {
     "answer": "kvzip_press.generation",
     "attach": "kvzip_press.attention",
     "compress": "kvzip_press.prefilling",
+    "compress_in_chunks": "kvzip_press.chunked_prefill",
     "detach": "kvzip_press.attention",
     "generate": "kvzip_press.generation",
     "get_press": "kvzip_press.registry",
@@ -52,6 +60,9 @@ _EXPORTS = {
 __all__ = [
     "ComposedPress",
     "DecodeStep",
+    "DuoAttentionPress",
+    "FastKVzipPress",
+    "Gates",
     "HeadScores",
     "KVzipHeadPress",
     "KVzipPress",
@@ -65,6 +76,7 @@ __all__ = [
     "answer",
     "attach",
     "compress",
+    "compress_in_chunks",
     "detach",
     "generate",
     "get_press",

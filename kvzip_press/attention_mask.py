@@ -8,9 +8,12 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.padding import visible_columns
 
 
-def tail_mask(attention_mask: Any, *, query_length: int, tail_length: int) -> torch.Tensor | None:
+def tail_mask(
+    attention_mask: Any, *, query_length: int, tail_length: int, padding: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """The visible tail keys of every query.
 
     Args:
@@ -19,6 +22,7 @@ def tail_mask(attention_mask: Any, *, query_length: int, tail_length: int) -> to
             Its last ``tail_length`` columns are the tail: a ragged layer reports just these to the mask builder.
         query_length: New tokens, already appended to the tail.
         tail_length: Tokens of the tail, the new ones included.
+        padding: int64 ``[batch]``, columns on the left of the tail that are padding, hidden whatever the mask says.
 
     Returns:
         Bool ``[batch or 1, heads or 1, query_length, tail_length]``, True where visible; None for lower-right causal.
@@ -26,6 +30,10 @@ def tail_mask(attention_mask: Any, *, query_length: int, tail_length: int) -> to
     Raises:
         InvalidArgumentError: The mask has another shape, or adds a bias that is neither 0 nor minus infinity.
     """
+    if padding is not None:
+        visible = tail_mask(attention_mask, query_length=query_length, tail_length=tail_length)
+        visible = causal_mask(query_length, tail_length, padding.device) if visible is None else visible
+        return visible & visible_columns(padding, tail_length)[:, None, None]
     if attention_mask is None:
         return None
     if isinstance(attention_mask, BlockMask):

@@ -39,7 +39,7 @@ __all__ = ["load_layers", "read_record", "save_layers"]
 
 
 def save_layers(
-    path: Path, layers: Sequence[Any], *, config: Any, press: Any = None, turn_starts: Sequence[int] = ()
+    path: Path, layers: Sequence[Any], *, config: Any, press: Any = None, turn_starts: Sequence[int | list[int]] = ()
 ) -> None:
     """Writes the layers of a compressed cache, atomically. Needs host memory for one copy of what it writes.
 
@@ -48,7 +48,7 @@ def save_layers(
         layers: Ragged layers, and dense or sliding ones beside them.
         config: The config that the model's attention modules read.
         press: What compressed the cache: a text, or an object whose ``repr`` is taken.
-        turn_starts: Tokens seen before each kept turn.
+        turn_starts: Tokens seen before each kept turn, a number or one by batch row.
 
     Raises:
         CacheFileError: The file cannot be written.
@@ -72,6 +72,7 @@ def save_layers(
         batch_size=_one({_batch_size(layer) for layer in layers}, "batch size"),
         n_context=_one({layer.n_context for layer in ragged}, "context length"),
         n_seen=_one({int(layer.get_seq_length()) for layer in layers}, "number of tokens seen"),
+        tail_padding=_tail_padding(ragged[0], turn_starts) if ragged else (),
         n_positions=_position_limit([layer.packed.positions for layer in ragged]),
         turn_starts=tuple(turn_starts),
         layers=tuple(records),
@@ -87,8 +88,8 @@ def save_layers(
 def _record_of(layer: Any) -> LayerRecord:
     if isinstance(layer, RaggedLayer):
         heads, dims = layer.packed.num_heads, (layer.packed.keys.shape[1], layer.packed.values.shape[1])
-        n_protected = layer.n_protected if layer.n_context else (0,) * layer.packed.num_rows
-        return LayerRecord("ragged", heads, *dims, layer.fingerprint, n_protected, layer.row_index is not None)
+        rows = (layer.n_protected, layer.n_padding, layer.context_ends)
+        return LayerRecord("ragged", heads, *dims, layer.fingerprint, *rows, layer.row_index is not None)
     kinds: dict[type, str] = {compat.DynamicLayer: "dense", compat.DynamicSlidingWindowLayer: "sliding"}
     if type(layer) not in kinds or not isinstance(layer.keys, torch.Tensor) or layer.keys.dim() != 4:
         raise UnsupportedCacheError(
@@ -109,6 +110,12 @@ def _parts_of(layer: Any) -> dict[str, torch.Tensor]:
     if layer.tail.keys is not None and layer.tail.values is not None and layer.tail.length:
         parts |= {"tail_keys": layer.tail.keys, "tail_values": layer.tail.values}
     return parts
+
+
+def _tail_padding(layer: RaggedLayer, turn_starts: Sequence[int | list[int]]) -> tuple[int, ...]:
+    if layer.tail.padding is not None:
+        return tuple(layer.tail.padding.tolist())
+    return (0,) * layer.batch_size if any(isinstance(start, list) for start in turn_starts) else ()
 
 
 def _pairs(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

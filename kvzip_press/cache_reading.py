@@ -24,7 +24,14 @@ from kvzip_press.cache_record import (
 )
 from kvzip_press.errors import CacheFileError, CacheMismatchError
 from kvzip_press.layout import PackedPairs
-from kvzip_press.models import AttentionLayer, attention_layers, layer_fingerprint, text_config, text_decoder
+from kvzip_press.models import (
+    AttentionLayer,
+    attention_layers,
+    execution_device,
+    layer_fingerprint,
+    text_config,
+    text_decoder,
+)
 from kvzip_press.ragged_layer import RaggedLayer
 
 
@@ -50,7 +57,7 @@ def load_layers(
         tensors = _Tensors(file, record, verify=verify)
         layers = []
         for index, (layer, module) in enumerate(zip(record.layers, modules, strict=True)):
-            target = next(module.parameters()).device if device is None else torch.device(device)
+            target = execution_device(module) if device is None else torch.device(device)
             if layer.kind == "ragged":
                 layers.append(_ragged(index, record, tensors, module, target))
             else:
@@ -149,6 +156,8 @@ def _ragged(index: int, record: CacheRecord, tensors: _Tensors, module: nn.Modul
         _packed(index, record, tensors, device),
         n_context=record.n_context,
         n_protected=layer.n_protected,
+        n_padding=layer.n_padding,
+        context_ends=layer.context_ends,
         module=module,
     )
     if layer.has_row_index:
@@ -158,7 +167,8 @@ def _ragged(index: int, record: CacheRecord, tensors: _Tensors, module: nn.Modul
         shape = (record.batch_size, layer.num_heads, record.n_seen - record.n_context)
         keys = tensors.read(f"{index}.tail_keys", record.dtype, (*shape, layer.head_dim), device)
         values = tensors.read(f"{index}.tail_values", record.dtype, (*shape, layer.v_head_dim), device)
-        restored.tail.append(keys, values)
+        padding = torch.tensor(record.tail_padding, device=device) if any(record.tail_padding) else None
+        restored.tail.append(keys, values, padding)
     return restored
 
 

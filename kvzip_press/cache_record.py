@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class LayerRecord:
         v_head_dim: Width of a value.
         fingerprint: Of the attention module that made a ragged layer; empty for the others.
         n_protected: Of a ragged layer, by packed row.
+        n_padding: Of a ragged layer, by packed row; -1 where padding is not on the left alone.
+        context_ends: Of a ragged layer, by packed row.
         has_row_index: Whether batch rows point to packed rows.
         sliding_window: Of a sliding layer; 0 for the others.
     """
@@ -54,6 +57,8 @@ class LayerRecord:
     v_head_dim: int
     fingerprint: str = ""
     n_protected: tuple[int, ...] = ()
+    n_padding: tuple[int, ...] = ()
+    context_ends: tuple[int, ...] = ()
     has_row_index: bool = False
     sliding_window: int = 0
 
@@ -74,8 +79,9 @@ class CacheRecord:
         batch_size: Batch rows.
         n_context: Tokens of the compressed context.
         n_seen: Tokens seen; those from ``n_context`` on are the tail.
+        tail_padding: Columns of padding on the left of the tail, by batch row; empty where rows never differed.
         n_positions: One more than the largest position kept; more than ``n_context`` where position ids began late.
-        turn_starts: Tokens seen before each kept turn.
+        turn_starts: Tokens seen before each kept turn, a number or one by batch row.
         layers: One record a layer.
         tensors: SHA-256 of each tensor's bytes.
     """
@@ -91,8 +97,9 @@ class CacheRecord:
     batch_size: int
     n_context: int
     n_seen: int
+    tail_padding: tuple[int, ...]
     n_positions: int
-    turn_starts: tuple[int, ...]
+    turn_starts: tuple[int | list[int], ...]
     layers: tuple[LayerRecord, ...]
     tensors: dict[str, str]
 
@@ -178,16 +185,15 @@ def record_in(file: Any) -> CacheRecord:
     if isinstance(data, dict) and data.get("format") != FORMAT:
         raise CacheFileError(f"expected format {FORMAT}, got {reprlib.repr(data.get('format'))}")
     layers = tuple(_layer_record(layer) for layer in _field(data, "layers", list))
-    record: CacheRecord = _checked(
-        CacheRecord, {**data, "layers": layers, "turn_starts": _integers(data, "turn_starts")}
-    )
+    rows = {"turn_starts": _turn_starts(data), "tail_padding": _integers(data, "tail_padding")}
+    record: CacheRecord = _checked(CacheRecord, {**data, "layers": layers, **rows})
     _check_record(record)
     return record
 
 
 def _layer_record(data: Any) -> LayerRecord:
-    n_protected = _integers(data, "n_protected")
-    record: LayerRecord = _checked(LayerRecord, {**data, "n_protected": n_protected})
+    rows = {name: _integers(data, name) for name in ("n_protected", "n_padding", "context_ends")}
+    record: LayerRecord = _checked(LayerRecord, {**data, **rows})
     if (
         record.kind not in ("ragged", "sliding", "dense")
         or min(record.num_heads, record.head_dim, record.v_head_dim) < 1
@@ -219,27 +225,60 @@ def _integers(data: Any, name: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def _turn_starts(data: Any) -> tuple[int | list[int], ...]:
+    starts: list[Any] = _field(data, "turn_starts", list)
+    numbers = [number for start in starts for number in (start if isinstance(start, list) else [start])]
+    if any(type(number) is not int for number in numbers):
+        raise CacheFileError(f"expected integers, or lists of them, in 'turn_starts', got {reprlib.repr(starts)}")
+    return tuple(starts)
+
+
 def _check_record(record: CacheRecord) -> None:
     """Raises CacheFileError where the metadata contradict themselves."""
     if record.dtype not in ("BF16", "F16", "F32"):
         raise CacheFileError(f"expected dtype BF16, F16 or F32, got {reprlib.repr(record.dtype)}")
     if record.config_hash != digest_of(to_json(record.config).encode()):
         raise CacheFileError(f"expected the SHA-256 of the config, got {reprlib.repr(record.config_hash)}")
-    starts = record.turn_starts
-    if sorted(set(starts)) != list(starts) or not all(0 <= start < record.n_seen for start in starts):
-        raise CacheFileError(f"expected turns that begin one after another, got {reprlib.repr(starts)}")
     if record.n_context > record.n_seen:
         raise CacheFileError(f"expected at most the {record.n_seen} tokens seen as context, got {record.n_context}")
+    _check_turns(record)
     for layer in record.layers:
-        counts, rows = layer.n_protected, record.batch_size
-        rows_fit = bool(counts) if layer.has_row_index else len(counts) == rows
-        if layer.kind == "ragged" and not (rows_fit and all(0 <= count <= record.n_context for count in counts)):
-            raise CacheFileError(
-                f"expected 'n_protected' of 0 to {record.n_context} for each of {rows} rows, got {reprlib.repr(counts)}"
-            )
+        _check_rows(layer, record)
         ragged_only = (layer.fingerprint, layer.n_protected, layer.has_row_index) != ("", (), False)
         if (layer.sliding_window > 1) != (layer.kind == "sliding") or (ragged_only and layer.kind != "ragged"):
             raise CacheFileError(f"expected entries that go with a {layer.kind} layer, got {reprlib.repr(layer)}")
+
+
+def _check_turns(record: CacheRecord) -> None:
+    """The padding of the tails, and turns of which every row has some tokens."""
+    padding, room = record.tail_padding, record.n_seen - record.n_context
+    if len(padding) not in (0, record.batch_size) or not all(0 <= columns <= room for columns in padding):
+        raise CacheFileError(
+            f"expected 'tail_padding' of 0 to {room} for each of {record.batch_size} rows, got {reprlib.repr(padding)}"
+        )
+    seen = [record.n_seen - columns for columns in padding or (0,)]
+    starts = [start if isinstance(start, list) else [start] * len(seen) for start in record.turn_starts]
+    for before, after in pairwise([[-1] * len(seen), *starts, seen]):
+        if len(before) != len(after) or any(one >= other for one, other in zip(before, after, strict=True)):
+            raise CacheFileError(f"expected turns that begin one after another, got {reprlib.repr(record.turn_starts)}")
+
+
+def _check_rows(layer: LayerRecord, record: CacheRecord) -> None:
+    """What a layer says of its packed rows: as many numbers as rows, each in its range."""
+    n_rows = len(layer.n_protected)
+    if layer.kind == "ragged" and not (n_rows > 0 if layer.has_row_index else n_rows == record.batch_size):
+        raise CacheFileError(f"expected 'n_protected' for {record.batch_size} rows, got {n_rows}")
+    ranges = {
+        "n_protected": (0, record.n_context),
+        "n_padding": (-1, record.n_context),
+        "context_ends": (0, _LIMIT - 1),
+    }
+    for name, (least, most) in ranges.items():
+        numbers = getattr(layer, name)
+        if len(numbers) != n_rows or not all(least <= number <= most for number in numbers):
+            raise CacheFileError(
+                f"expected {name!r} of {least} to {most} for each of {n_rows} rows, got {reprlib.repr(numbers)}"
+            )
 
 
 def live_tokens(n_seen: int, window: int) -> int:

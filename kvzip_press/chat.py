@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from kvzip_press.errors import InvalidArgumentError
 
 logger = logging.getLogger(__name__)
 
 _SENTINEL = "kvzippresscontextgoeshere"
+
+#: One context: its text, or its token ids.
+Context = str | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,39 @@ def turn_break(tokenizer: Any) -> tuple[int, ...]:
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
     """Ids of a piece of text, no special tokens added (those spelled out in it are recognised)."""
     return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
+
+
+def context_rows(tokenizer: Any, context: Context | Sequence[Context]) -> list[tuple[int, ...]]:
+    """Token ids of each context: a text is one, so is a sequence of integers; a sequence of such is several.
+
+    Raises:
+        InvalidArgumentError: An empty context, no context, or something that is neither text nor token ids.
+    """
+    one = isinstance(context, str)
+    if not one:
+        context = _plain(context)
+        one = all(isinstance(item, int) for item in context)
+    rows = [_context_ids(tokenizer, item) for item in ([context] if one else context)]
+    if not all(rows):
+        which = "" if one else f" at index {rows.index(())} of {len(rows)}"
+        raise InvalidArgumentError(f"expected a context of at least one token, got an empty one{which}")
+    return rows
+
+
+def _context_ids(tokenizer: Any, context: Any) -> tuple[int, ...]:
+    if isinstance(context, str):
+        return encode(tokenizer, context)
+    ids = _plain(context)
+    if not all(isinstance(token, int) for token in ids):
+        raise InvalidArgumentError(f"expected a context as text or token ids, got {ids!r:.80}")
+    return tuple(ids)
+
+
+def _plain(items: Any) -> list[Any]:
+    """A list, of Python's own integers where the items are a tensor's or an array's."""
+    if not isinstance(items, Iterable):
+        raise InvalidArgumentError(f"expected a context as text or token ids, or a list of such, got {items!r:.80}")
+    return [item.tolist() if hasattr(item, "tolist") else item for item in items]
 
 
 def find_tokenizer(model: Any) -> Any | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvzip_press import cli_heads
+from kvzip_press import cli_gates, cli_heads
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_heads.app, name="heads")
+app.add_typer(cli_gates.app, name="gates")
 
 OutputOption = Annotated[Path, typer.Option("--output", help="Directory for the rows and the picture.")]
 ModelOption = Annotated[str, typer.Option("--model", help="Path or hub id of a model, or smollm2 (embedded).")]

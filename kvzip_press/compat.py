@@ -101,6 +101,16 @@ def attention_overridden(name: str, attention: Callable[..., Any]) -> Iterator[N
         del ALL_ATTENTION_FUNCTIONS[name]
 
 
+@contextmanager
+def mask_overridden(name: str, mask: Callable[..., Any]) -> Iterator[None]:
+    """While open, ``name`` stands for another mask function."""
+    ALL_MASK_ATTENTION_FUNCTIONS[name] = mask
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS[name]
+
+
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None) -> None:
     """Adds an attention implementation (and its mask) under a new name; nothing that exists is replaced."""
     if name in ALL_ATTENTION_FUNCTIONS:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvzip_press import compat
-from kvzip_press.attention import attach, attention_forward, attention_replaced
+from kvzip_press.attention import attach, attention_forward, attention_replaced, masks_left_out
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.models import layer_index, text_decoder
+from kvzip_press.models import input_device, layer_index, text_decoder
+from kvzip_press.reading import forward, next_positions, read
 from kvzip_press.static_layers import StaticCache, reason_against
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class DecodeStep:
         model: A causal language model.
         cache: Its cache. A graph needs ragged layers (beside them, sliding ones may stand).
         max_new_tokens: Most calls.
-        position_ids: int64 ``[batch]``, the position of each row's next token; default the tokens that the cache saw.
+        position_ids: int64 ``[batch]``, the position of each row's next token; by default each row goes on where its
+            own tokens end.
         graph: Whether to capture a CUDA graph: None where it is possible, False never, True or else raise.
         compile: Whether to compile the decoder layers around attention with ``torch.compile`` before the capture: fewer
             kernels, for a minute or so of compiling. Only for a graph.
@@ -63,8 +65,7 @@ class DecodeStep:
         attach(model)
         self.model, self.cache = model, cache
         self._n_left = max_new_tokens
-        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]  # every transformers model has it
-        self._device: torch.device = embedding.weight.device
+        self._device = input_device(model)
         self._positions = position_ids
         self._static: _StaticStep | None = None
         self.reason = "graph=False was asked for" if graph is False else _reason_against(model, cache, self._device)
@@ -112,8 +113,8 @@ class DecodeStep:
             return self._static(token_ids)
         token_ids = token_ids.to(self._device)
         if self._positions is None:
-            self._positions = torch.full_like(token_ids, self.cache.get_seq_length())
-        logits = forward(self.model, self.cache, token_ids[:, None], self._positions[:, None])
+            self._positions = next_positions(self.cache, token_ids.shape[0], self._device)
+        logits = read(self.model, self.cache, token_ids[:, None], positions=self._positions)
         self._positions = self._positions + 1
         return logits
 
@@ -141,9 +142,9 @@ class _StaticStep:
         self.model = model
         self.cache = StaticCache(cache, n_tokens)
         self.token_ids = torch.zeros(self.cache.batch_size, 1, dtype=torch.int64, device=device)
-        self.positions = torch.full_like(self.token_ids, self.cache.n_seen)
-        if positions is not None:
-            self.positions.copy_(positions[:, None])
+        self.positions = torch.empty_like(self.token_ids)
+        positions = next_positions(cache, self.cache.batch_size, device) if positions is None else positions
+        self.positions.copy_(positions[:, None])
         self.n_steps = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: torch.Tensor | None = None
@@ -151,7 +152,8 @@ class _StaticStep:
     @torch.no_grad()
     def run(self, cache: Any = None) -> torch.Tensor:
         """The kernels of one step: the model, and all counters moved on."""
-        logits = forward(self.model, self.cache.layers if cache is None else cache, self.token_ids, self.positions)
+        with masks_left_out(self.model):  # eager's are made on the host, which a graph cannot hold
+            logits = forward(self.model, self.cache.layers if cache is None else cache, self.token_ids, self.positions)
         self.cache.advance()
         self.positions.add_(1)
         return logits
@@ -191,13 +193,6 @@ class _StaticStep:
     def close(self) -> None:
         self.cache.write_back(self.n_steps)
         self.n_steps, self.graph = 0, None
-
-
-def forward(model: Any, cache: Any, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Reads ``token_ids`` ``[batch, n]`` at ``positions`` into a cache; logits ``[batch, vocabulary]`` of the last."""
-    output = model(input_ids=token_ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits: torch.Tensor = output.logits[:, -1]
-    return logits
 
 
 def _reason_against(model: nn.Module, cache: Any, device: torch.device) -> str | None:

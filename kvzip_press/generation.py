@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 from itertools import takewhile
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from kvzip_press.attention import attach
 from kvzip_press.chat import chat_frame, encode, turn_break
-from kvzip_press.decoding import DecodeStep, forward
+from kvzip_press.decoding import DecodeStep
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.models import text_config
+from kvzip_press.models import input_device, text_config
+from kvzip_press.padding import left_padded, padding_in
 from kvzip_press.ragged_cache import RaggedCache
+from kvzip_press.reading import next_positions, read
 from kvzip_press.sampling import Sampling, most_likely
 
 MIN_GRAPH_TOKENS = 16
 
 
+@overload
 def answer(
     model: Any,
     tokenizer: Any,
@@ -29,32 +32,80 @@ def answer(
     max_new_tokens: int = 64,
     *,
     keep: bool = False,
-) -> str:
-    """Answers a question about a compressed context, greedily.
+) -> str: ...
+
+
+@overload
+def answer(
+    model: Any,
+    tokenizer: Any,
+    cache: RaggedCache,
+    question: Sequence[str],
+    answer_prefix: str = "",
+    max_new_tokens: int = 64,
+    *,
+    keep: bool = False,
+) -> list[str]: ...
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    cache: RaggedCache,
+    question: str | Sequence[str],
+    answer_prefix: str = "",
+    max_new_tokens: int = 64,
+    *,
+    keep: bool = False,
+) -> str | list[str]:
+    """Answers a question about a compressed context, greedily; or many at once, in one batch.
 
     The cache is unchanged afterwards, unless question and answer are to be kept in it: then the next question, kept or
     not, comes after them, framed as a new turn by the model's chat template.
+
+    A list of questions gets a list of answers: one question for each row of a cache that was made of several contexts,
+    or many questions about the one context of a cache of one row, which they share in memory. A single question goes
+    to all rows. Each row answers as it would alone.
 
     Args:
         model: The model that made the cache.
         tokenizer: Its tokenizer.
         cache: From ``compress``, ``Prefill.evict`` or ``RaggedCache.of``.
-        question: The question; it follows the context in the user's turn after an empty line.
-        answer_prefix: How the answer begins; not part of what is returned.
+        question: The question; it follows the context in the user's turn after an empty line. Or a list of questions.
+        answer_prefix: How each answer begins; not part of what is returned.
         max_new_tokens: Most tokens to generate.
         keep: Whether the cache remembers this question and its answer. An error leaves it as it was.
 
+    Returns:
+        The answer as a text for one question and a cache of one row, else (for a cache of several rows also where the
+        question is a text, which type checkers cannot see) a list of answers.
+
     Raises:
         CacheMismatchError: The cache was made by another model.
-        InvalidArgumentError: Context, question and answer exceed the model's positions.
+        InvalidArgumentError: Context, question and answer exceed the model's positions; another number of questions
+            than rows; several questions to keep in one row.
     """
-    ids = question_ids(tokenizer, question, answer_prefix, is_first=not cache.turn_starts)
+    questions = [question] if isinstance(question, str) else list(question)
+    batch_size = cache.batch_size
+    single = isinstance(question, str) and batch_size == 1
+    if len(questions) == 1:
+        questions *= batch_size
+    shared = batch_size == 1 and not keep  # one context for all questions
+    if not questions or (len(questions) != batch_size and not shared):
+        raise InvalidArgumentError(
+            f"expected one question or one for each of {batch_size} rows of the cache"
+            f"{' (an answer is kept in its own row)' if keep else ''}, got {len(questions)}"
+        )
+    is_first = not cache.turn_starts
+    rows = [question_ids(tokenizer, text, answer_prefix, is_first=is_first) for text in questions]
     grown = cache.fork()
-    [generated] = generate(model, grown, torch.tensor([ids]), max_new_tokens, eos_ids=eos_ids(model, tokenizer))
+    if len(rows) > batch_size:
+        grown.batch_repeat_interleave(len(rows))
+    generated = _generate_rows(model, grown, rows, max_new_tokens, eos_ids(model, tokenizer))
     if keep:
-        _read_last(model, grown, generated, n_seen=cache.get_seq_length() + len(ids))
-        cache.adopt_turn(grown)
-    return str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
+        cache.adopt_turn(_after_turn(model, cache, grown, rows, generated))
+    answers = [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in generated]
+    return answers[0] if single else answers
 
 
 def question_ids(tokenizer: Any, question: str, answer_prefix: str = "", *, is_first: bool = True) -> list[int]:
@@ -67,13 +118,33 @@ def question_ids(tokenizer: Any, question: str, answer_prefix: str = "", *, is_f
     return [*before, *encode(tokenizer, text), *chat_frame(tokenizer).suffix, *encode(tokenizer, answer_prefix)]
 
 
-@torch.no_grad()
-def _read_last(model: Any, cache: Any, generated: list[int], *, n_seen: int) -> None:
-    """Lets the model read the last generated token, where generation stopped before it had."""
-    if cache.get_seq_length() == n_seen + len(generated):
-        return
-    last = torch.tensor([generated[-1:]], device=model.get_input_embeddings().weight.device)
-    forward(model, cache, last, _positions(cache, last))
+def _generate_rows(
+    model: Any, cache: RaggedCache, rows: list[list[int]], max_new_tokens: int, ended: Collection[int]
+) -> list[list[int]]:
+    ids, valid = left_padded(rows, device_of(model))
+    return generate(model, cache, ids, max_new_tokens, attention_mask=valid, eos_ids=ended)
+
+
+def _after_turn(
+    model: Any, cache: RaggedCache, grown: RaggedCache, rows: list[list[int]], generated: list[list[int]]
+) -> RaggedCache:
+    """What ``cache`` becomes by a turn: questions and answers, most of which ``grown`` read while it wrote them."""
+    if len({len(row) for row in generated}) > 1:  # rows that ended first have read on: all are read again
+        grown = cache.fork()
+        unread = [[*question, *answer] for question, answer in zip(rows, generated, strict=True)]
+    else:
+        n_read = max(len(row) for row in rows) + len(generated[0])
+        unread = [row[-1:] for row in generated] if grown.get_seq_length() - cache.get_seq_length() < n_read else []
+    if unread:
+        attach(model)
+        ids, valid = left_padded(unread, device_of(model))
+        read(model, grown, ids, padding=padding_in(valid, (ids.shape[0], ids.shape[1])))
+    return grown
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model takes its token ids."""
+    return input_device(model)
 
 
 def eos_ids(model: Any, tokenizer: Any) -> set[int]:
@@ -90,6 +161,7 @@ def generate(
     input_ids: torch.Tensor,
     max_new_tokens: int,
     *,
+    attention_mask: torch.Tensor | None = None,
     eos_ids: Collection[int] = (),
     sampling: Sampling | None = None,
     streamer: Any = None,
@@ -98,11 +170,16 @@ def generate(
 ) -> list[list[int]]:
     """Generates behind a cache, which grows by what is read and written.
 
+    Rows of different length, in the cache and in ``input_ids``, generate what each would alone. A row that has ended
+    reads on until all have: to go on from its end, fork the cache before (or use ``answer(..., keep=True)``).
+
     Args:
         model: A causal language model.
         cache: Its cache; with a compressed one on a GPU the decode steps replay a CUDA graph.
-        input_ids: int64 ``[batch, n]``, what is read first, n >= 1, without padding.
+        input_ids: int64 ``[batch, n]``, what is read first, n >= 1.
         max_new_tokens: Most tokens to generate a row.
+        attention_mask: ``[batch, n]``, 0 or False at padding in ``input_ids``, which must be on the left; needs a
+            compressed cache. None: there is none. What the cache holds of padding, it knows.
         eos_ids: The ids that end a row.
         sampling: How to sample; None takes the most likely token.
         streamer: A transformers streamer (``put``, ``end``), for one row; it gets ``input_ids`` first, as there.
@@ -114,7 +191,9 @@ def generate(
         The generated ids of every row, without the one that ended it.
 
     Raises:
+        CacheMismatchError: The cache has another number of rows.
         InvalidArgumentError: An argument out of range, or more tokens than the model has positions.
+        UnsupportedCacheError: Padding, and a cache that is not compressed.
     """
     if input_ids.dim() != 2 or input_ids.shape[1] == 0 or max_new_tokens < 0:
         shape = tuple(input_ids.shape)
@@ -125,12 +204,17 @@ def generate(
         if input_ids.shape[0] > 1:
             raise InvalidArgumentError(f"expected one row for a streamer, got {input_ids.shape[0]}")
         streamer.put(input_ids.cpu())
-    _check_positions(model, cache.get_seq_length() + input_ids.shape[1] + max_new_tokens)
+    padding = None if attention_mask is None else padding_in(attention_mask, (input_ids.shape[0], input_ids.shape[1]))
+    input_ids = input_ids.to(device_of(model))
+    padding = None if padding is None else padding.to(input_ids.device)
+    _check_positions(model, cache, input_ids, padding, max_new_tokens)
     choose = most_likely if sampling is None else sampling.sampler()
     ended = set(eos_ids)
     rows: list[list[int]] = [[] for _ in range(input_ids.shape[0])]
     unended = set(range(len(rows)))
-    with closing(_tokens(model, cache, input_ids, max_new_tokens, choose, graph=graph, compile=compile)) as tokens:
+    with closing(
+        _tokens(model, cache, input_ids, padding, max_new_tokens, choose, graph=graph, compile=compile)
+    ) as tokens:
         for chosen in tokens:
             for number, token in enumerate(chosen.tolist()):
                 rows[number].append(token)
@@ -149,6 +233,7 @@ def _tokens(
     model: Any,
     cache: Any,
     input_ids: torch.Tensor,
+    padding: torch.Tensor | None,
     max_new_tokens: int,
     choose: Callable[[torch.Tensor], torch.Tensor],
     *,
@@ -159,8 +244,7 @@ def _tokens(
     if max_new_tokens == 0:
         return
     attach(model)
-    input_ids = input_ids.to(model.get_input_embeddings().weight.device)
-    chosen = choose(forward(model, cache, input_ids, _positions(cache, input_ids)))
+    chosen = choose(read(model, cache, input_ids, padding=padding))
     yield chosen
     if max_new_tokens == 1:
         return
@@ -172,11 +256,11 @@ def _tokens(
             yield chosen
 
 
-def _positions(cache: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    return (cache.get_seq_length() + torch.arange(input_ids.shape[1], device=input_ids.device)).expand_as(input_ids)
-
-
-def _check_positions(model: Any, needed: int) -> None:
+def _check_positions(
+    model: Any, cache: Any, input_ids: torch.Tensor, padding: torch.Tensor | None, max_new_tokens: int
+) -> None:
+    ends = next_positions(cache, input_ids.shape[0], input_ids.device) + input_ids.shape[1]
+    needed = int((ends if padding is None else ends - padding).max()) + max_new_tokens
     limit = getattr(text_config(model), "max_position_embeddings", None)
     if limit is not None and needed > limit:
         raise InvalidArgumentError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import nn
 
 from kvzip_press import cache_file, compat, kept_export
 from kvzip_press.attention import attach
+from kvzip_press.cache_moving import move_layers
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.models import attention_layers
+from kvzip_press.padded_block import drop_ends_of_sliding
 from kvzip_press.ragged_layer import RaggedLayer
 
 
@@ -28,7 +30,8 @@ class RaggedCache(compat.Cache):
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
-        self.turn_starts: list[int] = []  # tokens seen before each kept turn (a question and its answer)
+        # Tokens seen before each kept turn (a question and its answer): what `truncate` takes.
+        self.turn_starts: list[int | list[int]] = []
 
     @classmethod
     def of(cls, cache: Any) -> RaggedCache:
@@ -49,6 +52,23 @@ class RaggedCache(compat.Cache):
     def ragged_layers(self) -> Iterable[tuple[int, RaggedLayer]]:
         """Index and layer of each compressed layer."""
         return ((index, layer) for index, layer in enumerate(self.layers) if isinstance(layer, RaggedLayer))
+
+    @property
+    def batch_size(self) -> int:
+        """Batch rows."""
+        return self._any_ragged().batch_size
+
+    @property
+    def n_seen(self) -> int | list[int]:
+        """Tokens seen: a number, or one a row where the rows have read different numbers since they were compressed.
+
+        Padding of the contexts counts here, as in ``get_seq_length()``, which is that of the longest row.
+        """
+        layer = self._any_ragged()
+        if layer.tail.padding is None:
+            return int(self.get_seq_length())
+        counts: list[int] = (layer.n_context + layer.n_tail_tokens).tolist()
+        return counts
 
     @property
     def resident_bytes(self) -> int:
@@ -86,30 +106,62 @@ class RaggedCache(compat.Cache):
             [packed.head_positions(row, head) for head in range(packed.num_heads)] for row in range(packed.num_rows)
         ]
 
-    def truncate(self, n_seen: int) -> None:
+    def truncate(self, n_seen: int | Sequence[int]) -> None:
         """Forgets every token from position ``n_seen`` on, so that the next question starts from the same context.
 
-        Layer by layer, so that it also repairs a cache that a forward left half-way.
+        Layer by layer, so that it also repairs a cache that a forward left half-way (not one over padded rows).
+
+        Args:
+            n_seen: As :attr:`n_seen` was: a number for all rows, or one for each.
 
         Raises:
             InvalidArgumentError: ``n_seen`` cuts into the compressed context, or is more than was seen; or a sliding
                 layer has already lost what it would need (use :meth:`fork` before asking instead).
         """
+        seen = self.n_seen
+        if not isinstance(n_seen, int):
+            self._truncate_rows(n_seen)
+        elif isinstance(seen, int):
+            self._truncate_columns(n_seen)
+        else:
+            self._truncate_rows([min(n_seen, tokens) for tokens in seen])
+        layer = self._any_ragged()
+        left = layer.n_context + layer.n_tail_tokens
+        starts = [torch.as_tensor(start, device=left.device) for start in self.turn_starts]
+        self.turn_starts[:] = [
+            start for start, tokens in zip(self.turn_starts, starts, strict=True) if bool((tokens < left).any())
+        ]
+
+    def _truncate_columns(self, n_seen: int) -> None:
         if n_seen > self.get_seq_length():
             raise InvalidArgumentError(f"expected at most the {self.get_seq_length()} tokens seen, got {n_seen}")
         surplus = [layer.get_seq_length() - n_seen for layer in self.layers]
         for layer, excess in zip(self.layers, surplus, strict=True):
-            window = getattr(layer, "sliding_window", None)
-            if excess > 0 and window is not None and layer.get_seq_length() >= window:
-                raise InvalidArgumentError(
-                    f"a sliding layer holds only its last {window} tokens and cannot go back: expected a fork() made "
-                    "before the tokens that are to be forgotten"
-                )
+            if excess > 0:
+                _check_holds_all(layer)
         layers: list[Any] = self.layers
         for layer, excess in zip(layers, surplus, strict=True):
             if excess > 0:
                 layer.crop(-excess)
-        self.turn_starts[:] = [start for start in self.turn_starts if start < n_seen]
+
+    def _truncate_rows(self, n_seen: Sequence[int]) -> None:
+        """Every row to its own number of tokens; columns that are padding in every row go too."""
+        ragged = self._any_ragged()
+        if len(n_seen) != ragged.batch_size:
+            raise InvalidArgumentError(f"expected a number for each of {ragged.batch_size} rows, got {len(n_seen)}")
+        if len({layer.get_seq_length() for layer in self.layers}) > 1:
+            raise InvalidArgumentError("expected layers that have seen the same tokens, but a forward failed half-way")
+        counts = ragged.n_context + ragged.n_tail_tokens
+        counts = counts - torch.tensor(n_seen, device=counts.device)
+        if bool((counts < 0).any()):
+            raise InvalidArgumentError(f"expected at most the {self.n_seen} tokens seen, got {list(n_seen)}")
+        sliding = [layer for layer in self.layers if not isinstance(layer, RaggedLayer)]
+        for layer in sliding if bool(counts.any()) else ():
+            _check_holds_all(layer)
+        for _, layer in self.ragged_layers():
+            layer.tail.drop_ends(counts)
+        for layer in sliding:
+            drop_ends_of_sliding(layer, counts, n_columns=ragged.get_seq_length())
 
     def fork(self) -> RaggedCache:
         """A cache that shares the packed context and copies only what came after it."""
@@ -120,8 +172,23 @@ class RaggedCache(compat.Cache):
 
     def adopt_turn(self, grown: RaggedCache) -> None:
         """Takes over what a fork of this cache has read since, as one turn."""
-        self.turn_starts.append(self.get_seq_length())
+        if not isinstance(grown.n_seen, int):
+            grown.truncate(grown.n_seen)  # without the columns that are padding in every row
+        self.turn_starts.append(self.n_seen)
         self.layers[:] = grown.layers
+
+    def move_to(self, target: torch.device | str | nn.Module) -> None:
+        """Moves the whole cache, in place: to a device, or to where a model's layers are.
+
+        ``cache.move_to("cpu")`` lets it wait in host memory, ``cache.move_to(model)`` brings it back. A forward over a
+        cache on another device raises. Not named ``to``: accelerate calls that on whatever it finds among a layer's
+        arguments, and would move the whole cache to the device of each layer in turn.
+
+        Raises:
+            CacheMismatchError: A model with other layers.
+            UnsupportedCacheError: A layer that holds no keys and values.
+        """
+        move_layers(self.layers, target)
 
     def save(self, path: str | Path, *, press: Any = None, model: nn.Module | None = None) -> None:
         """Writes the cache as a safetensors file of about ``resident_bytes``; a file that is there is replaced at once.
@@ -174,13 +241,16 @@ class RaggedCache(compat.Cache):
                 if layer_idx not in by_idx:
                     raise CacheMismatchError(f"expected a model with attention in layer {layer_idx}, got one without")
                 layer.check_module(by_idx[layer_idx])
-        known = [layer._known_module() for _, layer in self.ragged_layers()]  # noqa: SLF001  # the layer and its cache
-        if not known:
-            raise UnsupportedCacheError("expected a cache with ragged layers, got one without any")
-        if known[0] is None:
+        known = self._any_ragged()._known_module()  # noqa: SLF001  # the layer and its cache
+        if known is None:
             raise InvalidArgumentError("expected save(..., model=...), got no model, and the one of the cache is gone")
-        config: Any = known[0].config
+        config: Any = known.config
         return config
+
+    def _any_ragged(self) -> RaggedLayer:
+        for _, layer in self.ragged_layers():
+            return layer
+        raise UnsupportedCacheError("expected a cache with ragged layers, got one without any")
 
     def _ragged(self, layer_idx: int) -> RaggedLayer:
         layer = self.layers[layer_idx]
@@ -188,6 +258,15 @@ class RaggedCache(compat.Cache):
             indices = [index for index, _ in self.ragged_layers()]
             raise InvalidArgumentError(f"expected one of the compressed layers {indices}, got layer {layer_idx}")
         return layer
+
+
+def _check_holds_all(layer: Any) -> None:
+    window = getattr(layer, "sliding_window", None)
+    if window is not None and layer.get_seq_length() >= window:
+        raise InvalidArgumentError(
+            f"a sliding layer holds only its last {window} tokens and cannot go back: expected a fork() made "
+            "before the tokens that are to be forgotten"
+        )
 
 
 def _tensors_of(layer: Any) -> tuple[torch.Tensor, ...]:

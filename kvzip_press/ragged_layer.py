@@ -26,6 +26,9 @@ class RaggedLayer(compat.CacheLayerMixin):
         packed: The kept pairs of the context.
         n_context: Tokens of the context as the model saw them (columns, padding included).
         n_protected: For each packed row, how many of its first tokens no head has lost.
+        n_padding: For each packed row, the columns of padding on the left of its context; -1 where padding lay
+            elsewhere, so that layers which do not know it (sliding ones) cannot be asked about the row.
+        context_ends: For each packed row, the position after its context.
         module: The attention module that made the keys and values; the layer refuses any other.
     """
 
@@ -34,10 +37,19 @@ class RaggedLayer(compat.CacheLayerMixin):
     is_croppable = True
     is_initialized = True
 
-    def __init__(self, packed: PackedPairs, *, n_context: int, n_protected: tuple[int, ...], module: nn.Module) -> None:
+    def __init__(
+        self,
+        packed: PackedPairs,
+        *,
+        n_context: int,
+        n_protected: tuple[int, ...],
+        n_padding: tuple[int, ...],
+        context_ends: tuple[int, ...],
+        module: nn.Module,
+    ) -> None:
         self.packed = packed
         self.n_context = n_context
-        self.n_protected = n_protected
+        self.n_protected, self.n_padding, self.context_ends = n_protected, n_padding, context_ends
         self.tail = Tail()
         self.row_index: torch.Tensor | None = None  # batch row -> packed row; None is the identity
         self.fingerprint = layer_fingerprint(module)
@@ -65,14 +77,19 @@ class RaggedLayer(compat.CacheLayerMixin):
         Returns:
             Views of the tail that only our attention function accepts; it reaches the packed context through them.
         """
+        return self.append(key_states, value_states)
+
+    def append(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, padding: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What :meth:`update` does, for new tokens whose first ``padding`` ``[batch]`` columns are padding."""
         if self.get_seq_length() == 0:
-            self.row_index = None  # emptied by reset(): any batch may begin
-            self.packed = _empty_like(self.packed, key_states.shape[0])
+            self._empty(key_states.shape[0])  # by reset(): any batch may begin
         expected = (self.batch_size, self.packed.num_heads, self.packed.keys.dtype, self.packed.keys.device)
         given = (key_states.shape[0], key_states.shape[1], key_states.dtype, key_states.device)
         if given != expected:
             raise CacheMismatchError(f"expected keys with (batch, heads, dtype, device) = {expected}, got {given}")
-        self.tail.append(key_states, value_states)
+        self.tail.append(key_states, value_states, padding)
         assert self.tail.keys is not None and self.tail.values is not None
         return CacheView.of(self, self.tail.keys), CacheView.of(self, self.tail.values)
 
@@ -81,7 +98,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         return self.tail.length + compat.query_length_of(cache_position), self.n_context
 
     def get_seq_length(self) -> int:
-        """Tokens seen, kept or not, so that positions go on where they should."""
+        """Columns seen, kept or not: of a row without padding its tokens."""
         return self.n_context + self.tail.length
 
     def get_max_cache_shape(self) -> int:
@@ -105,9 +122,12 @@ class RaggedLayer(compat.CacheLayerMixin):
 
     def reset(self) -> None:
         """Empties the layer; the next update may be of any batch size."""
-        self.packed = _empty_like(self.packed, self.packed.num_rows)
-        self.n_context, self.n_protected, self.row_index = 0, (0,) * self.packed.num_rows, None
-        self.tail = Tail()
+        self._empty(self.packed.num_rows)
+        self.n_context, self.tail = 0, Tail()
+
+    def _empty(self, num_rows: int) -> None:
+        self.packed, self.row_index = _empty_like(self.packed, num_rows), None
+        self.n_protected = self.n_padding = self.context_ends = (0,) * num_rows
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search: batch row i goes on as row ``beam_idx[i]`` did. The packed context is shared, not copied."""
@@ -123,6 +143,8 @@ class RaggedLayer(compat.CacheLayerMixin):
         """Keeps only the given batch rows, and frees the context of the others."""
         rows = self._rows()[indices.to(self.packed.keys.device)].tolist()
         self.n_protected = tuple(self.n_protected[row] for row in rows)
+        self.n_padding = tuple(self.n_padding[row] for row in rows)
+        self.context_ends = tuple(self.context_ends[row] for row in rows)
         self.packed, self.row_index = self.packed.select_rows(rows), None
         self.tail.select_rows(torch.as_tensor(indices))
 
@@ -140,6 +162,38 @@ class RaggedLayer(compat.CacheLayerMixin):
         return self.packed.num_rows if self.row_index is None else self.row_index.numel()
 
     max_batch_size = batch_size
+
+    @property
+    def next_positions(self) -> torch.Tensor:
+        """The position of each batch row's next token, int64 ``[batch]``."""
+        return self._by_batch_row(self.context_ends) + self.tail.length - self._tail_padding
+
+    @property
+    def left_padding(self) -> torch.Tensor:
+        """How many of the columns seen are padding on the left of each batch row, int64 ``[batch]``.
+
+        Raises:
+            InvalidArgumentError: The context's padding was not on the left alone.
+        """
+        if min(self.n_padding, default=0) < 0:
+            raise InvalidArgumentError(
+                "expected a context padded on the left, got padding on the right or between turns, which the model's "
+                "sliding layers hold without a note of it"
+            )
+        return self._by_batch_row(self.n_padding) + self._tail_padding
+
+    @property
+    def n_tail_tokens(self) -> torch.Tensor:
+        """Tokens of each batch row since the context, int64 ``[batch]``."""
+        return torch.full((self.batch_size,), self.tail.length, device=self.packed.keys.device) - self._tail_padding
+
+    @property
+    def _tail_padding(self) -> torch.Tensor | int:
+        return 0 if self.tail.padding is None else self.tail.padding
+
+    def _by_batch_row(self, numbers: tuple[int, ...]) -> torch.Tensor:
+        """Numbers of packed rows as int64 ``[batch]``, on the layer's device."""
+        return torch.tensor(numbers, device=self.packed.keys.device)[self._rows()]
 
     def attend(
         self,
@@ -163,7 +217,9 @@ class RaggedLayer(compat.CacheLayerMixin):
             CacheMismatchError: The module is not the one that made this layer.
         """
         self.check_module(module)
-        mask = tail_mask(attention_mask, query_length=query.shape[2], tail_length=self.tail.length)
+        mask = tail_mask(
+            attention_mask, query_length=query.shape[2], tail_length=self.tail.length, padding=self.tail.padding
+        )
         output = ragged_attention(
             query,
             self.packed.keys,

@@ -18,6 +18,7 @@ from kvzip_press.forward_layer import ForwardLayer
 from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.kernels.tail_append import tail_append
 from kvzip_press.layout import PackedPairs
+from kvzip_press.padding import visible_columns
 from kvzip_press.ragged_layer import RaggedLayer
 
 
@@ -67,6 +68,8 @@ class StaticLayer(ForwardLayer):
         packed: The frozen pairs.
         row_index: Batch row to packed row, None for the identity.
         n_seen: Tokens seen before the step, as the model counts them.
+        visible: Bool ``[batch, room]``, False where a row of the buffer holds padding, until it is written; None where
+            none does.
     """
 
     is_initialized = True
@@ -80,17 +83,20 @@ class StaticLayer(ForwardLayer):
         *,
         row_index: torch.Tensor | None,
         n_seen: int,
+        visible: torch.Tensor | None = None,
     ) -> None:
         self.keys: torch.Tensor = keys
         self.values: torch.Tensor = values
         self.place, self.packed = place, packed
-        self.row_index, self.n_seen = row_index, n_seen
+        self.row_index, self.n_seen, self.visible = row_index, n_seen, visible
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes ``[batch, num_heads, 1, head_dim]`` into the buffer."""
         tail_append(self.keys, self.values, key_states, value_states, self.place.index)
+        if self.visible is not None:
+            self.visible.index_fill_(1, self.place.index, True)
         return CacheView.of(self, self.keys), CacheView.of(self, self.values)
 
     def attend(
@@ -102,7 +108,7 @@ class StaticLayer(ForwardLayer):
         scaling: float | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """Attention of one token a row to all frozen pairs and all live rows of the buffer; so it needs no mask."""
+        """Attention of one token a row to all frozen pairs and all live rows of the buffer that are no padding."""
         output = ragged_attention(
             query,
             self.packed.keys,
@@ -111,6 +117,7 @@ class StaticLayer(ForwardLayer):
             self.keys,
             self.values,
             row_index=self.row_index,
+            tail_mask=None if self.visible is None else self.visible[:, None, None],
             tail_length=self.place.n_live,
             scaling=scaling,
             softcap=softcap,
@@ -124,9 +131,10 @@ class SlidingRing:
 
     Args:
         layer: The dense sliding layer, which stays as it is until :meth:`write_back`.
+        padding: int64 ``[batch]``, how many of the columns seen are padding on the left of each row.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, padding: torch.Tensor) -> None:
         self.layer = layer
         self.size = int(layer.sliding_window)
         self.n_seen = int(layer.get_seq_length())
@@ -135,6 +143,10 @@ class SlidingRing:
         self.keys, self.values = (
             x.new_zeros(*x.shape[:2], self.size, x.shape[3]).index_copy_(2, slots, x) for x in (keys, values)
         )
+        visible = visible_columns(padding.to(keys.device), self.n_seen)[:, -keys.shape[2] :]
+        self.visible = None if bool(visible.all()) else visible.new_ones(len(padding), self.size)
+        if self.visible is not None:
+            self.visible.index_copy_(1, slots, visible)
 
     def static_layer(self, place: Place) -> StaticLayer:
         """The layer of a decode step over the ring."""
@@ -146,7 +158,9 @@ class SlidingRing:
             torch.zeros(batch * heads + 1, dtype=torch.int32, device=self.keys.device),
             heads,
         )
-        return StaticLayer(self.keys, self.values, place, nothing, row_index=None, n_seen=self.n_seen)
+        return StaticLayer(
+            self.keys, self.values, place, nothing, row_index=None, n_seen=self.n_seen, visible=self.visible
+        )
 
     def write_back(self, n_steps: int) -> None:
         """Gives the dense layer the tokens of ``n_steps`` decode steps; those that left the window count, as zeros."""
@@ -179,14 +193,16 @@ class StaticCache:
 
     def _static(self, layer: Any, n_tokens: int) -> StaticLayer:
         if not isinstance(layer, RaggedLayer):
-            ring = SlidingRing(layer)
+            ring = SlidingRing(layer, self._ragged[0].left_padding)
             self._rings.append(ring)
             return ring.static_layer(self._place(ring.n_seen, ring.size, ring.keys.device))
         packed = layer.packed
         one = (x.new_empty(1, 1, 1, x.shape[1]).expand(layer.batch_size, packed.num_heads, 1, -1) for x in packed.pairs)
         keys, values = layer.tail.reserve(n_tokens, *one)
         place = self._place(layer.tail.length, None, keys.device)
-        return StaticLayer(keys, values, place, packed, row_index=layer.row_index, n_seen=self.n_seen)
+        padding = layer.tail.padding
+        visible = None if padding is None else visible_columns(padding, keys.shape[2])
+        return StaticLayer(keys, values, place, packed, row_index=layer.row_index, n_seen=self.n_seen, visible=visible)
 
     def _place(self, n_before: int, size: int | None, device: torch.device) -> Place:
         return self._places.setdefault(size, Place(n_before, size, device))

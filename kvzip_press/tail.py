@@ -5,17 +5,25 @@ from __future__ import annotations
 import torch
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.padding import ends_dropped, moved_over_padding
 
 BLOCK = 256  # tokens a buffer grows by at least; a decode step between two growths allocates and moves nothing
 
 
 class Tail:
-    """Dense keys and values ``[batch, num_heads, length, head_dim]`` in a preallocated buffer, appended in place."""
+    """Dense keys and values ``[batch, num_heads, length, head_dim]`` in a preallocated buffer, appended in place.
+
+    Attributes:
+        length: Columns: the tokens of the longest row.
+        padding: int64 ``[batch]``, how many columns on the left of each row are padding; None where none are. Replaced,
+            never written into.
+    """
 
     def __init__(self) -> None:
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
         self.length = 0
+        self.padding: torch.Tensor | None = None
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -32,8 +40,14 @@ class Tail:
         """The buffers held in memory."""
         return () if self._keys is None or self._values is None else (self._keys, self._values)
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, padding: torch.Tensor | None = None) -> None:
         """Writes ``[batch, num_heads, t, head_dim]`` behind what is there.
+
+        Args:
+            keys: New keys.
+            values: New values.
+            padding: int64 ``[batch]``, columns on the left of the new ones that are padding; what a row holds moves
+                over them. None without any.
 
         Raises:
             InvalidArgumentError: Another batch size, head count, head_dim, dtype or device than before.
@@ -43,6 +57,10 @@ class Tail:
         end = self.length + keys.shape[2]
         self._keys[:, :, self.length : end] = keys
         self._values[:, :, self.length : end] = values
+        if padding is not None:
+            for buffer in (self._keys, self._values) if self.length else ():
+                buffer[:, :, :end] = moved_over_padding(buffer[:, :, :end], self.length, padding)
+            self.padding = padding if self.padding is None else self.padding + padding
         self.length = end
 
     def reserve(self, n_tokens: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,18 +96,41 @@ class Tail:
         return grown
 
     def truncate(self, length: int) -> None:
-        """Forgets everything from ``length`` on; the buffer stays."""
+        """Forgets every column from ``length`` on; the buffer stays."""
         self.length = min(self.length, length)
+        if self.padding is not None:
+            self.padding = self.padding.clamp(max=self.length) if self.length else None
+
+    def drop_ends(self, counts: torch.Tensor) -> None:
+        """Forgets the last ``counts`` ``[batch]`` tokens of each row, and columns that are padding in every row.
+
+        Raises:
+            InvalidArgumentError: A row has fewer tokens.
+        """
+        padding = torch.zeros_like(counts) if self.padding is None else self.padding
+        n_left = self.length - padding - counts
+        if bool((n_left < 0).any()):
+            have = (self.length - padding).tolist()
+            raise InvalidArgumentError(f"expected to drop at most {have} tokens of the rows, got {counts.tolist()}")
+        n_columns = int(n_left.max())
+        if self._keys is not None and self._values is not None and n_columns:
+            for buffer in (self._keys, self._values):
+                buffer[:, :, :n_columns] = ends_dropped(buffer[:, :, : self.length], counts, n_columns)
+        self.length = n_columns
+        self.padding = n_columns - n_left if bool((n_left < n_columns).any()) else None
 
     def select_rows(self, index: torch.Tensor) -> None:
         """Reorders, drops or repeats batch rows; ``index`` is int64 ``[new_batch]``."""
         if self._keys is not None and self._values is not None:
             self._keys = self._keys.index_select(0, index.to(self._keys.device))
             self._values = self._values.index_select(0, index.to(self._values.device))
+        if self.padding is not None:
+            self.padding = self.padding[index.to(self.padding.device)]
 
     def copy(self) -> Tail:
         """An independent tail with the same content."""
         tail = Tail()
         if self.keys is not None and self.values is not None and self.length:
             tail.append(self.keys, self.values)
+        tail.padding = self.padding
         return tail

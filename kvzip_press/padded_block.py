@@ -1,0 +1,94 @@
+"""Reading rows of different length behind a cache: layers that stand in during one forward over a left-padded block.
+
+Each row's earlier tokens move over the padding of its block, so that the cache always holds rows with padding on their
+left alone: sliding windows count the columns between two tokens, and every later forward needs no more than one number
+a row. Where nothing was read since the context, as for a first question, ragged layers have nothing to move.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvzip_press import compat
+from kvzip_press.errors import UnsupportedCacheError
+from kvzip_press.padding import ends_dropped, moved_over_padding
+from kvzip_press.ragged_layer import RaggedLayer
+
+
+class BlockLayer(compat.CacheLayerMixin):
+    """Stands in for a layer of the cache while it reads a block; what is read stays in the layer.
+
+    Args:
+        layer: A ragged or a sliding layer.
+        padding: int64 ``[batch]``, columns of padding on the left of the block.
+    """
+
+    def __init__(self, layer: Any, padding: torch.Tensor) -> None:
+        self.layer, self.padding = layer, padding
+        self.is_sliding = not isinstance(layer, RaggedLayer)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds ``[batch, num_heads, n, head_dim]`` to the layer, and returns what attention shall see."""
+        if isinstance(self.layer, RaggedLayer):
+            return self.layer.append(key_states, value_states, self.padding)
+        seen = self.layer.update(key_states, value_states)
+        n_before = seen[0].shape[2] - key_states.shape[2]
+        keys, values = (moved_over_padding(tokens, n_before, self.padding) for tokens in seen)
+        first = 1 - self.layer.sliding_window
+        self.layer.keys, self.layer.values = keys[:, :, first:], values[:, :, first:]
+        return keys, values
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to initialise."""
+
+    def get_mask_sizes(self, cache_position: Any) -> tuple[int, int]:
+        """As the layer's own."""
+        sizes: tuple[int, int] = self.layer.get_mask_sizes(cache_position)
+        return sizes
+
+    def get_seq_length(self) -> int:
+        """As the layer's own."""
+        return int(self.layer.get_seq_length())
+
+    def get_max_cache_shape(self) -> int:
+        """As the layer's own."""
+        return int(self.layer.get_max_cache_shape())
+
+    get_max_length = get_max_cache_shape
+
+
+def block_cache(cache: Any, padding: torch.Tensor) -> Any:
+    """A cache for one forward over a block behind ``cache``, which grows by it.
+
+    Args:
+        cache: A compressed cache.
+        padding: int64 ``[batch]``, columns of padding on the left of the block.
+
+    Raises:
+        UnsupportedCacheError: No layer is ragged, or one is neither ragged nor sliding.
+    """
+    kinds = {type(layer) for layer in cache.layers}
+    if RaggedLayer not in kinds or kinds - {RaggedLayer, compat.DynamicSlidingWindowLayer}:
+        names = sorted(kind.__name__ for kind in kinds)
+        raise UnsupportedCacheError(
+            f"expected a compressed cache for rows of different length, got layers {names}: transformers' own generate "
+            "takes padded rows with other caches"
+        )
+    return compat.Cache(layers=[BlockLayer(layer, padding) for layer in cache.layers])
+
+
+def drop_ends_of_sliding(layer: Any, counts: torch.Tensor, *, n_columns: int) -> None:
+    """Drops the last ``counts`` ``[batch]`` tokens of each row of a sliding layer that still holds all of them.
+
+    Args:
+        layer: The layer; where no token is dropped, it may have lost its first ones.
+        counts: int64.
+        n_columns: Columns seen that are left: those that are padding in every row go, too.
+    """
+    held = min(n_columns, layer.keys.shape[2])
+    layer.keys, layer.values = (ends_dropped(tokens, counts, held) for tokens in (layer.keys, layer.values))
+    layer.cumulative_length = n_columns

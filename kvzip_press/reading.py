@@ -1,0 +1,87 @@
+"""Reading tokens into a cache, each row where its own tokens end; the rows may read different numbers of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvzip_press.errors import CacheMismatchError
+from kvzip_press.padded_block import block_cache
+from kvzip_press.padding import visible_columns
+from kvzip_press.ragged_layer import RaggedLayer
+
+
+def next_positions(cache: Any, batch_size: int, device: torch.device) -> torch.Tensor:
+    """The position of each row's next token, int64 ``[batch]``: where its own tokens end."""
+    ragged = _first_ragged(cache)
+    if ragged is None:
+        return torch.full((batch_size,), int(cache.get_seq_length()), device=device)
+    return ragged.next_positions.to(device)
+
+
+@torch.no_grad()
+def read(
+    model: Any,
+    cache: Any,
+    token_ids: torch.Tensor,
+    *,
+    padding: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Reads tokens into a cache, each row at its own positions.
+
+    Args:
+        model: A causal language model, attached.
+        cache: Its cache, which grows.
+        token_ids: int64 ``[batch, n]``.
+        padding: int64 ``[batch]``, columns of padding on the left of ``token_ids``; only for a compressed cache.
+        positions: int64 ``[batch]``, the position of each row's first token; by default where the row ends.
+
+    Returns:
+        Logits ``[batch, vocabulary]`` of the last tokens.
+
+    Raises:
+        CacheMismatchError: The cache has seen another number of rows.
+        InvalidArgumentError: Sliding layers hold padding that is not on the left.
+        UnsupportedCacheError: Padding, and a cache that is not compressed.
+    """
+    batch_size, n = token_ids.shape
+    first = next_positions(cache, batch_size, token_ids.device) if positions is None else positions
+    if first.shape[0] != batch_size:
+        raise CacheMismatchError(f"expected tokens for the {first.shape[0]} rows of the cache, got {batch_size} rows")
+    rows = first[:, None] + torch.arange(n, device=token_ids.device)
+    mask = _mask_of_dense_layers(cache, n, padding)
+    if padding is not None:
+        rows = (rows - padding[:, None]).clamp(min=0)
+        cache = block_cache(cache, padding)
+    return forward(model, cache, token_ids, rows, mask)
+
+
+def _first_ragged(cache: Any) -> RaggedLayer | None:
+    return next((layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RaggedLayer)), None)
+
+
+def _mask_of_dense_layers(cache: Any, n: int, padding: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask ``[batch, seen + n]`` that sliding layers need where rows have padding; ragged layers know theirs."""
+    ragged = _first_ragged(cache)
+    if ragged is None or all(isinstance(layer, RaggedLayer) for layer in cache.layers):
+        return None
+    hidden = ragged.left_padding if padding is None else ragged.left_padding + padding
+    return visible_columns(hidden, cache.get_seq_length() + n).long() if bool(hidden.any()) else None
+
+
+def forward(
+    model: Any, cache: Any, token_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One forward over ``token_ids`` ``[batch, n]`` at ``position_ids``; logits ``[batch, vocabulary]`` of the last."""
+    output = model(
+        input_ids=token_ids,
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits

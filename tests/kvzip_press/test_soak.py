@@ -1,0 +1,115 @@
+"""Two models and their caches in turn, thousands of times: nothing accumulates and no answer drifts."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensor  # what tests of torch.compile leave behind
+
+from kvzip_press import KVzipPress, RaggedCache, answer, compress
+from kvzip_press.reading import read
+from kvzip_press.testing import ByteTokenizer, tiny_model
+
+TOKENIZER = ByteTokenizer()
+N_CYCLES, N_WARM_UP = 2000, 80
+N_TRACED = 500  # of the last cycles: tracing doubles the time of one
+QUESTIONS = ("Where?", "Who has it", "Why", "What is at the door")
+
+
+@dataclass
+class Chat:
+    """A model and the cache it is asked through."""
+
+    model: Any
+    cache: RaggedCache
+    path: Path
+
+    def cycle(self, number: int) -> list[Any]:
+        """Asks, keeps, forks, saves, loads, asks what was loaded, goes back: what was said on the way."""
+        start, question = self.cache.n_seen, QUESTIONS[number % len(QUESTIONS)]
+        said = [self.ask(self.cache, question, keep=True)]
+        said += [self.ask(self.cache.fork(), "And?", keep=True)]
+        self.cache.save(self.path)
+        self.cache = RaggedCache.load(self.path, self.model)
+        said += [self.ask(self.cache, "So?")]
+        self.cache.truncate(start)
+        return said
+
+    def ask(self, cache: RaggedCache, question: str, *, keep: bool = False) -> Any:
+        return answer(self.model, TOKENIZER, cache, question, max_new_tokens=2, keep=keep)
+
+    def logits(self) -> torch.Tensor:
+        ids = torch.arange(5, 9).repeat(self.cache.batch_size, 1)
+        return read(self.model, self.cache.fork(), ids)
+
+
+def chats(folder: Path) -> list[Chat]:
+    """One context behind full attention, and two of different length behind a hybrid model."""
+    text, press = "The key of the red box is under the mat, and the mat is at the door.", KVzipPress(0.5)
+    full = tiny_model("llama", num_layers=2)
+    layer_types = ["sliding_attention", "full_attention"]
+    options = {"layer_types": layer_types, "num_hidden_layers": 2, "sliding_window": 256, "tie_word_embeddings": False}
+    hybrid = tiny_model("gemma3_text", **options)
+    contexts = [(full, text), (hybrid, [text[:40], text[:25]])]
+    made = [(model, compress(model, TOKENIZER, context, press)) for model, context in contexts]
+    return [Chat(model, cache, folder / f"{number}.safetensors") for number, (model, cache) in enumerate(made)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Several threads only wait for each other in models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def held() -> tuple[int, int, int]:
+    """Live tensors, the bytes of their storages, and live containers of any kind."""
+    gc.collect()
+    everything = gc.get_objects()
+    tensors = [x for x in everything if issubclass(type(x), torch.Tensor) and not issubclass(type(x), FakeTensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return len(tensors), sum(storages.values()), len(everything)
+
+
+def python_bytes() -> int:
+    """Bytes of Python's objects, but for what safetensors (0.8) itself loses: a number with each tensor it gives."""
+    gc.collect()
+    theirs = [tracemalloc.Filter(False, pattern) for pattern in ("*/cache_reading.py", "*/safetensors/*")]
+    return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces(theirs).traces)
+
+
+@pytest.mark.slow
+def test_two_thousand_cycles_leave_no_trace(tmp_path) -> None:
+    """Every cycle says what the first ones said; at the end the same tensors, bytes and Python memory are held."""
+    pair = chats(tmp_path)
+    logits = [chat.logits() for chat in pair]
+    turns = [(chat, number) for number in range(N_CYCLES // 2) for chat in pair]
+    first: dict[Any, list[Any]] = {}
+    sizes: list[int] = []
+    try:
+        for done, (chat, number) in enumerate(turns):
+            said = chat.cycle(number)
+            assert said == first.setdefault((pair.index(chat), number % len(QUESTIONS)), said)
+            if done == N_WARM_UP:
+                before = held()
+            if done == N_CYCLES - N_TRACED:
+                tracemalloc.start()
+            if tracemalloc.is_tracing() and done % 100 == 99:
+                sizes.append(python_bytes())
+        after = held()
+    finally:
+        tracemalloc.stop()
+    for chat, expected in zip(pair, logits, strict=True):
+        assert torch.equal(chat.logits(), expected)
+    assert after[:2] == before[:2]
+    assert after[2] - before[2] < 100, f"{before[2]} and {after[2]} containers"
+    assert sizes[-1] - sizes[1] < 100 * 300, f"Python's bytes after every 100 cycles: {sizes}"
