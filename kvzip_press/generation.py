@@ -121,7 +121,7 @@ def question_ids(tokenizer: Any, question: str, answer_prefix: str = "", *, is_f
 def _generate_rows(
     model: Any, cache: RaggedCache, rows: list[list[int]], max_new_tokens: int, ended: Collection[int]
 ) -> list[list[int]]:
-    ids, valid = left_padded(rows, device_of(model))
+    ids, valid = left_padded(rows, input_device(model))
     return generate(model, cache, ids, max_new_tokens, attention_mask=valid, eos_ids=ended)
 
 
@@ -137,14 +137,9 @@ def _after_turn(
         unread = [row[-1:] for row in generated] if grown.get_seq_length() - cache.get_seq_length() < n_read else []
     if unread:
         attach(model)
-        ids, valid = left_padded(unread, device_of(model))
+        ids, valid = left_padded(unread, input_device(model))
         read(model, grown, ids, padding=padding_in(valid, (ids.shape[0], ids.shape[1])))
     return grown
-
-
-def device_of(model: Any) -> torch.device:
-    """Where a model takes its token ids."""
-    return input_device(model)
 
 
 def eos_ids(model: Any, tokenizer: Any) -> set[int]:
@@ -205,7 +200,7 @@ def generate(
             raise InvalidArgumentError(f"expected one row for a streamer, got {input_ids.shape[0]}")
         streamer.put(input_ids.cpu())
     padding = None if attention_mask is None else padding_in(attention_mask, (input_ids.shape[0], input_ids.shape[1]))
-    input_ids = input_ids.to(device_of(model))
+    input_ids = input_ids.to(input_device(model))
     padding = None if padding is None else padding.to(input_ids.device)
     _check_positions(model, cache, input_ids, padding, max_new_tokens)
     choose = most_likely if sampling is None else sampling.sampler()

@@ -58,6 +58,7 @@ class Tail:
         self._keys[:, :, self.length : end] = keys
         self._values[:, :, self.length : end] = values
         if padding is not None:
+            padding = padding.to(keys.device)
             for buffer in (self._keys, self._values) if self.length else ():
                 buffer[:, :, :end] = moved_over_padding(buffer[:, :, :end], self.length, padding)
             self.padding = padding if self.padding is None else self.padding + padding
@@ -107,6 +108,7 @@ class Tail:
         Raises:
             InvalidArgumentError: A row has fewer tokens.
         """
+        counts = counts.to(self.tensors[0].device if self.tensors else counts.device)
         padding = torch.zeros_like(counts) if self.padding is None else self.padding
         n_left = self.length - padding - counts
         if bool((n_left < 0).any()):
