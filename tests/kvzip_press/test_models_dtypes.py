@@ -52,7 +52,8 @@ def masked_logits(model, ids, question, keep):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kvzip_answers_saves_and_loads_in_half_precision(architecture, dtype, tmp_path) -> None:
-    model, tokenizer = tiny_model(architecture, dtype=dtype), ByteTokenizer()
+    implementation = EAGER.get(architecture, "sdpa")
+    model, tokenizer = tiny_model(architecture, dtype=dtype, attn_implementation=implementation), ByteTokenizer()
     check_whole_way(model, tokenizer, tmp_path / "cache.safetensors", dtype)
 
 
