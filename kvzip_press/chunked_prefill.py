@@ -69,7 +69,7 @@ def compress_in_chunks(
     ids = torch.tensor([[*frame.prefix, *rows[0]]], device=input_device(model))
     check_length(text_config(model), ids.shape[1])
     if ids.shape[1] <= chunk_size:
-        return compress(model, tokenizer, context, press)
+        return compress(model, tokenizer, rows[0], press)
     cache = compat.DynamicCache(config=text_config(model))
     reading = _Reading(model, press, window_size, rerank=rerank, cache=cache)
     for chunk in ids.split(chunk_size, dim=1):
@@ -89,7 +89,6 @@ class _Reading:
         alive: ``layer_idx -> [1, heads, n_seen]``, bool, what each head still has.
         sink: ``[1, n_seen]``, bool, what the press protects at the beginning.
         charged: ``[1, n_seen]``, bool, the part of it that counts inside the budget.
-        n_decided: Tokens of which nothing more is evicted (without ``rerank``).
     """
 
     model: nn.Module
@@ -102,7 +101,6 @@ class _Reading:
     alive: dict[int, torch.Tensor] = field(default_factory=dict)
     sink: torch.Tensor | None = None
     charged: torch.Tensor | None = None
-    n_decided: int = 0
 
     def read(self, chunk: torch.Tensor, *, is_last: bool, **template: Any) -> None:
         """Reads ``chunk`` ``[1, n]``, scores it and evicts; ``template`` is what a Prefill is told of the chat's."""
@@ -119,7 +117,6 @@ class _Reading:
         seen = torch.ones_like(asked.protected)
         self.alive = select(asked, seen, among=self.alive, of_all=True)
         self._evict(done)
-        self.n_decided = 0 if self.rerank else max(0, self.n_seen - self.window_size)
 
     def _add(self, new: Scores) -> None:
         n = new.protected.shape[1]
@@ -142,7 +139,10 @@ class _Reading:
             window = _leading(new.protected.flip(-1)).flip(-1)
             recent, paid = (torch.cat([self.sink.new_zeros(1, start), x], 1) for x in (window, window & new.charged))
             charged = charged | paid
-        decided = (columns < self.n_decided) & ~self.sink
+        n_decided = (
+            0 if self.rerank else start - self.window_size
+        )  # nothing more is evicted of what had left the window
+        decided = (columns < n_decided) & ~self.sink
         policy = {name: getattr(new, name) for name in _POLICY}
         protected = self.sink | recent | decided
         return Scores(self.scores, protected, protected_count=charged | decided, **policy)

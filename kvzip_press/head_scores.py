@@ -16,7 +16,7 @@ from torch import nn
 from kvzip_press import __version__, head_file
 from kvzip_press.chat import encode
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model_facts import SHAPE, alike, num_kv_heads, shape_of, weight_sketch
+from kvzip_press.model_facts import SHAPE, facts_of, num_kv_heads, same_shape, same_weights, shape_of
 from kvzip_press.models import full_attention_layers
 
 
@@ -72,12 +72,8 @@ class HeadScores:
             {"sha256": hashlib.sha256(text.encode()).hexdigest(), "tokens": len(encode(tokenizer, text))}
             for text in texts
         ]
-        name = Path(str(getattr(model.config, "name_or_path", "") or type(model).__name__)).name
         provenance = {
-            "model": name,
-            **shape_of(model),
-            "k_proj_norms": json.dumps([round(norm, 4) for norm in weight_sketch(model)]),
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            **facts_of(model),
             "texts": json.dumps(read),
             **{setting: str(value) for setting, value in settings.items()},
             "kvzip_press": __version__,
@@ -91,16 +87,16 @@ class HeadScores:
         Raises:
             InvalidArgumentError: There are none for a model of this shape, or only for other weights of this shape.
         """
-        shape, same_shape = shape_of(model), []
+        others = []
         for path in sorted(folder.glob("*.safetensors")):
             scores = cls.load(path)
-            if any(scores.provenance[name] != shape[name] for name in SHAPE):
+            if not same_shape(scores.provenance, model):
                 continue
-            if alike(json.loads(scores.provenance["k_proj_norms"]), weight_sketch(model)):
+            if same_weights(scores.provenance, model):
                 return scores.check(model)
-            same_shape.append(scores.provenance["model"])
-        got = f"only those of other weights of this shape ({', '.join(same_shape)})" if same_shape else "none"
-        described = ", ".join(f"{name}={value}" for name, value in shape.items())
+            others.append(scores.provenance["model"])
+        got = f"only those of other weights of this shape ({', '.join(others)})" if others else "none"
+        described = ", ".join(f"{name}={value}" for name, value in shape_of(model).items())
         raise InvalidArgumentError(
             f"expected head scores shipped for {type(model).__name__} ({described}), got {got}: make them with "
             "`kvzip-press heads compute --model MODEL --out FILE` and pass scores=FILE"

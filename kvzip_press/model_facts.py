@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +37,26 @@ def weight_sketch(model: nn.Module) -> list[float]:
     norms = [_key_norm(layer.module) for layer in full_attention_layers(model)]
     numbers: list[float] = torch.stack([norm.cpu() for norm in norms]).tolist()
     return numbers
+
+
+def facts_of(model: nn.Module) -> dict[str, str]:
+    """What a file made for a model says of it: its name, the settings of :data:`SHAPE`, the sketch, the dtype."""
+    return {
+        "model": Path(str(getattr(model.config, "name_or_path", "") or type(model).__name__)).name,
+        **shape_of(model),
+        "k_proj_norms": json.dumps([round(norm, 4) for norm in weight_sketch(model)]),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def same_shape(facts: Mapping[str, str], model: nn.Module) -> bool:
+    """Whether a file's facts are those of a model of this shape."""
+    return all(facts[name] == said for name, said in shape_of(model).items())
+
+
+def same_weights(facts: Mapping[str, str], model: nn.Module) -> bool:
+    """Whether they are those of these weights, as far as the sketch tells."""
+    return alike(json.loads(facts["k_proj_norms"]), weight_sketch(model))
 
 
 def alike(one: Sequence[float], other: Sequence[float]) -> bool:

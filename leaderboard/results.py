@@ -34,13 +34,16 @@ class Row:
         prediction: What the model said.
         references: The accepted answers.
         score: The task's metric, in [0, 1].
+        query_aware: Whether the question was known when the context was compressed; tables never mix the two.
         n_context_tokens: Tokens of the context, chat template included.
+        n_answer_tokens: Tokens that were generated.
         resident_bytes: What the compressed cache holds.
         dense_bytes: What the uncompressed cache holds.
         prefill_seconds: The one forward over the context, shared by all presses, those that watch it included.
         score_seconds: Scoring, shared by all ratios of a press.
         evict_seconds: Making the compressed cache from the scores.
-        answer_seconds: Reading the question and writing the answer.
+        answer_seconds: Reading the question and writing the answer; its share where several were asked at once.
+        tags: What the task says of this question beside the metric, such as its depth in the context.
         provenance: Versions, device, dtype and the like.
     """
 
@@ -56,13 +59,16 @@ class Row:
     prediction: str
     references: tuple[str, ...]
     score: float
+    query_aware: bool
     n_context_tokens: int
+    n_answer_tokens: int
     resident_bytes: int
     dense_bytes: int
     prefill_seconds: float
     score_seconds: float
     evict_seconds: float
     answer_seconds: float
+    tags: dict[str, float | str] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:

@@ -128,14 +128,17 @@ class _Loop:
             seed=work.sample.seed,
             prediction=prediction,
             references=question.references,
-            score=work.task.score(prediction, question.references),
+            score=work.task.score(prediction, question),
+            query_aware=False,
             n_context_tokens=int(done.input_ids.shape[1]),
+            n_answer_tokens=len(self.tokenizer.encode(prediction, add_special_tokens=False)),
             resident_bytes=cell.cache.resident_bytes,
             dense_bytes=done.dense_bytes,
             prefill_seconds=done.seconds,
             score_seconds=cell.score_seconds,
             evict_seconds=cell.evict_seconds,
             answer_seconds=answer_seconds,
+            tags=dict(question.tags),
             provenance=self.provenance,
         )
 

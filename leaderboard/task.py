@@ -1,8 +1,8 @@
 """What a task is: samples made from a seed, and a score for an answer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from kvzip_press.leaderboard.metrics import substring_match
@@ -21,6 +21,7 @@ class Question:
         references: The accepted answers; one of them is enough.
         answer_prefix: How the answer starts; the model goes on from there. May be empty.
         max_new_tokens: The longest answer that is generated.
+        tags: What else rows say of it, such as ``{"depth": 0.25}``; a metric may need it too.
     """
 
     question_id: str
@@ -28,6 +29,7 @@ class Question:
     references: tuple[str, ...]
     answer_prefix: str = ""
     max_new_tokens: int = 32
+    tags: Mapping[str, float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,15 @@ class Sample:
         seed: The seed that the sample was made from.
         context: The text.
         questions: At least one.
+        multi_turn: Whether they are one conversation, each asked behind the questions and answers before it; otherwise
+            each is asked of the context alone.
     """
 
     sample_id: str
     seed: int
     context: str
     questions: tuple[Question, ...]
+    multi_turn: bool = False
 
 
 def approximate_tokens(text: str) -> int:
@@ -61,6 +66,11 @@ class Task(Protocol):
         """The name in the table of tasks and in every row."""
         ...
 
+    @property
+    def data_revision(self) -> str:
+        """Which data the samples are from: a commit of a data set, "generated" for those made from a seed."""
+        ...
+
     def samples(
         self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens
     ) -> Iterator[Sample]:
@@ -75,7 +85,7 @@ class Task(Protocol):
         """
         ...
 
-    def score(self, prediction: str, references: Sequence[str]) -> float:
+    def score(self, prediction: str, question: Question) -> float:
         """How right an answer is, in [0, 1]."""
         ...
 
@@ -84,6 +94,7 @@ class GeneratedTask(ABC):
     """A task whose samples are made one by one from a seed, and asked for a value that stands in the context."""
 
     name: str
+    data_revision = "generated"
 
     def samples(
         self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens
@@ -92,9 +103,9 @@ class GeneratedTask(ABC):
         for index in range(n):
             yield self._sample(seed, index, length_tokens, count_tokens)
 
-    def score(self, prediction: str, references: Sequence[str]) -> float:
+    def score(self, prediction: str, question: Question) -> float:
         """1.0 where the value is in the answer."""
-        return substring_match(prediction, references)
+        return substring_match(prediction, question.references)
 
     @abstractmethod
     def _sample(self, seed: int, index: int, length_tokens: int, count_tokens: TokenCounter) -> Sample:

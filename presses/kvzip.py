@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -13,8 +13,9 @@ from torch import nn
 
 from kvzip_press.chat import chat_frame, encode, find_tokenizer
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.hidden_states import watching_hidden_states
 from kvzip_press.kernels.kv_scoring import kv_scoring
-from kvzip_press.models import dense_weight, full_attention_layers, layer_index
+from kvzip_press.models import dense_weight
 from kvzip_press.prefilling import Prefill
 from kvzip_press.press import AllocatingPress
 from kvzip_press.replay import Replay, ReplayedAttention
@@ -178,17 +179,11 @@ def _hidden_norms(model: nn.Module, wanted: bool) -> Iterator[dict[int, torch.Te
     """While open, ``layer_idx -> [batch, query_length]`` fp32 norms of the hidden states entering attention."""
     norms: dict[int, torch.Tensor] = {}
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        norms[layer_index(module)] = hidden_states.float().norm(dim=-1)
+    def record(layer_idx: int, hidden_states: torch.Tensor) -> None:
+        norms[layer_idx] = hidden_states.float().norm(dim=-1)
 
-    layers = full_attention_layers(model) if wanted else []
-    handles = [layer.module.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
-    try:
+    with watching_hidden_states(model, record) if wanted else nullcontext():
         yield norms
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def local_press(compression_ratio: float = 0.0, **options: Any) -> KVzipPress:

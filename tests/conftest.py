@@ -12,6 +12,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+from collections.abc import Iterator  # noqa: E402  # the environment comes first
 from importlib.util import find_spec  # noqa: E402  # the environment comes first
 from pathlib import Path  # noqa: E402
 
@@ -59,6 +60,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny tensors and models: on a busy machine, threads that wait for each other take longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def main(
             cache = done.evict(scored[name], ratio)
             for q in sample.questions:
                 said = answer(loaded, tokenizer, cache, q.text, q.answer_prefix, q.max_new_tokens)
-                hits.setdefault((name, ratio), []).append(task.score(said, q.references))
+                hits.setdefault((name, ratio), []).append(task.score(said, q))
     table = Table("press", "removed", "accuracy", "scoring s", "kept in common")
     for (name, ratio), scores in hits.items():
         common = f"{statistics.mean(overlaps[ratio]):.2f}" if name == "kvzip_local" else ""

@@ -17,7 +17,7 @@ from torch import nn
 from kvzip_press.chat import encode
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
 from kvzip_press.head_scores import HeadScores, check_texts
-from kvzip_press.models import full_attention_layers, layer_index
+from kvzip_press.models import full_attention_layers, input_device, layer_index
 from kvzip_press.prefilling import run_prefill
 
 
@@ -49,7 +49,7 @@ def compute_head_scores(
         )
     areas = []
     for done, ids in enumerate(rows, start=1):
-        input_ids = torch.tensor([ids], device=next(model.parameters()).device)
+        input_ids = torch.tensor([ids], device=input_device(model))
         with _areas(model, length) as seen:
             run_prefill(model, input_ids, torch.ones_like(input_ids, dtype=torch.bool))
         areas.append(torch.stack([seen[layer.layer_idx].cpu() for layer in full_attention_layers(model)]))

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvzip_press.models import full_attention_layers, text_config
+from kvzip_press.models import full_attention_layers, input_device, text_config
 from kvzip_press.prefilling import run_prefill, synchronize
 from kvzip_press.presses.fastkvzip.fast_press import FastKVzipPress
 from kvzip_press.presses.fastkvzip.gate import LayerGate
@@ -77,7 +77,7 @@ def _gate_shape(model: Any) -> tuple[int, int, int]:
 
 def _prefill(model: Any, tokens: int, repeats: int) -> dict[str, str]:
     gates = [LayerGate(*_gate_shape(model), dtype=torch.bfloat16) for _ in full_attention_layers(model)]
-    press, device = FastKVzipPress(0.7, gate=Gates(gates)), next(model.parameters()).device
+    press, device = FastKVzipPress(0.7, gate=Gates(gates)), input_device(model)
     ids = torch.randint(3, 1000, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(repeats + 1):  # the first of each kind warms up
@@ -97,7 +97,7 @@ def _training(model: Any, document: int, steps: int) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         shards = Shards(Path(folder), tuple(hidden), *_gate_shape(model)[:2])
         writing, _ = _timed(lambda: shards.append(hidden, scores), model)
-    recipe, device = Recipe(), next(model.parameters()).device
+    recipe, device = Recipe(), input_device(model)
     shape = (*_gate_shape(model), recipe.dim, recipe.n_sink)
     optimiser = Optimiser(recipe, initial(shape, len(hidden), recipe.seed), device)
     features = [x.to(device) for x in hidden.values()], [x.T.contiguous().to(device) for x in scores.values()]
@@ -114,7 +114,7 @@ def _training(model: Any, document: int, steps: int) -> dict[str, str]:
 
 
 def _timed(function: Callable[[], Any], model: Any) -> tuple[float, Any]:
-    device = next(model.parameters()).device
+    device = input_device(model)
     synchronize(device)
     begin = time.perf_counter()
     value = function()

@@ -13,11 +13,11 @@ from torch import nn
 
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.eviction import compressible_layers
+from kvzip_press.hidden_states import watching_hidden_states
 from kvzip_press.prefilling import Prefill
 from kvzip_press.press import AllocatingPress, ObservingPress
 from kvzip_press.presses.fastkvzip.finding import gates_for
 from kvzip_press.presses.fastkvzip.gates import Gates
-from kvzip_press.presses.fastkvzip.watching import watching_hidden_states
 from kvzip_press.scores import Scores
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from os import PathLike
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model_facts import SHAPE, alike, shape_of, weight_sketch
+from kvzip_press.model_facts import same_shape, same_weights, shape_of
 from kvzip_press.presses.fastkvzip import gate_file, published
 from kvzip_press.presses.fastkvzip.gates import Gates
 
@@ -51,11 +50,9 @@ def _read(model: nn.Module, source: str | PathLike[str] | None) -> Gates:
 
 def shipped_gates(model: nn.Module) -> Gates | None:
     """The gates that come with the package for a model's shape and weights, None where there are none."""
-    shape = shape_of(model)
     for path in sorted(_FOLDER.glob("*.safetensors")):
-        said = gate_file.read_header(path)
-        same_shape = all(said[name] == shape[name] for name in SHAPE)
-        if same_shape and alike(json.loads(said["k_proj_norms"]), weight_sketch(model)):
+        facts = gate_file.read_header(path)
+        if same_shape(facts, model) and same_weights(facts, model):
             return Gates.load(path)
     return None
 

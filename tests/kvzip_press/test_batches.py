@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +15,8 @@ from kvzip_press.generation import generate
 from kvzip_press.padding import left_padded, padding_in
 from kvzip_press.reading import read
 from kvzip_press.testing import ARCHITECTURES, ByteTokenizer, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENIZER = ByteTokenizer()
 TEXT = "The key of the red box is under the mat, and the mat is at the door, and the door is green. "
@@ -41,15 +41,6 @@ def kept(cache: RaggedCache, row: int) -> list[list[list[int]]]:
 
 def alone(model, contexts, press) -> list[RaggedCache]:
     return [compress(model, TOKENIZER, context, press) for context in contexts]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Several threads only wait for each other in models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def token_lists(sizes: list[int], seed: int) -> list[list[int]]:

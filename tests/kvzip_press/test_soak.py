@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from torch._subclasses import FakeTensor  # what tests of torch.compile leave be
 from kvzip_press import KVzipPress, RaggedCache, answer, compress
 from kvzip_press.reading import read
 from kvzip_press.testing import ByteTokenizer, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENIZER = ByteTokenizer()
 N_CYCLES, N_WARM_UP = 2000, 80
@@ -60,15 +61,6 @@ def chats(folder: Path) -> list[Chat]:
     contexts = [(full, text), (hybrid, [text[:40], text[:25]])]
     made = [(model, compress(model, TOKENIZER, context, press)) for model, context in contexts]
     return [Chat(model, cache, folder / f"{number}.safetensors") for number, (model, cache) in enumerate(made)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Several threads only wait for each other in models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def held() -> tuple[int, int, int]:

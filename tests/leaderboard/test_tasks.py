@@ -80,8 +80,8 @@ def test_every_question_can_be_answered_from_the_context_alone(name: str, seed: 
         assert len({question.question_id for question in sample.questions}) == len(sample.questions) >= 4
         for question in sample.questions:
             assert f"{question.answer_prefix} {question.references[0]}" in sample.context
-            assert task.score(f"{question.references[0]}.", question.references) == 1.0
-            assert task.score("nothing of the kind", question.references) == 0.0
+            assert task.score(f"{question.references[0]}.", question) == 1.0
+            assert task.score("nothing of the kind", question) == 0.0
 
 
 def test_facts_stand_all_over_the_context() -> None:

@@ -20,8 +20,8 @@ from torch import nn
 from kvzip_press import __version__
 from kvzip_press.atomic_write import replacing
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model_facts import num_kv_heads, shape_of, weight_sketch
-from kvzip_press.models import text_config
+from kvzip_press.model_facts import facts_of, num_kv_heads
+from kvzip_press.models import input_device, text_config
 from kvzip_press.presses.fastkvzip.fast_press import FastKVzipPress
 from kvzip_press.presses.fastkvzip.gates import Gates
 from kvzip_press.presses.fastkvzip.training.documents import Piece, digest
@@ -114,7 +114,7 @@ class Training:
         return shards
 
     def _optimise(self, number: int, shards: Shards) -> None:
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         features = shards.read()
         if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 2 * shards.token_bytes * shards.done[1]:
             features = tuple([layer.to(device) for layer in layers] for layers in features)  # type: ignore[assignment]
@@ -157,12 +157,8 @@ class Training:
         return self.folder / f"state-{number:03}.safetensors"
 
     def _provenance(self, source: str) -> dict[str, str]:
-        name = Path(str(getattr(self.model.config, "name_or_path", "") or type(self.model).__name__)).name
         return {
-            "model": name,
-            **shape_of(self.model),
-            "k_proj_norms": json.dumps([round(norm, 4) for norm in weight_sketch(self.model)]),
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            **facts_of(self.model),
             "data": source,
             "data_sha256": digest([*self.train, *self.held_out]),
             "data_tokens": str(sum(len(piece.ids) for piece in self.train)),

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
+from kvzip_press.atomic_write import replacing
 from kvzip_press.chat import encode
 from kvzip_press.generation import eos_ids, generate
 from kvzip_press.models import text_config
@@ -54,9 +55,8 @@ class SelfGeneration:
             if not path.exists():
                 texts = self._batch(model, tokenizer, batch)
                 folder.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text(json.dumps(texts), encoding="utf-8")
-                temporary.replace(path)
+                with replacing(path) as temporary:
+                    temporary.write_text(json.dumps(texts), encoding="utf-8")
             yield from json.loads(path.read_text(encoding="utf-8"))
             batch += 1
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from kvzip_press.models import input_device
 from kvzip_press.presses.fastkvzip.training.documents import Piece, pieces, read_texts, split, tokenised
 from kvzip_press.presses.fastkvzip.training.recipe import Progress, Recipe
 from kvzip_press.presses.fastkvzip.training.self_generation import SelfGeneration
@@ -47,7 +48,7 @@ def self_generated(
         progress: Called as texts are sampled.
     """
     if batch_size is None:
-        batch_size = 512 if next(model.parameters()).device.type == "cuda" else 32
+        batch_size = 512 if input_device(model).type == "cuda" else 32
     sampling = SelfGeneration(seed=recipe.seed, batch_size=batch_size)
     documents = counted(sampling.documents(model, tokenizer, folder), recipe, progress)
     data = split(pieces(documents, recipe.piece_tokens), recipe.tokens, recipe.held_out_tokens)
