@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kvzip_press import cli_gates, cli_heads
+from kvzip_press.cli_model import ModelOption
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 
 app = typer.Typer(
@@ -20,7 +21,6 @@ app.add_typer(cli_heads.app, name="heads")
 app.add_typer(cli_gates.app, name="gates")
 
 OutputOption = Annotated[Path, typer.Option("--output", help="Directory for the rows and the picture.")]
-ModelOption = Annotated[str, typer.Option("--model", help="Path or hub id of a model, or smollm2 (embedded).")]
 
 
 def main() -> None:

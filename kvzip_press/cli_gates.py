@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvzip_press.cli_model import DeviceOption, DtypeOption, ModelOption, load
 from kvzip_press.errors import InvalidArgumentError
 
 app = typer.Typer(no_args_is_help=True, help="Gates of a model's layers, for the press fastkvzip.")
@@ -25,7 +26,7 @@ def _commands() -> None:
 @app.command()
 def train(
     out: Annotated[Path, typer.Option("--out", help="The safetensors file to write.")],
-    model: Annotated[str, typer.Option("--model", help="Path or hub id of a model, or smollm2 (embedded).")],
+    model: ModelOption,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", help="A text file, a .jsonl file with a text a line, or a hub data set; several times."),
@@ -46,8 +47,8 @@ def train(
     disk_gb: Annotated[float, typer.Option("--disk-gb", help="Most disk for features; the rest goes in rounds.")] = 20,
     work: Annotated[Path | None, typer.Option("--work", help="Folder for what is under way. Default OUT.work.")] = None,
     keep_work: Annotated[bool, typer.Option("--keep-work/--no-keep-work", help="Leave that folder.")] = False,
-    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default the GPU if any.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32; default bf16 on a GPU.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
 ) -> None:
     """Trains gates for a model: KVzip is the teacher, hidden states of the texts are what they learn from.
 
@@ -67,7 +68,7 @@ def train(
         piece_tokens=piece_tokens,
         disk_bytes=int(disk_gb * 1e9),
     )
-    loaded, tokenizer = _load(model, device, dtype)
+    loaded, tokenizer = load(model, device, dtype)
     with _shown() as (progress, seconds):
         if self_generated:
             sampled = folder / "sampled"
@@ -82,21 +83,6 @@ def train(
         shutil.rmtree(folder)
     _report(agreement, seconds)
     typer.echo(f"{out}: {gates!r}, {out.stat().st_size / 1e6:.1f} MB")
-
-
-def _load(name: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
-    import torch
-
-    from kvzip_press.loading import load_model
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: "auto"}
-    chosen = dtype or ("bf16" if device.startswith("cuda") else None)
-    if chosen not in dtypes:
-        raise InvalidArgumentError(f"expected --dtype to be bf16, fp16 or fp32, got {dtype!r}")
-    model, tokenizer = load_model(name, dtype=dtypes[chosen])
-    model.to(device)  # type: ignore[arg-type]  # transformers types this for its own parallel models
-    return model, tokenizer
 
 
 @contextmanager

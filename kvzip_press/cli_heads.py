@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvzip_press.cli_model import DeviceOption, DtypeOption, ModelOption, load
 from kvzip_press.errors import InvalidArgumentError
 
 app = typer.Typer(
@@ -24,7 +25,7 @@ METHODS = {"kvzip": "kvzip_head", "duo-attention": "duo_attention"}
 @app.command()
 def compute(
     out: OutOption,
-    model: Annotated[str, typer.Option("--model", help="Path or hub id of a model, or smollm2 (embedded).")],
+    model: ModelOption,
     text: Annotated[
         list[Path] | None,
         typer.Option(
@@ -33,6 +34,8 @@ def compute(
     ] = None,
     method: Annotated[str, typer.Option("--method", help="kvzip, or duo-attention (kvpress's short cut).")] = "kvzip",
     chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Of kvzip: tokens replayed at a time.")] = 2048,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
 ) -> None:
     """Scores every KV head of a model once: KVzip over each text, the best pair of each head.
 
@@ -41,10 +44,8 @@ def compute(
     """
     if method not in METHODS:
         raise InvalidArgumentError(f"expected --method to be one of {tuple(METHODS)}, got {method!r}")
-    from kvzip_press.loading import load_model
-
     texts = _texts(text)
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load(model, device, dtype)
     options = {"chunk_size": chunk_size} if method == "kvzip" else {}
     scores = _compute(METHODS[method], loaded, tokenizer, list(texts.values()), **options)
     scores.save(out)

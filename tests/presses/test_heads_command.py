@@ -19,7 +19,7 @@ TEXT = "the quick brown fox jumps over the lazy dog and sleeps" * 2
 @pytest.fixture
 def invoke(monkeypatch):
     """Runs ``kvzip-press heads ...`` on a tiny model and returns what it printed."""
-    monkeypatch.setattr("kvzip_press.loading.load_model", lambda name: (tiny_model(name), TOKENIZER))
+    monkeypatch.setattr("kvzip_press.loading.load_model", lambda name, **_: (tiny_model(name), TOKENIZER))
 
     def run(*arguments: object) -> str:
         done = CliRunner().invoke(app, ["heads", *map(str, arguments)], catch_exceptions=False)
@@ -66,3 +66,11 @@ def test_the_command_makes_duo_attention_scores_too(invoke, tmp_path) -> None:
     assert torch.equal(HeadScores.load(out).values, expected.values)
     with pytest.raises(InvalidArgumentError, match="expected --method to be one of"):
         invoke("compute", "--method", "other", "--model", "llama", "--out", out)
+
+
+def test_a_device_or_dtype_that_is_not_there_is_refused(invoke, tmp_path) -> None:
+    out = tmp_path / "scores.safetensors"
+    with pytest.raises(InvalidArgumentError, match="expected --device .* got 'cuda:99'"):
+        invoke("compute", "--model", "llama", "--out", out, "--device", "cuda:99")
+    with pytest.raises(InvalidArgumentError, match="expected --dtype .* got 'int8'"):
+        invoke("compute", "--model", "llama", "--out", out, "--dtype", "int8")
