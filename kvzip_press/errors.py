@@ -25,8 +25,24 @@ class CacheFileError(KVzipPressError):
     """A file of a cache cannot be written, is absent, torn or changed, or is none of ours. The message has its path."""
 
 
+class RunDirectoryError(KVzipPressError, OSError):
+    """A run's directory is in use, of another run, damaged, or cannot be written. The message has its path."""
+
+
+class BudgetMismatchError(KVzipPressError, RuntimeError):
+    """A cache holds more or less than its press was asked for: its rows would be a lie."""
+
+
+class WorkerError(KVzipPressError, RuntimeError):
+    """Processes that share a run die over the same contexts again and again."""
+
+
 class ModelNotFoundError(KVzipPressError, OSError):
     """A model's files are neither on this machine nor reachable."""
+
+
+class DataNotFoundError(KVzipPressError, OSError):
+    """A data set's files are neither on this machine nor reachable. The message says what to do."""
 
 
 class MissingDependencyError(KVzipPressError, ImportError):

@@ -82,6 +82,7 @@ def evicted_layers(
     protected: torch.Tensor,
     *,
     earlier: Mapping[int, torch.Tensor] | None = None,
+    scores: Mapping[int, torch.Tensor] | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """The layers of the compressed cache in order, each built when it is asked for.
 
@@ -90,6 +91,7 @@ def evicted_layers(
         keep: ``layer_idx -> [batch, num_heads, span]``, bool.
         protected: ``[batch, span]``, bool.
         earlier: ``layer_idx -> [total]``, bool: which packed pairs of earlier spans stay; None for all of them.
+        scores: ``layer_idx -> [batch, num_heads, span]``, fp32, that the pairs of a first span carry; None for none.
     """
     by_idx = {layer.layer_idx: layer for layer in attention_layers(prefill.model)}
     lost = (prefill.valid & ~protected).cumsum(dim=-1) > 0  # from the first token on that a head may lose
@@ -105,7 +107,8 @@ def evicted_layers(
             yield layer_idx, _merged(layer, prefill, keep[layer_idx], kept, counts, ends, by_idx[layer_idx])
         else:
             positions = prefill.positions.to(layer.keys.device)
-            packed = PackedPairs.pack(layer.keys, layer.values, keep[layer_idx], positions)
+            carried = None if scores is None else scores[layer_idx]
+            packed = PackedPairs.pack(layer.keys, layer.values, keep[layer_idx], positions, carried)
             yield (
                 layer_idx,
                 RaggedLayer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 from itertools import takewhile
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -21,6 +21,8 @@ from kvzip_press.sampling import Sampling, most_likely
 
 MIN_GRAPH_TOKENS = 16
 
+_T = TypeVar("_T")
+
 
 @overload
 def answer(
@@ -28,8 +30,8 @@ def answer(
     tokenizer: Any,
     cache: RaggedCache,
     question: str,
-    answer_prefix: str = "",
-    max_new_tokens: int = 64,
+    answer_prefix: str | Sequence[str] = "",
+    max_new_tokens: int | Sequence[int] = 64,
     *,
     keep: bool = False,
 ) -> str: ...
@@ -41,8 +43,8 @@ def answer(
     tokenizer: Any,
     cache: RaggedCache,
     question: Sequence[str],
-    answer_prefix: str = "",
-    max_new_tokens: int = 64,
+    answer_prefix: str | Sequence[str] = "",
+    max_new_tokens: int | Sequence[int] = 64,
     *,
     keep: bool = False,
 ) -> list[str]: ...
@@ -53,8 +55,8 @@ def answer(
     tokenizer: Any,
     cache: RaggedCache,
     question: str | Sequence[str],
-    answer_prefix: str = "",
-    max_new_tokens: int = 64,
+    answer_prefix: str | Sequence[str] = "",
+    max_new_tokens: int | Sequence[int] = 64,
     *,
     keep: bool = False,
 ) -> str | list[str]:
@@ -72,8 +74,9 @@ def answer(
         tokenizer: Its tokenizer.
         cache: From ``compress``, ``Prefill.evict`` or ``RaggedCache.of``.
         question: The question; it follows the context in the user's turn after an empty line. Or a list of questions.
-        answer_prefix: How each answer begins; not part of what is returned.
-        max_new_tokens: Most tokens to generate.
+            An empty one adds nothing: the context ends with the question.
+        answer_prefix: How each answer begins; not part of what is returned. One for all, or a list of one a question.
+        max_new_tokens: Most tokens to generate. One bound for all, or a list of one a question.
         keep: Whether the cache remembers this question and its answer. An error leaves it as it was.
 
     Returns:
@@ -83,11 +86,26 @@ def answer(
     Raises:
         CacheMismatchError: The cache was made by another model.
         InvalidArgumentError: Context, question and answer exceed the model's positions; another number of questions
-            than rows; several questions to keep in one row.
+            than rows, or of prefixes or bounds than questions; several questions to keep in one row.
     """
-    questions = [question] if isinstance(question, str) else list(question)
+    generated = answer_ids(model, tokenizer, cache, question, answer_prefix, max_new_tokens, keep=keep)
+    answers = [decoded(tokenizer, row) for row in generated]
+    return answers[0] if isinstance(question, str) and cache.batch_size == 1 else answers
+
+
+def answer_ids(
+    model: Any,
+    tokenizer: Any,
+    cache: RaggedCache,
+    question: str | Sequence[str],
+    answer_prefix: str | Sequence[str] = "",
+    max_new_tokens: int | Sequence[int] = 64,
+    *,
+    keep: bool = False,
+) -> list[list[int]]:
+    """The ids of the answers that :func:`answer` returns as texts, without those that ended them."""
     batch_size = cache.batch_size
-    single = isinstance(question, str) and batch_size == 1
+    questions = [question] if isinstance(question, str) else list(question)
     if len(questions) == 1:
         questions *= batch_size
     shared = batch_size == 1 and not keep  # one context for all questions
@@ -96,16 +114,35 @@ def answer(
             f"expected one question or one for each of {batch_size} rows of the cache"
             f"{' (an answer is kept in its own row)' if keep else ''}, got {len(questions)}"
         )
+    prefixes = _one_each("answer_prefix", answer_prefix, str, len(questions))
+    bounds = _one_each("max_new_tokens", max_new_tokens, int, len(questions))
     is_first = not cache.turn_starts
-    rows = [question_ids(tokenizer, text, answer_prefix, is_first=is_first) for text in questions]
+    rows = [
+        question_ids(tokenizer, text, prefix, is_first=is_first)
+        for text, prefix in zip(questions, prefixes, strict=True)
+    ]
     grown = cache.fork()
     if len(rows) > batch_size:
         grown.batch_repeat_interleave(len(rows))
-    generated = _generate_rows(model, grown, rows, max_new_tokens, eos_ids(model, tokenizer))
+    generated = _generate_rows(model, grown, rows, max(bounds), eos_ids(model, tokenizer))
+    answers = [ids[:bound] for ids, bound in zip(generated, bounds, strict=True)]
     if keep:
-        cache.adopt_turn(_after_turn(model, cache, grown, rows, generated))
-    answers = [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in generated]
-    return answers[0] if single else answers
+        as_read = answers == generated  # not those of a lower bound, whose rows have read on
+        cache.adopt_turn(_after_turn(model, cache, grown if as_read else None, rows, answers))
+    return answers
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of an answer's ids."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _one_each(name: str, given: _T | Sequence[_T], kind: type[_T], n: int) -> list[_T]:
+    """``n`` values: the one given for all, or the ones of a list."""
+    values = [given] * n if isinstance(given, kind) else list(given)  # type: ignore[arg-type]
+    if len(values) != n:
+        raise InvalidArgumentError(f"expected {name} once, or one for each of {n} questions, got {len(values)}")
+    return values
 
 
 def question_ids(tokenizer: Any, question: str, answer_prefix: str = "", *, is_first: bool = True) -> list[int]:
@@ -114,7 +151,9 @@ def question_ids(tokenizer: Any, question: str, answer_prefix: str = "", *, is_f
     The first question follows the context in the user's turn; a later one begins a turn of its own, after an answer.
     """
     before = () if is_first else turn_break(tokenizer)
-    text = "\n\n" + question.strip() if is_first else question.strip()
+    text = question.strip()
+    if is_first and text:
+        text = "\n\n" + text
     return [*before, *encode(tokenizer, text), *chat_frame(tokenizer).suffix, *encode(tokenizer, answer_prefix)]
 
 
@@ -126,10 +165,10 @@ def _generate_rows(
 
 
 def _after_turn(
-    model: Any, cache: RaggedCache, grown: RaggedCache, rows: list[list[int]], generated: list[list[int]]
+    model: Any, cache: RaggedCache, grown: RaggedCache | None, rows: list[list[int]], generated: list[list[int]]
 ) -> RaggedCache:
     """What ``cache`` becomes by a turn: questions and answers, most of which ``grown`` read while it wrote them."""
-    if len({len(row) for row in generated}) > 1:  # rows that ended first have read on: all are read again
+    if grown is None or len({len(row) for row in generated}) > 1:  # rows that ended first have read on: all again
         grown = cache.fork()
         unread = [[*question, *answer] for question, answer in zip(rows, generated, strict=True)]
     else:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvzip_press.attention import attach, attention_watched, detach, is_attached
+from kvzip_press.decode_eviction import DecodeEviction
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, UnsupportedCacheError
 from kvzip_press.eviction import check_cache
+from kvzip_press.hidden_states import watching_hidden_states
 from kvzip_press.models import full_attention_layers, text_decoder
 from kvzip_press.prefilling import Prefill
 from kvzip_press.press import Press
@@ -30,18 +32,22 @@ def compressing(press: Press, model: nn.Module) -> Iterator[None]:
     """The context manager behind ``with press(model):``.
 
     A forward over an empty cache, or over more than one token, is a prefill: when it ends, the new tokens' pairs are
-    compressed in place. The model stays attached afterwards, so that the cache can be used; an error undoes that too.
+    compressed in place. With a press that evicts while the model writes, that is the first of them only: what is read
+    behind it counts as written. The model stays attached afterwards, so that the cache can be used; an error undoes
+    that too.
     """
     full_attention_layers(model)
     decoder = text_decoder(model)
-    hooks = decoder._forward_hooks.values()  # noqa: SLF001  # torch has no public name for them
-    if any(isinstance(getattr(hook, "__self__", None), _Session) for hook in hooks):
+    if _session_of(model) is not None:
         raise KVzipPressError("expected one press at a time: the model is already inside `with press(model):`")
     was_attached = is_attached(model)
     with ExitStack() as stack:
         session = _Session(press, model)
         attach(model)
         stack.callback(session.close)
+        if session.decode is not None:
+            stack.callback(session.decode.finish)
+            stack.enter_context(watching_hidden_states(model, session.decode.look))
         if decoder is not model:
             stack.callback(model.register_forward_pre_hook(session.enter, with_kwargs=True).remove)
             stack.callback(model.register_forward_hook(session.leave, always_call=True).remove)
@@ -55,6 +61,18 @@ def compressing(press: Press, model: nn.Module) -> Iterator[None]:
             raise
 
 
+def decode_eviction_in(model: nn.Module) -> DecodeEviction | None:
+    """What evicts while the model writes, inside ``with press(model):`` of a press that does; else None."""
+    session = _session_of(model)
+    return None if session is None else session.decode
+
+
+def _session_of(model: nn.Module) -> _Session | None:
+    hooks = text_decoder(model)._forward_hooks.values()  # noqa: SLF001  # torch has no public name for them
+    found = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((session for session in found if isinstance(session, _Session)), None)
+
+
 class _Session:
     """The state of one ``with press(model):``; it ends with the context."""
 
@@ -66,6 +84,7 @@ class _Session:
         self.watching = ExitStack()  # what looks at the forward that runs
         self.check: SelfCheck | None = None
         self.observers: dict[Press, Any] = {}
+        self.decode = press.decode_eviction(model)
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes what the whole model is called with."""
@@ -77,15 +96,18 @@ class _Session:
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuses what cannot be compressed before anything is computed, and lets the press watch."""
-        if self.busy:
+        if self._is_ours:
             return
         self.close()
         call = _Call.of(decoder, args, kwargs).within(self.outer)
         if call.use_cache is False:
             raise UnsupportedCacheError("expected use_cache=True inside `with press(model):`, got use_cache=False")
+        self.start = call.n_seen
+        if self.decode is not None and self.start:
+            self.decode.begin(call.cache, call.query_length)
+            return
         if call.cache is not None:
             check_cache(call.cache)
-        self.start = call.n_seen
         if not call.is_prefill:
             return
         valid = call.valid()
@@ -99,7 +121,10 @@ class _Session:
 
     def after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Compresses the span that was just read."""
-        if self.busy:
+        if self._is_ours:
+            return
+        if self.decode is not None and self.start:
+            self.decode.end()
             return
         observers, start, check = self.observers, self.start, self.check
         self.close()
@@ -115,9 +140,16 @@ class _Session:
         finally:
             self.busy = False
 
+    @property
+    def _is_ours(self) -> bool:
+        """Whether the forward is not the user's: a press scores, or a static decode step runs."""
+        return self.busy or (self.decode is not None and self.decode.in_static_step)
+
     def close(self) -> None:
         """Stops watching (also after a forward that raised)."""
         self.watching.close()
+        if self.decode is not None:
+            self.decode.abandon()
         self.check, self.observers = None, {}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -136,12 +136,13 @@ class Prefill:
         """
         asked = self._checked(scores).asked_for(compression_ratio, allocation, budget)
         keep = select(asked, self.valid, held=self.held_pairs(asked))
-        return RaggedCache([layer for _, layer in evicted_layers(self, keep, scores.protected)])
+        layers = evicted_layers(self, keep, scores.protected, scores=_carried(scores))
+        return RaggedCache([layer for _, layer in layers])
 
     def evict_in_place(self, scores: Scores) -> None:
         """Replaces the layers of the cache itself, freeing each dense one before the next is packed."""
         keep = select(self._checked(scores), self.valid, held=self.held_pairs(scores))
-        for layer_idx, layer in evicted_layers(self, keep, scores.protected):
+        for layer_idx, layer in evicted_layers(self, keep, scores.protected, scores=_carried(scores)):
             self.cache.layers[layer_idx] = layer
 
     def _checked(self, scores: Scores) -> Scores:
@@ -153,6 +154,10 @@ class Prefill:
                 f"layers {sorted(scores.layers)} over {tuple(scores.protected.shape)}: made for another prefill?"
             )
         return scores
+
+
+def _carried(scores: Scores) -> Mapping[int, torch.Tensor] | None:
+    return scores.layers if scores.carried else None
 
 
 def prefill(

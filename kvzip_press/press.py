@@ -15,6 +15,7 @@ from kvzip_press.scores import Scores
 if TYPE_CHECKING:
     from torch import nn
 
+    from kvzip_press.decode_eviction import DecodeEviction
     from kvzip_press.prefilling import Prefill
 
 
@@ -73,6 +74,10 @@ class Press(ABC):
 
     def observer(self, model: nn.Module) -> Observer | None:
         """For scorers that need to see the prefill run (hidden states, queries): a fresh observer. None otherwise."""
+        return None
+
+    def decode_eviction(self, model: nn.Module) -> DecodeEviction | None:
+        """What evicts while the model writes, for one ``with press(model):``; None where nothing does."""
         return None
 
     def __call__(self, model: Any) -> AbstractContextManager[None]:

@@ -50,7 +50,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         self.packed = packed
         self.n_context = n_context
         self.n_protected, self.n_padding, self.context_ends = n_protected, n_padding, context_ends
-        self.tail = Tail()
+        self.tail = Tail(scored=packed.scores is not None)
         self.row_index: torch.Tensor | None = None  # batch row -> packed row; None is the identity
         self.fingerprint = layer_fingerprint(module)
         self._known_module = weakref.ref(module)
@@ -123,7 +123,7 @@ class RaggedLayer(compat.CacheLayerMixin):
     def reset(self) -> None:
         """Empties the layer; the next update may be of any batch size."""
         self._empty(self.packed.num_rows)
-        self.n_context, self.tail = 0, Tail()
+        self.n_context, self.tail = 0, Tail(scored=self.packed.scores is not None)
 
     def _empty(self, num_rows: int) -> None:
         self.packed, self.row_index = _empty_like(self.packed, num_rows), None
@@ -249,13 +249,15 @@ class RaggedLayer(compat.CacheLayerMixin):
     def fork(self) -> RaggedLayer:
         """A layer that shares the packed context and has its own copy of the tail."""
         twin = copy.copy(self)
+        twin.packed = self.packed.frozen()
         twin.tail = self.tail.copy()
         return twin
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Every tensor the layer holds."""
-        return *self.packed.tensors, *self.tail.tensors
+        scores = () if self.packed.scores is None else (self.packed.scores,)
+        return *self.packed.tensors, *scores, *self.tail.tensors
 
     @property
     def dense_bytes(self) -> int:
@@ -277,4 +279,5 @@ def _empty_like(packed: PackedPairs, num_rows: int) -> PackedPairs:
         packed.positions.new_empty(0),
         packed.cu_seqlens.new_zeros(num_rows * packed.num_heads + 1),
         packed.num_heads,
+        None if packed.scores is None else packed.scores.new_empty(0),
     )

@@ -30,6 +30,7 @@ class Scores:
         layer_ratios: A ratio for each layer instead of one for all.
         safeguard: The part of its equal share that "adakv" keeps of every head.
         min_kept_per_head: Unprotected pairs that every head keeps, as far as the budget goes.
+        carried: Whether the pairs that stay carry their scores, for evictions while the model writes.
 
     Raises:
         InvalidArgumentError: Scores that are not finite or not of one span, a policy out of range, or layer ratios for
@@ -46,6 +47,7 @@ class Scores:
     layer_ratios: Mapping[int, float] | None = None
     safeguard: float = SAFEGUARD
     min_kept_per_head: int = 0
+    carried: bool = False
 
     def __post_init__(self) -> None:
         if self.counts is None:

@@ -184,6 +184,7 @@ class StaticCache:
         self._places: dict[int | None, Place] = {}
         self.n_seen = int(cache.get_seq_length())
         self.layers = compat.Cache(layers=[self._static(layer, n_tokens) for layer in cache.layers])
+        self._memory = [_memory_of(layer) for layer in self._ragged]
 
     @property
     def batch_size(self) -> int:
@@ -196,13 +197,30 @@ class StaticCache:
             ring = SlidingRing(layer, self._ragged[0].left_padding)
             self._rings.append(ring)
             return ring.static_layer(self._place(ring.n_seen, ring.size, ring.keys.device))
-        packed = layer.packed
+        packed = layer.packed if layer.packed.pool is None else self._in_pool(layer)
         one = (x.new_empty(1, 1, 1, x.shape[1]).expand(layer.batch_size, packed.num_heads, 1, -1) for x in packed.pairs)
         keys, values = layer.tail.reserve(n_tokens, *one)
         place = self._place(layer.tail.length, None, keys.device)
         padding = layer.tail.padding
         visible = None if padding is None else visible_columns(padding, keys.shape[2])
         return StaticLayer(keys, values, place, packed, row_index=layer.row_index, n_seen=self.n_seen, visible=visible)
+
+    def _in_pool(self, layer: RaggedLayer) -> PackedPairs:
+        """A layer's pairs by the pool's own tensors, which stay right when pairs are evicted from it."""
+        whole, n_segments = layer.packed.pool.packed, layer.packed.cu_seqlens.numel() - 1
+        first = self._ragged.index(layer) * n_segments
+        bounds = whole.cu_seqlens[first : first + n_segments + 1]
+        return PackedPairs(whole.keys, whole.values, whole.positions, bounds, whole.num_heads)
+
+    def follows_eviction(self) -> bool:
+        """Goes on behind tails that an eviction has emptied; False where it moved pairs to other memory."""
+        if [_memory_of(layer) for layer in self._ragged] != self._memory:
+            return False
+        for layer in self.layers.layers:
+            if isinstance(layer, StaticLayer) and layer.visible is not None and layer.place is self._places.get(None):
+                layer.visible.fill_(True)  # padding in the tails went with them
+        self._places[None].move_to(0)
+        return True
 
     def _place(self, n_before: int, size: int | None, device: torch.device) -> Place:
         return self._places.setdefault(size, Place(n_before, size, device))
@@ -227,6 +245,12 @@ class StaticCache:
         if n_steps:
             for ring in self._rings:
                 ring.write_back(n_steps)
+
+
+def _memory_of(layer: RaggedLayer) -> tuple[int, ...]:
+    """Where the pairs of a layer lie: its own tensors, or those of its pool, and its tail's buffers."""
+    packed = layer.packed if layer.packed.pool is None else layer.packed.pool.packed
+    return tuple(tensor.data_ptr() for tensor in (*packed.tensors, *layer.tail.tensors))
 
 
 def reason_against(cache: Any) -> str | None:

@@ -13,15 +13,22 @@ BLOCK = 256  # tokens a buffer grows by at least; a decode step between two grow
 class Tail:
     """Dense keys and values ``[batch, num_heads, length, head_dim]`` in a preallocated buffer, appended in place.
 
+    Where pairs are evicted while a model writes, each has a score too, NaN until somebody gives it one.
+
+    Args:
+        scored: Whether there are scores.
+
     Attributes:
         length: Columns: the tokens of the longest row.
         padding: int64 ``[batch]``, how many columns on the left of each row are padding; None where none are. Replaced,
             never written into.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, scored: bool = False) -> None:
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
+        self._scores: torch.Tensor | None = None
+        self.scored = scored
         self.length = 0
         self.padding: torch.Tensor | None = None
 
@@ -36,9 +43,14 @@ class Tail:
         return None if self._values is None else self._values[:, :, : self.length]
 
     @property
+    def scores(self) -> torch.Tensor | None:
+        """A view of the live scores, fp32 ``[batch, num_heads, length]``; None where nobody keeps any."""
+        return None if self._scores is None else self._scores[:, :, : self.length, 0]
+
+    @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The buffers held in memory."""
-        return () if self._keys is None or self._values is None else (self._keys, self._values)
+        return tuple(buffer for buffer in (self._keys, self._values, self._scores) if buffer is not None)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, padding: torch.Tensor | None = None) -> None:
         """Writes ``[batch, num_heads, t, head_dim]`` behind what is there.
@@ -52,14 +64,16 @@ class Tail:
         Raises:
             InvalidArgumentError: Another batch size, head count, head_dim, dtype or device than before.
         """
-        self._keys = self._room_for(self._keys, keys)
-        self._values = self._room_for(self._values, values)
+        self._make_room(keys, values)
+        assert self._keys is not None and self._values is not None
         end = self.length + keys.shape[2]
         self._keys[:, :, self.length : end] = keys
         self._values[:, :, self.length : end] = values
+        if self._scores is not None:
+            self._scores[:, :, self.length : end] = torch.nan
         if padding is not None:
             padding = padding.to(keys.device)
-            for buffer in (self._keys, self._values) if self.length else ():
+            for buffer in self.tensors if self.length else ():
                 buffer[:, :, :end] = moved_over_padding(buffer[:, :, :end], self.length, padding)
             self.padding = padding if self.padding is None else self.padding + padding
         self.length = end
@@ -75,9 +89,16 @@ class Tail:
         Returns:
             The whole buffers, ``[batch, num_heads, room, head_dim]``.
         """
-        self._keys = self._room_for(self._keys, keys.expand(-1, -1, n_tokens, -1))
-        self._values = self._room_for(self._values, values.expand(-1, -1, n_tokens, -1))
+        self._make_room(keys.expand(-1, -1, n_tokens, -1), values.expand(-1, -1, n_tokens, -1))
+        assert self._keys is not None and self._values is not None
         return self._keys, self._values
+
+    def _make_room(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._keys = self._room_for(self._keys, keys)
+        self._values = self._room_for(self._values, values)
+        if self.scored:
+            score = keys.new_empty(1, dtype=torch.float32)
+            self._scores = self._room_for(self._scores, score.expand(*keys.shape[:3], 1))
 
     def _room_for(self, buffer: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
         batch, heads, t, dim = new.shape
@@ -99,6 +120,8 @@ class Tail:
     def truncate(self, length: int) -> None:
         """Forgets every column from ``length`` on; the buffer stays."""
         self.length = min(self.length, length)
+        if self._scores is not None:
+            self._scores[:, :, self.length :] = torch.nan  # also where a captured step writes no more than pairs
         if self.padding is not None:
             self.padding = self.padding.clamp(max=self.length) if self.length else None
 
@@ -115,24 +138,27 @@ class Tail:
             have = (self.length - padding).tolist()
             raise InvalidArgumentError(f"expected to drop at most {have} tokens of the rows, got {counts.tolist()}")
         n_columns = int(n_left.max())
-        if self._keys is not None and self._values is not None and n_columns:
-            for buffer in (self._keys, self._values):
+        if n_columns:
+            for buffer in self.tensors:
                 buffer[:, :, :n_columns] = ends_dropped(buffer[:, :, : self.length], counts, n_columns)
         self.length = n_columns
         self.padding = n_columns - n_left if bool((n_left < n_columns).any()) else None
 
     def select_rows(self, index: torch.Tensor) -> None:
         """Reorders, drops or repeats batch rows; ``index`` is int64 ``[new_batch]``."""
-        if self._keys is not None and self._values is not None:
-            self._keys = self._keys.index_select(0, index.to(self._keys.device))
-            self._values = self._values.index_select(0, index.to(self._values.device))
+        self._keys, self._values, self._scores = (
+            None if buffer is None else buffer.index_select(0, index.to(buffer.device))
+            for buffer in (self._keys, self._values, self._scores)
+        )
         if self.padding is not None:
             self.padding = self.padding[index.to(self.padding.device)]
 
     def copy(self) -> Tail:
         """An independent tail with the same content."""
-        tail = Tail()
+        tail = Tail(scored=self.scored)
         if self.keys is not None and self.values is not None and self.length:
             tail.append(self.keys, self.values)
+            if tail.scores is not None and self.scores is not None:
+                tail.scores.copy_(self.scores)
         tail.padding = self.padding
         return tail

@@ -4,37 +4,25 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kvzip_press import get_press, load_model
-from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
-from kvzip_press.leaderboard.picture import save_pareto
-from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, Work, count_rows, plan
+from kvzip_press import load_model
+from kvzip_press.errors import MissingDependencyError
+from kvzip_press.leaderboard.availability import available
+from kvzip_press.leaderboard.grid import load_grid
+from kvzip_press.leaderboard.pictures import save_pareto
+from kvzip_press.leaderboard.plan import Run, TaskSpec, Work, count_rows, plan
+from kvzip_press.leaderboard.progress import row_bar
 from kvzip_press.leaderboard.results import Row, RowWriter
 from kvzip_press.leaderboard.runner import execute
 from kvzip_press.leaderboard.summary import Cell, summarise
 from kvzip_press.leaderboard.table import results_table
-from kvzip_press.leaderboard.tasks import get_task
 
-PRESSES = (
-    PressSpec("none", "full cache", compression_ratios=(0.0,)),
-    PressSpec("random", "random"),
-    PressSpec("kvzip", "KVzip"),
-    PressSpec("fastkvzip", "Fast KVzip (gated)"),
-    PressSpec("snapkv", "SnapKV"),
-    PressSpec("adakv_expected_attention", "AdaKV (ExpectedAttention)"),
-)
-COMPRESSION_RATIOS = (0.5, 0.7, 0.9)
-TASKS = (
-    TaskSpec(get_task("hidden_facts", n_keys=4), n_contexts=7, length_tokens=450),
-    TaskSpec(get_task("profile_qa", n_people=1, n_attributes=8), n_contexts=4, length_tokens=450),
-)
-SEED = 17  # not one of those that the tasks were tried out with
+GRID = "quick"
 TIME_LIMIT_SECONDS = 300.0
 
 
@@ -57,8 +45,8 @@ def run_demo(
     output_dir: str | os.PathLike[str] = "outputs/demo",
     *,
     model_name: str = "smollm2",
-    seed: int = SEED,
-    tasks: tuple[TaskSpec, ...] = TASKS,
+    seed: int | None = None,
+    tasks: tuple[TaskSpec, ...] | None = None,
     time_limit_seconds: float = TIME_LIMIT_SECONDS,
     console: Console | None = None,
 ) -> Demo:
@@ -67,8 +55,8 @@ def run_demo(
     Args:
         output_dir: Gets ``rows.jsonl`` and ``pareto.png``; rows of an earlier demo become ``rows.previous.jsonl``.
         model_name: As for `kvzip_press.load_model`.
-        seed: Of the samples.
-        tasks: What is asked.
+        seed: Of the samples; None for that of the grid `GRID`.
+        tasks: What is asked; None for those of the grid.
         time_limit_seconds: No new context is begun after so many seconds, so that a slow machine ends too, with fewer
             questions. Every context goes through all presses, so the comparison stays fair.
         console: Where to print.
@@ -78,15 +66,24 @@ def run_demo(
             gates that the model has none of, are left out.)
     """
     console = console or Console()
+    grid = load_grid(GRID).run
     model, tokenizer = _load(model_name, console)
     with console.status("looking for presses"):
-        presses = tuple(_available(console, model))
-    run = Run(model_name, tasks, presses, COMPRESSION_RATIOS, seed)
+        presses = available(grid.presses, model, lambda line: console.print(line, style="yellow", markup=False))
+    run = replace(
+        grid,
+        model_name=model_name,
+        tasks=tasks or grid.tasks,
+        presses=presses,
+        seed=grid.seed if seed is None else seed,
+    )
     rows_path = _fresh(Path(output_dir) / "rows.jsonl")
     begin = time.perf_counter()
     rows = _measure(run, model, tokenizer, rows_path, console, begin + time_limit_seconds)
     cells = summarise(rows)
-    title = f"{model_name}, seed {seed}: {cells[0].n_questions} questions a row, {time.perf_counter() - begin:.0f} s"
+    title = (
+        f"{model_name}, seed {run.seed}: {cells[0].n_questions} questions a row, {time.perf_counter() - begin:.0f} s"
+    )
     console.print(results_table(cells, title))
     picture_path = _draw(
         cells, rows_path.with_name("pareto.png"), f"{model_name}: accuracy of compressed caches", console
@@ -96,19 +93,8 @@ def run_demo(
 
 
 def _load(model_name: str, console: Console) -> tuple[Any, Any]:
-    with console.status(f"loading {model_name} (the embedded model is unpacked once, about 10 seconds)"), _quiet():
+    with console.status(f"loading {model_name} (the embedded model is unpacked once, about 10 seconds)"), quiet():
         return load_model(model_name)
-
-
-def _available(console: Console, model: Any) -> Iterator[PressSpec]:
-    """The presses that are installed and have what they need for the model; a line says which are left out, and why."""
-    for spec in PRESSES:
-        try:
-            get_press(spec.name, compression_ratio=0.0).observer(model)
-        except (MissingDependencyError, InvalidArgumentError) as error:
-            console.print(f"left out: {spec.label} ({error})", style="yellow", markup=False)
-        else:
-            yield spec
 
 
 def _fresh(path: Path) -> Path:
@@ -120,21 +106,11 @@ def _fresh(path: Path) -> Path:
 
 def _measure(run: Run, model: Any, tokenizer: Any, rows_path: Path, console: Console, deadline: float) -> list[Row]:
     works, rows = plan(run, tokenizer), []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with RowWriter(rows_path) as writer, Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("reading the first context", total=count_rows(run, works))
+    with RowWriter(rows_path) as writer, row_bar(console, count_rows(run, works)) as on_row:
         for row in execute(run, _until(works, deadline, console), model, tokenizer):
             writer.write(row)
             rows.append(row)
-            progress.update(
-                bar, advance=1, description=f"{row.task} {row.sample_id}: {row.press} {row.compression_ratio}"
-            )
+            on_row(row)
     return rows
 
 
@@ -156,7 +132,7 @@ def _draw(cells: list[Cell], path: Path, title: str, console: Console) -> Path |
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars of transformers while a model loads; afterwards as before."""
     from transformers.utils import logging
 

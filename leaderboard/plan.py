@@ -1,12 +1,16 @@
 """What a run is made of: tasks, presses, ratios and a seed; and the list of contexts that follows from them."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kvzip_press import __version__
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.results import run_id
 from kvzip_press.leaderboard.task import Sample, Task
+from kvzip_press.policy import check_compression_ratio
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,8 @@ class PressSpec:
         name: Its name in the registry.
         label: What rows, table and picture call it.
         options: Its further arguments.
-        compression_ratios: Fractions removed; None for the run's own. A reference such as "none" has ``(0.0,)``.
+        compression_ratios: Fractions removed; None for the run's own. A reference such as "none", and a press whose
+            options say themselves how much is kept (``budget``, ``layer_ratios``), has ``(0.0,)``.
     """
 
     name: str
@@ -45,6 +50,14 @@ class Run:
         presses: Every one meets every context.
         compression_ratios: Fractions removed.
         seed: Of the samples.
+        dtype: What the model was loaded in: "bf16", "fp16", "fp32", or "auto" for the checkpoint's.
+        query_aware: Whether a context is compressed together with its question: one prefill a question.
+        truncate: Whether a context that is too long for the model loses its middle, instead of being refused.
+        batch_size: Contexts of one task that are read in one padded forward. Rows do not depend on it but for times
+            and rounding.
+
+    Raises:
+        InvalidArgumentError: A value out of range, or two presses of one label.
     """
 
     model_name: str
@@ -52,11 +65,34 @@ class Run:
     presses: tuple[PressSpec, ...]
     compression_ratios: tuple[float, ...]
     seed: int = 0
+    dtype: str = "auto"
+    query_aware: bool = False
+    truncate: bool = False
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        _check_unique("presses of different labels", (press.label for press in self.presses))
+        for press in self.presses:
+            _check_unique("different compression ratios", map(check_compression_ratio, self.ratios(press)))
+        least = min((self.batch_size, *(spec.n_contexts for spec in self.tasks)))
+        if least < 1:
+            raise InvalidArgumentError(f"expected a batch_size and numbers of contexts of at least 1, got {least}")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything above and this package's version, as plain JSON values."""
+        tasks = [
+            {**asdict(spec), "kind": type(spec.task).__name__, "data_revision": spec.task.data_revision}
+            for spec in self.tasks
+        ]
+        values = {**asdict(self), "tasks": tasks, "kvzip_press": __version__}
+        plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return plain
 
     @property
     def run_id(self) -> str:
-        """The hash of everything above and of this package's version."""
-        return run_id({**asdict(self), "kvzip_press": __version__})
+        """The hash of the configuration."""
+        return run_id(self.config)
 
     def ratios(self, press: PressSpec) -> tuple[float, ...]:
         """The fractions that one press removes."""
@@ -75,20 +111,24 @@ def plan(run: Run, tokenizer: Any) -> list[Work]:
     """All contexts of a run, their lengths counted by the model's tokenizer.
 
     The tasks are mixed evenly, so that a run that is stopped has done about the same part of each.
+
+    Raises:
+        InvalidArgumentError: A task without samples, a sample without questions, or two of one name.
     """
 
     def count_tokens(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False))
 
-    placed = [
-        ((index + 0.5) / spec.n_contexts, Work(spec.task, sample))
-        for spec in run.tasks
-        for index, sample in enumerate(
+    placed = []
+    for spec in run.tasks:
+        samples = list(
             spec.task.samples(
                 seed=run.seed, n=spec.n_contexts, length_tokens=spec.length_tokens, count_tokens=count_tokens
             )
         )
-    ]
+        _check_samples(spec.task, samples)
+        placed += [((index + 0.5) / len(samples), Work(spec.task, sample)) for index, sample in enumerate(samples)]
+    _check_unique("samples of different names (give a task that is there twice a `name` of its own)", _names(placed))
     return [work for _, work in sorted(placed, key=lambda item: item[0])]
 
 
@@ -96,3 +136,34 @@ def count_rows(run: Run, works: Sequence[Work]) -> int:
     """How many rows a run has."""
     cells = sum(len(run.ratios(press)) for press in run.presses)
     return cells * sum(len(work.sample.questions) for work in works)
+
+
+def shard(works: Sequence[Work], index: int, count: int) -> list[Work]:
+    """Every ``count``-th context from ``index`` on: the shards of a run are disjoint, and together the whole.
+
+    Raises:
+        InvalidArgumentError: ``index`` is not in 0..count-1.
+    """
+    if not 0 <= index < count:
+        raise InvalidArgumentError(f"expected shard I/N with 0 <= I < N, got {index}/{count}")
+    return list(works[index::count])
+
+
+def _names(placed: Iterable[tuple[float, Work]]) -> Iterable[str]:
+    return (f"{work.task.name}/{work.sample.sample_id}" for _, work in placed)
+
+
+def _check_samples(task: Task, samples: Sequence[Sample]) -> None:
+    if not samples:
+        raise InvalidArgumentError(f"expected samples of the task {task.name!r}, got none: is its data set empty?")
+    for sample in samples:
+        if not sample.questions:
+            raise InvalidArgumentError(f"expected questions in {task.name}/{sample.sample_id}, got none")
+        where = f"questions of different names in {task.name}/{sample.sample_id}"
+        _check_unique(where, (question.question_id for question in sample.questions))
+
+
+def _check_unique(what: str, names: Iterable[object]) -> None:
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise InvalidArgumentError(f"expected {what}, got {twice[0]!r} twice")

@@ -1,25 +1,47 @@
-"""Rows: one line of JSON for each answer, on disk the moment it is known."""
+"""Rows: one line of JSON for each answer, on disk the moment it is known, and what reads and writes such lines."""
 
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, TypeVar
+from typing import IO, Any, NamedTuple, Protocol, Self, TypeVar
 
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
 
 logger = logging.getLogger(__name__)
 
 _Line = TypeVar("_Line")
 
 
+class Line(Protocol):
+    """What a JSONL file holds."""
+
+    def to_json(self) -> str:
+        """One line, without its end."""
+        ...
+
+
+class RowKey(NamedTuple):
+    """What tells the rows of one run apart."""
+
+    task: str
+    sample_id: str
+    question_id: str
+    press: str
+    compression_ratio: float
+    query_aware: bool
+
+
 @dataclass(frozen=True)
 class Row:
     """One answer, with all that is needed to judge it. Times are wall seconds, sizes bytes of keys and values.
+
+    Sizes, times and numbers of tokens are None in rows that were read from another program's results, which have none.
 
     Attributes:
         run_id: Which configuration made it, see `run_id`.
@@ -52,7 +74,7 @@ class Row:
     model: str
     press: str
     compression_ratio: float
-    kept_fraction: float
+    kept_fraction: float | None
     sample_id: str
     question_id: str
     seed: int
@@ -60,16 +82,21 @@ class Row:
     references: tuple[str, ...]
     score: float
     query_aware: bool
-    n_context_tokens: int
-    n_answer_tokens: int
-    resident_bytes: int
-    dense_bytes: int
-    prefill_seconds: float
-    score_seconds: float
-    evict_seconds: float
-    answer_seconds: float
+    n_context_tokens: int | None
+    n_answer_tokens: int | None
+    resident_bytes: int | None
+    dense_bytes: int | None
+    prefill_seconds: float | None
+    score_seconds: float | None
+    evict_seconds: float | None
+    answer_seconds: float | None
     tags: dict[str, float | str] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> RowKey:
+        """Which of its run's rows it is."""
+        return RowKey(*(getattr(self, name) for name in RowKey._fields))
 
     def to_json(self) -> str:
         """One line, without its end."""
@@ -105,22 +132,30 @@ class RowWriter:
 
     def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("ab")
+        self._file = self._path.open("ab", buffering=0)  # what a failed write leaves in a buffer would come later
         if torn := _torn_bytes(self._path):
             logger.warning("%s ended in half a row (%d bytes), which is cut off", self._path, torn)
             self._file.truncate(self._path.stat().st_size - torn)
         return self
 
-    def write(self, row: Row) -> None:
+    def write(self, row: Line) -> None:
         """Append one row.
 
         Raises:
-            OSError: The disk is full, say.
+            RunDirectoryError: The disk is full, say. The file ends with the row before.
         """
         assert self._file is not None, "use RowWriter in a with statement"
-        self._file.write(row.to_json().encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        whole = self._file.seek(0, os.SEEK_END)
+        try:
+            _write_all(self._file, row.to_json().encode() + b"\n")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(whole)
+            raise RunDirectoryError(
+                f"expected to write a row to {self._path}, got {error}; the rows before it are on the disk, and the "
+                "same command goes on behind them"
+            ) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
@@ -161,6 +196,12 @@ def run_id(config: Mapping[str, Any]) -> str:
     """A name for a configuration: 12 hexadecimal digits of the hash of its JSON form, in any order of keys."""
     text = json.dumps(config, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _write_all(file: IO[bytes], line: bytes) -> None:
+    """Writes a whole line: on a disk with little room left a call may take a part of it."""
+    while line:
+        line = line[file.write(line) :]
 
 
 def _torn_bytes(path: Path) -> int:

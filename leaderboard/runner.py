@@ -1,18 +1,22 @@
-"""The loop: a context is prefilled once and scored once a press; every ratio is an eviction, every question a fork."""
+"""The loop: contexts are read once and scored once a press; every ratio is an eviction, every question a fork."""
 
-import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, TypeVar, cast
 
 import torch
 
-from kvzip_press import __version__, answer, get_press, prefill
-from kvzip_press.compat import TRANSFORMERS_VERSION
+from kvzip_press import get_press, prefill
+from kvzip_press.generation import answer_ids, decoded
+from kvzip_press.leaderboard.contexts import Context, batches, contexts_of, positions_of, prompt_ids
+from kvzip_press.leaderboard.decode_phase import check_decodes, generate_evicting, measure_grown
+from kvzip_press.leaderboard.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.measured import Measured, check_kept, measure
 from kvzip_press.leaderboard.plan import PressSpec, Run, Work
-from kvzip_press.leaderboard.results import Row
-from kvzip_press.leaderboard.task import Question
+from kvzip_press.leaderboard.provenance import provenance
+from kvzip_press.leaderboard.results import Row, RowKey
 from kvzip_press.prefilling import Prefill, synchronize
 from kvzip_press.press import Press
 from kvzip_press.ragged_cache import RaggedCache
@@ -20,20 +24,39 @@ from kvzip_press.scores import Scores
 
 T = TypeVar("T")
 
+ASKED_AT_ONCE = 32  # questions in one batch; each has a tail of its own
+
 
 @dataclass(frozen=True)
 class _Cell:
-    """One compressed cache: a context under a press and a ratio."""
+    """One compressed cache: contexts under a press and a ratio. Seconds are those of one context."""
 
     press: PressSpec
     compression_ratio: float
     cache: RaggedCache
+    rows: Sequence[Measured]
+    prefill_seconds: float
     score_seconds: float
     evict_seconds: float
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A question of a context: the context's place in its batch, the question's in its context."""
+
+    row: int
+    number: int
+
+
 def execute(
-    run: Run, works: Iterable[Work], model: Any, tokenizer: Any, *, on_row: Callable[[Row], None] | None = None
+    run: Run,
+    works: Iterable[Work],
+    model: Any,
+    tokenizer: Any,
+    *,
+    done: Container[RowKey] = frozenset(),
+    on_row: Callable[[Row], None] | None = None,
+    on_heads: Callable[[HeadBudgets], None] | None = None,
 ) -> Iterator[Row]:
     """Yields the rows of a run: context by context, press by press, ratio by ratio, question by question.
 
@@ -42,104 +65,205 @@ def execute(
         works: Its contexts, from `plan`; may end early.
         model: The model that ``run.model_name`` names.
         tokenizer: Its tokenizer.
+        done: Rows that are there already. What is missing of a context is all that is done of it.
         on_row: Is told of each row before it is yielded (for a progress bar).
+        on_heads: Is told what the heads of each compressed context kept, before its rows.
+
+    Raises:
+        InvalidArgumentError: An unknown press, or a context that does not fit the model.
+        BudgetMismatchError: A cache that does not hold what was asked for.
     """
-    loop = _Loop(run, model, tokenizer)
-    for work in works:
-        for row in loop.rows(work):
+    loop = _Loop(run, model, tokenizer, done, on_heads)
+    limit = positions_of(model)
+    contexts = (context for work in works for context in contexts_of(work, run, tokenizer, limit))
+    for batch in batches(filter(loop.lacks, contexts), run.batch_size):
+        for row in loop.rows(batch):
             if on_row is not None:
                 on_row(row)
             yield row
 
 
-def provenance(model: Any) -> dict[str, str]:
-    """What a measurement depends on beside its configuration."""
-    parameter = next(model.parameters())
-    return {
-        "kvzip_press": __version__,
-        "torch": str(torch.__version__),
-        "transformers": str(TRANSFORMERS_VERSION),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "device": str(parameter.device),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
 class _Loop:
     """What stays the same over the contexts of a run. Presses hold no state of a run, so each is made once."""
 
-    def __init__(self, run: Run, model: Any, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        run: Run,
+        model: Any,
+        tokenizer: Any,
+        done: Container[RowKey],
+        on_heads: Callable[[HeadBudgets], None] | None,
+    ) -> None:
         self.run, self.model, self.tokenizer = run, model, tokenizer
         self.run_id, self.provenance = run.run_id, provenance(model)
+        self.done, self.on_heads = done, on_heads
         self.presses = {
             (spec.label, ratio): get_press(spec.name, compression_ratio=ratio, **spec.options)
             for spec in run.presses
             for ratio in run.ratios(spec)
         }
-        self.any_ratio: set[str] = set()  # labels of presses whose scores were seen to serve every ratio
 
-    def rows(self, work: Work) -> Iterator[Row]:
-        done = prefill(self.model, self.tokenizer, work.sample.context, observers=self._watching())
-        for spec in self.run.presses:
-            for cell in self._cells(done, spec):
-                for question in work.sample.questions:
-                    yield self._row(work, done, cell, question)
+    def lacks(self, context: Context) -> bool:
+        """Whether any row of a context is missing."""
+        return bool(self._wanted([context]))
 
-    def _watching(self) -> list[Press]:
-        """One press for every ratio where that is known to do, else one a ratio: watching is cheaper than a forward."""
+    def rows(self, batch: Sequence[Context]) -> Iterator[Row]:
+        """The missing rows of contexts that are read together."""
+        wanted = self._wanted(batch)
+        if not batch[0].ids:
+            yield from self._written(batch[0], wanted)
+            return
+        prefilled = prefill(
+            self.model, self.tokenizer, [context.ids for context in batch], observers=self._watching(wanted)
+        )
+        for spec, group in groupby(wanted, key=lambda cell: cell[0]):
+            for cell in self._cells(prefilled, spec, [ratio for _, ratio in group]):
+                self._tell_heads(batch, cell)
+                yield from self._answers(batch, cell)
+
+    def _wanted(self, batch: Sequence[Context]) -> list[tuple[PressSpec, float]]:
+        cells = ((spec, ratio) for spec in self.run.presses for ratio in self.run.ratios(spec))
+        return [(spec, ratio) for spec, ratio in cells if self._missing(batch, spec, ratio)]
+
+    def _missing(self, batch: Sequence[Context], spec: PressSpec, ratio: float) -> list[_Asked]:
         return [
-            self.presses[spec.label, ratio]
-            for spec in self.run.presses
-            for ratio in self.run.ratios(spec)[: 1 if spec.label in self.any_ratio else None]
+            _Asked(row, number)
+            for row, context in enumerate(batch)
+            for number in range(len(context.questions))
+            if self._key(context, number, spec, ratio) not in self.done
         ]
 
-    def _cells(self, done: Prefill, spec: PressSpec) -> Iterator[_Cell]:
+    def _key(self, context: Context, number: int, spec: PressSpec, ratio: float) -> RowKey:
+        return RowKey(
+            task=context.work.task.name,
+            sample_id=context.work.sample.sample_id,
+            question_id=context.questions[number].question_id,
+            press=spec.label,
+            compression_ratio=ratio,
+            query_aware=self.run.query_aware,
+        )
+
+    def _watching(self, wanted: Sequence[tuple[PressSpec, float]]) -> list[Press]:
+        """One press for every ratio where it only scores, else one a ratio: watching is cheaper than a forward."""
+        watching = []
+        for _, group in groupby(wanted, key=lambda cell: cell[0]):
+            presses = [self.presses[spec.label, ratio] for spec, ratio in group]
+            watching += presses[:1] if presses[0].is_scorer else presses
+        return watching
+
+    def _cells(self, prefilled: Prefill, spec: PressSpec, ratios: Sequence[float]) -> Iterator[_Cell]:
+        n_rows = prefilled.valid.shape[0]
         shared: tuple[Scores, float] | None = None
-        for ratio in self.run.ratios(spec):
-            scores, score_seconds = shared or self._timed(self.presses[spec.label, ratio].score, done)
+        for ratio in ratios:
+            press = self.presses[spec.label, ratio]
+            scores, score_seconds = shared or self._timed(press.score, prefilled)
             if not scores.is_decided:
                 shared = scores, score_seconds
-                self.any_ratio.add(spec.label)
-            cache, evict_seconds = self._timed(done.evict, scores, ratio)
-            yield _Cell(spec, ratio, cache, score_seconds, evict_seconds)
+                scores = scores if _amount_of_its_own(press) else scores.with_policy(ratio, None)
+            cache, evict_seconds = self._timed(prefilled.evict, scores)
+            rows = measure(cache, prefilled.valid)
+            check_kept(spec.label, ratio, scores, rows)
+            seconds = (part / n_rows for part in (prefilled.seconds, score_seconds, evict_seconds))
+            yield _Cell(spec, ratio, cache, rows, *seconds)
 
-    def _row(self, work: Work, done: Prefill, cell: _Cell, question: Question) -> Row:
-        assert done.input_ids is not None
-        prediction, answer_seconds = self._timed(
-            answer,
+    def _tell_heads(self, batch: Sequence[Context], cell: _Cell) -> None:
+        if self.on_heads is None:
+            return
+        for context, measured in zip(batch, cell.rows, strict=True):
+            self.on_heads(
+                HeadBudgets(
+                    run_id=self.run_id,
+                    task=context.work.task.name,
+                    sample_id=context.work.sample.sample_id,
+                    press=cell.press.label,
+                    compression_ratio=cell.compression_ratio,
+                    layer_idx=tuple(measured.kept),
+                    kept=measured.kept_fractions,
+                    question_id=context.questions[0].question_id if self.run.query_aware else "",
+                )
+            )
+
+    def _answers(self, batch: Sequence[Context], cell: _Cell) -> Iterator[Row]:
+        missing = self._missing(batch, cell.press, cell.compression_ratio)
+        single = [asked for asked in missing if not batch[asked.row].work.sample.multi_turn]
+        for start in range(0, len(single), ASKED_AT_ONCE):
+            yield from self._asked_at_once(batch, cell, single[start : start + ASKED_AT_ONCE])
+        for row, group in groupby((asked for asked in missing if asked not in single), key=lambda asked: asked.row):
+            yield from self._asked_in_turn(batch[row], cell, row, {asked.number for asked in group})
+
+    def _asked_at_once(self, batch: Sequence[Context], cell: _Cell, asked: Sequence[_Asked]) -> Iterator[Row]:
+        """Questions of any of the contexts as the rows of one batch, which share the packed contexts."""
+        questions = [batch[one.row].questions[one.number] for one in asked]
+        answers, seconds = self._timed(
+            answer_ids,
             self.model,
             self.tokenizer,
-            cell.cache,
-            question.text,
-            question.answer_prefix,
-            question.max_new_tokens,
+            _rows_of(cell.cache, [one.row for one in asked]),
+            [batch[one.row].texts[one.number] for one in asked],
+            [question.answer_prefix for question in questions],
+            [question.max_new_tokens for question in questions],
         )
+        for one, ids in zip(asked, answers, strict=True):
+            yield self._row(batch[one.row], one.number, cell, cell.rows[one.row], ids, seconds / len(asked))
+
+    def _asked_in_turn(self, context: Context, cell: _Cell, row: int, missing: Container[int]) -> Iterator[Row]:
+        """A conversation, from its beginning; only rows that are missing are yielded."""
+        cache = _rows_of(cell.cache, [row])
+        for number, question in enumerate(context.questions):
+            (ids,), seconds = self._timed(
+                lambda number=number, question=question: answer_ids(
+                    self.model,
+                    self.tokenizer,
+                    cache,
+                    context.texts[number],
+                    question.answer_prefix,
+                    question.max_new_tokens,
+                    keep=True,
+                )
+            )
+            if number in missing:
+                yield self._row(context, number, cell, cell.rows[row], ids, seconds)
+
+    def _written(self, context: Context, wanted: Sequence[tuple[PressSpec, float]]) -> Iterator[Row]:
+        """The questions of a sample without a context."""
+        for spec, ratio in wanted:
+            press = self.presses[spec.label, ratio]
+            check_decodes(spec.label, press, keeps_all=ratio == 0 and not _amount_of_its_own(press))
+            for asked in self._missing([context], spec, ratio):
+                question = context.questions[asked.number]
+                prompt = prompt_ids(self.tokenizer, question)
+                (ids, cache), seconds = self._timed(
+                    generate_evicting, self.model, self.tokenizer, press, prompt, question.max_new_tokens
+                )
+                measured = measure_grown(spec.label, press, cache)
+                cell = _Cell(spec, ratio, cache, [measured], 0.0, 0.0, 0.0)
+                row = self._row(context, asked.number, cell, measured, ids, seconds)
+                yield replace(row, n_context_tokens=len(prompt))
+
+    def _row(
+        self, context: Context, number: int, cell: _Cell, measured: Measured, ids: Sequence[int], seconds: float
+    ) -> Row:
+        question, work = context.questions[number], context.work
+        prediction = decoded(self.tokenizer, ids)
         return Row(
+            **self._key(context, number, cell.press, cell.compression_ratio)._asdict(),
             run_id=self.run_id,
-            task=work.task.name,
             model=self.run.model_name,
-            press=cell.press.label,
-            compression_ratio=cell.compression_ratio,
-            kept_fraction=cell.cache.kept_fraction,
-            sample_id=work.sample.sample_id,
-            question_id=question.question_id,
+            kept_fraction=measured.kept_fraction,
             seed=work.sample.seed,
             prediction=prediction,
             references=question.references,
             score=work.task.score(prediction, question),
-            query_aware=False,
-            n_context_tokens=int(done.input_ids.shape[1]),
-            n_answer_tokens=len(self.tokenizer.encode(prediction, add_special_tokens=False)),
-            resident_bytes=cell.cache.resident_bytes,
-            dense_bytes=done.dense_bytes,
-            prefill_seconds=done.seconds,
+            n_context_tokens=measured.n_tokens,
+            n_answer_tokens=len(ids),
+            resident_bytes=measured.resident_bytes,
+            dense_bytes=measured.dense_bytes,
+            prefill_seconds=cell.prefill_seconds,
             score_seconds=cell.score_seconds,
             evict_seconds=cell.evict_seconds,
-            answer_seconds=answer_seconds,
-            tags=dict(question.tags),
-            provenance=self.provenance,
+            answer_seconds=seconds,
+            tags={**question.tags, **context.tags},
+            provenance={**self.provenance, "data_revision": work.task.data_revision},
         )
 
     def _timed(self, function: Callable[..., T], *arguments: Any) -> tuple[T, float]:
@@ -149,3 +273,15 @@ class _Loop:
         value = function(*arguments)
         synchronize(device)
         return value, time.perf_counter() - begin
+
+
+def _rows_of(cache: RaggedCache, rows: Sequence[int]) -> RaggedCache:
+    """A fork whose batch rows go on from the given rows of the cache; they share the packed pairs."""
+    fork = cache.fork()
+    fork.reorder_cache(cast("torch.LongTensor", torch.tensor(rows)))
+    return fork
+
+
+def _amount_of_its_own(press: Press) -> bool:
+    """Whether the press says how much is kept in another way than by a ratio."""
+    return press.budget is not None or getattr(press, "layer_ratios", None) is not None

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
@@ -15,11 +15,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Cell:
-    """One press at one ratio. Times are means over contexts, the answer's over questions.
+    """One press at one ratio. Sizes and times are means over contexts, the answer's over questions.
+
+    What no row says (rows of other programs know no sizes and times) is None.
 
     Attributes:
+        run_id: The run that its rows are of.
+        model: The model's name.
+        query_aware: Whether the questions were known when the contexts were compressed.
+        task: The task, None for all of them.
         press: Its label.
         compression_ratio: Fraction asked to be removed.
+        n_contexts: Contexts behind the numbers.
         n_questions: Answers behind the numbers.
         accuracy: Mean over the tasks of the mean over contexts of the mean over questions.
         standard_error: Of the accuracy, from the spread between contexts, as questions of one context are not
@@ -29,68 +36,159 @@ class Cell:
         prefill_seconds: The forward that all presses share.
         compress_seconds: Scoring and evicting.
         answer_seconds: Reading a question and writing its answer.
+        ms_per_token: All answer seconds over all answer tokens, in milliseconds.
     """
 
+    run_id: str
+    model: str
+    query_aware: bool
+    task: str | None
     press: str
     compression_ratio: float
+    n_contexts: int
     n_questions: int
     accuracy: float
     standard_error: float | None
-    kept_fraction: float
-    resident_bytes: float
-    prefill_seconds: float
-    compress_seconds: float
-    answer_seconds: float
+    kept_fraction: float | None
+    resident_bytes: float | None
+    prefill_seconds: float | None
+    compress_seconds: float | None
+    answer_seconds: float | None
+    ms_per_token: float | None
 
 
-def summarise(rows: Iterable[Row]) -> list[Cell]:
-    """The cells of one run, presses in the order of their first row, ratios from small to large.
+def split_tables(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each table: those of one run and one model, query-aware and query-agnostic ones apart."""
+    return split(rows, _table_of)
+
+
+def one_table(rows: Iterable[Row]) -> list[Row]:
+    """The rows as a list.
 
     Raises:
-        InvalidArgumentError: Rows of several runs.
+        InvalidArgumentError: They belong to several tables (see `split_tables`), or a press answered the same question
+            twice at the same ratio.
     """
     rows = list(rows)
     if len(runs := {row.run_id for row in rows}) > 1:
         raise InvalidArgumentError(f"expected rows of one run, got {len(runs)}: {', '.join(sorted(runs))}")
+    if len(tables := {_table_of(row) for row in rows}) > 1:
+        raise InvalidArgumentError(f"expected rows of one model, all query-aware or none, got {sorted(tables)}")
+    seen: set[Hashable] = set()
+    for row in rows:
+        if (key := (row.press, row.compression_ratio, *context_key(row), row.question_id)) in seen:
+            raise InvalidArgumentError(f"expected one row a press, ratio and question, got two of {key}")
+        seen.add(key)
+    return rows
+
+
+def summarise(rows: Iterable[Row]) -> list[Cell]:
+    """The cells of one table, presses in the order of their first row, ratios from small to large.
+
+    Raises:
+        InvalidArgumentError: Rows of several tables, or repeated ones, see `one_table`.
+    """
+    rows = one_table(rows)
     order = {press: place for place, press in enumerate(dict.fromkeys(row.press for row in rows))}
 
     def place(row: Row) -> tuple[int, float]:
         return order[row.press], row.compression_ratio
 
-    return [_cell(list(group)) for _, group in groupby(sorted(rows, key=place), key=place)]
+    return [_cell(list(group), None) for _, group in groupby(sorted(rows, key=place), key=place)]
 
 
-def _cell(rows: Sequence[Row]) -> Cell:
-    contexts = _split(rows, lambda row: (row.task, row.seed, row.sample_id))
-    accuracy, standard_error = _accuracy(contexts)
-    heads = [context[0] for context in contexts]  # what holds for a whole context is the same in all its rows
-    return Cell(
-        press=rows[0].press,
-        compression_ratio=rows[0].compression_ratio,
-        n_questions=len(rows),
-        accuracy=accuracy,
-        standard_error=standard_error,
-        kept_fraction=statistics.fmean(row.kept_fraction for row in heads),
-        resident_bytes=statistics.fmean(row.resident_bytes for row in heads),
-        prefill_seconds=statistics.fmean(row.prefill_seconds for row in heads),
-        compress_seconds=statistics.fmean(row.score_seconds + row.evict_seconds for row in heads),
-        answer_seconds=statistics.fmean(row.answer_seconds for row in rows),
-    )
+def summarise_tasks(rows: Iterable[Row]) -> list[Cell]:
+    """The cells of each task alone, task by task in the order of their first rows. Raises as `summarise` does."""
+    tasks = split(one_table(rows), lambda row: row.task)
+    presses = dict.fromkeys(row.press for task in tasks for row in task)
+    return [
+        _cell(group, task[0].task)
+        for task in tasks
+        for group in sorted(
+            split(task, lambda row: (row.press, row.compression_ratio)),
+            key=lambda group: (list(presses).index(group[0].press), group[0].compression_ratio),
+        )
+    ]
 
 
-def _accuracy(contexts: Sequence[Sequence[Row]]) -> tuple[float, float | None]:
-    means, variances = [], []
-    for task in _split(contexts, lambda context: context[0].task):
-        scores = [statistics.fmean(row.score for row in context) for context in task]
-        means.append(statistics.fmean(scores))
-        variances.append(statistics.variance(scores) / len(scores) if len(scores) > 1 else math.nan)
-    standard_error = math.sqrt(sum(variances)) / len(variances)
-    return statistics.fmean(means), None if math.isnan(standard_error) else standard_error
+def find_full(items: Iterable[Row] | Iterable[Cell]) -> str | None:
+    """The label that stands for the full cache: the first press that only has ratio 0. None where there is none."""
+    ratios: dict[str, set[float]] = {}
+    for item in items:
+        ratios.setdefault(item.press, set()).add(item.compression_ratio)
+    return next((press for press, found in ratios.items() if found == {0.0}), None)
 
 
-def _split(items: Sequence[T], key: Callable[[T], object]) -> list[list[T]]:
+def context_key(row: Row) -> tuple[str, int, str]:
+    """What names a context: questions of one context are not independent, and presses are compared on the same ones."""
+    return row.task, row.seed, row.sample_id
+
+
+def stratified_mean(tasks: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+    """The mean over tasks of the mean over contexts, and its standard error.
+
+    The error is that of independent tasks, each with the variance of its contexts' mean: clustered by context. None
+    where a task has a single context.
+
+    Args:
+        tasks: For each task a number a context.
+    """
+    variances = [statistics.variance(task) / len(task) if len(task) > 1 else math.nan for task in tasks]
+    error = math.sqrt(sum(variances)) / len(variances)
+    return statistics.fmean(statistics.fmean(task) for task in tasks), None if math.isnan(error) else error
+
+
+def split(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     """The items in groups of equal key, in the order of each key's first item."""
-    groups: dict[object, list[T]] = {}
+    groups: dict[Hashable, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return list(groups.values())
+
+
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are numbers; None where none is."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _table_of(row: Row) -> tuple[str, str, bool]:
+    return row.run_id, row.model, row.query_aware
+
+
+def _cell(rows: Sequence[Row], task: str | None) -> Cell:
+    contexts = split(rows, context_key)
+    tasks = split(contexts, lambda context: context[0].task)
+    accuracy, standard_error = stratified_mean(
+        [[statistics.fmean(row.score for row in context) for context in contexts] for contexts in tasks]
+    )
+    heads = [context[0] for context in contexts]  # what holds for a whole context is the same in all its rows
+    return Cell(
+        run_id=rows[0].run_id,
+        model=rows[0].model,
+        query_aware=rows[0].query_aware,
+        task=task,
+        press=rows[0].press,
+        compression_ratio=rows[0].compression_ratio,
+        n_contexts=len(contexts),
+        n_questions=len(rows),
+        accuracy=accuracy,
+        standard_error=standard_error,
+        kept_fraction=mean_of_known(row.kept_fraction for row in heads),
+        resident_bytes=mean_of_known(row.resident_bytes for row in heads),
+        prefill_seconds=mean_of_known(row.prefill_seconds for row in heads),
+        compress_seconds=mean_of_known(_sum(row.score_seconds, row.evict_seconds) for row in heads),
+        answer_seconds=mean_of_known(row.answer_seconds for row in rows),
+        ms_per_token=_ms_per_token(rows),
+    )
+
+
+def _sum(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first + second
+
+
+def _ms_per_token(rows: Sequence[Row]) -> float | None:
+    known = [(row.answer_seconds, row.n_answer_tokens) for row in rows]
+    seconds = sum(seconds for seconds, tokens in known if seconds is not None and tokens is not None)
+    tokens = sum(tokens for seconds, tokens in known if seconds is not None and tokens is not None)
+    return 1000 * seconds / tokens if tokens else None

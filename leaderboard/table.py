@@ -41,12 +41,16 @@ def results_table(cells: Sequence[Cell], title: str = "") -> Table:
 
 def _figures(cell: Cell) -> tuple[str, ...]:
     error = "" if cell.standard_error is None else f" ± {cell.standard_error:.2f}"
+    megabytes = None if cell.resident_bytes is None else cell.resident_bytes / 1e6
     return (
         f"{cell.compression_ratio:.2f}",
         f"{cell.accuracy:.2f}{error}",
-        f"{cell.kept_fraction:.2f}",
-        f"{cell.resident_bytes / 1e6:.1f}",
-        f"{cell.prefill_seconds:.2f}",
-        f"{cell.compress_seconds:.2f}",
-        f"{cell.answer_seconds:.2f}",
+        _figure(cell.kept_fraction),
+        _figure(megabytes, 1),
+        *(_figure(seconds) for seconds in (cell.prefill_seconds, cell.compress_seconds, cell.answer_seconds)),
     )
+
+
+def _figure(value: float | None, decimals: int = 2) -> str:
+    """A number, or a dash where no row says it."""
+    return "-" if value is None else f"{value:.{decimals}f}"

@@ -3,12 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from kvzip_press.leaderboard.metrics import substring_match
 
 TokenCounter = Callable[[str], int]
 """How many tokens a text has; the generated contexts are made to a length in these."""
+
+Presets = Mapping[str, Mapping[str, Any]]
+"""Difficulties that have a name -> the fields of the task that they set."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Question:
     Attributes:
         question_id: Unique inside its sample.
         text: The question, as it is put to the model.
-        references: The accepted answers; one of them is enough.
+        references: The accepted answers, one of which is enough; or, of a task that says so, all that must be named.
         answer_prefix: How the answer starts; the model goes on from there. May be empty.
         max_new_tokens: The longest answer that is generated.
         tags: What else rows say of it, such as ``{"depth": 0.25}``; a metric may need it too.
@@ -95,6 +98,7 @@ class GeneratedTask(ABC):
 
     name: str
     data_revision = "generated"
+    presets: ClassVar[Presets] = {"default": {}, "smollm2": {}}
 
     def samples(
         self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens

@@ -39,6 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "gemma: needs Gemma 3 270M (`make models-gemma`, real weights); skipped where it is absent"
     )
     config.addinivalue_line(
+        "markers", "browser: needs chromium and chromedriver (`make browser`) and the package selenium; else skipped"
+    )
+    config.addinivalue_line(
         "markers", "triton: runs Triton kernels, on a GPU or (TRITON_INTERPRET=1) in Triton's interpreter; else skipped"
     )
 

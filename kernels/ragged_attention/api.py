@@ -43,8 +43,8 @@ def ragged_attention(
         query: [batch, num_attention_heads, query_length, head_dim], any floating dtype.
         keys: packed context [total, head_dim], ordered by (row, key-value head, position).
         values: packed context [total, value_head_dim].
-        cu_seqlens: int32 [rows * num_key_value_heads + 1], from 0 to total; segment s is cu_seqlens[s] ..
-            cu_seqlens[s + 1] - 1, and may be empty.
+        cu_seqlens: int32 [rows * num_key_value_heads + 1]; segment s is cu_seqlens[s] .. cu_seqlens[s + 1] - 1, and may
+            be empty. They need not fill ``keys``: a slice of a longer cu_seqlens attends to a part of its segments.
         tail_keys: [batch, num_key_value_heads, tail_length, head_dim], a view with any strides, or None; tail_length
             may be 0.
         tail_values: [batch, num_key_value_heads, tail_length, value_head_dim]; given if ``tail_keys`` is.
@@ -71,8 +71,8 @@ def ragged_attention(
 
     Raises:
         ValueError: a shape, device, ``softcap`` or ``impl`` is not as above, or the implementation named cannot do this
-            input; on a CPU also when ``cu_seqlens`` does not rise from 0 to total, ``row_index`` names no packed row or
-            ``tail_length`` is out of range. Elsewhere their content is not checked: reading it would wait for the
+            input; on a CPU also when ``cu_seqlens`` does not rise within 0 .. total, ``row_index`` names no packed row
+            or ``tail_length`` is out of range. Elsewhere their content is not checked: reading it would wait for the
             device.
         TypeError: a dtype is not as above.
     """

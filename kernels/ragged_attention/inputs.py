@@ -56,8 +56,9 @@ class RaggedInputs:
 
     def segments(self) -> list[tuple[Tensor, Tensor]]:
         """Packed keys and values, views [1, 1, n, head_dim], for every (batch row, key-value head) in this order."""
-        seqlens = [stop - start for start, stop in pairwise(self.cu_seqlens.tolist())]
-        split = (packed[None, None].split(seqlens, 2) for packed in (self.keys, self.values))
+        bounds = self.cu_seqlens.tolist()
+        seqlens, whole = [stop - start for start, stop in pairwise(bounds)], slice(bounds[0], bounds[-1])
+        split = (packed[None, None, whole].split(seqlens, 2) for packed in (self.keys, self.values))
         pairs = list(zip(*split, strict=True))
         if self.row_index is None:
             return pairs
@@ -81,7 +82,7 @@ class RaggedInputs:
         check_shape("values", self.values, (total, self.values.shape[1]), "total, value_head_dim")
         check_like("keys", self.keys, "query", self.query)
         check_like("values", self.values, "query", self.query)
-        check_cu_seqlens(self.cu_seqlens, total, self.query.device)
+        check_cu_seqlens(self.cu_seqlens, total, self.query.device, within=True)
 
     def _check_tail(self) -> None:
         if self.tail_keys is None or self.tail_values is None:

@@ -17,7 +17,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from kvzip_press import load_model
-from kvzip_press.leaderboard.demo import TASKS as DEMO
+from kvzip_press.leaderboard.demo import GRID
+from kvzip_press.leaderboard.grid import load_grid
 from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, count_rows, plan
 from kvzip_press.leaderboard.results import Row, RowWriter
 from kvzip_press.leaderboard.runner import execute
@@ -41,9 +42,10 @@ def main(
     rows: Annotated[Path, typer.Option(help="Where the rows go.")] = Path("outputs/gates/rows.jsonl"),
 ) -> None:
     """Runs the comparison and prints it, all tasks together and each by itself."""
-    names = {spec.task.name for spec in DEMO}
+    shown = load_grid(GRID).run.tasks
+    names = {spec.task.name for spec in shown}
     others = held_out or [name for name in TASKS if name not in names]
-    specs = [replace(spec, n_contexts=contexts, length_tokens=tokens) for spec in DEMO]
+    specs = [replace(spec, n_contexts=contexts, length_tokens=tokens) for spec in shown]
     specs += [TaskSpec(get_task(name), contexts, tokens) for name in others]
     gated = PressSpec("fastkvzip", "gated", {} if gate is None else {"gate": str(gate)})
     full = PressSpec("none", "full cache", compression_ratios=(0.0,))

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.kernels.benchmarks.report import commit
-from kvzip_press.leaderboard import runner
+from kvzip_press.leaderboard import provenance as leaderboard
 from kvzip_press.leaderboard.results import read_lines
 
 OURS, KVPRESS, DENSE = "ragged", "kvpress", "dense"
@@ -103,19 +98,4 @@ def read_profile(path: str | os.PathLike[str]) -> Iterator[ProfileRow]:
 
 def provenance(model: Any) -> dict[str, str]:
     """What a measurement depends on beside its row: versions, device, dtype, commit, date."""
-    device = next(model.parameters()).device
-    return {
-        **runner.provenance(model),
-        "triton": _version("triton"),
-        "kvpress": _version("kvpress"),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "commit": commit(Path(__file__).parent),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "-"
+    return {**leaderboard.provenance(model), "date": datetime.now(UTC).isoformat(timespec="seconds")}

@@ -1,33 +1,74 @@
-"""The tasks by name. A folder a task; its module is imported when the task is asked for."""
+"""The tasks by name. A folder a task or a family of them; its module is imported when the task is asked for."""
 
-import difflib
 import importlib
 from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.options import check_name
 from kvzip_press.leaderboard.task import Task
 
-TASKS = {
-    "hidden_facts": "kvzip_press.leaderboard.tasks.hidden_facts.task:HiddenFactsTask",
-    "profile_qa": "kvzip_press.leaderboard.tasks.profile_qa.task:ProfileQATask",
+_PACKAGE = "kvzip_press.leaderboard.tasks"
+
+_SCBENCH = (
+    "choice_eng", "kv", "many_shot", "mf", "prefix_suffix", "qa_eng", "repoqa", "repoqa_and_kv", "summary",
+    "summary_with_needles", "vt",
+)  # fmt: skip
+_LONGBENCH = (
+    "2wikimqa", "gov_report", "hotpotqa", "lcc", "multi_news", "multifieldqa_en", "musique", "narrativeqa",
+    "passage_count", "passage_retrieval_en", "qasper", "qmsum", "repobench-p", "samsum", "trec", "triviaqa",
+)  # fmt: skip
+
+GENERATED = {
+    "common_words": f"{_PACKAGE}.common_words.task:CommonWordsTask",
+    "hidden_facts": f"{_PACKAGE}.hidden_facts.task:HiddenFactsTask",
+    "kv_retrieval": f"{_PACKAGE}.kv_retrieval.task:KVRetrievalTask",
+    "long_copy": f"{_PACKAGE}.long_copy.task:LongCopyTask",
+    "niah_multikey": f"{_PACKAGE}.niah.task:MultikeyTask",
+    "niah_multiquery": f"{_PACKAGE}.niah.task:MultiqueryTask",
+    "niah_multivalue": f"{_PACKAGE}.niah.task:MultivalueTask",
+    "niah_single": f"{_PACKAGE}.niah.task:SingleTask",
+    "prefix_suffix": f"{_PACKAGE}.prefix_suffix.task:PrefixSuffixTask",
+    "profile_qa": f"{_PACKAGE}.profile_qa.task:ProfileQATask",
+    "profile_qa_turns": f"{_PACKAGE}.profile_qa.task:ProfileTurnsTask",
+    "variable_tracking": f"{_PACKAGE}.variable_tracking.task:VariableTrackingTask",
 }
+"""Tasks that are made from a seed, without a network: name -> ``module:Class``."""
+
+FROM_HUB = {
+    "aime24": f"{_PACKAGE}.mathematics.task:AIME24Task",
+    "gsm8k": f"{_PACKAGE}.gsm8k.task:GSM8KTask",
+    "math500": f"{_PACKAGE}.mathematics.task:MATH500Task",
+    "mrcr": f"{_PACKAGE}.mrcr.task:MRCRTask",
+    "niah_essays": f"{_PACKAGE}.niah_essays.task:EssaysTask",
+    "ruler": f"{_PACKAGE}.ruler.task:RULERTask",
+    "squad": f"{_PACKAGE}.squad.task:SQuADTask",
+    **{f"longbench_{part}": f"{_PACKAGE}.longbench.task:LongBenchTask" for part in _LONGBENCH},
+    **{f"scbench_{part}": f"{_PACKAGE}.scbench.task:SCBenchTask" for part in _SCBENCH},
+}
+"""Tasks whose data are on the hub (extra ``tasks``): name -> ``module:Class``, which knows its part by the name."""
+
+TASKS = {**GENERATED, **FROM_HUB}
 """Name -> ``module:Class``."""
 
 
-def get_task(name: str, **options: Any) -> Task:
-    """The task of that name; options are the fields of its class.
+def get_task(name: str, *, preset: str = "default", **options: Any) -> Task:
+    """The task of that name.
+
+    Args:
+        name: A key of `TASKS`.
+        preset: A difficulty that the task has a name for: "default" is for models of some billion parameters,
+            "smollm2" (of the generated tasks) for one of 135 million.
+        options: Fields of the task's class; they go before the preset's.
 
     Raises:
-        InvalidArgumentError: No such task, or no such option.
+        InvalidArgumentError: No such task, preset or option.
     """
-    if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InvalidArgumentError(f"expected a task out of {', '.join(sorted(TASKS))}, got {name!r}{hint}")
+    check_name("a task", name, TASKS)
     module, _, class_name = TASKS[name].partition(":")
     task_class = getattr(importlib.import_module(module), class_name)
+    check_name(f"a preset of task {name!r}", preset, task_class.presets)
     try:
-        task: Task = task_class(**options)
+        task: Task = task_class(**{**task_class.presets[preset], **options}, name=name)
     except TypeError as error:
         raise InvalidArgumentError(f"task {name!r}: {error}") from error
     return task

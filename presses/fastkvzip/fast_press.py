@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kvzip_press.decode_eviction import DecodeEviction
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.eviction import compressible_layers
 from kvzip_press.hidden_states import watching_hidden_states
+from kvzip_press.pair_pool import ALLOCATIONS
 from kvzip_press.prefilling import Prefill
 from kvzip_press.press import AllocatingPress, ObservingPress
 from kvzip_press.presses.fastkvzip.finding import gates_for
@@ -30,6 +32,17 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
     the context below, and cut to the budget; ours is the smaller of the two everywhere: it does not jump, and up to a
     ratio of 0.98 it never crowds out what the gates chose (beyond, the window is what is kept).
 
+    With ``decoding=True`` the cache stays within its budget while the model reads questions and writes answers, too::
+
+        press = FastKVzipPress(decoding=True, budget=2048)
+        with press(model):
+            model.generate(**inputs, max_new_tokens=16384)
+
+    The prompt is compressed to ``budget`` tokens' worth of pairs. Behind it hidden states are buffered, ``buffer``
+    tokens of them are scored at once, and then the worst pairs of all go, those of the prompt too. Everything counts
+    inside the budget, the template's prefix and the last ``buffer`` tokens, which no eviction touches, included. So the
+    cache holds at most ``budget + buffer`` tokens' worth, on average over its heads, however long the answer is.
+
     Args:
         compression_ratio: Fraction of the context's pairs removed, in [0, 1); the prefix is not counted.
         allocation: "global" (the paper), "layer", "head" or "adakv".
@@ -41,6 +54,8 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
         window_size: Most last tokens of a row that every head keeps.
         window_ratio: The same as a fraction of the row's tokens, in [0, 1]; the smaller of the two holds.
         n_sink: First tokens protected where the chat-template prefix is not known.
+        decoding: Whether to evict while the model writes; with a budget, and "global", "layer" or "head" allocation.
+        buffer: Tokens between two such evictions (128 in the paper), fewer than the budget.
 
     Raises:
         InvalidArgumentError: A value out of range, or a file that cannot be read.
@@ -50,9 +65,13 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
     window_size: int = 4096
     window_ratio: float = 0.02
     n_sink: int = 4
+    decoding: bool = False
+    buffer: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.decoding:
+            self._check_decoding()
         if self.window_size < 0 or self.n_sink < 0 or not 0 <= self.window_ratio <= 1:
             raise InvalidArgumentError(
                 f"expected window_size >= 0, n_sink >= 0 and window_ratio in [0, 1], got {self.window_size}, "
@@ -62,6 +81,33 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
             raise InvalidArgumentError(f"expected Gates, a path or a hub repository, got {type(self.gate).__name__}")
         if self.gate is not None and not isinstance(self.gate, Gates) and Path(self.gate).is_file():
             object.__setattr__(self, "gate", Gates.load(self.gate))
+
+    def _check_decoding(self) -> None:
+        if self.budget is None or not 1 <= self.buffer < self.budget:
+            raise InvalidArgumentError(
+                "expected decoding=True with budget=TOKENS and a buffer of 1 or more and fewer tokens, got "
+                f"budget={self.budget} and buffer={self.buffer}"
+            )
+        if self.allocation not in ALLOCATIONS or self.min_kept_per_head or self.layer_ratios is not None:
+            raise InvalidArgumentError(
+                f"expected decoding=True with an allocation among {ALLOCATIONS} and no floors, got "
+                f"{self.allocation!r} and min_kept_per_head={self.min_kept_per_head}"
+            )
+
+    def decode_eviction(self, model: nn.Module) -> DecodeEviction | None:
+        """What keeps caches within the budget while ``model`` writes; None without ``decoding``.
+
+        Raises:
+            InvalidArgumentError: There are no gates for the model, or they do not fit it.
+        """
+        if not self.decoding or self.budget is None:
+            return None
+        gates = self.gates(model)
+
+        def score(layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
+            return gates.scores(hidden_states, layer_idx)
+
+        return DecodeEviction(score, budget=self.budget, buffer=self.buffer, allocation=self.allocation)
 
     def observer(self, model: nn.Module) -> GateObserver:
         """What scores one prefill while it runs.
@@ -144,7 +190,10 @@ class GateObserver:
         }
         prefix = prefill.protected(self._press.n_sink)
         window = self._press.window(valid) & ~prefix
-        return Scores(layers, prefix | window, **self._press.policy, protected_count=window)
+        counted: bool | torch.Tensor = self._press.decoding or window  # a budget for all time holds everything
+        return Scores(
+            layers, prefix | window, **self._press.policy, protected_count=counted, carried=self._press.decoding
+        )
 
     def _look(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
         self.layers[layer_idx] = self._gates.scores(hidden_states, layer_idx)

@@ -22,7 +22,7 @@ class LayerGate(nn.Module):
 
     The names of the parameters and their shapes are those of the published checkpoints. The norms, the logits and the
     scores are fp32 whatever the dtype of the projections; the authors' code rounds the normalised vectors to that dtype
-    in between.
+    in between. This is what is trained; ``Gates`` score by a kernel that gives the same.
 
     Args:
         hidden_size: Of the model.

@@ -16,8 +16,8 @@ from kvzip_press.model_facts import num_kv_heads
 from kvzip_press.models import full_attention_layers, text_config
 from kvzip_press.presses.fastkvzip import gate_file, published
 from kvzip_press.presses.fastkvzip.gate import LayerGate
+from kvzip_press.presses.fastkvzip.placed_gate import PlacedGate
 
-_TOKENS = 4096  # scored at a time: what lies between the projections and the scores stays in a GPU's L2 cache
 _SHAPE = ("hidden_size", "num_key_value_heads", "num_key_value_groups")
 
 
@@ -38,7 +38,7 @@ class Gates:
     layers: Sequence[LayerGate]
     layer_indices: tuple[int, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
-    placed: dict[Any, LayerGate] = field(default_factory=dict)  # copies where and as hidden states were
+    placed: dict[Any, PlacedGate] = field(default_factory=dict)  # copies where and as hidden states were
 
     def __post_init__(self) -> None:
         shapes = {gate.shape for gate in self.layers}
@@ -128,17 +128,13 @@ class Gates:
             raise InvalidArgumentError(
                 f"expected hidden states [..., n, hidden_size={self.shape[0]}], got {tuple(hidden_states.shape)}"
             )
-        gate = self._placed(indices.index(layer_idx), hidden_states)
-        return torch.cat([gate(part) for part in hidden_states.split(_TOKENS, dim=-2)], dim=-1)
+        return self._placed(indices.index(layer_idx), hidden_states).scores(hidden_states)
 
-    def _placed(self, row: int, like: torch.Tensor) -> LayerGate:
-        """A layer's gate with its projections where and as the hidden states are; the first use copies it there."""
+    def _placed(self, row: int, like: torch.Tensor) -> PlacedGate:
+        """A layer's gate where and as the hidden states are; the first use copies it there."""
         key = (row, like.device, like.dtype)
         if key not in self.placed:
-            state = {name: tensor.to(like.device) for name, tensor in self.layers[row].state_dict().items()}
-            gate = _empty_gate(self.shape, like.dtype, like.device)
-            gate.load_state_dict(state)
-            self.placed[key] = gate
+            self.placed[key] = PlacedGate(self.layers[row], like.device, like.dtype)
         return self.placed[key]
 
 

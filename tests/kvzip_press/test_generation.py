@@ -7,7 +7,7 @@ import torch
 
 from kvzip_press import KVzipPress, RandomPress, answer, compress
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
-from kvzip_press.generation import generate, question_ids
+from kvzip_press.generation import answer_ids, generate, question_ids
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 CONTEXT = "The key of the red box is under the mat, and the mat is at the door."
@@ -35,6 +35,44 @@ def test_uncompressed_answer_is_what_generate_writes() -> None:
     question = torch.tensor([question_ids(TOKENIZER, "Where?", "At")])
     [got] = generate(model, cache.fork(), question, 8, eos_ids={2})
     assert got == [token for token in expected if token != 2]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_each_question_of_a_batch_may_have_its_own_prefix_and_bound(keep) -> None:
+    """Token for token what each question gets alone, and of kept turns each row remembers its own answer only."""
+    model = tiny_model()
+    questions, prefixes, bounds = ["Where is it?", "Why?"], ["It is", ""], [3, 9]
+    together = compress(model, TOKENIZER, [CONTEXT, CONTEXT[20:]], KVzipPress(0.6))
+    alone = [compress(model, TOKENIZER, context, KVzipPress(0.6)) for context in (CONTEXT, CONTEXT[20:])]
+    for _ in range(2):
+        found = answer_ids(model, TOKENIZER, together, questions, prefixes, bounds, keep=keep)
+        each = zip(alone, questions, prefixes, bounds, strict=True)
+        assert found == [answer_ids(model, TOKENIZER, *of_one, keep=keep)[0] for of_one in each]
+        assert [len(ids) for ids in found] == bounds
+    if keep:
+        assert together.n_seen == [alone[0].n_seen, alone[1].n_seen + 20]  # padding of the context is counted
+    shared = answer_ids(model, TOKENIZER, alone[1], questions, prefixes, bounds)
+    each = zip(questions, prefixes, bounds, strict=True)
+    assert shared == [answer_ids(model, TOKENIZER, alone[1], *asked)[0] for asked in each]
+
+
+def test_as_many_prefixes_and_bounds_as_questions() -> None:
+    """Another number of them is refused with both numbers."""
+    model = tiny_model()
+    cache = compress(model, TOKENIZER, CONTEXT, RandomPress(0.5))
+    with pytest.raises(InvalidArgumentError, match="answer_prefix once, or one for each of 2 questions, got 3"):
+        answer(model, TOKENIZER, cache, ["Where?", "Why?"], ["", "", ""])
+    with pytest.raises(InvalidArgumentError, match="max_new_tokens once, or one for each of 1 questions, got 2"):
+        answer(model, TOKENIZER, cache, "Where?", "", [1, 2])
+
+
+def test_an_empty_question_adds_nothing() -> None:
+    """A context that ends with its question is asked as one that the question follows."""
+    model = tiny_model()
+    known = compress(model, TOKENIZER, f"{CONTEXT}\n\nWhere?", RandomPress(0.0))
+    unknown = compress(model, TOKENIZER, CONTEXT, RandomPress(0.0))
+    expected = answer_ids(model, TOKENIZER, unknown, " Where? ", "At", 8)
+    assert answer_ids(model, TOKENIZER, known, "", "At", 8) == expected
 
 
 def test_generation_stops_at_the_end_token() -> None:

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from kvzip_press.errors import MissingDependencyError
-from kvzip_press.leaderboard import demo
+from kvzip_press.leaderboard import availability, demo
+from kvzip_press.leaderboard.grid import load_grid
 from kvzip_press.leaderboard.plan import TaskSpec
 from kvzip_press.leaderboard.results import read_rows
 from kvzip_press.leaderboard.tasks import get_task
@@ -23,7 +24,7 @@ TASKS = (
 
 @pytest.fixture(autouse=True)
 def without_weights_and_kvpress(monkeypatch: pytest.MonkeyPatch) -> None:
-    get_press = demo.get_press
+    get_press = availability.get_press
 
     def get_press_without_kvpress(name: str, **options: Any) -> Any:
         if name in ("snapkv", "adakv_expected_attention"):
@@ -31,7 +32,7 @@ def without_weights_and_kvpress(monkeypatch: pytest.MonkeyPatch) -> None:
         return get_press(name, **options)
 
     monkeypatch.setattr(demo, "load_model", lambda name: (tiny_model(num_layers=1), ByteTokenizer()))
-    monkeypatch.setattr(demo, "get_press", get_press_without_kvpress)
+    monkeypatch.setattr(availability, "get_press", get_press_without_kvpress)
 
 
 def run(directory: Path, **options: Any) -> tuple[demo.Demo, str]:
@@ -83,7 +84,8 @@ def test_without_matplotlib_there_is_no_picture_and_a_line_says_so(
 
 
 def test_the_presses_of_the_demo_are_those_of_the_readme() -> None:
-    assert [spec.name for spec in demo.PRESSES] == [
+    run = load_grid(demo.GRID).run
+    assert [spec.name for spec in run.presses] == [
         "none",
         "random",
         "kvzip",
@@ -91,10 +93,10 @@ def test_the_presses_of_the_demo_are_those_of_the_readme() -> None:
         "snapkv",
         "adakv_expected_attention",
     ]
-    assert demo.COMPRESSION_RATIOS == (0.5, 0.7, 0.9)
+    assert run.compression_ratios == (0.5, 0.7, 0.9)
     per_cell = sum(
         len(sample.questions) * spec.n_contexts
-        for spec in demo.TASKS
+        for spec in run.tasks
         for sample in spec.task.samples(seed=0, n=1, length_tokens=100)
     )
     assert per_cell >= 60

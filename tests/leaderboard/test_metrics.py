@@ -2,7 +2,14 @@
 
 import pytest
 
-from kvzip_press.leaderboard.metrics import exact_match, normalise, substring_match, token_f1
+from kvzip_press.leaderboard.metrics import (
+    exact_match,
+    fraction_found,
+    normalise,
+    substring_match,
+    token_f1,
+    words_in_order,
+)
 
 
 @pytest.mark.parametrize(
@@ -65,3 +72,33 @@ def test_exact_match_is_equality_after_normalising(prediction: str, references: 
 )
 def test_token_f1_takes_the_best_reference(prediction: str, references: list[str], expected: float) -> None:
     assert token_f1(prediction, references) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "expected"),
+    [
+        ("12, 34 and 56", ["12", "56"], 1.0),
+        ("12 and 340", ["12", "34"], 0.5),
+        ("", ["12"], 0.0),
+        ("12", [], 0.0),
+    ],
+)
+def test_fraction_found_counts_references(prediction: str, references: list[str], expected: float) -> None:
+    assert fraction_found(prediction, references) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "expected"),
+    [
+        ("Red fox runs fast.", ["red fox runs fast"], 1.0),
+        ("red fox, oh, runs", ["red fox runs fast"], 0.75),  # what is between costs nothing
+        ("fast runs fox red", ["red fox runs fast"], 0.25),  # order counts
+        ("", ["red"], 0.0),
+        ("red", [""], 0.0),
+        ("red", ["blue", "red"], 1.0),
+        ("red", [], 0.0),
+        ("grüne Äpfel", ["Grüne äpfel"], 1.0),
+    ],
+)
+def test_words_in_order_is_the_part_that_is_copied(prediction: str, references: list[str], expected: float) -> None:
+    assert words_in_order(prediction, references) == expected

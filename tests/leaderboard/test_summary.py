@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
-from kvzip_press.leaderboard.picture import save_pareto
+from kvzip_press.leaderboard.pictures import save_pareto
 from kvzip_press.leaderboard.results import Row
-from kvzip_press.leaderboard.summary import Cell, summarise
+from kvzip_press.leaderboard.summary import Cell, split_tables, summarise, summarise_tasks
 from kvzip_press.leaderboard.table import results_table
 
 MakeRow = Callable[..., Row]
@@ -66,6 +66,52 @@ def test_cells_keep_the_order_of_presses_and_sort_ratios(make_row: MakeRow) -> N
 def test_rows_of_two_runs_are_not_mixed(make_row: MakeRow) -> None:
     with pytest.raises(InvalidArgumentError, match="one run, got 2"):
         summarise([make_row(), make_row(run_id="another")])
+
+
+def test_query_aware_rows_other_models_and_repeated_rows_are_not_mixed(make_row: MakeRow) -> None:
+    for change in ({"query_aware": True}, {"model": "another"}):
+        with pytest.raises(InvalidArgumentError, match="one model, all query-aware or none"):
+            summarise([make_row(), make_row(**change, sample_id="1")])
+    with pytest.raises(InvalidArgumentError, match="one row a press, ratio and question"):
+        summarise([make_row(), make_row(prediction="again")])
+
+
+def test_tables_are_split_by_run_model_and_knowledge_of_the_question(make_row: MakeRow) -> None:
+    changes = ({}, {"query_aware": True}, {"run_id": "another"}, {"model": "another"})
+    rows = [make_row(sample_id=str(i), **change) for i in range(2) for change in changes]
+    tables = split_tables(rows)
+    assert [len(table) for table in tables] == [2, 2, 2, 2]
+    assert sorted(map(repr, rows)) == sorted(repr(row) for table in tables for row in table)
+
+
+def test_each_task_has_its_own_cells(make_row: MakeRow) -> None:
+    rows = [make_row(task=task, press=press, score=score) for task, press, score in (
+        ("a", "x", 1.0), ("a", "y", 0.5), ("b", "x", 0.0))]  # fmt: skip
+    found = [(cell.task, cell.press, cell.accuracy) for cell in summarise_tasks(rows)]
+    assert found == [("a", "x", 1.0), ("a", "y", 0.5), ("b", "x", 0.0)]
+    assert [(cell.task, cell.accuracy) for cell in summarise(rows)] == [(None, 0.5), (None, 0.5)]
+
+
+def test_time_a_token_is_all_time_over_all_tokens(make_row: MakeRow) -> None:
+    known = [
+        (1.0, 4),
+        (1.0, 0),
+        (None, 9),
+        (2.0, None),
+    ]  # an empty answer took time; what is not known counts neither way
+    (cell,) = summarise(
+        make_row(question_id=str(i), answer_seconds=seconds, n_answer_tokens=tokens)
+        for i, (seconds, tokens) in enumerate(known)
+    )
+    assert cell.ms_per_token == pytest.approx(500.0)
+
+
+def test_what_no_row_says_is_none_and_what_some_say_is_their_mean(make_row: MakeRow) -> None:
+    names = ("kept_fraction", "resident_bytes", "prefill_seconds", "answer_seconds")
+    (cell,) = summarise([make_row(**dict.fromkeys(names), score_seconds=None, n_answer_tokens=None)])
+    assert [getattr(cell, name) for name in (*names, "compress_seconds", "ms_per_token")] == [None] * 6
+    (cell,) = summarise([make_row(prefill_seconds=None), make_row(sample_id="1", prefill_seconds=3.0)])
+    assert cell.prefill_seconds == 3.0
 
 
 def test_the_table_shows_every_cell_and_says_when_there_is_none(make_row: MakeRow) -> None:

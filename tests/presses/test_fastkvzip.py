@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from kvzip_press import compress, get_press, prefill
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.models import full_attention_layers
 from kvzip_press.prefilling import run_prefill
-from kvzip_press.presses.fastkvzip import FastKVzipPress, Gates, LayerGate
+from kvzip_press.presses.fastkvzip import FastKVzipPress, Gates, LayerGate, placed_gate
 from kvzip_press.testing import ARCHITECTURES, ByteTokenizer, tiny_model
 
 TOKENIZER = ByteTokenizer()
@@ -75,6 +77,22 @@ def test_batches_and_chunks_change_nothing_and_scores_are_fp32() -> None:
     torch.testing.assert_close(together[1, 2], gate(x[1, 2]), atol=1e-5, rtol=1e-5)
     chunked = torch.cat([gate(x[..., :5, :]), gate(x[..., 5:6, :]), gate(x[..., 6:, :])], dim=-1)
     torch.testing.assert_close(together, chunked, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=pytest.mark.triton)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0,), (11,), (2, 3, 11), (2, 0), (0, 4)])
+def test_gates_score_in_slices_what_a_gate_computes(shape, dtype, impl, triton_device, monkeypatch) -> None:
+    """Both projections as one, then the kernel, a slice of tokens at a time, over the borders of rows."""
+    monkeypatch.setattr(placed_gate, "TOKENS", 4)
+    monkeypatch.setattr(placed_gate, "gate_scores", partial(placed_gate.gate_scores, impl=impl))
+    gate = random_gate(2, groups=3, dim=6, n_sink=5, dtype=dtype)
+    x = torch.randn(*shape, HIDDEN).to(dtype)
+    scores = Gates([gate]).scores(x.to(triton_device), 0)
+    assert (scores.shape, scores.dtype) == ((*shape[:-1], HEADS, shape[-1]), torch.float32)
+    assert scores.is_contiguous()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # in bf16 a sum may fall to either side of a rounding
+    torch.testing.assert_close(scores.cpu(), gate(x), atol=tolerance, rtol=0)
 
 
 def test_large_logits_do_not_overflow() -> None:
@@ -216,7 +234,8 @@ def test_the_signal_needs_gates_a_layer_and_a_hidden_size() -> None:
     gates = Gates([random_gate(0), random_gate(1)])
     press = FastKVzipPress(gate=gates)
     x = torch.randn(5, HIDDEN)
-    assert torch.equal(press.scores({1: x})[1], gates.layers[1](x))
+    assert torch.equal(press.scores({1: x})[1], gates.scores(x, 1))
+    torch.testing.assert_close(press.scores({1: x})[1], gates.layers[1](x), atol=1e-6, rtol=1e-6)
     with pytest.raises(InvalidArgumentError, match="expected a model to find its gates by"):
         FastKVzipPress().scores({0: x})
     with pytest.raises(InvalidArgumentError, match="expected a layer among"):

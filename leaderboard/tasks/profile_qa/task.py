@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.options import check_between
 from kvzip_press.leaderboard.prose import filler_sentences
 from kvzip_press.leaderboard.task import GeneratedTask, Question, Sample, TokenCounter
 from kvzip_press.leaderboard.tasks.profile_qa.people import ATTRIBUTES, MAX_PEOPLE, NAMES, Attribute
@@ -17,20 +17,18 @@ class ProfileQATask(GeneratedTask):
         n_people: People a page (1..10), a paragraph each; nobody shares a value with another.
         n_attributes: Facts a person (1..10).
         max_new_tokens: Bound of an answer; it is one word or name.
+        multi_turn: Whether the questions are one conversation: only the first of a person names them, the others ask
+            about "this person", so that the earlier turns are needed too.
     """
 
     n_people: int = 2
     n_attributes: int = 4
     max_new_tokens: int = 3
+    multi_turn: bool = False
     name: str = "profile_qa"
 
     def __post_init__(self) -> None:
-        for name, given, most in (
-            ("n_people", self.n_people, MAX_PEOPLE),
-            ("n_attributes", self.n_attributes, len(ATTRIBUTES)),
-        ):
-            if not 1 <= given <= most:
-                raise InvalidArgumentError(f"expected {name} in 1..{most}, got {given}")
+        check_between(n_people=(self.n_people, 1, MAX_PEOPLE), n_attributes=(self.n_attributes, 1, len(ATTRIBUTES)))
 
     def _sample(self, seed: int, index: int, length_tokens: int, count_tokens: TokenCounter) -> Sample:
         rng = random.Random(f"{self.name}/{seed}/{index}")
@@ -41,19 +39,32 @@ class ProfileQATask(GeneratedTask):
             chosen = rng.sample(ATTRIBUTES, self.n_attributes)
             facts = [attribute.sentence.format(name=name, value=values[attribute.key][person]) for attribute in chosen]
             paragraphs.append(facts)
-            questions += [self._question(name, attribute, values[attribute.key][person]) for attribute in chosen]
+            questions += [
+                self._question(name, attribute, values[attribute.key][person], named=not (self.multi_turn and turn))
+                for turn, attribute in enumerate(chosen)
+            ]
         _pad(paragraphs, rng, length_tokens, count_tokens)
         context = "\n\n".join(" ".join(paragraph) for paragraph in paragraphs)
-        return Sample(f"{index:04d}", seed, context, tuple(questions))
+        return Sample(f"{index:04d}", seed, context, tuple(questions), self.multi_turn)
 
-    def _question(self, name: str, attribute: Attribute, value: str) -> Question:
+    def _question(self, name: str, attribute: Attribute, value: str, *, named: bool) -> Question:
+        called = name if named else "this person"
+        prefix = attribute.answer_prefix.format(name=called)
         return Question(
             question_id=f"{name}/{attribute.key}",
-            text=attribute.question.format(name=name),
+            text=attribute.question.format(name=called),
             references=(value,),
-            answer_prefix=attribute.answer_prefix.format(name=name),
+            answer_prefix=prefix[0].upper() + prefix[1:],
             max_new_tokens=self.max_new_tokens,
         )
+
+
+@dataclass(frozen=True)
+class ProfileTurnsTask(ProfileQATask):
+    """The same as one conversation."""
+
+    multi_turn: bool = True
+    name: str = "profile_qa_turns"
 
 
 def _pad(paragraphs: list[list[str]], rng: random.Random, length_tokens: int, count_tokens: TokenCounter) -> None:

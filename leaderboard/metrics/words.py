@@ -1,5 +1,6 @@
-"""Metrics of short answers. Each takes a prediction and the accepted answers, and gives a number in [0, 1]."""
+"""Metrics of short answers by whole words: those of the generated tasks."""
 
+import difflib
 import re
 import string
 from collections import Counter
@@ -33,6 +34,12 @@ def substring_match(prediction: str, references: Sequence[str]) -> float:
     return float(any(reference and f" {reference} " in words for reference in found))
 
 
+def fraction_found(prediction: str, references: Sequence[str]) -> float:
+    """The part of the references that `substring_match` finds; 0.0 without references."""
+    found = [substring_match(prediction, [reference]) for reference in references]
+    return sum(found) / len(found) if found else 0.0
+
+
 def token_f1(prediction: str, references: Sequence[str]) -> float:
     """The best harmonic mean of precision and recall over words, both normalised; 0.0 without references."""
     return max(
@@ -46,3 +53,17 @@ def _f1(predicted: list[str], expected: list[str]) -> float:
         return 0.0
     precision, recall = common / len(predicted), common / len(expected)
     return 2 * precision * recall / (precision + recall)
+
+
+def words_in_order(prediction: str, references: Sequence[str]) -> float:
+    """The part of a reference's words that the prediction has in the same order, both normalised; of the best one.
+
+    The words are those in the matching blocks of `difflib.SequenceMatcher`; others between them cost nothing.
+    """
+    words = normalise(prediction).split()
+    return max((_in_order(words, normalise(reference).split()) for reference in references), default=0.0)
+
+
+def _in_order(words: list[str], expected: list[str]) -> float:
+    blocks = difflib.SequenceMatcher(None, words, expected, autojunk=False).get_matching_blocks()
+    return sum(block.size for block in blocks) / len(expected) if expected else 0.0

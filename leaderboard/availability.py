@@ -1,0 +1,30 @@
+"""Which presses of a run can be had for a model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvzip_press import get_press
+from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
+from kvzip_press.leaderboard.plan import PressSpec
+
+
+def available(presses: Sequence[PressSpec], model: Any, say: Callable[[str], None]) -> tuple[PressSpec, ...]:
+    """The presses that are installed and have what they need for the model (gates, scores of heads).
+
+    Args:
+        presses: All that are asked for.
+        model: The model.
+        say: Is told of each that is left out, and why.
+    """
+    found = []
+    for spec in presses:
+        try:
+            press = get_press(spec.name, compression_ratio=0.0, **spec.options)
+            press.observer(model)
+            if head_scores := getattr(press, "head_scores", None):
+                head_scores(model)
+        except (MissingDependencyError, InvalidArgumentError) as error:
+            say(f"left out: {spec.label} ({error})")
+        else:
+            found.append(spec)
+    return tuple(found)

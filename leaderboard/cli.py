@@ -1,0 +1,169 @@
+"""``kvzip-press leaderboard``: runs, tables, pages, exports."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvzip_press.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from kvzip_press.leaderboard.plan import Run
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Runs that compare presses on tasks, and what is made of their rows.",
+)
+
+DirectoryArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The directory of a run.")]
+
+
+@app.command()
+def run(
+    grid: Annotated[str, typer.Option("--grid", help="Name of a grid (see `list`), or a YAML file.")],
+    output: Annotated[Path, typer.Option("--output", help="The run's directory; what it holds is gone on with.")],
+    model: Annotated[str | None, typer.Option("--model", help="Instead of the grid's.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:1; default the GPU if any.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32, instead of the grid's.")] = None,
+    contexts: Annotated[int | None, typer.Option("--contexts", help="Contexts of each task, not the grid's.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Contexts in one forward.")] = None,
+    query_aware: Annotated[
+        bool | None, typer.Option("--query-aware/--query-agnostic", help="Whether questions are known beforehand.")
+    ] = None,
+    truncate: Annotated[
+        bool | None, typer.Option("--truncate/--no-truncate", help="Whether contexts that are too long are cut.")
+    ] = None,
+    shard: Annotated[str, typer.Option("--shard", help="I/N: only contexts I, I+N ...; see `merge`.")] = "0/1",
+    executor: Annotated[
+        str, typer.Option("--executor", help="serial, or ray: contexts spread over workers.")
+    ] = "serial",
+    workers: Annotated[int, typer.Option("--workers", help="Of ray; each has the model, on a GPU of its own.")] = 1,
+    address: Annotated[str | None, typer.Option("--address", help="Of a Ray cluster; default this machine.")] = None,
+    skip_unavailable: Annotated[
+        bool, typer.Option("--skip-unavailable", help="Leave presses out whose package, gates or scores are absent.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Begin again; old rows are kept aside.")] = False,
+) -> None:
+    """Runs a grid, or goes on with it: a killed run loses the context that it was at, and no more."""
+    from kvzip_press.leaderboard.grid import load_grid
+    from kvzip_press.leaderboard.launch import launch, launch_with_ray
+
+    asked: dict[str, Any] = {
+        "model_name": model,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "query_aware": query_aware,
+        "truncate": truncate,
+    }
+    chosen = replace(load_grid(grid).run, **{name: value for name, value in asked.items() if value is not None})
+    chosen, shard_of = _with_contexts(chosen, contexts), _shard(shard)
+    if executor == "serial":
+        launch(chosen, output, device=device, shard_of=shard_of, skip_unavailable=skip_unavailable, force=force)
+        return
+    if executor != "ray" or skip_unavailable:
+        given = f"{executor!r}{' with --skip-unavailable' if skip_unavailable else ''}"
+        raise InvalidArgumentError(f"expected --executor serial, or ray without --skip-unavailable, got {given}")
+    launch_with_ray(chosen, output, workers=workers, address=address, device=device, shard_of=shard_of, force=force)
+
+
+@app.command()
+def table(directory: DirectoryArgument) -> None:
+    """Prints the table of a run."""
+    from kvzip_press.leaderboard.launch import print_table
+
+    print_table(directory)
+
+
+@app.command()
+def report(
+    directory: DirectoryArgument,
+    output: Annotated[Path, typer.Option("--output", help="The HTML file to write.")],
+    pictures: Annotated[Path | None, typer.Option("--pictures", help="Also a directory for PNGs.")] = None,
+) -> None:
+    """Writes one page that holds all of a run, for a browser, without a network."""
+    from kvzip_press.leaderboard.launch import heads_of, rows_of
+    from kvzip_press.leaderboard.report import write_report
+
+    rows, heads = rows_of(directory), heads_of(directory)
+    write_report(rows, heads, output)
+    typer.echo(f"page: {output}")
+    if pictures is not None:
+        from kvzip_press.leaderboard.pictures import save_all
+
+        save_all(rows, heads, pictures)
+        typer.echo(f"pictures: {pictures}")
+
+
+@app.command()
+def export(
+    directory: DirectoryArgument,
+    output: Annotated[Path, typer.Option("--output", help="The folder to write.")],
+    form: Annotated[str, typer.Option("--format", help="kvpress: the folders of its leaderboard.")] = "kvpress",
+) -> None:
+    """Writes a run as another leaderboard takes it."""
+    from kvzip_press.leaderboard.kvpress_format import export_rows
+    from kvzip_press.leaderboard.launch import rows_of
+
+    if form != "kvpress":
+        raise InvalidArgumentError(f"expected --format kvpress, got {form!r}")
+    export_rows(rows_of(directory), output)
+    typer.echo(f"folders: {output}")
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="Folders of kvpress's leaderboard.")],
+    output: Annotated[Path, typer.Option("--output", help="The directory for their rows.")],
+) -> None:
+    """Reads folders of kvpress's leaderboard as rows of ours."""
+    from kvzip_press.leaderboard.kvpress_format import import_rows
+    from kvzip_press.leaderboard.launch import store
+
+    count = store(import_rows(folder), output)
+    typer.echo(f"{count} rows: {output}")
+
+
+@app.command()
+def merge(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of one run's shards.")],
+    output: Annotated[Path, typer.Option("--output", help="The directory of the whole.")],
+) -> None:
+    """Joins the shards of a run."""
+    from kvzip_press.leaderboard.launch import print_table
+    from kvzip_press.leaderboard.shards import merge as merge_shards
+
+    merge_shards(directories, output)
+    print_table(output)
+
+
+@app.command("list")
+def list_() -> None:
+    """Lists grids, tasks and presses."""
+    from kvzip_press.leaderboard.grid import grid_names, load_grid
+    from kvzip_press.leaderboard.tasks import TASKS
+    from kvzip_press.registry import press_names
+
+    typer.echo("grids")
+    for name in grid_names():
+        typer.echo(f"  {name:16} {load_grid(name).description}")
+    for title, names in (("tasks", sorted(TASKS)), ("presses", press_names())):
+        typer.echo(title)
+        for name in names:
+            typer.echo(f"  {name}")
+
+
+def _with_contexts(chosen: Run, contexts: int | None) -> Run:
+    if contexts is None:
+        return chosen
+    return replace(chosen, tasks=tuple(replace(spec, n_contexts=contexts) for spec in chosen.tasks))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdigit() or not count.isdigit():
+        raise InvalidArgumentError(f"expected --shard I/N, such as 0/4, got {text!r}")
+    return int(index), int(count)

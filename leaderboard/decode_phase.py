@@ -1,0 +1,71 @@
+"""Samples without a context: what is compressed is the prompt and the answer itself, while it is written."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kvzip_press.compat import DynamicCache
+from kvzip_press.errors import BudgetMismatchError, InvalidArgumentError
+from kvzip_press.generation import eos_ids
+from kvzip_press.leaderboard.measured import Measured
+from kvzip_press.models import input_device, text_config
+from kvzip_press.press import Press
+from kvzip_press.ragged_cache import RaggedCache
+
+
+def check_decodes(label: str, press: Press, *, keeps_all: bool) -> None:
+    """Raises InvalidArgumentError for a press that evicts, and not while decoding."""
+    if not keeps_all and not getattr(press, "decoding", False):
+        raise InvalidArgumentError(
+            f"expected presses that evict while decoding (`decoding: true`), or the full cache, for samples without a "
+            f"context, got {label!r}"
+        )
+
+
+def generate_evicting(
+    model: Any, tokenizer: Any, press: Press, prompt: Sequence[int], max_new_tokens: int
+) -> tuple[list[int], RaggedCache]:
+    """Answers a prompt, greedily, in the press's own context.
+
+    Returns:
+        The answer's ids, without the one that ended it, and the cache as it is afterwards.
+    """
+    ids = torch.tensor([list(prompt)], device=input_device(model))
+    cache = DynamicCache(config=text_config(model))
+    ended = eos_ids(model, tokenizer)
+    with torch.no_grad(), press(model):
+        written = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(ended) or None,
+            pad_token_id=min(ended, default=None),
+        )
+    answer: list[int] = written[0, ids.shape[1] :].tolist()
+    return answer[:-1] if answer and answer[-1] in ended else answer, RaggedCache.of(cache)
+
+
+def measure_grown(label: str, press: Press, cache: RaggedCache) -> Measured:
+    """What a cache of one row holds after an answer, tokens since the last eviction included.
+
+    Raises:
+        BudgetMismatchError: More pairs than the press's budget, the buffer that it may fill between evictions, and the
+            protected first tokens.
+    """
+    layers = dict(cache.ragged_layers())
+    kept = {
+        layer_idx: [pairs + layer.tail.length for pairs in layer.packed.seqlens[0].tolist()]
+        for layer_idx, layer in layers.items()
+    }
+    found = Measured(int(cache.get_seq_length()), kept, cache.resident_bytes, cache.dense_bytes)
+    if press.budget is not None:
+        a_head = press.budget + getattr(press, "buffer", 0)
+        most = sum((a_head + layer.n_protected[0]) * len(kept[layer_idx]) for layer_idx, layer in layers.items())
+        if found.n_kept > most:
+            raise BudgetMismatchError(
+                f"{label} with budget {press.budget}: expected at most {most} pairs, got {found.n_kept}"
+            )
+    return found

@@ -1,0 +1,187 @@
+"""Runs as YAML files. What is not understood is an error that names the key's path."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from kvzip_press import get_press
+from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
+from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec
+from kvzip_press.leaderboard.tasks import get_task
+from kvzip_press.policy import check_compression_ratio
+
+T = TypeVar("T")
+
+GRIDS = Path(__file__).parent / "grids"
+
+_NAMES = {int: "an integer", str: "a text", bool: "true or false", list: "a list", dict: "a mapping"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid file.
+
+    Attributes:
+        name: Its name, without the suffix.
+        description: What it is for, a sentence.
+        run: What it runs.
+    """
+
+    name: str
+    description: str
+    run: Run
+
+
+def grid_names() -> list[str]:
+    """The grids that come with the package, sorted."""
+    return sorted(path.stem for path in GRIDS.glob("*.yaml"))
+
+
+def load_grid(name: str) -> Grid:
+    """The grid of a name, or of a file.
+
+    Args:
+        name: One of `grid_names`, or the path of a YAML file.
+
+    Raises:
+        InvalidArgumentError: No such grid (the message suggests the nearest one), no YAML, an unknown key, task or
+            press, a value of the wrong kind or out of range. The message has the file and the key's path.
+    """
+    path = GRIDS / f"{name}.yaml" if name in grid_names() else Path(name)
+    if not path.is_file():
+        hint = _hint(name, grid_names())
+        raise InvalidArgumentError(f"expected a grid out of {', '.join(grid_names())}, or a file, got {name!r}{hint}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _grid(path.stem, values)
+    except yaml.YAMLError as error:
+        raise InvalidArgumentError(f"{path}: expected YAML, got {error}") from error
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"{path}: {error}") from error
+
+
+def _grid(name: str, values: Any) -> Grid:
+    node = _Node("", values)
+    run = Run(
+        model_name=node.take("model", str),
+        seed=node.take("seed", int, 0),
+        dtype=node.take("dtype", str, "auto"),
+        query_aware=node.take("query_aware", bool, False),
+        truncate=node.take("truncate", bool, False),
+        batch_size=node.take("batch_size", int, 1),
+        compression_ratios=_ratios(node),
+        tasks=tuple(map(_task, node.items("tasks"))),
+        presses=tuple(map(_press, node.items("presses"))),
+    )
+    description = node.take("description", str, "")
+    node.finish()
+    return Grid(name, description, run)
+
+
+def _task(node: "_Node") -> TaskSpec:
+    name, options = node.take("task", str), node.take("options", dict, {})
+    task: Any = node.checked("options" if options else "task", lambda: get_task(name, **options))
+    spec = TaskSpec(
+        replace(task, name=node.take("name", str, task.name)),
+        n_contexts=node.take("contexts", int),
+        length_tokens=node.take("tokens", int, 0),
+    )
+    node.finish()
+    return spec
+
+
+def _press(node: "_Node") -> PressSpec:
+    name, options = node.take("press", str), node.take("options", dict, {})
+    spec = PressSpec(
+        name,
+        label=node.take("label", str, name),
+        options=options,
+        compression_ratios=_ratios(node) if "compression_ratios" in node.values else None,
+    )
+
+    def make() -> None:
+        try:
+            get_press(name, **options)
+        except MissingDependencyError:  # whoever runs the grid is told, or leaves the press out
+            pass
+        except TypeError as error:
+            raise InvalidArgumentError(str(error)) from error
+
+    node.checked("options" if options else "press", make)
+    node.finish()
+    return spec
+
+
+def _ratios(node: "_Node") -> tuple[float, ...]:
+    values = node.take("compression_ratios", list)
+    return tuple(
+        node.checked(f"compression_ratios[{index}]", lambda value=value: check_compression_ratio(value))
+        for index, value in enumerate(values)
+    )
+
+
+class _Node:
+    """A mapping of the file: its keys are taken one by one, and `finish` says which nobody knows.
+
+    Args:
+        path: Where it stands, for errors.
+        values: What YAML made of it.
+    """
+
+    def __init__(self, path: str, values: Any) -> None:
+        self.path = path
+        self.values: Mapping[str, Any] = self._of_kind(path, values, dict)
+        self.taken: list[str] = []
+
+    def take(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """The value of a key, which must be of that kind; the default, where there is one, stands for an absent one."""
+        self.taken.append(key)
+        if key in self.values:
+            return self._of_kind(self._at(key), self.values[key], kind)
+        if default is None:
+            raise InvalidArgumentError(f"{self._at(key)}: expected {_NAMES[kind]}, got nothing{self._misspelt(key)}")
+        return default
+
+    def items(self, key: str) -> "list[_Node]":
+        """The mappings of a list of at least one."""
+        values: Sequence[Any] = self.take(key, list)
+        if not values:
+            raise InvalidArgumentError(f"{self._at(key)}: expected at least one, got none")
+        return [_Node(f"{self._at(key)}[{index}]", value) for index, value in enumerate(values)]
+
+    def checked(self, key: str, make: Any) -> Any:
+        """What ``make()`` returns; its error gets the key's path."""
+        try:
+            return make()
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"{self._at(key)}: {error}") from error
+
+    def finish(self) -> None:
+        """Raises InvalidArgumentError for a key that was not taken."""
+        for key in self.values:
+            if key not in self.taken:
+                raise InvalidArgumentError(
+                    f"{self._at(key)}: expected a key out of {', '.join(self.taken)}{_hint(key, self.taken)}"
+                )
+
+    def _at(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+    def _misspelt(self, key: str) -> str:
+        near = difflib.get_close_matches(key, [str(other) for other in self.values if other not in self.taken], n=1)
+        return f"; is {near[0]!r} meant to be it?" if near else ""
+
+    @staticmethod
+    def _of_kind(path: str, value: Any, kind: type[T]) -> T:
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise InvalidArgumentError(f"{path or 'the file'}: expected {_NAMES[kind]}, got {value!r:.80}")
+        return value
+
+
+def _hint(name: object, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

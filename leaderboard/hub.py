@@ -1,0 +1,118 @@
+"""Rows of data sets from the Hugging Face hub, or of a local file with the same columns, through one loader."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from kvzip_press.errors import DataNotFoundError, InvalidArgumentError, MissingDependencyError
+
+FORMATS = {".parquet": "parquet", ".jsonl": "json"}
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """Which files of the hub.
+
+    Attributes:
+        repo_id: The data set's name.
+        pattern: Their paths in it; ``*`` is any characters.
+        columns: Columns that are read; others may be there.
+    """
+
+    repo_id: str
+    pattern: str
+    columns: tuple[str, ...]
+
+
+def file_revision(path: Path) -> str:
+    """``sha256:`` and the first 16 digits of a file's hash.
+
+    Raises:
+        DataNotFoundError: It is no file.
+    """
+    _check_file(path)
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
+
+def fetch(files: HubFiles, revision: str) -> Path:
+    """The folder with the files, named by their commit; without a network, of what the cache holds of that revision.
+
+    Args:
+        files: Which.
+        revision: Commit, tag or branch.
+
+    Raises:
+        DataNotFoundError: They are neither in the cache nor reachable. The message says what to do.
+        MissingDependencyError: The package ``huggingface_hub`` is not installed.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise _missing("huggingface_hub") from error
+    try:
+        folder = Path(
+            snapshot_download(
+                files.repo_id, repo_type="dataset", revision=revision, allow_patterns=files.pattern, etag_timeout=30
+            )
+        )
+    except Exception as error:  # its errors come from several HTTP libraries
+        raise _not_reached(files, revision, f"{type(error).__name__}: {error}") from error
+    if not matching(folder, files.pattern):
+        raise _not_reached(files, revision, f"commit {folder.name} has no such file, or the cache has not")
+    return folder
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder whose paths in it are as the pattern says, in order."""
+    return sorted(path for path in folder.rglob("*") if fnmatch(path.relative_to(folder).as_posix(), pattern))
+
+
+def load_rows(paths: Sequence[Path], columns: Sequence[str]) -> Sequence[Mapping[str, Any]]:
+    """The rows of files of one format, ``.parquet`` or ``.jsonl``.
+
+    Raises:
+        DataNotFoundError: They are not there, or cannot be read.
+        InvalidArgumentError: No rows, a column missing, or a file of another format.
+        MissingDependencyError: The package ``datasets`` is not installed.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise _missing("datasets") from error
+    first = paths[0]
+    _check_file(first)
+    if first.suffix not in FORMATS:
+        raise InvalidArgumentError(f"expected a file of {', '.join(FORMATS)}, got {first}")
+    try:
+        rows = load_dataset(FORMATS[first.suffix], data_files=[str(path) for path in paths], split="train")
+    except Exception as error:  # those of two parsers
+        raise DataNotFoundError(f"{first}: cannot be read ({type(error).__name__}: {error})") from error
+    if not len(rows) or not set(columns) <= set(rows.column_names):
+        raise InvalidArgumentError(
+            f"{first}: expected rows with {', '.join(columns)}, got {len(rows)} with {', '.join(rows.column_names)}"
+        )
+    return rows
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise DataNotFoundError(f"expected a file at {path}, got {'a folder' if path.is_dir() else 'nothing'}")
+
+
+def _missing(package: str) -> MissingDependencyError:
+    return MissingDependencyError(f"tasks from the hub need {package}: pip install 'kvzip-press[tasks]'")
+
+
+def _not_reached(files: HubFiles, revision: str, cause: str) -> DataNotFoundError:
+    return DataNotFoundError(
+        f"{files.pattern} of the data set {files.repo_id} at {revision!r} is neither on this machine nor reachable "
+        f"({cause}). With a network: try again. Without: fetch it on a machine that has one (`hf download --repo-type "
+        f"dataset {files.repo_id}`) and set HF_HOME to that cache; or give a local .parquet or .jsonl file with the "
+        f"columns {', '.join(files.columns)} (source='path')"
+    )

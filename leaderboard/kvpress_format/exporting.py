@@ -1,0 +1,114 @@
+"""Rows to folders."""
+
+import csv
+import json
+import os
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.kvpress_format.files import load_yaml_package
+from kvzip_press.leaderboard.kvpress_format.layout import (
+    COLUMNS,
+    CONFIG,
+    EXTRA,
+    METRICS,
+    NO_PRESS,
+    PREDICTIONS,
+    Folder,
+    column_of,
+    subset_of,
+)
+from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.summary import find_full, split
+
+_METRIC_NAMES = {"ruler": "string_match"}  # as kvpress's scorer of the data set calls it; "score" for all others
+
+
+def export_rows(rows: Iterable[Row], folder: str | os.PathLike[str], *, data_dir: str | None = None) -> list[Path]:
+    """Write a folder for each task, model, press and ratio of the rows.
+
+    The full cache is called ``no_press``, as there; other labels are written as names, "KVzip (local replay)" as
+    ``kvzip_local_replay``. A row's tag "subset" is its line's task, as in RULER.
+
+    Args:
+        rows: At least one.
+        folder: Where the folders go; made where it is absent.
+        data_dir: The part of the data set that was asked, such as "4096" for RULER.
+
+    Returns:
+        The folders.
+
+    Raises:
+        InvalidArgumentError: No rows; a folder of that name is there; or two of the rows' cells would share one (two
+            runs of one model, or ratios that are the same with two decimals).
+    """
+    found = list(rows)
+    if not found:
+        raise InvalidArgumentError("expected rows to export, got none")
+    full = find_full(found)
+    groups = split(
+        found, lambda row: (row.task, row.run_id, row.model, row.query_aware, row.press, row.compression_ratio)
+    )
+    named = [(_folder_of(group[0], data_dir, full), group) for group in groups]
+    _check_names([name.name for name, _ in named], Path(folder))
+    return [_write(Path(folder) / name.name, name, group) for name, group in named]
+
+
+def _folder_of(row: Row, data_dir: str | None, full: str | None) -> Folder:
+    name = NO_PRESS if row.press == full else re.sub(r"\W+", "_", row.press.lower()).strip("_")
+    return Folder(row.task, data_dir, row.model, name, row.compression_ratio, row.query_aware)
+
+
+def _check_names(names: Sequence[str], folder: Path) -> None:
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InvalidArgumentError(f"expected one folder a press and ratio, got several with the name {min(twice)}")
+    if there := [name for name in names if (folder / name).exists()]:
+        raise InvalidArgumentError(f"expected {folder} without the folder {there[0]}, which is there")
+
+
+def _write(path: Path, folder: Folder, rows: Sequence[Row]) -> Path:
+    path.mkdir(parents=True)
+    provenances = [provenance[0] for provenance in split((row.provenance for row in rows), json.dumps)]
+    with (path / PREDICTIONS).open("w", encoding="utf-8", newline="") as file:
+        names = ["task", "compression_ratio", *(column_of(name) for name in COLUMNS), "provenance"]
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(_line_of(row) | {"provenance": provenances.index(row.provenance)} for row in rows)
+    extra = {"run_id": rows[0].run_id, "press": rows[0].press, "provenances": provenances}
+    (path / METRICS).write_text(json.dumps(_metrics(rows), indent=4, ensure_ascii=False), encoding="utf-8")
+    (path / EXTRA).write_text(json.dumps(extra, indent=4, ensure_ascii=False), encoding="utf-8")
+    text = load_yaml_package().safe_dump(_config(folder, rows[0]), sort_keys=False, allow_unicode=True)
+    (path / CONFIG).write_text(text, encoding="utf-8")  # last: a folder without it is no result
+    return path
+
+
+def _config(folder: Folder, row: Row) -> dict[str, object]:
+    """Settings by kvpress's names; those that our runs do not have are left out."""
+    return {
+        "dataset": folder.dataset,
+        "data_dir": folder.data_dir,
+        "model": folder.model,
+        "press_name": folder.press_name,
+        "compression_ratio": folder.compression_ratio,
+        "query_aware": folder.query_aware,
+        "press_init_command": row.press,
+        "seed": row.seed,
+    }
+
+
+def _line_of(row: Row) -> dict[str, object]:
+    values = {column_of(name): getattr(row, name) for name in COLUMNS}
+    lists = {"answer": repr(list(row.references)), "tags": json.dumps(row.tags, ensure_ascii=False)}
+    return {"task": subset_of(row), "compression_ratio": row.compression_ratio} | values | lists
+
+
+def _metrics(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """As kvpress's scorers of tasks give it: a mean over questions, not over contexts."""
+    name = _METRIC_NAMES.get(rows[0].task, "score")
+    return {
+        subset_of(task[0]): {name: round(100 * statistics.fmean(row.score for row in task), 2)}
+        for task in split(rows, subset_of)
+    }

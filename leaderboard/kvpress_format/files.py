@@ -1,0 +1,75 @@
+"""The files of a folder, read with errors that name them."""
+
+import csv
+import json
+import re
+from ast import literal_eval
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
+
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+
+
+def parse_answers(text: str) -> tuple[str, ...]:
+    """The references of a cell of the table: one plain text, or a list as Python or numpy prints it.
+
+    numpy puts no comma between its strings, which Python would read as one long string.
+    """
+    inner = text.strip()
+    if not (inner.startswith("[") and inner.endswith("]")):
+        return (text,)
+    found = _QUOTED.findall(inner)
+    rest = _QUOTED.sub("", inner[1:-1])
+    if rest.strip(" ,\n\r\t"):
+        return (text,)  # a text that happens to stand in brackets
+    return tuple(literal_eval(one) for one in found)
+
+
+def read_table(path: Path) -> Iterator[dict[str, str]]:
+    """The lines of a table in CSV, by column."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for line in csv.DictReader(file):
+                if None in line or None in line.values():
+                    raise InvalidArgumentError(f"{path}: expected as many cells as columns in every line, got {line}")
+                yield line
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(f"{path}: expected a table in CSV and UTF-8, got {error}") from error
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """The settings of an evaluation."""
+    yaml = load_yaml_package()
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(f"{path}: expected YAML, got {error}") from error
+    needed = {"dataset": str, "model": str, "press_name": str, "compression_ratio": int | float}
+    if not isinstance(config, dict) or not all(isinstance(config.get(name), kind) for name, kind in needed.items()):
+        raise InvalidArgumentError(f"{path}: expected the settings {', '.join(needed)}, got {config!r}")
+    return {**config, "compression_ratio": float(config["compression_ratio"])}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """An object in JSON."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidArgumentError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidArgumentError(f"{path}: expected an object, got {type(value).__name__}")
+    return value
+
+
+def load_yaml_package() -> Any:
+    """The package yaml, which only this format and grids need."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependencyError(
+            "folders of kvpress need pyyaml: pip install 'kvzip-press[leaderboard]'"
+        ) from error
+    return yaml

@@ -1,0 +1,178 @@
+"""What the commands do: a grid into a directory, and a directory onto the screen."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from rich.console import Console
+
+from kvzip_press import load_model
+from kvzip_press.errors import RunDirectoryError
+from kvzip_press.leaderboard.availability import available
+from kvzip_press.leaderboard.head_budgets import HeadBudgets, read_heads
+from kvzip_press.leaderboard.plan import Run, Work, count_rows, plan, shard
+from kvzip_press.leaderboard.profile.grid import get_device, get_dtype
+from kvzip_press.leaderboard.progress import row_bar
+from kvzip_press.leaderboard.ray_executor import Cluster, run_with_ray
+from kvzip_press.leaderboard.results import Row, RowWriter, read_rows
+from kvzip_press.leaderboard.run_directory import HEADS, ROWS, RUN, RunDirectory, RunRecord
+from kvzip_press.leaderboard.shards import run_shard
+from kvzip_press.leaderboard.summary import split_tables, summarise
+from kvzip_press.leaderboard.table import results_table
+
+if TYPE_CHECKING:
+    import os
+
+
+def launch(
+    run: Run,
+    output: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    shard_of: tuple[int, int] = (0, 1),
+    skip_unavailable: bool = False,
+    force: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Runs what a directory lacks of a run, and prints the table.
+
+    Args:
+        run: The run.
+        output: Its directory.
+        device: Where the model goes; by default the GPU, where there is one.
+        shard_of: ``(index, count)``: only every count-th context.
+        skip_unavailable: Whether presses that cannot be had are left out, with a line each, instead of an error.
+        force: Whether to begin again; what was there is kept aside.
+        console: Where to print.
+
+    Raises:
+        KVzipPressError: See `run_shard`, `RunDirectory` and `kvzip_press.load_model`.
+    """
+    console = console or Console()
+
+    def say(line: str) -> None:
+        console.print(line, style="yellow", markup=False)
+
+    place = get_device(device)
+    with console.status(f"loading {run.model_name}"):
+        model, tokenizer = load_for(run, str(place))
+    if skip_unavailable:
+        run = replace(run, presses=available(run.presses, model, say))
+    with console.status("making the contexts"):
+        works = plan(run, tokenizer)
+    record, mine = RunRecord.of(run, model, count_rows(run, works)), shard(works, *shard_of)
+    with RunDirectory(output, record, force=force) as directory:
+        missing = count_rows(run, mine) - _count_done(directory, mine)
+        with row_bar(console, missing) as on_row:
+            run_shard(run, mine, model, tokenizer, directory, on_row=on_row)
+    print_table(output, console=console)
+
+
+def load_for(run: Run, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a run, on a device."""
+    dtype = None if run.dtype == "auto" else get_dtype(run.dtype)
+    model, tokenizer = load_model(run.model_name, dtype=dtype or "auto")
+    return cast("Any", model).to(torch.device(device)), tokenizer
+
+
+def launch_with_ray(
+    run: Run,
+    output: str | os.PathLike[str],
+    *,
+    workers: int,
+    address: str | None = None,
+    device: str | None = None,
+    shard_of: tuple[int, int] = (0, 1),
+    force: bool = False,
+    console: Console | None = None,
+) -> None:
+    """What `launch` does, spread over workers with the model each, by Ray.
+
+    Args:
+        run: The run.
+        output: Its directory, on this machine.
+        workers: How many.
+        address: Of a Ray cluster; None for this machine alone.
+        device: Of the workers; "cuda" gives each a GPU of its own. By default so where this machine has one.
+        shard_of: As in `launch`.
+        force: As in `launch`.
+        console: Where to print.
+
+    Raises:
+        KVzipPressError: See `run_with_ray`.
+    """
+    console = console or Console()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cluster = Cluster(workers, address, gpus_each=float(device.startswith("cuda")))
+    with ExitStack() as stack:
+        told: list[Callable[[Row], None]] = []
+        run_with_ray(
+            run,
+            functools.partial(load_for, run, device),
+            output,
+            cluster,
+            shard_of=shard_of,
+            force=force,
+            on_begin=lambda missing: told.append(stack.enter_context(row_bar(console, missing))),
+            on_row=lambda row: told[0](row),
+        )
+    print_table(output, console=console)
+
+
+def rows_of(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows of a run directory.
+
+    Raises:
+        RunDirectoryError: It has none.
+    """
+    file = Path(path) / ROWS
+    if not file.is_file():
+        raise RunDirectoryError(f"expected the directory of a run, with {ROWS} in it, got {path}")
+    return list(read_rows(file))
+
+
+def heads_of(path: str | os.PathLike[str]) -> list[HeadBudgets]:
+    """What heads kept, by a run directory; nothing where it does not say."""
+    file = Path(path) / HEADS
+    return list(read_heads(file)) if file.is_file() else []
+
+
+def store(rows: Iterable[Row], output: str | os.PathLike[str]) -> int:
+    """Writes rows that no run of ours made into a directory without any, and says how many there were.
+
+    Raises:
+        RunDirectoryError: The directory holds rows.
+    """
+    file = Path(output) / ROWS
+    if file.exists():
+        raise RunDirectoryError(f"expected a directory without {ROWS}, got {output}")
+    n_rows = 0
+    with RowWriter(file) as writer:
+        for row in rows:
+            writer.write(row)
+            n_rows += 1
+    return n_rows
+
+
+def print_table(path: str | os.PathLike[str], *, console: Console | None = None) -> None:
+    """Prints the table of a run directory; one each for query-agnostic and query-aware rows, and for each run."""
+    console, rows = console or Console(), rows_of(path)
+    for group in split_tables(rows):
+        cells = summarise(group)
+        form = "query-aware" if cells[0].query_aware else "query-agnostic"
+        console.print(results_table(cells, f"{cells[0].model}, {form}: {cells[0].n_questions} questions a row"))
+    if (Path(path) / RUN).is_file() and len(rows) < (n_rows := RunRecord.read(path).n_rows):
+        console.print(f"{len(rows)} of the run's {n_rows} rows", style="yellow", markup=False)
+    console.print(f"rows: {Path(path) / ROWS}", markup=False, highlight=False)
+
+
+def _count_done(directory: RunDirectory, works: Iterable[Work]) -> int:
+    """How many rows of these contexts the directory has."""
+    samples = {(work.task.name, work.sample.sample_id) for work in works}
+    return sum((key.task, key.sample_id) in samples for key in directory.done)

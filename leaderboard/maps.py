@@ -1,0 +1,117 @@
+"""The two maps: what each head keeps, and where in a context of which length an answer is still found."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvzip_press.leaderboard.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.summary import split
+
+N_DEPTHS = 10
+_SAME_LENGTH = 1.25  # contexts up to so many times as long as the shortest of their column stand in it
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """What each head keeps under a press at a ratio.
+
+    Attributes:
+        press: The press's label.
+        compression_ratio: Its ratio.
+        n_contexts: Over how many contexts the means are.
+        layers: The layers that were compressed.
+        kept: ``[layer][kv head]``, mean kept fraction.
+    """
+
+    press: str
+    compression_ratio: float
+    n_contexts: int
+    layers: tuple[int, ...]
+    kept: list[list[float]]
+
+
+@dataclass(frozen=True)
+class NeedleMap:
+    """How often an answer is found, by its depth in the context and the context's length.
+
+    Attributes:
+        task: The task.
+        press: The press's label.
+        compression_ratio: Its ratio.
+        lengths: Mean tokens of the contexts of each column; the columns are the same for all maps of a task.
+        scores: ``[tenth of the context][column]``, mean score; None where nothing was asked.
+        counts: The questions behind each score.
+    """
+
+    task: str
+    press: str
+    compression_ratio: float
+    lengths: list[int]
+    scores: list[list[float | None]]
+    counts: list[list[int]]
+
+
+def head_maps(heads: Iterable[HeadBudgets]) -> list[HeadMap]:
+    """The map of each press and ratio, in the order of their first lines. Lines of one run."""
+    groups = split(heads, lambda budgets: (budgets.press, budgets.compression_ratio, budgets.layer_idx))
+    return [
+        HeadMap(
+            press=group[0].press,
+            compression_ratio=group[0].compression_ratio,
+            n_contexts=len(group),
+            layers=group[0].layer_idx,
+            kept=np.mean([budgets.kept for budgets in group], axis=0).tolist(),
+        )
+        for group in groups
+    ]
+
+
+def needle_maps(rows: Iterable[Row]) -> list[NeedleMap]:
+    """The map of each task that says depths, each press and ratio. Rows of one table."""
+    return [
+        needle_map
+        for task in split((row for row in rows if _place(row) is not None), lambda row: row.task)
+        for needle_map in _maps_of_task(task)
+    ]
+
+
+def columns(lengths: Iterable[int]) -> list[int]:
+    """Lengths lie in clusters, about a wanted length each: the shortest of each."""
+    starts: list[int] = []
+    for length in sorted(lengths):
+        if not starts or length > starts[-1] * _SAME_LENGTH:
+            starts.append(length)
+    return starts
+
+
+def _maps_of_task(rows: Sequence[Row]) -> Iterator[NeedleMap]:
+    lengths = [length for row in rows if (length := row.n_context_tokens) is not None]
+    starts = columns(lengths)
+    column_of = np.searchsorted(starts, lengths, side="right") - 1
+    means = [round(float(np.mean(np.array(lengths)[column_of == column]))) for column in range(len(starts))]
+    for group in split(rows, lambda row: (row.press, row.compression_ratio)):
+        total, count = np.zeros((2, N_DEPTHS, len(starts)))
+        for row in group:
+            depth, length = _place(row) or (0.0, 0)
+            place = min(int(depth * N_DEPTHS), N_DEPTHS - 1), int(np.searchsorted(starts, length, side="right")) - 1
+            total[place] += row.score
+            count[place] += 1
+        scores = np.where(count > 0, total / np.maximum(count, 1), np.nan).tolist()
+        yield NeedleMap(
+            task=rows[0].task,
+            press=group[0].press,
+            compression_ratio=group[0].compression_ratio,
+            lengths=means,
+            scores=[[None if score != score else score for score in line] for line in scores],  # noqa: PLR0124  # NaN
+            counts=count.astype(int).tolist(),
+        )
+
+
+def _place(row: Row) -> tuple[float, int] | None:
+    """The depth of what is asked for, in [0, 1], and the context's tokens; None for a row that does not say both."""
+    depth = row.tags.get("depth")
+    if not isinstance(depth, int | float) or not 0 <= depth <= 1 or row.n_context_tokens is None:
+        return None
+    return depth, row.n_context_tokens

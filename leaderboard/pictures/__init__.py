@@ -1,0 +1,6 @@
+"""Pictures of a run for papers and READMEs: what the page shows, as PNGs."""
+
+from kvzip_press.leaderboard.pictures.everything import save_all
+from kvzip_press.leaderboard.pictures.pareto import save_pareto
+
+__all__ = ["save_all", "save_pareto"]

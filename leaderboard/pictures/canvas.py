@@ -1,0 +1,65 @@
+"""A figure that is drawn without a screen and saved, and how presses look in it."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvzip_press.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, told apart by people with any kind of colour vision; the markers say the same once more.
+# There are seven of one and six of the other: 42 presses differ. The page (report/style.css, elements.js) has the same.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vP"
+_FULL_COLOUR = "#6B7280"
+HEAT = "Blues"  # one hue, from light to dark: reads in print and with any kind of colour vision
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a press is drawn."""
+
+    colour: str
+    marker: str
+
+
+def looks(presses: Iterable[str], full: str | None) -> dict[str, Look]:
+    """How each press is drawn: the full cache grey, the others by their place among the rest."""
+    others = [press for press in dict.fromkeys(presses) if press != full]
+    found = {
+        press: Look(_COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)])
+        for place, press in enumerate(others)
+    }
+    return found if full is None else {**found, full: Look(_FULL_COLOUR, "h")}
+
+
+@contextmanager
+def canvas(path: str | os.PathLike[str], title: str, size: tuple[float, float]) -> Iterator["Axes"]:
+    """Axes to draw on; saved when the with statement ends, as PNG or what the suffix says.
+
+    Args:
+        path: The file; its directory is made where it is absent.
+        title: Stands above.
+        size: Width and height in inches.
+
+    Raises:
+        MissingDependencyError: Matplotlib is absent.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("drawing needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    yield axes
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)

@@ -1,0 +1,90 @@
+"""All pictures of a run in one folder."""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from kvzip_press.leaderboard.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.maps import HeadMap, NeedleMap, head_maps, needle_maps
+from kvzip_press.leaderboard.pictures.heat import save_head_map, save_needle_map, save_task_map
+from kvzip_press.leaderboard.pictures.pareto import TIME, save_pareto
+from kvzip_press.leaderboard.references import find_kvzip
+from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.summary import split_tables, summarise, summarise_tasks
+
+Map = TypeVar("Map", HeadMap, NeedleMap)
+
+
+def save_all(rows: Iterable[Row], heads: Iterable[HeadBudgets], folder: str | os.PathLike[str]) -> list[Path]:
+    """Save every picture of every table of the rows.
+
+    For one table the files are ``pareto-kept.png``, ``pareto-time.png``, ``tasks.png``, ``heads.png`` and
+    ``needles-<task>.png``; for several each has a folder, named after model and run. Where a picture shows one press or
+    one ratio, that is KVzip (else the first press that removes anything) and the middle ratio; the page shows others.
+
+    Args:
+        rows: May be none: then there are empty axes.
+        heads: What the heads kept, of the same runs; without them there is no ``heads.png``.
+        folder: Made where it is absent.
+
+    Returns:
+        The files.
+
+    Raises:
+        InvalidArgumentError: A press answered a question of a run twice at the same ratio.
+        MissingDependencyError: Matplotlib is absent.
+    """
+    heads, tables = list(heads), split_tables(rows) or [[]]
+    return [
+        path
+        for table in tables
+        for path in _save_table(
+            table,
+            [budgets for budgets in heads if table and budgets.run_id == table[0].run_id],
+            Path(folder) / _folder_of(table) if len(tables) > 1 else Path(folder),
+        )
+    ]
+
+
+def _folder_of(table: Sequence[Row]) -> str:
+    first = table[0]
+    name = f"{first.model}-{first.run_id}" + ("-query-aware" if first.query_aware else "")
+    return _file_name(name)
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def _save_table(rows: Sequence[Row], heads: Sequence[HeadBudgets], folder: Path) -> list[Path]:
+    cells = summarise(rows)
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    title = f"{rows[0].model}, {tasks[0] if len(tasks) == 1 else f'{len(tasks)} tasks'}" if rows else ""
+    ratios = sorted({cell.compression_ratio for cell in cells if cell.compression_ratio > 0})
+    ratio = ratios[len(ratios) // 2] if ratios else 0.0
+    paths = [folder / "pareto-kept.png", folder / "pareto-time.png", folder / "tasks.png"]
+    save_pareto(cells, paths[0], title)
+    save_pareto(cells, paths[1], title, cost=TIME)
+    save_task_map(summarise_tasks(rows), paths[2], ratio, f"accuracy at {ratio:.4g} removed")
+    for head_map in _telling(head_maps(heads), find_kvzip(rows), ratio)[:1]:
+        paths.append(folder / "heads.png")
+        save_head_map(
+            head_map, paths[-1], f"kept by each head: {head_map.press}, {head_map.compression_ratio:.4g} removed"
+        )
+    needles = needle_maps(rows)
+    for task in dict.fromkeys(needle_map.task for needle_map in needles):
+        (needle_map,) = _telling([one for one in needles if one.task == task], find_kvzip(rows), ratio)[:1]
+        paths.append(folder / f"needles-{_file_name(task)}.png")
+        save_needle_map(
+            needle_map, paths[-1], f"{task}: {needle_map.press}, {needle_map.compression_ratio:.4g} removed"
+        )
+    return paths
+
+
+def _telling(maps: Sequence[Map], press: str | None, ratio: float) -> list[Map]:
+    """The maps, first those of the press, of these first those of the ratio, last those that remove nothing."""
+    return sorted(
+        maps, key=lambda one: (one.compression_ratio == 0, one.press != press, one.compression_ratio != ratio)
+    )

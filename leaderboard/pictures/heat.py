@@ -1,0 +1,79 @@
+"""Heat maps: every task, what each head keeps, and needles by depth and length."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvzip_press.leaderboard.maps import N_DEPTHS, HeadMap, NeedleMap
+from kvzip_press.leaderboard.pictures.canvas import HEAT, canvas
+from kvzip_press.leaderboard.summary import Cell, find_full
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Values = Sequence[Sequence[float | None]]
+
+
+def save_task_map(
+    task_cells: Sequence[Cell], path: str | os.PathLike[str], compression_ratio: float, title: str = ""
+) -> None:
+    """Presses by tasks at one ratio, the full cache above for comparison.
+
+    Args:
+        task_cells: Of one table, from `summarise_tasks`; may be empty.
+        path: The file; its directory is made where it is absent.
+        compression_ratio: Which cells are drawn.
+        title: Stands above.
+
+    Raises:
+        MissingDependencyError: Matplotlib is absent.
+    """
+    full = find_full(task_cells)
+    shown = [cell for cell in task_cells if cell.press == full or cell.compression_ratio == compression_ratio]
+    presses, tasks = list(dict.fromkeys(cell.press for cell in shown)), list(dict.fromkeys(cell.task for cell in shown))
+    found = {(cell.press, cell.task): cell.accuracy for cell in shown}
+    values = [[found.get((press, task)) for task in tasks] for press in presses]
+    with canvas(path, title, (2.6 + 1.05 * len(tasks), 1.6 + 0.36 * len(presses))) as axes:
+        _heat(axes, values, presses, [str(task).replace("_", "\n") for task in tasks])
+
+
+def save_head_map(head_map: HeadMap, path: str | os.PathLike[str], title: str = "") -> None:
+    """What each head keeps: KV heads by layers. Arguments and errors as for `save_task_map`."""
+    layers = head_map.layers
+    values = np.array(head_map.kept).T.tolist()
+    with canvas(path, title, (max(5.0, 1.6 + 0.24 * len(layers)), 1.7 + 0.27 * len(values))) as axes:
+        _heat(axes, values, [str(head) for head in range(len(values))], [str(layer) for layer in layers], numbers=False)
+        axes.set(xlabel="layer", ylabel="KV head")
+        step = max(1, math.ceil(len(layers) / 16))
+        axes.set_xticks(np.arange(0, len(layers), step) + 0.5, [str(layer) for layer in layers[::step]])
+
+
+def save_needle_map(needle_map: NeedleMap, path: str | os.PathLike[str], title: str = "") -> None:
+    """Scores by depth and length of the context. Arguments and errors as for `save_task_map`."""
+    depths = [f"{100 * tenth // N_DEPTHS}–{100 * (tenth + 1) // N_DEPTHS} %" for tenth in range(N_DEPTHS)]
+    lengths = [f"{length:,}" for length in needle_map.lengths]
+    with canvas(path, title, (max(5.0, 2.2 + 0.8 * len(lengths)), 5)) as axes:
+        _heat(axes, needle_map.scores, depths, lengths)
+        axes.set(xlabel="tokens of the context", ylabel="depth")
+
+
+def _heat(axes: "Axes", values: Values, rows: Sequence[str], columns: Sequence[str], *, numbers: bool = True) -> None:
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    if not rows:
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "no rows", ha="center", va="center", color="#666666", transform=axes.transAxes)
+        return
+    grid = np.array([[math.nan if value is None else value for value in row] for row in values])
+    image = axes.pcolormesh(grid, vmin=0, vmax=1, cmap=HEAT, edgecolors="white", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axes.figure.colorbar(image, ax=axes, shrink=0.8, aspect=24, pad=0.02).outline.set_visible(False)
+    for row, column in np.argwhere(~np.isnan(grid)) if numbers else ():
+        value = grid[row, column]
+        colour = "white" if value > 0.6 else "#14181f"
+        axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)

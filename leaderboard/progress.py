@@ -1,0 +1,23 @@
+"""A bar that counts rows."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kvzip_press.leaderboard.results import Row
+
+
+@contextmanager
+def row_bar(console: Console, total: int) -> Iterator[Callable[[Row], None]]:
+    """What is to be told of each row; the bar is gone when the context ends."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as progress:
+        bar = progress.add_task("reading the first context", total=total)
+
+        def on_row(row: Row) -> None:
+            what = f"{row.task} {row.sample_id}: {row.press} {row.compression_ratio}"
+            progress.update(bar, advance=1, description=what)
+
+        yield on_row

@@ -1,0 +1,52 @@
+"""What a measurement depends on beside its configuration."""
+
+import hashlib
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvzip_press import __version__
+from kvzip_press.compat import TRANSFORMERS_VERSION
+from kvzip_press.kernels.benchmarks.report import commit
+from kvzip_press.models import full_attention_layers, layer_fingerprint
+
+ABSENT = "-"
+
+
+def provenance(model: Any) -> dict[str, str]:
+    """Versions, commit ("-dirty" behind it where files were changed, "unknown" without git), device, dtype, model."""
+    parameter = next(model.parameters())
+    return {
+        "kvzip_press": __version__,
+        "commit": commit(Path(__file__).parent),
+        "torch": str(torch.__version__),
+        "transformers": str(TRANSFORMERS_VERSION),
+        "kvpress": _version("kvpress"),
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": str(parameter.device),
+        "gpu": torch.cuda.get_device_name(parameter.device) if parameter.device.type == "cuda" else "CPU",
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "threads": str(torch.get_num_threads()),
+        "model_revision": model_revision(model),
+    }
+
+
+def model_revision(model: Any) -> str:
+    """The hub's commit of the model's files, or where there is none a digest of a sample of its weights."""
+    known = getattr(model.config, "_commit_hash", None)
+    if known:
+        return str(known)
+    digests = "".join(layer_fingerprint(layer.module) for layer in full_attention_layers(model))
+    return f"weights:{hashlib.sha256(digests.encode()).hexdigest()[:12]}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ABSENT

@@ -1,0 +1,107 @@
+"""What the page knows: plain values for JSON, aggregated, so that a run of any length gives a page of a few MB."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from kvzip_press.leaderboard.curves import areas_under_curves, relative_performance
+from kvzip_press.leaderboard.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.maps import head_maps, needle_maps
+from kvzip_press.leaderboard.references import Judgement, judge
+from kvzip_press.leaderboard.report.examples import examples
+from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.statistics import Comparison, saturated_ratios
+from kvzip_press.leaderboard.summary import Cell, context_key, split, split_tables, summarise, summarise_tasks
+
+
+def page_data(rows: Iterable[Row], heads: Iterable[HeadBudgets]) -> dict[str, Any]:
+    """The tables of the page, one a run, model and knowledge of the question, as values that JSON has."""
+    heads = list(heads)
+    tables = [
+        _table(table, [budgets for budgets in heads if budgets.run_id == table[0].run_id])
+        for table in split_tables(rows)
+    ]
+    found: dict[str, Any] = rounded({"tables": tables})
+    return found
+
+
+def rounded(value: Any) -> Any:
+    """The value with every float in it at five significant digits: what a page shows, at a third of the bytes."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(inner) for inner in value]
+    return value
+
+
+def _table(rows: Sequence[Row], heads: Sequence[HeadBudgets]) -> dict[str, Any]:
+    judgement = judge(rows)
+    task_cells = split(summarise_tasks(rows), lambda cell: cell.task)
+    task_rows = split(rows, lambda row: row.task)
+    judgements = [judge(task) for task in task_rows] if len(task_rows) > 1 else [judgement]
+    all_cells = summarise(rows)
+    relative = relative_performance(cell for cells in task_cells for cell in cells)
+    areas = areas_under_curves(all_cells)
+    return {
+        "run_id": rows[0].run_id,
+        "model": rows[0].model,
+        "query_aware": rows[0].query_aware,
+        "full": judgement.full,
+        "kvzip": judgement.kvzip,
+        "tasks": [task[0].task for task in task_rows],
+        "presses": list(dict.fromkeys(row.press for row in rows)),
+        "n_contexts": len({context_key(row) for row in rows}),
+        "n_questions": len({(context_key(row), row.question_id) for row in rows}),
+        "saturated": saturated_ratios(rows),
+        "areas": None if areas is None else asdict(areas),
+        "cells": _cells(all_cells, judgement, relative)
+        + [
+            cell
+            for cells, judged in zip(task_cells, judgements, strict=True)
+            for cell in _cells(cells, judged, relative_performance(cells))
+        ],
+        "heads": [asdict(found) for found in head_maps(heads)],
+        "needles": [asdict(found) for found in needle_maps(rows)],
+        "examples": examples(rows),
+        "provenance": _provenance(rows),
+    }
+
+
+def _cells(
+    cells: Sequence[Cell], judgement: Judgement, relative: Mapping[tuple[str, float], float]
+) -> list[dict[str, Any]]:
+    """The cells of all tasks or of one, each with its marks and its score over the full cache's."""
+    of_table = {"run_id", "model", "query_aware"}
+    return [
+        {name: value for name, value in asdict(cell).items() if name not in of_table}
+        | {
+            "relative": relative.get(key),
+            "marks": judgement.marks(*key),
+            "against_full": _comparison(judgement.against_full.get(key)),
+            "against_kvzip": _comparison(judgement.against_kvzip.get(key)),
+        }
+        for cell in cells
+        for key in [(cell.press, cell.compression_ratio)]
+    ]
+
+
+def _comparison(comparison: Comparison | None) -> dict[str, Any] | None:
+    if comparison is None:
+        return None
+    return {
+        "difference": comparison.difference,
+        "interval": comparison.interval,
+        "p_value": comparison.adjusted_p_value,
+    }
+
+
+def _provenance(rows: Sequence[Row]) -> dict[str, str]:
+    """What the rows were made with and of; several values of one name (a run that went on elsewhere) are all named."""
+    values: dict[str, list[str]] = {}
+    for row in rows:
+        for name, value in {**row.provenance, "seed": str(row.seed)}.items():
+            if value not in values.setdefault(name, []):
+                values[name].append(value)
+    return {name: "; ".join(found) for name, found in values.items()}

@@ -1,0 +1,49 @@
+// Building blocks: elements whose text is always text, numbers as they are read, markers of presses.
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const SVG = "http://www.w3.org/2000/svg";
+const byId = (id) => document.getElementById(id);
+
+function fill(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === true) node.setAttribute(name, "");
+    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
+  }
+  node.append(...children.filter((child) => child !== null));
+  return node;
+}
+
+/** An HTML element; children are elements or strings, and a string never becomes markup. */
+const el = (name, attributes = {}, ...children) => fill(document.createElement(name), attributes, children);
+const svg = (name, attributes = {}, ...children) => fill(document.createElementNS(SVG, name), attributes, children);
+
+/** What a missing number looks like. */
+const MISSING = "–";
+const fixed = (digits, scale = 1) => (value) => (value === null || value === undefined ? MISSING : (value * scale).toFixed(digits));
+const asScore = fixed(2);
+const asRatio = (ratio) => String(Number(ratio.toFixed(4)));
+const asMegabytes = (bytes) => (bytes === null ? MISSING : bytes >= 1e10 ? `${(bytes / 1e9).toFixed(1)} GB` : `${significant(bytes / 1e6)} MB`);
+const significant = (value) => (value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(2));
+const asP = (p) => (p < 0.001 ? "p < 0.001" : `p = ${p.toFixed(3)}`);
+const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
+
+const MARKERS = [
+  "M0-6A6 6 0 1 1 0 6A6 6 0 1 1 0-6Z", // circle
+  "M-5.4-5.4H5.4V5.4H-5.4Z", // square
+  "M0-7L7 0L0 7L-7 0Z", // diamond
+  "M0-6.6L6.6 5.4H-6.6Z", // triangle
+  "M0 6.6L6.6-5.4H-6.6Z", // triangle, turned
+  "M-6-2.2H-2.2V-6H2.2V-2.2H6V2.2H2.2V6H-2.2V2.2H-6Z", // plus
+];
+const N_COLOURS = 7; // no common divisor with the number of markers: 42 presses before two look alike
+
+/** How a press is drawn in a table: the full cache grey, the others by their place among the rest. */
+function lookOf(table, press) {
+  if (press === table.full) return { colour: "var(--full)", path: "M0-7L6-3.5V3.5L0 7L-6 3.5V-3.5Z" };
+  const place = table.presses.filter((other) => other !== table.full).indexOf(press);
+  return { colour: `var(--press-${place % N_COLOURS})`, path: MARKERS[place % MARKERS.length] };
+}
+
+function marker(table, press) {
+  const look = lookOf(table, press);
+  return svg("svg", { class: "marker", viewBox: "-8 -8 16 16", "aria-hidden": "true" }, svg("path", { d: look.path, fill: look.colour }));
+}

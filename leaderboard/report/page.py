@@ -1,0 +1,76 @@
+"""Writes the page: the template with style, program and data put into it."""
+
+import html
+import json
+import os
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from kvzip_press import __version__
+from kvzip_press.atomic_write import replacing
+from kvzip_press.leaderboard.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.references import MARKS_CAPTION
+from kvzip_press.leaderboard.report.data import page_data
+from kvzip_press.leaderboard.results import Row
+
+_PROGRAM = ("elements.js", "tips.js", "table.js", "curves.js", "maps.js", "examples.js", "page.js")
+_TITLE = "kvzip-press leaderboard"
+
+
+def write_report(
+    rows: Iterable[Row],
+    heads: Iterable[HeadBudgets],
+    path: str | os.PathLike[str],
+    *,
+    title: str = _TITLE,
+    command: str = "",
+) -> None:
+    """Write one HTML file that needs nothing else: no network, no other file, no server.
+
+    Rows of several runs may be given; the page shows one run and model at a time, query-aware and query-agnostic rows
+    apart. The file holds aggregated numbers and a few examples, and appears whole or not at all.
+
+    Args:
+        rows: May be none.
+        heads: What the heads kept (`HeadBudgets`), of the same runs; may be none.
+        path: The file; its directory is made where it is absent.
+        title: Stands above.
+        command: What made the rows, shown at the bottom.
+
+    Raises:
+        InvalidArgumentError: A press answered a question of a run twice at the same ratio.
+        MissingDependencyError: scipy is absent.
+        CacheFileError: The file cannot be written.
+    """
+    page = render(page_data(rows, heads), title=title, command=command)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
+
+
+def render(data: dict[str, Any], *, title: str, command: str) -> str:
+    """The text of the page. Whatever stands in title, command or data is shown as it is and never read as HTML."""
+    parts = {
+        "title": html.escape(title),
+        "style": _part("style.css"),
+        "data": script_json({**data, "command": command, "version": __version__, "marks": MARKS_CAPTION}),
+        "program": "\n".join(_part(name) for name in _PROGRAM),
+    }
+    before, *sections = _part("template.html").split("{{")
+    filled = (parts[name] + rest for name, rest in (section.split("}}", 1) for section in sections))
+    return before + "".join(filled)
+
+
+def script_json(value: Any) -> str:
+    """JSON that may stand in a script element: no character in it can end the element or begin another."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _part(name: str) -> str:
+    return (files(__package__) / name).read_text(encoding="utf-8")

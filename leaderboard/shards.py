@@ -1,0 +1,80 @@
+"""A run, or a shard of it, into a directory; and the directories of shards into one."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
+from kvzip_press.leaderboard.contexts import contexts_of, positions_of
+from kvzip_press.leaderboard.head_budgets import read_heads
+from kvzip_press.leaderboard.plan import Run, Work
+from kvzip_press.leaderboard.results import Row, read_rows
+from kvzip_press.leaderboard.run_directory import HEADS, ROWS, RunDirectory, RunRecord
+from kvzip_press.leaderboard.runner import execute
+
+logger = logging.getLogger(__name__)
+
+
+def run_shard(
+    run: Run,
+    works: Sequence[Work],
+    model: Any,
+    tokenizer: Any,
+    directory: RunDirectory,
+    *,
+    on_row: Callable[[Row], None] | None = None,
+) -> None:
+    """Runs what the directory lacks of some contexts; every row is on the disk the moment it is known.
+
+    Args:
+        run: The run.
+        works: Its contexts, or a shard of them (see `kvzip_press.leaderboard.plan.shard`).
+        model: The model that ``run.model_name`` names.
+        tokenizer: Its tokenizer.
+        directory: The run's, entered.
+        on_row: Is told of each row once it is on the disk.
+
+    Raises:
+        InvalidArgumentError: A context does not fit the model; before anything is run.
+        BudgetMismatchError: A cache that does not hold what was asked for.
+        RunDirectoryError: A row cannot be written.
+    """
+    limit = positions_of(model)
+    for work in works:
+        contexts_of(work, run, tokenizer, limit)
+    for row in execute(run, works, model, tokenizer, done=directory.done, on_heads=directory.write_heads):
+        directory.write(row)
+        if on_row is not None:
+            on_row(row)
+
+
+def merge(shards: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> RunRecord:
+    """Joins the rows of several directories of one run; rows that are in more than one are taken once.
+
+    Args:
+        shards: The directories; they stay as they are.
+        output: The directory to make, or to add to where it is of the same run.
+
+    Raises:
+        InvalidArgumentError: No directories.
+        RunDirectoryError: They are of different runs (the message names the first differing keys), or cannot be read.
+    """
+    if not shards:
+        raise InvalidArgumentError("expected directories to merge, got none")
+    records = [RunRecord.read(path) for path in shards]
+    for path, record in zip(shards[1:], records[1:], strict=True):
+        if differences := records[0].differences(record):
+            raise RunDirectoryError(
+                f"expected shards of one run, but {shards[0]} and {path} differ in {differences[0]}"
+            )
+    with RunDirectory(output, records[0]) as directory:
+        for path in shards:
+            for row in read_rows(Path(path) / ROWS):
+                directory.write(row)
+            for heads in read_heads(Path(path) / HEADS):
+                directory.write_heads(heads)
+        if len(directory.done) < records[0].n_rows:
+            logger.warning("%s: %d of the run's %d rows", output, len(directory.done), records[0].n_rows)
+    return records[0]

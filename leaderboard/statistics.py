@@ -1,0 +1,197 @@
+"""Is a press worse than the full cache, or is it luck? Paired comparisons over contexts. Pure functions of rows.
+
+The accuracy of a cell is a mean over tasks of a mean over contexts (`summary`). Two cells are compared on the questions
+that both answered: a number a context, the mean difference of its questions. The interval is from a bootstrap that
+draws contexts, each task's own; the p-value from changing the signs of the contexts' differences, which is exact
+however few there are (all sign patterns where they are fewer than the resamples). DESIGN.md says why.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
+from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.summary import context_key, one_table, split
+
+SIGNIFICANCE_LEVEL = 0.05
+N_RESAMPLES = 9999
+
+_Key = tuple[tuple[str, int, str], str]  # a context (its task first), and the id of a question about it
+_Scores = dict[_Key, float]
+_Differences = list[NDArray[np.float64]]  # a task each, one number a context
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A press at one ratio against a reference, on the same questions.
+
+    Attributes:
+        press: The press's label.
+        compression_ratio: Its ratio.
+        reference: The label of what it is compared with.
+        difference: Its accuracy less the reference's, over the questions that both answered.
+        interval: 95 % of the bootstrapped differences lie in it; None where a task has a single context.
+        p_value: Two-sided, of a difference at least so large if press and reference were as good.
+        adjusted_p_value: The same by Holm's method, over all comparisons that were made together.
+        n_contexts: How many contexts both answered.
+    """
+
+    press: str
+    compression_ratio: float
+    reference: str
+    difference: float
+    interval: tuple[float, float] | None
+    p_value: float
+    adjusted_p_value: float
+    n_contexts: int
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the difference is no luck at 5 %, with all comparisons of the table counted."""
+        return self.adjusted_p_value <= SIGNIFICANCE_LEVEL
+
+
+def compare(rows: Iterable[Row], reference: str, *, seed: int = 0, n_resamples: int = N_RESAMPLES) -> list[Comparison]:
+    """Every press at every ratio against the reference: at the same ratio, or at 0 where the reference removes nothing.
+
+    Cells that share no question with the reference are left out. The same rows give the same numbers, in any order and
+    beside any other cells.
+
+    Args:
+        rows: Of one table; those of one task for a comparison in that task.
+        reference: A press's label.
+        seed: Of the resampling.
+        n_resamples: Of bootstrap and of sign patterns.
+
+    Raises:
+        InvalidArgumentError: Rows of several tables, or the reference is none of their presses.
+        MissingDependencyError: scipy is absent.
+    """
+    cells = _scores_of_cells(one_table(rows))
+    ratios = {ratio for press, ratio in cells if press == reference}
+    if cells and not ratios:
+        raise InvalidArgumentError(f"expected one of {sorted({press for press, _ in cells})}, got {reference!r}")
+    pairs = [
+        (press, ratio, _differences(cells[press, ratio], cells.get((reference, 0.0 if ratios == {0.0} else ratio), {})))
+        for press, ratio in cells
+        if press != reference
+    ]
+    found = [
+        _comparison(press, ratio, reference, differences, seed, n_resamples)
+        for press, ratio, differences in pairs
+        if differences
+    ]
+    adjusted = holm([comparison.p_value for comparison in found])
+    return [replace(comparison, adjusted_p_value=p) for comparison, p in zip(found, adjusted, strict=True)]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: the chance of any false mark among all of them stays below the level.
+
+    The smallest of ``m`` values is multiplied by ``m``, the next by ``m - 1``, and so on; none becomes smaller than one
+    before it, nor larger than 1.
+    """
+    values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    steps = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(steps, 1.0)
+    return [float(value) for value in adjusted]
+
+
+def saturated_ratios(rows: Iterable[Row], *, seed: int = 0, n_resamples: int = N_RESAMPLES) -> list[float]:
+    """The ratios at which nothing tells the presses apart: no two of them differ, all pairs counted (Bonferroni).
+
+    Either the presses are as good as each other there (the task is too easy, or too hard for all), or the contexts are
+    too few to see a difference. Ratio 0 and ratios with a single press are left out.
+    """
+    cells = _scores_of_cells(one_table(rows))
+    return [
+        ratio
+        for ratio in sorted({ratio for _, ratio in cells if ratio > 0})
+        if (presses := [scores for (_, other), scores in cells.items() if other == ratio])[1:]
+        and _all_tie(presses, seed, n_resamples)
+    ]
+
+
+def _all_tie(presses: Sequence[_Scores], seed: int, n_resamples: int) -> bool:
+    """The pairs that look most apart are tried first, so that a table that is not saturated costs one test a ratio."""
+    pairs = [differences for one, other in combinations(presses, 2) if (differences := _differences(one, other))]
+    pairs.sort(key=lambda differences: -abs(_mean(*differences)))
+    return all(_p_value(pair, seed, n_resamples) * len(pairs) > SIGNIFICANCE_LEVEL for pair in pairs)
+
+
+def _scores_of_cells(rows: Iterable[Row]) -> dict[tuple[str, float], _Scores]:
+    cells: dict[tuple[str, float], _Scores] = {}
+    for row in rows:
+        cells.setdefault((row.press, row.compression_ratio), {})[context_key(row), row.question_id] = row.score
+    return cells
+
+
+def _differences(scores: Mapping[_Key, float], reference: Mapping[_Key, float]) -> _Differences:
+    """For each task, in a fixed order, the mean difference of each context's questions; none where none is shared."""
+    shared = sorted(scores.keys() & reference.keys())
+    tasks = split(split(shared, lambda key: key[0]), lambda context: context[0][0][0])
+    return [
+        np.array([np.mean([scores[key] - reference[key] for key in context]) for context in task]) for task in tasks
+    ]
+
+
+def _comparison(
+    press: str, ratio: float, reference: str, differences: _Differences, seed: int, n_resamples: int
+) -> Comparison:
+    p_value = _p_value(differences, seed, n_resamples)
+    return Comparison(
+        press=press,
+        compression_ratio=ratio,
+        reference=reference,
+        difference=float(_mean(*differences)),
+        interval=_interval(differences, seed, n_resamples),
+        p_value=p_value,
+        adjusted_p_value=p_value,
+        n_contexts=sum(len(task) for task in differences),
+    )
+
+
+def _interval(differences: _Differences, seed: int, n_resamples: int) -> tuple[float, float] | None:
+    if min(len(task) for task in differences) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    drawn = _scipy_stats().bootstrap(
+        tuple(differences), _mean, n_resamples=n_resamples, batch=1000, method="percentile", rng=rng
+    )  # several samples are drawn each from itself: a stratum a task
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+
+
+def _p_value(differences: _Differences, seed: int, n_resamples: int) -> float:
+    """Of the sign test of the weighted differences: all tasks in one sample, a context weighted as in the mean."""
+    weighted = np.concatenate([task / (len(task) * len(differences)) for task in differences])
+    if len(weighted) < 2:
+        return 1.0  # both sign patterns are as far from zero
+    tested = _scipy_stats().permutation_test(
+        (weighted,),
+        np.sum,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=n_resamples,
+        batch=1000,
+        rng=np.random.default_rng(seed),
+    )
+    return float(tested.pvalue)
+
+
+def _mean(*tasks: NDArray[np.float64], axis: int = -1) -> Any:
+    return sum(np.mean(task, axis=axis) for task in tasks) / len(tasks)
+
+
+def _scipy_stats() -> Any:
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise MissingDependencyError("comparing presses needs scipy: pip install 'kvzip-press[leaderboard]'") from error
+    return stats

@@ -1,0 +1,1 @@
+"""The commonest words of a long list."""

@@ -1,0 +1,52 @@
+"""GSM8K as KVzip poses it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvzip_press.leaderboard.hub import HubFiles
+from kvzip_press.leaderboard.hub_task import HubTask, Row
+from kvzip_press.leaderboard.metrics.originals import last_answer
+from kvzip_press.leaderboard.task import Question
+
+_ASK = (
+    "Reason and answer the question. You must say the answer in the last sentence beginning with 'The answer is'. Q: "
+)
+
+
+@dataclass(frozen=True)
+class GSM8KTask(HubTask):
+    """Word problems; all but the last sentence is the context.
+
+    Attributes:
+        min_characters: Problems whose context is shorter are left out: KVzip leaves out those below 72 tokens, which
+            are counted as 4.5 characters each here, so that every model gets the same problems.
+        max_new_tokens: Bound of an answer, reasoning included.
+    """
+
+    in_order: bool = True
+    min_characters: int = 324
+    max_new_tokens: int = 512
+    name: str = "gsm8k"
+
+    @property
+    def files(self) -> HubFiles:
+        """See `HubData.files`."""
+        return HubFiles("openai/gsm8k", "main/test-*.parquet", ("question", "answer"))
+
+    def score(self, prediction: str, question: Question) -> float:
+        """1.0 where the number follows the last "the answer is"."""
+        return last_answer(prediction, question.references)
+
+    def _documents(self) -> list[list[Row]]:
+        return [[row] for row in self.rows if len(_parts(row)[0]) >= self.min_characters]
+
+    def _sample(self, rows: Sequence[Row]) -> tuple[str, list[Question]]:
+        context, asked = _parts(rows[0])
+        gold = rows[0]["answer"].strip().rpartition("#### ")[2]
+        return context, [Question("last", f"{_ASK}{asked}", (gold,), max_new_tokens=self.max_new_tokens)]
+
+
+def _parts(row: Row) -> tuple[str, str]:
+    """The context and the question."""
+    context, _, asked = row["question"].rpartition(". ")
+    return f"{context.strip()}.", asked.strip()

@@ -1,0 +1,1 @@
+"""Values of keys in a long table."""

@@ -1,0 +1,1 @@
+"""Passages that are copied word for word."""

@@ -1,0 +1,1 @@
+"""LongBench as kvpress hosts it."""

@@ -1,0 +1,71 @@
+"""LongBench (arXiv 2308.14508), English and code, as kvpress hosts it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvzip_press.leaderboard.hub import HubFiles
+from kvzip_press.leaderboard.hub_task import HubTask, Row
+from kvzip_press.leaderboard.metrics.originals import code_line, f1, numbers_right, right_class, rouge_l
+from kvzip_press.leaderboard.options import check_name
+from kvzip_press.leaderboard.task import Question
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "2wikimqa": f1,
+    "gov_report": rouge_l,
+    "hotpotqa": f1,
+    "lcc": code_line,
+    "multi_news": rouge_l,
+    "multifieldqa_en": f1,
+    "musique": f1,
+    "narrativeqa": f1,
+    "passage_count": numbers_right,
+    "passage_retrieval_en": numbers_right,
+    "qasper": f1,
+    "qmsum": rouge_l,
+    "repobench-p": code_line,
+    "samsum": rouge_l,
+    "triviaqa": f1,
+}
+_FIRST_LINE = {"samsum", "trec", "triviaqa"}  # few-shot prompts: what follows a line break is the next example
+
+
+@dataclass(frozen=True)
+class LongBenchTask(HubTask):
+    """One of its sets, which the name says: "longbench_qasper"."""
+
+    name: str = "longbench_qasper"
+
+    def __post_init__(self) -> None:
+        check_name("a task of LongBench", self.name, [f"longbench_{subset}" for subset in (*METRICS, "trec")])
+
+    @property
+    def subset(self) -> str:
+        """LongBench's own name of the set."""
+        return self.name.removeprefix("longbench_")
+
+    @property
+    def files(self) -> HubFiles:
+        """See `HubData.files`."""
+        columns = ("context", "question", "answer_prefix", "answers", "all_classes", "max_new_tokens")
+        return HubFiles("Xnhyacinth/LongBench", f"{self.subset}/test-*.parquet", columns)
+
+    def score(self, prediction: str, question: Question) -> float:
+        """The set's own metric, of the best reference."""
+        if self.subset in _FIRST_LINE:
+            prediction = prediction.lstrip().partition("\n")[0]
+        if self.subset == "trec":
+            return right_class(prediction, question.references, str(question.tags["classes"]).split("\n"))
+        return METRICS[self.subset](prediction, question.references)
+
+    def _sample(self, rows: Sequence[Row]) -> tuple[str, list[Question]]:
+        (row,) = rows
+        return row["context"], [
+            Question(
+                question_id="only",
+                text=row["question"],
+                references=tuple(row["answers"]),
+                answer_prefix=row["answer_prefix"],
+                max_new_tokens=int(row["max_new_tokens"]),
+                tags={"classes": "\n".join(row["all_classes"])} if self.subset == "trec" else {},
+            )
+        ]

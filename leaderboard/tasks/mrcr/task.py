@@ -1,0 +1,39 @@
+"""OpenAI's MRCR: the n-th answer to a request that came several times is to be given again."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvzip_press.leaderboard.hub import HubFiles
+from kvzip_press.leaderboard.hub_task import HubTask, Row
+from kvzip_press.leaderboard.metrics.originals import mrcr
+from kvzip_press.leaderboard.task import Question
+
+
+@dataclass(frozen=True)
+class MRCRTask(HubTask):
+    """Long conversations as one text; the last message is the question.
+
+    Attributes:
+        max_new_tokens: Bound of an answer.
+    """
+
+    max_new_tokens: int = 512
+    name: str = "mrcr"
+
+    @property
+    def files(self) -> HubFiles:
+        """See `HubData.files`."""
+        return HubFiles("openai/mrcr", "*needle*.parquet", ("prompt", "answer", "random_string_to_prepend"))
+
+    def score(self, prediction: str, question: Question) -> float:
+        """How like the answer is to the right one; 0.0 unless it begins with the string that was asked for."""
+        return mrcr(prediction, question.references, str(question.tags["prefix"]))
+
+    def _sample(self, rows: Sequence[Row]) -> tuple[str, list[Question]]:
+        (row,) = rows
+        *messages, last = json.loads(row["prompt"])
+        context = "".join(f"{message['role'].title()}: {message['content']}\n\n" for message in messages)
+        tags = {"prefix": row["random_string_to_prepend"]}
+        asked = Question("last", last["content"], (row["answer"],), max_new_tokens=self.max_new_tokens, tags=tags)
+        return context, [asked]

@@ -1,0 +1,1 @@
+"""Needles in a haystack: single, many keys, many values, many keys a question."""

@@ -1,0 +1,75 @@
+"""A needle in essays, as in KVzip's evaluation."""
+
+import bisect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from kvzip_press.leaderboard.haystack import needle_depths
+from kvzip_press.leaderboard.hub import HubFiles
+from kvzip_press.leaderboard.hub_task import HubData
+from kvzip_press.leaderboard.metrics.originals import contains
+from kvzip_press.leaderboard.task import Question, Sample, TokenCounter, approximate_tokens
+
+NEEDLE = "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n"
+GOLD = "Eat a sandwich and sit in Dolores Park on a sunny day."
+QUESTION = "Q: Based on the content of the book, the best thing to do in San Francisco is: "
+DEPTHS = 11  # 0, 10 ... 100 percent
+
+
+@dataclass(frozen=True)
+class EssaysTask(HubData):
+    """Sample ``i`` has the needle at a depth of ``10 * (i % 11)`` percent, at the end of the sentence before.
+
+    Attributes:
+        max_new_tokens: Bound of the answer.
+    """
+
+    max_new_tokens: int = 48
+    name: str = "niah_essays"
+
+    @property
+    def files(self) -> HubFiles:
+        """See `HubData.files`."""
+        return HubFiles("alessiodevoto/paul_graham_essays", "*test-*.parquet", ("context",))
+
+    def samples(
+        self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens
+    ) -> Iterator[Sample]:
+        """Yields ``n`` samples of ``length_tokens`` tokens, up to a few that a word more would exceed.
+
+        Every eleven samples the essays begin a sixteenth of their length later, so that they are others.
+        """
+        for index in range(n):
+            begin = len(self._essays) * (index // DEPTHS % 16) // 16
+            hay = _longest(self._essays[begin:] + self._essays[:begin], length_tokens, count_tokens)
+            at = _sentence_end(hay, index % DEPTHS / (DEPTHS - 1))
+            context = (hay[:at] + NEEDLE + hay[at:]).strip()
+            depth = needle_depths(context, [context.index(NEEDLE.strip())], count_tokens)[0]
+            tags = {"depth": depth}
+            asked = Question("needle", QUESTION, (GOLD,), max_new_tokens=self.max_new_tokens, tags=tags)
+            yield Sample(f"{index:05d}", seed, context, (asked,))
+
+    def score(self, prediction: str, question: Question) -> float:
+        """1.0 where the answer has the sentence's end."""
+        return contains(prediction, question.references)
+
+    @cached_property
+    def _essays(self) -> str:
+        return "\n\n".join(row["context"] for row in self.rows)
+
+
+def _longest(essays: str, length_tokens: int, count_tokens: TokenCounter) -> str:
+    """As many words of the essays as leave room for the needle; they are repeated where they are too short."""
+    room = length_tokens - count_tokens(NEEDLE)
+    while count_tokens(essays) < room:
+        essays += f"\n\n{essays}"
+    words = [match.end() for match in re.finditer(r"\S+", essays)]
+    fitting = bisect.bisect_right(words, room, key=lambda end: count_tokens(essays[:end]))
+    return essays[: words[fitting - 1]] if fitting else ""
+
+
+def _sentence_end(text: str, part: float) -> int:
+    """Behind the last full stop in that part of the text's characters."""
+    return len(text) if part == 1 else text.rfind(".", 0, int(len(text) * part)) + 1

@@ -1,0 +1,1 @@
+"""The entry that begins and ends as asked."""

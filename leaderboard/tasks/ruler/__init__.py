@@ -1,0 +1,1 @@
+"""RULER as kvpress hosts it."""

@@ -1,0 +1,1 @@
+"""SCBench as KVzip prepared it."""

@@ -1,0 +1,1 @@
+"""SQuAD, all questions of a paragraph together."""

@@ -1,0 +1,46 @@
+"""SQuAD, grouped by context, as in KVzip's evaluation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvzip_press.leaderboard.hub import HubFiles
+from kvzip_press.leaderboard.hub_task import HubTask, Row, by_context
+from kvzip_press.leaderboard.metrics.originals import contains
+from kvzip_press.leaderboard.task import Question
+
+
+@dataclass(frozen=True)
+class SQuADTask(HubTask):
+    """Paragraphs of Wikipedia, each with all its questions.
+
+    Attributes:
+        split: "train", as in KVzip's evaluation, or "validation".
+        max_new_tokens: Bound of an answer.
+    """
+
+    in_order: bool = True
+    split: str = "train"
+    max_new_tokens: int = 256
+    name: str = "squad"
+
+    @property
+    def files(self) -> HubFiles:
+        """See `HubData.files`."""
+        return HubFiles("rajpurkar/squad", f"plain_text/{self.split}-*.parquet", ("context", "question", "answers"))
+
+    def score(self, prediction: str, question: Question) -> float:
+        """1.0 where the answer has a reference."""
+        return contains(prediction, question.references)
+
+    def _documents(self) -> list[list[Row]]:
+        return by_context(self.rows)
+
+    def _sample(self, rows: Sequence[Row]) -> tuple[str, list[Question]]:
+        return rows[0]["context"], [
+            Question(f"{index:03d}", f"Q: {row['question']}", _texts(row), max_new_tokens=self.max_new_tokens)
+            for index, row in enumerate(rows)
+        ]
+
+
+def _texts(row: Row) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row["answers"]["text"]))

@@ -1,0 +1,1 @@
+"""Chains of variables that hand on a value."""

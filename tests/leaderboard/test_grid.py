@@ -1,0 +1,137 @@
+"""Grids: those of the package load, and what is misspelt or out of range is named with its path."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.grid import grid_names, load_grid
+from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, count_rows, plan
+from kvzip_press.leaderboard.task import approximate_tokens
+from kvzip_press.leaderboard.tasks import get_task
+from kvzip_press.registry import press_names
+
+GRID = {
+    "description": "Two presses.",
+    "model": "smollm2",
+    "seed": 4,
+    "compression_ratios": [0.5, 0.9],
+    "tasks": [{"task": "hidden_facts", "contexts": 2, "tokens": 300, "options": {"n_keys": 3}}],
+    "presses": [
+        {"press": "none", "label": "full cache", "compression_ratios": [0.0]},
+        {"press": "kvzip", "options": {"chunk_size": 512}},
+    ],
+}
+
+
+def grid_file(folder: Path, **changes: Any) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({**GRID, **changes}), encoding="utf-8")
+    return str(path)
+
+
+def test_a_file_is_the_run_that_it_says(tmp_path: Path) -> None:
+    grid = load_grid(grid_file(tmp_path))
+    assert (grid.name, grid.description) == ("mine", "Two presses.")
+    assert grid.run == Run(
+        "smollm2",
+        (TaskSpec(get_task("hidden_facts", n_keys=3), 2, 300),),
+        (PressSpec("none", "full cache", {}, (0.0,)), PressSpec("kvzip", "kvzip", {"chunk_size": 512})),
+        (0.5, 0.9),
+        seed=4,
+    )
+    named = load_grid(grid_file(tmp_path, tasks=[{**GRID["tasks"][0], "name": "facts"}])).run.tasks[0].task
+    assert (named.name, replace(named, name="hidden_facts")) == ("facts", get_task("hidden_facts", n_keys=3))
+    options = {"dtype": "bf16", "query_aware": True, "truncate": True, "batch_size": 3}
+    other = load_grid(grid_file(tmp_path, **options)).run
+    assert {name: getattr(other, name) for name in options} == options
+
+
+@pytest.mark.parametrize("name", grid_names())
+def test_every_grid_of_the_package_loads_and_has_its_baselines(name: str) -> None:
+    grid = load_grid(name)
+    assert grid.description.endswith(".")
+    assert grid.run.presses[0] == PressSpec("none", "full cache", compression_ratios=(0.0,))
+    assert {spec.name for spec in grid.run.presses} <= set(press_names())
+
+
+@pytest.mark.parametrize("name", ["smollm2-cpu", "smollm2-full"])
+def test_the_grids_of_the_embedded_model_differ_in_size_only(name: str) -> None:
+    full, run = load_grid("smollm2-full").run, load_grid(name).run
+    assert [spec.task for spec in run.tasks] == [spec.task for spec in full.tasks][: len(run.tasks)]
+    assert set(run.compression_ratios) <= set(full.compression_ratios)
+    assert [spec.label for spec in run.presses] == [
+        spec.label for spec in full.presses if spec.label in {one.label for one in run.presses}
+    ]
+
+
+class Words:
+    """Counts tokens as `approximate_tokens` does."""
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> range:
+        return range(approximate_tokens(text))
+
+
+def test_the_full_grid_asks_at_least_200_questions_a_cell_at_the_ratios_of_the_paper() -> None:
+    run = load_grid("smollm2-full").run
+    assert run.compression_ratios == (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1 - 1 / 16, 1 - 1 / 32)
+    works = plan(run, Words())
+    cells = sum(len(run.ratios(press)) for press in run.presses)
+    assert count_rows(run, works) / cells >= 200
+    for task in run.tasks:
+        asked = sum(len(work.sample.questions) for work in works if work.task == task.task)
+        assert asked >= 100
+    names = {spec.name for spec in run.presses}
+    assert {"random", "kvzip", "kvzip_local", "kvzip_head", "fastkvzip", "duo_attention", "snapkv"} <= names
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sed": 3}, "sed: expected a key out of .*; did you mean 'seed'"),
+        ({"model": None}, "model: expected a text, got None"),
+        ({"seed": "x"}, "seed: expected an integer, got 'x'"),
+        ({"seed": True}, "seed: expected an integer, got True"),
+        ({"query_aware": 1}, "query_aware: expected true or false, got 1"),
+        ({"batch_size": 0}, "batch_size .* at least 1, got 0"),
+        ({"tasks": []}, "tasks: expected at least one, got none"),
+        ({"tasks": ["hidden_facts"]}, r"tasks\[0\]: expected a mapping, got 'hidden_facts'"),
+        ({"compression_ratios": [0.5, 1.5]}, r"compression_ratios\[1\]: .* in \[0, 1\), got 1.5"),
+        ({"compression_ratios": ["1/2"]}, r"compression_ratios\[0\]: .* got '1/2'"),
+        ({"compression_ratios": 0.5}, "compression_ratios: expected a list, got 0.5"),
+        ({"tasks": [{"task": "hidden_fact", "contexts": 1}]}, r"tasks\[0\].task: .*; did you mean 'hidden_facts'"),
+        ({"tasks": [{"task": "hidden_facts", "contxts": 1}]}, r"tasks\[0\].contexts: .* got nothing; is 'contxts'"),
+        (
+            {"tasks": [{"task": "hidden_facts", "contexts": 1, "tokens": 9, "options": {"n_kys": 1}}]},
+            r"tasks\[0\].options: .*n_kys",
+        ),
+        ({"presses": [{"press": "kvzp"}]}, r"presses\[0\].press: .*; did you mean 'kvzip'"),
+        ({"presses": [{"press": "kvzip", "options": {"chunk": 3}}]}, r"presses\[0\].options: .*chunk"),
+        ({"presses": [{"press": "kvzip", "ratios": [0.5]}]}, r"presses\[0\].ratios: expected a key out of"),
+        ({"presses": [{"press": "kvzip", "compression_ratios": [2]}]}, r"presses\[0\].compression_ratios\[0\]: .* 2"),
+        ({"presses": [{"press": "kvzip"}, {"press": "kvzip"}]}, "different labels, got 'kvzip' twice"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_path(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"mine\.yaml: .*{message}"):
+        load_grid(grid_file(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [1", "expected YAML"), ("", "the file: expected a mapping, got None"), ("- 1", "expected a mapping")],
+)
+def test_what_is_no_grid_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(content, encoding="utf-8")
+    with pytest.raises(InvalidArgumentError, match=message):
+        load_grid(str(tmp_path / "mine.yaml"))
+
+
+def test_an_unknown_grid_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(InvalidArgumentError, match="got 'quik'; did you mean 'quick'"):
+        load_grid("quik")

@@ -1,0 +1,302 @@
+"""The page in a real browser, from a file: what a reader does with mouse, keyboard and phone.
+
+Needs chromium, chromedriver and selenium; `make browser` installs the first two where it may.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("selenium", reason="the page's tests need the package selenium")
+pytest.importorskip("scipy")
+
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
+
+from kvzip_press.leaderboard.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.report import write_report
+from kvzip_press.leaderboard.results import Row
+
+pytestmark = pytest.mark.browser
+
+MakeRow = Callable[..., Row]
+MakeTable = Callable[..., list[Row]]
+MakeHeads = Callable[..., list[HeadBudgets]]
+Open = Callable[..., "Page"]
+CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+)  # fmt: skip
+HOSTILE = "</script><script>window.boom=1</script><img src=x onerror='window.boom=1'>"
+
+
+class Page:
+    """A page that is open."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def run(self, script: str, *values: object) -> Any:
+        return self.driver.execute_script(script, *values)
+
+    def all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)  # type: ignore[no-any-return]
+
+    def one(self, selector: str) -> Any:
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def column(self, place: int) -> list[str]:
+        """The texts of a column of the results."""
+        selector = f"#results tbody td:nth-child({place})"
+        return self.run("return [...document.querySelectorAll(arguments[0])].map((cell) => cell.innerText)", selector)  # type: ignore[no-any-return]
+
+    def choose(self, select: str, text: str) -> None:
+        Select(self.one(f"#{select}")).select_by_visible_text(text)
+
+    def colour(self, selector: str, name: str) -> str:
+        return self.run("return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, name)  # type: ignore[no-any-return]
+
+    def reads(self, selector: str) -> str:
+        return self.one(selector).text  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    if CHROMIUM is None or CHROMEDRIVER is None:
+        pytest.skip("the page's tests need chromium and chromedriver (make browser)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
+    yield started
+    started.quit()
+
+
+@pytest.fixture
+def open_page(driver: Any, tmp_path: Path) -> Iterator[Open]:
+    """Opens the page of some rows; at the end its console must be empty and it must have asked nothing of a network."""
+
+    def open_rows(
+        rows: list[Row],
+        heads: Sequence[HeadBudgets] = (),
+        *,
+        width: int = 1280,
+        scheme: str = "light",
+        **options: str,
+    ) -> Page:
+        write_report(rows, heads, tmp_path / "page.html", **options)
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        driver.get((tmp_path / "page.html").as_uri())
+        driver.execute_script("localStorage.clear()")
+        driver.refresh()
+        return Page(driver)
+
+    for log in ("browser", "performance"):
+        driver.get_log(log)
+    yield open_rows
+    assert driver.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    schemes = {url.split(":")[0] for url in asked}
+    assert "file" in schemes and schemes <= {"file", "data", "chrome"}  # the last is the browser's own first tab
+
+
+@pytest.fixture
+def page(open_page: Open, make_table: MakeTable, make_heads: MakeHeads) -> Page:
+    """A page with two models; the first has rows of both kinds."""
+    rows = (
+        make_table() + make_table(4, query_aware=True) + make_table(4, model="bigger", run_id="other", tasks=("gsm8k",))
+    )
+    return open_page(rows, make_heads(), title="A title", command="kvzip-press leaderboard run --grid quick")
+
+
+def test_the_page_shows_every_part(page: Page) -> None:
+    assert page.driver.title == page.reads("h1") == "A title"
+    assert len(page.column(1)) == 10
+    for part in (
+        "#by-bytes svg",
+        "#by-time svg",
+        "#task-map table",
+        "#area-bars .bars",
+        "#head-map table",
+        "#needle-map table",
+    ):
+        assert page.one(part).is_displayed(), part
+    assert len(page.all("#by-bytes .point")) == 10
+    assert "kvzip-press leaderboard run --grid quick" in page.reads("#footer")
+    assert "torch 2" in page.reads("#footer").replace("\n", " ")
+    assert len(page.all("#example-list details")) > 5
+
+
+def test_a_click_on_a_column_sorts_by_it_and_another_turns_the_order(page: Page) -> None:
+    page.all("#results thead button")[2].click()
+    scores = [float(text.split()[0]) for text in page.column(3)]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) > 3
+    assert page.all("#results th")[2].get_attribute("aria-sort") == "descending"
+    page.all("#results thead button")[2].send_keys(Keys.ENTER)
+    assert [float(text.split()[0]) for text in page.column(3)] == scores[::-1]
+    page.all("#results thead button")[0].click()
+    assert page.column(1) == sorted(page.column(1), key=str.lower)
+    assert [head.get_attribute("aria-sort") for head in page.all("#results th")].count(None) == 8
+
+
+def test_what_was_not_measured_is_last_in_either_order(open_page: Open, make_row: MakeRow) -> None:
+    page = open_page(
+        [make_row(press="a", prefill_seconds=None), make_row(press="b"), make_row(press="c", prefill_seconds=9.0)]
+    )
+    for expected in (["9.00", "1.50", "–"], ["1.50", "9.00", "–"]):
+        page.all("#results thead button")[6].click()
+        assert page.column(7) == expected
+
+
+def test_filters_choose_ratio_task_and_press(page: Page) -> None:
+    page.choose("ratio", "0.75 removed")
+    assert page.column(2) == ["0", "0.75", "0.75", "0.75"]  # the full cache stays for comparison
+    before = page.column(3)
+    page.choose("task", "profile_qa")
+    assert page.column(3) != before
+    assert not page.one("#needles").is_displayed()  # this task knows no depths
+    page.one("#presses button:nth-child(2)").click()
+    assert page.column(1) == ["full cache", "SnapKV", "random"]
+    assert page.run("return document.activeElement.innerText") == "KVzip"
+    assert len(page.all("#by-bytes .point")) == 3
+    page.one("#presses button:nth-child(2)").click()
+    page.choose("ratio", "all")
+    assert len(page.column(1)) == 10
+
+
+def test_query_aware_rows_and_other_models_are_shown_apart(page: Page) -> None:
+    agnostic = page.column(3)
+    assert "query-agnostic" in page.reads("#about")
+    page.one("#aware").send_keys(Keys.SPACE)
+    assert page.one("#aware").get_attribute("aria-checked") == "true"
+    assert "query-aware" in page.reads("#about") and page.column(3) != agnostic
+    page.choose("model", "bigger")
+    assert "bigger" in page.reads("#about")
+    assert not page.one("#aware").is_enabled()
+    assert not page.one("#heads").is_displayed()  # that run has none
+    page.choose("model", "tiny")
+    assert page.one("#heads").is_displayed()
+
+
+def luminance(colour: str) -> float:
+    return sum(float(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3])
+
+
+def test_the_dark_page_follows_the_system_and_the_switch(open_page: Open, make_table: MakeTable) -> None:
+    for scheme, dark in (("light", False), ("dark", True)):
+        page = open_page(make_table(1), scheme=scheme)
+        assert (luminance(page.colour("body", "backgroundColor")) < 100) is dark
+        assert (luminance(page.colour("body", "color")) > 600) is dark
+    for expected, dark in (("light", False), ("dark", True)):
+        page.one("#theme").click()
+        assert page.one("html").get_attribute("data-theme") == expected
+        assert (luminance(page.colour("body", "backgroundColor")) < 100) is dark
+    page.driver.refresh()
+    assert page.one("html").get_attribute("data-theme") == "dark"
+    page.one("#theme").click()
+    assert page.one("html").get_attribute("data-theme") == "auto"
+
+
+@pytest.mark.parametrize("width", [320, 375])
+def test_on_a_phone_nothing_is_wider_than_the_screen(
+    width: int, open_page: Open, make_table: MakeTable, make_heads: MakeHeads
+) -> None:
+    tasks = (*(f"a_task_with_quite_a_long_name_{i}" for i in range(12)), "niah")
+    rows = make_table(2, tasks=tasks, model="an-organisation/a-model-with-a-very-long-name-indeed-70B-instruct")
+    page = open_page(rows, make_heads(), width=width, title="Averyveryverylongwordinatitle of a page")
+    assert page.run("return [innerWidth, document.documentElement.scrollWidth]") == [width, width]
+    assert page.one("#head-map table").is_displayed()
+    page.one("#example-list summary").click()
+    assert page.run("return document.documentElement.scrollWidth") == width
+
+
+def test_hovering_tells_the_figures_and_leaving_hides_them(page: Page) -> None:
+    point = page.all("#by-bytes .point")[1]
+    ActionChains(page.driver).move_to_element(point).perform()
+    tip = page.one("#tip")
+    assert tip.is_displayed()
+    for part in ("KVzip, 0.5 removed", "accuracy 0.", "32 questions on 16 contexts", "10.5 MB", "to full cache, p"):
+        assert part in tip.text
+    assert point.get_attribute("aria-label").startswith("KVzip, 0.5 removed, accuracy")
+    ActionChains(page.driver).move_to_element(page.one("h1")).perform()
+    assert not tip.is_displayed()
+    ActionChains(page.driver).move_to_element(page.one("#head-map td")).perform()
+    assert tip.text == "layer 1, KV head 0\nkept 0.500\nmean of 2 contexts"
+    ActionChains(page.driver).move_to_element(page.one("#needle-map tbody tr:nth-child(3) td")).perform()
+    assert tip.text.startswith("depth 20 to 30 %, about 50")
+
+
+def test_arrow_keys_walk_through_a_map_which_is_one_stop_of_the_tab_key(page: Page) -> None:
+    cells = page.all("#task-map td")
+    assert [cell.get_attribute("tabindex") for cell in cells].count("0") == 1
+    page.run("arguments[0].focus()", cells[0])
+    cells[0].send_keys(Keys.ARROW_RIGHT)
+    assert page.driver.switch_to.active_element == cells[1]
+    cells[1].send_keys(Keys.ARROW_DOWN)  # three columns: two tasks and their mean
+    assert page.driver.switch_to.active_element == cells[4]
+    assert page.one("#tip").is_displayed()
+    assert page.reads("#tip").startswith("profile_qa\nKVzip")
+    cells[4].send_keys(Keys.ESCAPE)
+    assert not page.one("#tip").is_displayed()
+
+
+def test_a_saturated_ratio_is_pointed_out(open_page: Open, make_row: MakeRow, make_table: MakeTable) -> None:
+    assert not open_page(make_table()).one("#saturated").is_displayed()
+    rows = [make_row(press=press, sample_id=str(i)) for press in ("a", "b") for i in range(9)]
+    assert "At 0.7 removed nothing tells the presses apart" in open_page(rows).reads("#saturated")
+
+
+def test_what_models_say_is_shown_and_never_run(open_page: Open, make_row: MakeRow) -> None:
+    words = {
+        "press": HOSTILE,
+        "task": HOSTILE,
+        "model": HOSTILE,
+        "question_id": HOSTILE,
+        "provenance": {HOSTILE: HOSTILE},
+    }
+    page = open_page([make_row(prediction=HOSTILE, references=(HOSTILE,), **words)], title=HOSTILE, command=HOSTILE)
+    page.one("#example-list summary").click()
+    assert HOSTILE in page.reads(".answers") and HOSTILE in page.reads("#footer") and page.reads("h1") == HOSTILE
+    assert page.all("img") == [] and page.run("return window.boom ?? null") is None
+    ActionChains(page.driver).move_to_element(page.one("#by-bytes .point")).perform()
+    assert HOSTILE in page.reads("#tip")
+
+
+def test_an_empty_page_says_so_and_one_row_is_a_whole_page(open_page: Open, make_row: MakeRow) -> None:
+    page = open_page([])
+    assert page.one("#empty").is_displayed() and not page.one("#main").is_displayed()
+    page = open_page([make_row()])
+    assert not page.one("#empty").is_displayed()
+    assert (page.column(1), page.column(3)) == (["KVzip"], ["1.00"])
+    for chart in ("#by-bytes", "#by-time"):
+        assert len(page.all(f"{chart} .point")) == 1
+        labels = [text.text for text in page.all(f"{chart} text")]
+        assert len([label for label in labels if label.replace(".", "").isdigit()]) >= 6 + 2, labels  # both axes
+    assert page.reads("#marks") == "± standard error, clustered by context."
+    hidden = [name for name in ("areas", "heads", "needles") if page.one(f"#{name}").is_displayed()]
+    assert hidden == []
+
+
+def test_ten_thousand_rows_are_drawn_in_a_second(open_page: Open, make_table: MakeTable) -> None:
+    rows = make_table(63, n_questions=4, tasks=("niah", "b", "c", "d"))
+    assert len(rows) > 10_000
+    page = open_page(rows)
+    press = page.one("#presses button:nth-child(2)")
+    begin = page.run("return performance.now()")
+    page.run("arguments[0].click()", press)
+    assert page.run("return performance.now()") - begin < 1000
+    assert len(page.column(1)) == 7

@@ -1,0 +1,337 @@
+"""A run on disk: killed and gone on with, locked, torn, full, of another configuration, in shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
+from kvzip_press.leaderboard import runner
+from kvzip_press.leaderboard.head_budgets import HeadBudgets, read_heads
+from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, count_rows, plan, shard
+from kvzip_press.leaderboard.results import Row, RowWriter, read_rows
+from kvzip_press.leaderboard.run_directory import RunDirectory, RunRecord
+from kvzip_press.leaderboard.shards import merge, run_shard
+from kvzip_press.leaderboard.tasks import get_task
+from kvzip_press.testing import ByteTokenizer, tiny_model
+
+TOKENIZER = ByteTokenizer()
+TIMES = ("prefill_seconds", "score_seconds", "evict_seconds", "answer_seconds")
+KILLED = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from test_run_directory import make_model, make_run, run_in
+run_in(sys.argv[2], make_run(), make_model(), on_row=lambda row: time.sleep(0.05))
+"""
+
+
+def make_run() -> Run:
+    tasks = (
+        TaskSpec(get_task("hidden_facts", n_keys=2, max_new_tokens=2), n_contexts=6, length_tokens=120),
+        TaskSpec(get_task("profile_qa_turns", n_people=1, n_attributes=2, max_new_tokens=2), 2, 120),
+    )
+    presses = (PressSpec("none", "full cache", compression_ratios=(0.0,)), PressSpec("random", "random"))
+    return Run("tiny", tasks, presses, (0.5, 0.9), seed=3)
+
+
+def make_model() -> Any:
+    return tiny_model(num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return make_run()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model()
+
+
+def run_in(
+    path: str | Path,
+    run: Run,
+    model: Any,
+    *,
+    force: bool = False,
+    shard_of: tuple[int, int] = (0, 1),
+    on_row: Callable[[Row], None] | None = None,
+) -> None:
+    works = plan(run, TOKENIZER)
+    with RunDirectory(path, RunRecord.of(run, model, count_rows(run, works)), force=force) as directory:
+        run_shard(run, shard(works, *shard_of), model, TOKENIZER, directory, on_row=on_row)
+
+
+def rows_in(path: Path, name: str = "rows.jsonl") -> list[Row]:
+    """The rows in an order of their own, without times and what depends on the process."""
+    rows = [replace(row, **dict.fromkeys(TIMES, 0.0), provenance={}) for row in read_rows(path / name)]
+    return sorted(rows, key=lambda row: row.key)
+
+
+@pytest.fixture(scope="module")
+def whole(run: Run, model: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """The rows of a run that nothing happened to."""
+    path = tmp_path_factory.mktemp("whole")
+    run_in(path, run, model)
+    return rows_in(path)
+
+
+class StoppedError(Exception):
+    """A run that ends in the middle."""
+
+
+def stop_after(n_rows: int) -> Callable[[Row], None]:
+    left = iter(range(n_rows))
+
+    def on_row(row: Row) -> None:
+        if next(left, None) is None:
+            raise StoppedError
+
+    return on_row
+
+
+# A run that ends in the middle ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that writes a run slowly, when it has written a few rows."""
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)]
+    child = subprocess.Popen(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "rows.jsonl").exists() or (tmp_path / "rows.jsonl").read_bytes().count(b"\n") < 13:
+        assert child.poll() is None and time.monotonic() < deadline, child.communicate()[1]
+        time.sleep(0.01)
+    yield child
+    child.kill()
+    child.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_run_loses_the_context_in_flight_at_most_and_leaves_no_lock(
+    process: subprocess.Popen[bytes], tmp_path: Path, run: Run, model: Any, whole: list[Row]
+) -> None:
+    with pytest.raises(RunDirectoryError, match="another process writes to it"):
+        run_in(tmp_path, run, model)
+    process.kill()
+    process.wait()
+    survived = rows_in(tmp_path)
+    assert 13 <= len(survived) < len(whole)
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    redone: list[Row] = []
+    run_in(tmp_path, run, model, on_row=redone.append)
+    assert rows_in(tmp_path) == whole
+    assert (tmp_path / "rows.jsonl").read_bytes().startswith(before.rpartition(b"\n")[0])
+    assert len(redone) == len(whole) - len(survived)
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 2, 7, 10, 11])
+def test_what_is_missing_of_a_context_is_all_that_is_done_again(
+    tmp_path: Path, run: Run, model: Any, whole: list[Row], n_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StoppedError):
+        run_in(tmp_path, run, model, on_row=stop_after(n_rows))
+    there = {row.key for row in read_rows(tmp_path / "rows.jsonl")}
+    assert len(there) == n_rows + 1  # a row is on the disk before anybody is told
+    prefills: list[Any] = []
+    prefill = runner.prefill
+    monkeypatch.setattr(runner, "prefill", lambda *args, **options: prefills.append(1) or prefill(*args, **options))
+    redone: list[Row] = []
+    run_in(tmp_path, run, model, on_row=redone.append)
+    assert rows_in(tmp_path) == whole
+    assert there.isdisjoint(row.key for row in redone)
+    assert len(prefills) == len({(row.task, row.sample_id) for row in redone})
+
+
+def test_a_finished_run_reads_nothing_again(tmp_path: Path, run: Run, model: Any, monkeypatch: Any) -> None:
+    run_in(tmp_path, run, model)
+    before = (tmp_path / "rows.jsonl").read_bytes(), (tmp_path / "heads.jsonl").read_bytes()
+    monkeypatch.setattr(runner, "prefill", lambda *args, **options: pytest.fail("read"))
+    run_in(tmp_path, run, model)
+    assert ((tmp_path / "rows.jsonl").read_bytes(), (tmp_path / "heads.jsonl").read_bytes()) == before
+
+
+@pytest.mark.parametrize("cut", [1, 200])
+def test_a_torn_last_line_is_that_row_again(
+    tmp_path: Path, run: Run, model: Any, whole: list[Row], cut: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_in(tmp_path, run, model)
+    for name, lost in {"rows.jsonl": cut, "heads.jsonl": 1}.items():
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-lost])
+    redone: list[Row] = []
+    run_in(tmp_path, run, model, on_row=redone.append)
+    assert rows_in(tmp_path) == whole
+    assert len(redone) == 1
+    assert "half a row" in caplog.text
+    assert len(list(read_heads(tmp_path / "heads.jsonl"))) == 8 * 3
+
+
+# The disk ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_ends_the_run_clearly_and_it_goes_on_later(
+    tmp_path: Path, run: Run, model: Any, whole: list[Row]
+) -> None:
+    """A limit on the size of files stands in for the disk: the kernel writes a part of a line, then refuses."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, unlimited[1]))
+    try:
+        with pytest.raises(RunDirectoryError, match=r"expected to write a row to .*rows\.jsonl.*goes on behind them"):
+            run_in(tmp_path, run, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    survived = (tmp_path / "rows.jsonl").read_bytes()
+    assert 3000 < len(survived) <= 9000
+    assert survived.endswith(b"\n")
+    run_in(tmp_path, run, model)
+    assert rows_in(tmp_path) == whole
+    assert (tmp_path / "rows.jsonl").read_bytes().startswith(survived)
+
+
+def test_a_device_without_room_is_named(
+    tmp_path: Path, make_row: Callable[..., Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with RowWriter(tmp_path / "new.jsonl") as writer:
+        writer.write(make_row(question_id="first"))
+        with Path("/dev/full").open("ab", buffering=0) as full, monkeypatch.context() as patch:
+            patch.setattr(writer, "_file", full)
+            with pytest.raises(RunDirectoryError, match="No space left on device"):
+                writer.write(make_row(question_id="second"))
+        writer.write(make_row(question_id="third"))
+    assert [row.question_id for row in read_rows(tmp_path / "new.jsonl")] == ["first", "third"]
+
+
+def test_a_directory_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path, run: Run, model: Any) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(RunDirectoryError, match=r"expected to write to .*file/run"):
+        run_in(tmp_path / "file" / "run", run, model)
+
+
+# Whose directory it is -----------------------------------------------------------------------------------------------
+
+
+def test_the_directory_of_another_run_is_refused_with_the_keys_that_differ(
+    tmp_path: Path, run: Run, model: Any
+) -> None:
+    run_in(tmp_path, run, model, shard_of=(0, 8))
+    content = (tmp_path / "rows.jsonl").read_bytes()
+    others = {
+        r"seed: 3, 4": replace(run, seed=4),
+        r"compression_ratios\[1\]: 0.9, 0.8": replace(run, compression_ratios=(0.5, 0.8)),
+        r"presses\[1\].label: 'random', 'r'": replace(run, presses=(run.presses[0], PressSpec("random", "r"))),
+        r"tasks\[0\].n_contexts: 6, 7": replace(run, tasks=(replace(run.tasks[0], n_contexts=7), run.tasks[1])),
+        r"truncate: False, True": replace(run, truncate=True),
+        r"tasks\[1\].n_contexts: 2, nothing": replace(run, tasks=run.tasks[:1]),
+    }
+    for message, other in others.items():
+        with pytest.raises(RunDirectoryError, match=message):
+            run_in(tmp_path, other, model)
+    with pytest.raises(RunDirectoryError, match="model_revision: 'weights:"):
+        run_in(tmp_path, run, tiny_model(num_layers=1, seed=1))
+    assert (tmp_path / "rows.jsonl").read_bytes() == content
+
+
+def test_force_begins_again_and_loses_nothing(tmp_path: Path, run: Run, model: Any, whole: list[Row]) -> None:
+    other = replace(run, seed=4)
+    run_in(tmp_path, other, model, shard_of=(0, 8))
+    old = [rows_in(tmp_path)]
+    run_in(tmp_path, run, model, force=True, shard_of=(0, 8))
+    old.append(rows_in(tmp_path))
+    run_in(tmp_path, run, model, force=True)
+    assert rows_in(tmp_path) == whole
+    assert [rows_in(tmp_path, f"rows.{n}.jsonl") for n in (1, 2)] == old
+    assert json.loads((tmp_path / "run.1.json").read_text())["run_id"] == other.run_id
+    assert len(list(read_heads(tmp_path / "heads.1.jsonl"))) == 3
+
+
+def test_rows_without_a_run_and_a_damaged_run_are_refused(tmp_path: Path, run: Run, model: Any) -> None:
+    (tmp_path / "rows.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(RunDirectoryError, match=r"holds rows.jsonl without run.json"):
+        run_in(tmp_path, run, model)
+    (tmp_path / "run.json").write_text("{", encoding="utf-8")
+    with pytest.raises(RunDirectoryError, match="expected the directory of a run"):
+        run_in(tmp_path, run, model)
+
+
+def test_the_record_of_a_run_says_all_that_it_depends_on(tmp_path: Path, run: Run, model: Any) -> None:
+    run_in(tmp_path, run, model, shard_of=(0, 8))
+    record = RunRecord.read(tmp_path)
+    assert (record.run_id, record.config, record.n_rows) == (run.run_id, run.config, 8 * 2 * 3)
+    assert record.config["seed"] == 3
+    assert record.config["tasks"][0]["data_revision"] == "generated"
+    known = {"torch", "transformers", "kvpress", "triton", "kvzip_press", "python", "commit", "device", "gpu", "dtype"}
+    assert known | {"threads", "model_revision"} == set(record.provenance) - {"machine"}
+    row = next(read_rows(tmp_path / "rows.jsonl"))
+    assert row.provenance == {**record.provenance, "data_revision": "generated"}
+    assert row.run_id == record.run_id
+
+
+# Shards --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_shards", [2, 3, 20])
+def test_shards_together_are_the_serial_run(
+    tmp_path: Path, run: Run, model: Any, whole: list[Row], n_shards: int
+) -> None:
+    paths = [tmp_path / str(index) for index in range(n_shards)]
+    for index, path in enumerate(paths):
+        run_in(path, run, model, shard_of=(index, n_shards))
+    assert sum(len(rows_in(path)) for path in paths) == len(whole)
+    merge(paths, tmp_path / "all")
+    assert rows_in(tmp_path / "all") == whole
+    assert len(list(read_heads(tmp_path / "all" / "heads.jsonl"))) == 8 * 3
+    run_in(tmp_path / "all", run, model, on_row=lambda row: pytest.fail("was complete"))
+
+
+def test_shards_of_different_runs_are_not_joined(tmp_path: Path, run: Run, model: Any) -> None:
+    run_in(tmp_path / "a", run, model, shard_of=(0, 8))
+    run_in(tmp_path / "b", replace(run, seed=9), model, shard_of=(1, 8))
+    with pytest.raises(RunDirectoryError, match=r"a and .*b differ in seed: 3, 9"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "all")
+    with pytest.raises(InvalidArgumentError, match="got none"):
+        merge([], tmp_path / "all")
+
+
+def test_an_incomplete_whole_is_said(tmp_path: Path, run: Run, model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    run_in(tmp_path / "a", run, model, shard_of=(0, 2))
+    merge([tmp_path / "a"], tmp_path / "all")
+    assert "24 of the run's 48 rows" in caplog.text
+
+
+@pytest.mark.parametrize("index_count", [(2, 2), (-1, 2), (0, 0)])
+def test_a_shard_outside_its_range_is_refused(run: Run, index_count: tuple[int, int]) -> None:
+    with pytest.raises(InvalidArgumentError, match="expected shard I/N"):
+        shard(plan(run, TOKENIZER), *index_count)
+
+
+# What heads kept -----------------------------------------------------------------------------------------------------
+
+
+def test_a_line_a_compressed_context_says_what_its_heads_kept(tmp_path: Path, run: Run, model: Any) -> None:
+    run_in(tmp_path, run, model)
+    heads = list(read_heads(tmp_path / "heads.jsonl"))
+    kept = {row.key[:2] + row.key[3:5]: row.kept_fraction for row in read_rows(tmp_path / "rows.jsonl")}
+    assert len(heads) == len(kept) == 8 * 3
+    for line in heads:
+        assert line.layer_idx == (0,)
+        mean = sum(line.kept[0]) / len(line.kept[0])
+        assert mean == pytest.approx(kept[line.task, line.sample_id, line.press, line.compression_ratio], abs=1e-4)
+        assert HeadBudgets.from_json(line.to_json()) == line
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"kept": [[1]]}', '{"kept": 3, "layer_idx": 1}'])
+def test_a_broken_line_of_heads_is_refused(line: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="expected head budgets"):
+        HeadBudgets.from_json(line)
