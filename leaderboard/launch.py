@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +111,6 @@ def launch_with_ray(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cluster = Cluster(workers, address, gpus_each=float(device.startswith("cuda")))
     with ExitStack() as stack:
-        told: list[Callable[[Row], None]] = []
         run_with_ray(
             run,
             functools.partial(load_for, run, device),
@@ -119,8 +118,7 @@ def launch_with_ray(
             cluster,
             shard_of=shard_of,
             force=force,
-            on_begin=lambda missing: told.append(stack.enter_context(row_bar(console, missing))),
-            on_row=lambda row: told[0](row),
+            on_begin=lambda missing: stack.enter_context(row_bar(console, missing)),
         )
     print_table(output, console=console)
 

@@ -4,13 +4,15 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from kvzip_press import __version__
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.results import run_id
 from kvzip_press.leaderboard.task import Sample, Task
 from kvzip_press.policy import check_compression_ratio
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def count_rows(run: Run, works: Sequence[Work]) -> int:
     return cells * sum(len(work.sample.questions) for work in works)
 
 
-def shard(works: Sequence[Work], index: int, count: int) -> list[Work]:
+def shard(works: Sequence[T], index: int, count: int) -> list[T]:
     """Every ``count``-th context from ``index`` on: the shards of a run are disjoint, and together the whole.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,7 +79,7 @@ class Worker:
         rows = execute(self.run, works, self.model, self.tokenizer, done=done, on_heads=heads.append)
         return list(rows), heads
 
-    def _groups(self, places: list[int]) -> Iterator[Group]:
+    def _groups(self, places: Sequence[int]) -> Iterator[Group]:
         of_task: dict[str, list[int]] = {}
         for place in places:
             of_task.setdefault(self.works[place].task.name, []).append(place)
@@ -142,8 +142,7 @@ def run_with_ray(
     *,
     shard_of: tuple[int, int] = (0, 1),
     force: bool = False,
-    on_begin: Callable[[int], None] | None = None,
-    on_row: Callable[[Row], None] | None = None,
+    on_begin: Callable[[int], Callable[[Row], None]] | None = None,
 ) -> None:
     """Runs what a directory lacks of a run, spread over workers; the rows are those of the serial run.
 
@@ -154,8 +153,7 @@ def run_with_ray(
         cluster: Where.
         shard_of: ``(index, count)``: only every count-th context.
         force: Whether to begin again; what was there is kept aside.
-        on_begin: Is told how many rows are missing.
-        on_row: Is told of each row once it is on the disk.
+        on_begin: Is told how many rows are missing; what it returns is told of each once it is on the disk.
 
     Raises:
         MissingDependencyError: Ray is absent.
@@ -168,8 +166,8 @@ def run_with_ray(
         record, groups, n_rows = ray.get(workers[0].describe.remote(shard_of))
         with RunDirectory(output, record, force=force) as directory:
             samples = frozenset[tuple[str, str]]().union(*(group.samples for group in groups))
-            if on_begin is not None:
-                on_begin(n_rows - sum((key.task, key.sample_id) in samples for key in directory.done))
+            missing = n_rows - sum((key.task, key.sample_id) in samples for key in directory.done)
+            on_row = None if on_begin is None else on_begin(missing)
             pool = _Pool(ray, lambda: remote.remote(run, load), frozenset(directory.done), groups)
             for worker in workers:
                 pool.give(worker)

@@ -2,10 +2,10 @@
 
 ``python -m kvzip_press.leaderboard.benchmarks.harness --contexts 4 --tokens 900``
 
-The loop is that of kvpress's evaluation: for every press and ratio it reads every context anew under kvpress's own press,
-then asks each question by a forward over its tokens and greedy steps, and cuts the cache back. Ours reads a context once.
-Both get the same token ids on the same model and machine; the last line says how often they give the same answer (masks
-that only hide keys are not always the eviction that they stand for, and sums in another order decide near ties).
+The loop is that of kvpress's evaluation: for every press and ratio it reads every context anew under kvpress's own
+press, then asks each question by a forward over its tokens and greedy steps, and cuts the cache back. Ours reads a
+context once. Both get the same token ids on the same model and machine; the last line says how often they give the same
+answer (sums in another order decide near ties).
 """
 
 import importlib
@@ -28,7 +28,7 @@ from kvzip_press.leaderboard.results import Row
 from kvzip_press.leaderboard.runner import execute
 from kvzip_press.leaderboard.task import Question
 from kvzip_press.leaderboard.tasks import get_task
-from kvzip_press.models import text_decoder
+from kvzip_press.models import input_device
 
 PRESSES = ("kvzip", "snapkv", "expected_attention", "adakv_expected_attention", "knorm", "tova")
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -84,7 +84,7 @@ def _loop(run: Run, works: Sequence[Work], model: Any, tokenizer: Any) -> Answer
             for ratio in run.compression_ratios:
                 for work in works:
                     ids = [*chat_frame(tokenizer).prefix, *encode(tokenizer, work.sample.context)]
-                    context = torch.tensor([ids], device=text_decoder(model).device)
+                    context = torch.tensor([ids], device=input_device(model))
                     press = original.original_press(spec.name, ratio)
                     with original.run_original(press, model, context, tokenizer) as read:
                         for question in work.sample.questions:

@@ -56,6 +56,22 @@ def test_each_question_of_a_batch_may_have_its_own_prefix_and_bound(keep) -> Non
     assert shared == [answer_ids(model, TOKENIZER, alone[1], *asked)[0] for asked in each]
 
 
+def test_a_kept_answer_that_met_its_bound_is_all_that_its_row_remembers() -> None:
+    """Also where the other row ended by itself after as many tokens, so that no length tells that the first read on."""
+    model, tokenizer = tiny_model(), ByteTokenizer()
+    contexts, questions = [CONTEXT, CONTEXT[20:]], ["Where is it?", "Why?"]
+    free = answer_ids(model, tokenizer, compress(model, tokenizer, contexts, KVzipPress(0.6)), questions, "", 9)
+    length = next(n for n in range(1, 9) if free[1][n] not in free[1][:n] and free[1][n] not in free[0][:n])
+    tokenizer.eos_token_id = free[1][length]
+    bounds = [length, 9]
+    together = compress(model, tokenizer, contexts, KVzipPress(0.6))
+    alone = [compress(model, tokenizer, context, KVzipPress(0.6)) for context in contexts]
+    for _ in range(2):
+        each = zip(alone, questions, bounds, strict=True)
+        expected = [answer_ids(model, tokenizer, cache, q, "", n, keep=True)[0] for cache, q, n in each]
+        assert answer_ids(model, tokenizer, together, questions, "", bounds, keep=True) == expected
+
+
 def test_as_many_prefixes_and_bounds_as_questions() -> None:
     """Another number of them is refused with both numbers."""
     model = tiny_model()
