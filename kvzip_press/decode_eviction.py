@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kvzip_press.errors import CacheMismatchError
+from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
 from kvzip_press.padded_block import BlockLayer
 from kvzip_press.padding import visible_columns
 from kvzip_press.pair_pool import PairPool, give_back_room, held_tokens
@@ -42,7 +42,8 @@ class DecodeEviction:
         self._reading = 0  # tokens of the forward that runs
         self._layers: dict[int, RaggedLayer] = {}  # of the cache that was read last
         self._padding: torch.Tensor | None = None  # of the block that is read
-        self._hidden: dict[int, torch.Tensor] = {}  # [batch, buffer, hidden_size], those of tokens without a score
+        self._states: dict[int, torch.Tensor] = {}  # [batch, 1, hidden_size] of the token that is read
+        self._hidden: torch.Tensor | None = None  # [layers, batch, buffer, hidden_size] of tokens without a score
         self._slot: torch.Tensor | None = None  # int64 [1], where the next one goes, on the device
         self._first, self._n_pending = 0, 0  # the column of the first of them in the tail, and how many there are
         self._n_columns, self._n_left = 0, 0  # tokens behind the packed pairs, and those until pairs are evicted
@@ -68,12 +69,7 @@ class DecodeEviction:
         if self._reading > 1:
             self._block[layer_idx] = self.score(layer_idx, hidden_states)
         elif self._reading or self.in_static_step:
-            if layer_idx not in self._hidden or self._hidden[layer_idx].shape[0] != hidden_states.shape[0]:
-                batch, _, hidden_size = hidden_states.shape
-                self._hidden[layer_idx] = hidden_states.new_empty(batch, self.buffer, hidden_size)
-            if self._slot is None:
-                self._slot = torch.full((1,), self._n_pending, device=hidden_states.device)
-            self._hidden[layer_idx].index_copy_(1, self._slot.to(hidden_states.device), hidden_states)
+            self._states[layer_idx] = hidden_states
 
     def end(self) -> bool:
         """The forward is over. Returns whether pairs were evicted."""
@@ -95,7 +91,7 @@ class DecodeEviction:
 
     def abandon(self) -> None:
         """No forward runs; the last one may have raised."""
-        self._reading, self._block = 0, {}
+        self._reading, self._block, self._states = 0, {}, {}
 
     def finish(self) -> None:
         """Scores what is pending: nothing is lost when the model is no longer watched."""
@@ -105,9 +101,16 @@ class DecodeEviction:
             self._flush()
 
     def _advance(self) -> None:
-        """Moves on to the next place for hidden states, on the device."""
-        assert self._slot is not None
+        """Puts the hidden states of a token in the buffer, those of all layers at once, and moves on: on the device."""
+        states = torch.stack(list(self._states.values()))
+        layers, batch, _, hidden_size = states.shape
+        if self._hidden is None or self._hidden.shape[1] != batch:
+            self._hidden = states.new_empty(layers, batch, self.buffer, hidden_size)
+        if self._slot is None:
+            self._slot = torch.full((1,), self._n_pending, device=states.device)
+        self._hidden.index_copy_(2, self._slot, states)
         self._slot.add_(1)
+        self._states = {}
 
     def written(self) -> bool:
         """One more token is in the tails, its hidden states in the buffer. Returns whether pairs were evicted."""
@@ -153,7 +156,7 @@ class DecodeEviction:
 
     @property
     def _batch_size(self) -> int:
-        return next((hidden.shape[0] for hidden in self._hidden.values()), self._any.batch_size)
+        return self._any.batch_size if self._hidden is None else self._hidden.shape[1]
 
     def _follow(self, layers: dict[int, RaggedLayer]) -> None:
         """Turns to a cache; what is pending of another is scored first, what was cut off since is forgotten."""
@@ -161,6 +164,10 @@ class DecodeEviction:
         if self._layers and not is_same:
             self._forget_what_was_cut()
             self._flush()
+        if len(devices := {layer.packed.keys.device for layer in layers.values()}) > 1:
+            raise UnsupportedCacheError(
+                f"expected a model on one device to evict while it writes, got layers on {sorted(map(str, devices))}"
+            )
         self._layers = layers
         if is_same and self._length == self._n_columns:
             return
@@ -175,9 +182,10 @@ class DecodeEviction:
         """Scores the tokens in the buffer."""
         if self._n_pending:
             columns = slice(self._first, self._first + self._n_pending)
-            for layer_idx, layer in self._layers.items():
+            assert self._hidden is not None
+            for hidden, (layer_idx, layer) in zip(self._hidden, self._layers.items(), strict=True):
                 assert layer.tail.scores is not None
-                layer.tail.scores[:, :, columns] = self.score(layer_idx, self._hidden[layer_idx][:, : self._n_pending])
+                layer.tail.scores[:, :, columns] = self.score(layer_idx, hidden[:, : self._n_pending])
         self._n_pending = 0
         self._settle()
 

@@ -33,6 +33,10 @@ class BudgetMismatchError(KVzipPressError, RuntimeError):
     """A cache holds more or less than its press was asked for: its rows would be a lie."""
 
 
+class NothingEvictedError(KVzipPressError, ValueError):
+    """A press was to be evaluated where it removes nothing: the figure would be the full cache's under its name."""
+
+
 class WorkerError(KVzipPressError, RuntimeError):
     """Processes that share a run die over the same contexts again and again."""
 

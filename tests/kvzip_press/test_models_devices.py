@@ -24,7 +24,8 @@ def device_map(model: Any, devices: list[Any]) -> dict[str, Any]:
     n = len(model.model.layers)
     ends = {"model.embed_tokens": devices[0], "model.rotary_emb": devices[0], "model.norm": devices[-1]}
     layers = {f"model.layers.{i}": devices[i * len(devices) // n] for i in range(n)}
-    return {**ends, **layers, "lm_head": devices[-1]}
+    tied = model.config.tie_word_embeddings  # such a head lies where its weights lie
+    return {**ends, **layers, "lm_head": devices[0 if tied else -1]}
 
 
 def conversation(model: Any, path: Path) -> list[Any]:
