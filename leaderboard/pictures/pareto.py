@@ -58,7 +58,8 @@ def _frame(axes: "Axes", cost: Cost, *, empty: bool) -> None:
     axes.set(ylim=(-0.03, 1.03), xlabel=cost.label, ylabel="accuracy")
     if cost.halves:
         axes.set_xscale("log", base=2)
-        axes.set_xlim(*((1 / 32, 1) if empty else (None, None)))
+        if empty:
+            axes.set_xlim(1 / 32, 1)
         axes.xaxis.set_major_formatter(lambda value, _: f"1/{1 / value:.0f}" if value < 1 else f"{value:.0f}")
     axes.grid(color="#dddddd", linewidth=0.6)
     if empty:

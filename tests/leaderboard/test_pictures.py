@@ -14,8 +14,9 @@ from kvzip_press.errors import MissingDependencyError
 from kvzip_press.leaderboard.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.pictures import save_all
 from kvzip_press.leaderboard.pictures.canvas import looks
-from kvzip_press.leaderboard.pictures.pareto import spread
+from kvzip_press.leaderboard.pictures.pareto import KEPT, TIME, Cost, save_pareto, spread
 from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.summary import summarise
 
 MakeTable = Callable[..., list[Row]]
 MakeHeads = Callable[..., list[HeadBudgets]]
@@ -45,6 +46,20 @@ def test_rows_without_sizes_and_times_are_drawn_without_them(make_table: MakeTab
     unknown = {"n_answer_tokens": None, "prefill_seconds": None, "score_seconds": None}
     save_all(make_table(1, **unknown), [], tmp_path)
     assert (tmp_path / "pareto-time.png").is_file()
+
+
+@pytest.mark.parametrize("cost", [KEPT, TIME])
+def test_every_point_lies_inside_the_axes(
+    cost: Cost, make_table: MakeTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    cells = summarise(make_table(2))
+    save_pareto(cells, tmp_path / "pareto.png", cost=cost)
+    ((axes,),) = (figure.axes for figure in drawn)
+    low, high = axes.get_xlim()
+    places = [cost.value(cell) or 0.0 for cell in cells]
+    assert low <= min(places) and max(places) <= high <= 2 * max(places)
 
 
 def test_forty_two_presses_look_different() -> None:

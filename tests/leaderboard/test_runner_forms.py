@@ -49,7 +49,7 @@ class LinesTask(GeneratedTask):
             )
             for number in range(self.n_questions)
         )
-        return Sample(f"{index:04d}", seed, self.context[index * 27 :], questions, self.multi_turn)
+        return Sample(f"{index:04d}", seed, self.context[index * 27 % 100 :], questions, self.multi_turn)
 
 
 @dataclass(frozen=True)
