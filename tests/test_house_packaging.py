@@ -18,6 +18,7 @@ FOLDERS = {
     "leaderboard": "kvzip_press/leaderboard",
 }
 NOT_SHIPPED = ["__pycache__", "*.pyc", ".*"]
+ONLY_IN_THE_REPOSITORY = PurePosixPath("kvzip_press/leaderboard/results")  # pages and pictures of whole runs
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
@@ -34,8 +35,9 @@ def shipped_files(root: Path) -> set[str]:
         for path in (root / folder).rglob("*"):
             inside = path.relative_to(root / folder)
             hidden = any(PurePosixPath(part).match(pattern) for part in inside.parts for pattern in NOT_SHIPPED)
-            if path.is_file() and not hidden:
-                found.add(f"{installed}/{inside.as_posix()}")
+            name = PurePosixPath(installed, inside.as_posix())
+            if path.is_file() and not hidden and not name.is_relative_to(ONLY_IN_THE_REPOSITORY):
+                found.add(str(name))
     return found
 
 
