@@ -7,7 +7,7 @@ import torch
 
 from kvzip_press.compat import DynamicCache
 from kvzip_press.errors import BudgetMismatchError, InvalidArgumentError
-from kvzip_press.generation import eos_ids
+from kvzip_press.generation import eos_ids, generate
 from kvzip_press.leaderboard.measured import Measured
 from kvzip_press.models import input_device, text_config
 from kvzip_press.press import Press
@@ -32,20 +32,15 @@ def generate_evicting(
         The answer's ids, without the one that ended it, and the cache as it is afterwards.
     """
     ids = torch.tensor([list(prompt)], device=input_device(model))
-    cache = DynamicCache(config=text_config(model))
-    ended = eos_ids(model, tokenizer)
+    cache, ended = DynamicCache(config=text_config(model)), eos_ids(model, tokenizer)
     with torch.no_grad(), press(model):
-        written = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=sorted(ended) or None,
-            pad_token_id=min(ended, default=None),
-        )
-    answer: list[int] = written[0, ids.shape[1] :].tolist()
-    return answer[:-1] if answer and answer[-1] in ended else answer, RaggedCache.of(cache)
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        first = logits[:, -1].argmax(dim=-1, keepdim=True)
+        compressed = RaggedCache.of(cache)
+        if int(first) in ended:
+            return [], compressed
+        (rest,) = generate(model, compressed, first, max_new_tokens - 1, eos_ids=ended)
+    return [int(first), *rest], compressed
 
 
 def measure_grown(label: str, press: Press, cache: RaggedCache) -> Measured:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from kvzip_press.leaderboard import measured, runner
 from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, Work, plan
 from kvzip_press.leaderboard.results import Row
 from kvzip_press.leaderboard.task import GeneratedTask, Question, Sample
+from kvzip_press.models import full_attention_layers
 from kvzip_press.prefilling import prefill
+from kvzip_press.presses.fastkvzip import Gates, LayerGate
 from kvzip_press.presses.random import RandomPress
 from kvzip_press.ragged_cache import RaggedCache
 from kvzip_press.testing import ByteTokenizer, tiny_model
@@ -216,6 +219,22 @@ def test_a_sample_without_a_context_is_written_in_the_press_context(model: Any, 
     assert full.prediction == TOKENIZER.decode(ids)
     assert full.n_context_tokens == len(prompt)
     assert full.kept_fraction == 1.0 > kept.kept_fraction
+
+
+def test_gated_kvzip_answers_within_its_budget(model: Any, tmp_path: Path) -> None:
+    """The real press: prompt and answer together outgrow the budget, the cache does not."""
+    gates, generator = [], torch.Generator().manual_seed(0)
+    for _ in full_attention_layers(model):
+        gate = LayerGate(model.config.hidden_size, 2, model.config.num_attention_heads // 2)
+        for parameter in gate.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        gates.append(gate)
+    Gates(gates).save(tmp_path / "gates.safetensors")
+    options = {"decoding": True, "budget": 6, "buffer": 2, "gate": str(tmp_path / "gates.safetensors")}
+    press = PressSpec("fastkvzip", "gated", options, compression_ratios=(0.0,))
+    for row in execute(run_of(LinesTask(context=""), press), model):
+        assert row.n_context_tokens > 8
+        assert row.kept_fraction * (row.n_context_tokens + max(row.n_answer_tokens - 1, 0)) <= 8
 
 
 @pytest.mark.parametrize("options", [{}, {"decoding": True, "budget": 3}])
