@@ -119,6 +119,7 @@ class StaticLayer(ForwardLayer):
             row_index=self.row_index,
             tail_mask=None if self.visible is None else self.visible[:, None, None],
             tail_length=self.place.n_live,
+            part_of_storage=self.packed.pool is not None,
             scaling=scaling,
             softcap=softcap,
         )
@@ -210,7 +211,7 @@ class StaticCache:
         whole, n_segments = layer.packed.pool.packed, layer.packed.cu_seqlens.numel() - 1
         first = self._ragged.index(layer) * n_segments
         bounds = whole.cu_seqlens[first : first + n_segments + 1]
-        return PackedPairs(whole.keys, whole.values, whole.positions, bounds, whole.num_heads)
+        return PackedPairs(whole.keys, whole.values, whole.positions, bounds, whole.num_heads, pool=layer.packed.pool)
 
     def follows_eviction(self) -> bool:
         """Goes on behind tails that an eviction has emptied; False where it moved pairs to other memory."""

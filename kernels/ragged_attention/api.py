@@ -31,6 +31,7 @@ def ragged_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
+    part_of_storage: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention to a packed context, ragged over heads, and to a dense tail that came after it.
@@ -43,8 +44,8 @@ def ragged_attention(
         query: [batch, num_attention_heads, query_length, head_dim], any floating dtype.
         keys: packed context [total, head_dim], ordered by (row, key-value head, position).
         values: packed context [total, value_head_dim].
-        cu_seqlens: int32 [rows * num_key_value_heads + 1]; segment s is cu_seqlens[s] .. cu_seqlens[s + 1] - 1, and may
-            be empty. They need not fill ``keys``: a slice of a longer cu_seqlens attends to a part of its segments.
+        cu_seqlens: int32 [rows * num_key_value_heads + 1], from 0 to total; segment s is cu_seqlens[s] ..
+            cu_seqlens[s + 1] - 1, and may be empty.
         tail_keys: [batch, num_key_value_heads, tail_length, head_dim], a view with any strides, or None; tail_length
             may be 0.
         tail_values: [batch, num_key_value_heads, tail_length, value_head_dim]; given if ``tail_keys`` is.
@@ -59,6 +60,8 @@ def ragged_attention(
         scaling: factor of the logits; default head_dim ** -0.5.
         softcap: when given, logits become ``softcap * tanh(logits / softcap)`` after scaling.
         return_lse: whether to return the log-sum-exp too.
+        part_of_storage: whether ``keys`` and ``values`` hold more segments than these; ``cu_seqlens`` is then a slice
+            of a longer one, and need neither begin at 0 nor end at total.
         impl: "segments" (256 rows and more: PyTorch's fused dense kernels, a call a segment), "triton" (one launch that
             streams all pairs, and one that merges; CUDA), "aten" (PyTorch's fused CPU kernel over the context; the
             best that can do it over the tail), "reference" (plain PyTorch, any input), or None: the first of these that
@@ -71,12 +74,14 @@ def ragged_attention(
 
     Raises:
         ValueError: a shape, device, ``softcap`` or ``impl`` is not as above, or the implementation named cannot do this
-            input; on a CPU also when ``cu_seqlens`` does not rise within 0 .. total, ``row_index`` names no packed row
+            input; on a CPU also when ``cu_seqlens`` does not rise from 0 to total, ``row_index`` names no packed row
             or ``tail_length`` is out of range. Elsewhere their content is not checked: reading it would wait for the
             device.
         TypeError: a dtype is not as above.
     """
-    inputs = RaggedInputs(query, keys, values, cu_seqlens, tail_keys, tail_values, row_index, tail_mask, tail_length)
+    inputs = RaggedInputs(
+        query, keys, values, cu_seqlens, tail_keys, tail_values, row_index, tail_mask, tail_length, part_of_storage
+    )
     inputs.check()
     check_softcap(softcap)
     run = select("ragged_attention", _IMPLS, impl, inputs, softcap)

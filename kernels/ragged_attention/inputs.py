@@ -32,6 +32,7 @@ class RaggedInputs:
     row_index: Tensor | None = None
     tail_mask: Tensor | None = None
     live_tail_length: Tensor | None = None
+    part_of_storage: bool = False
 
     @property
     def num_key_value_heads(self) -> int:
@@ -82,7 +83,7 @@ class RaggedInputs:
         check_shape("values", self.values, (total, self.values.shape[1]), "total, value_head_dim")
         check_like("keys", self.keys, "query", self.query)
         check_like("values", self.values, "query", self.query)
-        check_cu_seqlens(self.cu_seqlens, total, self.query.device, within=True)
+        check_cu_seqlens(self.cu_seqlens, total, self.query.device, within=self.part_of_storage)
 
     def _check_tail(self) -> None:
         if self.tail_keys is None or self.tail_values is None:

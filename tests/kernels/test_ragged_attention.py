@@ -240,7 +240,8 @@ def test_a_part_of_the_segments_that_are_stored_together(impl: str | None, n_row
     lengths = [70, 3, 0, 40, 9, 21]
     whole, part = case(lengths, n_rows, 8, device=device), slice(1, 2)
     query, tails = whole.query[part], (x[part] for x in (whole.tail_keys, whole.tail_values) if x is not None)
-    got = ragged_attention(query, whole.keys, whole.values, whole.cu_seqlens[2:5], *tails, impl=impl)
+    options = {"part_of_storage": True, "impl": impl}
+    got = ragged_attention(query, whole.keys, whole.values, whole.cu_seqlens[2:5], *tails, **options)
     torch.testing.assert_close(got, whole.run(impl=impl)[part])
 
 
@@ -380,8 +381,9 @@ BAD_INPUTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"cu_seqlens": [0, 4, 9]}, TypeError, "cu_seqlens: expected a tensor"),
     ({"cu_seqlens": torch.tensor([0, 4, 9])}, TypeError, "cu_seqlens: expected torch.int32"),
     ({"cu_seqlens": torch.tensor([0, 4, 4, 9], dtype=torch.int32)}, ValueError, "cu_seqlens: expected 1 rows"),
-    ({"cu_seqlens": torch.tensor([0, 4, 10], dtype=torch.int32)}, ValueError, "cu_seqlens: expected to run within"),
-    ({"cu_seqlens": torch.tensor([-1, 4, 9], dtype=torch.int32)}, ValueError, "cu_seqlens: expected to run within"),
+    ({"cu_seqlens": torch.tensor([0, 4, 8], dtype=torch.int32)}, ValueError, "cu_seqlens: expected to run from 0 to 9"),
+    ({"cu_seqlens": torch.tensor([1, 4, 9], dtype=torch.int32)}, ValueError, "cu_seqlens: expected to run from 0 to 9"),
+    ({"cu_seqlens": torch.tensor([0, 4, 10], dtype=torch.int32), "part_of_storage": True}, ValueError, "to run within"),
     ({"cu_seqlens": torch.tensor([0, 10, 9], dtype=torch.int32)}, ValueError, "cu_seqlens: expected values that never"),
     ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, ValueError, "cu_seqlens: expected at least"),
     ({"cu_seqlens": torch.zeros(3, dtype=torch.int32, device="meta")}, ValueError, "cu_seqlens: expected device"),
