@@ -54,7 +54,8 @@ def main(
         bar = progress.add_task("questions", total=count_rows(run, works))
         for row in execute(run, works, loaded, tokenizer):
             writer.write(row)
-            rows.append(replace(row, press=row.press.partition(" #")[0]))  # draws of random heads are averaged
+            press, _, draw = row.press.partition(" #")  # draws of random heads are averaged, as further questions
+            rows.append(replace(row, press=press, question_id=f"{row.question_id} {draw}".rstrip()))
             progress.update(bar, advance=1)
     cells = summarise(rows)
     title = f"{model}, seed {seed}, {cells[0].n_questions} questions a press and ratio, {draws} draws of random heads"

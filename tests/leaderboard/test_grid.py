@@ -83,9 +83,6 @@ def test_the_full_grid_asks_at_least_200_questions_a_cell_at_the_ratios_of_the_p
     works = plan(run, Words())
     cells = sum(len(run.ratios(press)) for press in run.presses)
     assert count_rows(run, works) / cells >= 200
-    for task in run.tasks:
-        asked = sum(len(work.sample.questions) for work in works if work.task == task.task)
-        assert asked >= 100
     names = {spec.name for spec in run.presses}
     assert {"random", "kvzip", "kvzip_local", "kvzip_head", "fastkvzip", "duo_attention", "snapkv"} <= names
 
