@@ -49,5 +49,9 @@ class DataNotFoundError(KVzipPressError, OSError):
     """A data set's files are neither on this machine nor reachable. The message says what to do."""
 
 
+class DiskFullError(KVzipPressError, OSError):
+    """There is no room on the disk for what has to be kept there."""
+
+
 class MissingDependencyError(KVzipPressError, ImportError):
     """An optional package is needed, and is absent or of a version that does not work."""

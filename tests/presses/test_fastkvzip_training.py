@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from kvzip_press import KVzipPress, prefill
 from kvzip_press.cli import app
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import DataNotFoundError, DiskFullError, InvalidArgumentError
 from kvzip_press.models import full_attention_layers
 from kvzip_press.presses.fastkvzip import FastKVzipPress, Gates
 from kvzip_press.presses.fastkvzip.training import Recipe, Training, evaluate, texts_of
@@ -246,6 +247,49 @@ def test_texts_come_from_files_and_jsonl(tmp_path) -> None:
         list(read_texts([str(tmp_path / "none.jsonl")]))
     with pytest.raises(InvalidArgumentError, match=r"expected a text file, a \.jsonl file or a hub data set"):
         list(read_texts([str(tmp_path / "none.txt")]))
+
+
+def test_a_full_disk_says_how_much_is_needed_and_gets_its_room_back(tmp_path, monkeypatch) -> None:
+    """With room again the same command goes on, and gives what it would have given."""
+    append, left = Shards.append, [3]
+
+    def until_full(self, *piece) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            (self.folder / "hidden-000.bin").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, *piece)
+
+    monkeypatch.setattr(Shards, "append", until_full)
+    begun = training(tmp_path / "full")
+    with pytest.raises(DiskFullError, match=r"expected 0\.00 GB of room in .*full.* full disk.*--disk-gb"):
+        begun.run()
+    assert not list((tmp_path / "full").rglob("*.bin"))
+    monkeypatch.setattr(Shards, "append", append)
+    again, _ = training(tmp_path / "full").run()
+    other, _ = training(tmp_path / "other").run()
+    assert all(torch.equal(a, b) for a, b in zip(states(again), states(other), strict=True))
+
+
+def test_another_error_of_the_disk_is_itself(tmp_path, monkeypatch) -> None:
+    def denied(self, *piece) -> None:
+        raise PermissionError(errno.EACCES, "denied")
+
+    monkeypatch.setattr(Shards, "append", denied)
+    with pytest.raises(PermissionError, match="denied"):
+        training(tmp_path).run()
+
+
+def test_a_data_set_that_cannot_be_reached_leaves_nothing(invoke, tmp_path, monkeypatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataNotFoundError, match=r"expected the hub data set some/texts .* cached or reachable"):
+        invoke("--model", "llama", "--data", "some/texts", "--out", tmp_path / "gates.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_hub_data_sets_are_streamed_by_name(monkeypatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kvzip_press.chat import encode
-from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError
+from kvzip_press.errors import DataNotFoundError, InvalidArgumentError, MissingDependencyError
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 CONFIGS = {FINEWEB: "sample-10BT"}  # of hub data sets that have several
@@ -116,7 +116,7 @@ def _data_set(name: str) -> Iterator[str]:
         for row in rows:
             yield str(row["text"])
     except (OSError, ValueError, KeyError) as error:
-        raise ModelNotFoundError(
+        raise DataNotFoundError(
             f"expected the hub data set {name} with a column 'text', cached or reachable, got "
             f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error

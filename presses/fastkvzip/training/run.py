@@ -6,6 +6,7 @@ is deterministic and leaves its result in a file before the next begins, so it d
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from torch import nn
 
 from kvzip_press import __version__
 from kvzip_press.atomic_write import replacing
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import DiskFullError, InvalidArgumentError
 from kvzip_press.model_facts import facts_of, num_kv_heads
 from kvzip_press.models import input_device, text_config
 from kvzip_press.presses.fastkvzip.fast_press import FastKVzipPress
@@ -109,9 +110,24 @@ class Training:
         n_done, _ = shards.done
         before = sum(len(one) for one in self.rounds[:number])
         for i, piece in enumerate(pieces[n_done:], start=n_done + 1):
-            shards.append(*features_of(self.model, self.tokenizer, piece.ids))
+            features = features_of(self.model, self.tokenizer, piece.ids)
+            try:
+                shards.append(*features)
+            except OSError as error:
+                raise self._no_room(shards, pieces, error) from error
             self.progress("reading and scoring", before + i, len(self.train), f"{shards.done[1]} tokens on disk")
         return shards
+
+    def _no_room(self, shards: Shards, pieces: Sequence[Piece], error: OSError) -> OSError:
+        """What a write that failed is to the user; a full disk gets its room back."""
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        shutil.rmtree(shards.folder)
+        needed = sum(len(piece.ids) for piece in pieces) * shards.token_bytes
+        return DiskFullError(
+            f"expected {needed / 1e9:.2f} GB of room in {self.folder} for the features of a round, got a full disk; "
+            "what the round had written there is removed. Fewer disk_bytes (--disk-gb) train in more rounds of less"
+        )
 
     def _optimise(self, number: int, shards: Shards) -> None:
         device = input_device(self.model)
