@@ -1,10 +1,10 @@
 """A model and its tokenizer by one name: an alias, a path or a hub id."""
 
-import difflib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvzip_press.did_you_mean import did_you_mean
 from kvzip_press.embedded import GEMMA3_270M, SMOLLM2, EmbeddedModel, embedded_model_dir, find_gguf
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError
 
@@ -105,8 +105,7 @@ def _from_pretrained(name_or_path: str, options: dict[str, Any]) -> "tuple[PreTr
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **tokenizer_options)
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except OSError as error:  # transformers and huggingface_hub raise OSError for whatever is missing or unreachable
-        near = difflib.get_close_matches(name_or_path, ALIASES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        hint = did_you_mean(name_or_path, ALIASES) or "."
         raise ModelNotFoundError(
             f"expected an alias ({', '.join(ALIASES)}), a directory with a model, or a hub id that is cached or "
             f"reachable, got {name_or_path!r}{hint} Cause: {_first_line(error)}"

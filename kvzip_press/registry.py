@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import Any
 
+from kvzip_press.did_you_mean import did_you_mean
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.press import Press
 
@@ -43,8 +43,7 @@ def get_press(name: str, compression_ratio: float = 0.0, **options: Any) -> Pres
     """
     table = _table()
     if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, table)
         raise InvalidArgumentError(f"expected a press among {', '.join(sorted(table))}, got {name!r}{hint}")
     module, _, attribute = table[name].partition(":")
     press = getattr(importlib.import_module(module), attribute)(compression_ratio=compression_ratio, **options)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import yaml
 
 from kvzip_press import get_press
+from kvzip_press.did_you_mean import did_you_mean
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
 from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec
 from kvzip_press.leaderboard.tasks import get_task
@@ -53,7 +54,7 @@ def load_grid(name: str) -> Grid:
     """
     path = GRIDS / f"{name}.yaml" if name in grid_names() else Path(name)
     if not path.is_file():
-        hint = _hint(name, grid_names())
+        hint = did_you_mean(name, grid_names())
         raise InvalidArgumentError(f"expected a grid out of {', '.join(grid_names())}, or a file, got {name!r}{hint}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -165,7 +166,7 @@ class _Node:
         for key in self.values:
             if key not in self.taken:
                 raise InvalidArgumentError(
-                    f"{self._at(key)}: expected a key out of {', '.join(self.taken)}{_hint(key, self.taken)}"
+                    f"{self._at(key)}: expected a key out of {', '.join(self.taken)}{did_you_mean(key, self.taken)}"
                 )
 
     def _at(self, key: str) -> str:
@@ -180,8 +181,3 @@ class _Node:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise InvalidArgumentError(f"{path or 'the file'}: expected {_NAMES[kind]}, got {value!r:.80}")
         return value
-
-
-def _hint(name: object, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

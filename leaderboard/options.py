@@ -1,8 +1,8 @@
 """Options that a user gives by name or number: one message for those that do not exist or are out of range."""
 
-import difflib
 from collections.abc import Iterable
 
+from kvzip_press.did_you_mean import did_you_mean
 from kvzip_press.errors import InvalidArgumentError
 
 
@@ -19,9 +19,9 @@ def check_name(kind: str, given: str, known: Iterable[str]) -> None:
     """
     names = sorted(known)
     if given not in names:
-        close = difflib.get_close_matches(str(given), names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InvalidArgumentError(f"expected {kind} out of {', '.join(names)}, got {given!r}{hint}")
+        raise InvalidArgumentError(
+            f"expected {kind} out of {', '.join(names)}, got {given!r}{did_you_mean(given, names)}"
+        )
 
 
 def check_between(**limits: tuple[int, int, int | None]) -> None:

@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from kvzip_press import load_model
 from kvzip_press.leaderboard.demo import GRID
 from kvzip_press.leaderboard.grid import load_grid
 from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, count_rows, plan
+from kvzip_press.leaderboard.profile.grid import get_device
+from kvzip_press.leaderboard.progress import row_bar
 from kvzip_press.leaderboard.results import Row, RowWriter
 from kvzip_press.leaderboard.runner import execute
 from kvzip_press.leaderboard.summary import Cell, summarise
@@ -59,16 +59,15 @@ def main(
 
 def _measure(run: Run, device: str | None, path: Path) -> list[Row]:
     loaded, tokenizer = load_model(run.model_name)
-    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    loaded.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
     works, found = plan(run, tokenizer), []
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    with RowWriter(path) as writer, Progress(transient=True) as shown:
-        bar = shown.add_task("questions", total=count_rows(run, works))
+    with RowWriter(path) as writer, row_bar(Console(), count_rows(run, works)) as on_row:
         for row in execute(run, works, loaded, tokenizer):
             writer.write(row)
             found.append(row)
-            shown.advance(bar)
+            on_row(row)
     return found
 
 

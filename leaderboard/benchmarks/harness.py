@@ -24,6 +24,7 @@ from kvzip_press import load_model
 from kvzip_press.chat import chat_frame, encode
 from kvzip_press.generation import decoded, eos_ids, question_ids
 from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, Work, plan
+from kvzip_press.leaderboard.profile.grid import get_device
 from kvzip_press.leaderboard.results import Row
 from kvzip_press.leaderboard.runner import execute
 from kvzip_press.leaderboard.task import Question
@@ -50,7 +51,7 @@ def main(
     tasks = tuple(TaskSpec(get_task(name), contexts, tokens) for name in task or ("hidden_facts", "profile_qa"))
     run = Run(model, tasks, tuple(PressSpec(name, name) for name in names), RATIOS, seed=31, batch_size=batch_size)
     loaded, tokenizer = load_model(model)
-    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    loaded.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
     works = plan(run, tokenizer)
     small = replace(run, presses=run.presses[-1:], compression_ratios=RATIOS[:1])
     for warm in (_ours, _loop):

@@ -14,11 +14,11 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from kvzip_press import load_model
 from kvzip_press.head_scores import HeadScores
 from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, count_rows, plan
+from kvzip_press.leaderboard.progress import row_bar
 from kvzip_press.leaderboard.results import RowWriter
 from kvzip_press.leaderboard.runner import execute
 from kvzip_press.leaderboard.summary import summarise
@@ -50,13 +50,12 @@ def main(
     )
     run = Run(model, tasks, presses, REMOVED, seed)
     works, rows = plan(run, tokenizer), []
-    with RowWriter(out) as writer, Progress(transient=True) as progress:
-        bar = progress.add_task("questions", total=count_rows(run, works))
+    with RowWriter(out) as writer, row_bar(Console(), count_rows(run, works)) as on_row:
         for row in execute(run, works, loaded, tokenizer):
             writer.write(row)
             press, _, draw = row.press.partition(" #")  # draws of random heads are averaged, as further questions
             rows.append(replace(row, press=press, question_id=f"{row.question_id} {draw}".rstrip()))
-            progress.update(bar, advance=1)
+            on_row(row)
     cells = summarise(rows)
     title = f"{model}, seed {seed}, {cells[0].n_questions} questions a press and ratio, {draws} draws of random heads"
     Console().print(results_table(cells, title))

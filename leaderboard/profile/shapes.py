@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from kvzip_press.did_you_mean import did_you_mean
 from kvzip_press.errors import InvalidArgumentError
 
 _LLAMA3_ROPE = {
@@ -110,8 +110,7 @@ def get_shape(name: str) -> Shape:
         InvalidArgumentError: No such name; the message has those that there are.
     """
     if name not in SHAPES:
-        near = difflib.get_close_matches(name, SHAPES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, SHAPES)
         raise InvalidArgumentError(f"expected a shape among {', '.join(SHAPES)}, got {name!r}{hint}")
     return SHAPES[name]
 
