@@ -119,7 +119,9 @@ def dense_weight(linear: Any, like: torch.Tensor) -> torch.Tensor:
     if type(linear) is nn.Linear and linear.weight.dtype in _PLAIN and not linear.weight.is_meta:
         return linear.weight.float()
     unit = torch.eye(linear.in_features, dtype=like.dtype, device=like.device)
-    columns: torch.Tensor = linear(unit) - linear(torch.zeros_like(unit[:1]))  # without the bias
+    # Not from zero: a layer in fp8 scales its inputs block by block, and divides 0 by 0 where a block is all zeros.
+    little = torch.full_like(unit[:1], 2.0**-14)
+    columns: torch.Tensor = linear(unit + little) - linear(little)  # without the bias
     return columns.float().T
 
 

@@ -83,13 +83,15 @@ def report(
     directory: DirectoryArgument,
     output: Annotated[Path, typer.Option("--output", help="The HTML file to write.")],
     pictures: Annotated[Path | None, typer.Option("--pictures", help="Also a directory for PNGs.")] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Stands above the page.")] = None,
+    command: Annotated[str, typer.Option("--command", help="What made the rows; stands at the end of the page.")] = "",
 ) -> None:
     """Writes one page that holds all of a run, for a browser, without a network."""
     from kvzip_press.leaderboard.launch import heads_of, rows_of
     from kvzip_press.leaderboard.report import write_report
 
     rows, heads = rows_of(directory), heads_of(directory)
-    write_report(rows, heads, output)
+    write_report(rows, heads, output, command=command, **({} if title is None else {"title": title}))
     typer.echo(f"page: {output}")
     if pictures is not None:
         from kvzip_press.leaderboard.pictures import save_all
@@ -103,6 +105,9 @@ def export(
     directory: DirectoryArgument,
     output: Annotated[Path, typer.Option("--output", help="The folder to write.")],
     form: Annotated[str, typer.Option("--format", help="kvpress: the folders of its leaderboard.")] = "kvpress",
+    data_dir: Annotated[
+        str | None, typer.Option("--data-dir", help="The part of the data set that was asked: 4096 for RULER's.")
+    ] = None,
 ) -> None:
     """Writes a run as another leaderboard takes it."""
     from kvzip_press.leaderboard.kvpress_format import export_rows
@@ -110,7 +115,7 @@ def export(
 
     if form != "kvpress":
         raise InvalidArgumentError(f"expected --format kvpress, got {form!r}")
-    export_rows(rows_of(directory), output)
+    export_rows(rows_of(directory), output, data_dir=data_dir)
     typer.echo(f"folders: {output}")
 
 

@@ -21,8 +21,8 @@ class HubData(ABC):
 
     Attributes:
         source: A local file with the same columns instead, ``.parquet`` or ``.jsonl``.
-        revision: Commit, tag or branch on the hub. What is loaded is the commit that it names when the task is first
-            used; `data_revision` says which that is.
+        revision: Commit, tag or branch on the hub; tasks set a commit by default where one is on record. What is loaded
+            is the commit that it names when the task is first used; `data_revision` says which that is.
     """
 
     presets: ClassVar[Presets] = {"default": {}}

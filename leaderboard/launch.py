@@ -20,9 +20,11 @@ from kvzip_press.leaderboard.plan import Run, Work, count_rows, plan, shard
 from kvzip_press.leaderboard.profile.grid import get_device, get_dtype
 from kvzip_press.leaderboard.progress import row_bar
 from kvzip_press.leaderboard.ray_executor import Cluster, run_with_ray
+from kvzip_press.leaderboard.references import judge
 from kvzip_press.leaderboard.results import Row, RowWriter, read_rows
 from kvzip_press.leaderboard.run_directory import HEADS, ROWS, RUN, RunDirectory, RunRecord
 from kvzip_press.leaderboard.shards import run_shard
+from kvzip_press.leaderboard.statistics import saturated_ratios
 from kvzip_press.leaderboard.summary import split_tables, summarise
 from kvzip_press.leaderboard.table import results_table
 
@@ -159,12 +161,21 @@ def store(rows: Iterable[Row], output: str | os.PathLike[str]) -> int:
 
 
 def print_table(path: str | os.PathLike[str], *, console: Console | None = None) -> None:
-    """Prints the table of a run directory; one each for query-agnostic and query-aware rows, and for each run."""
+    """Prints the table of a run directory; one each for query-agnostic and query-aware rows, and for each run.
+
+    Raises:
+        RunDirectoryError: It has no rows.
+        MissingDependencyError: scipy is absent.
+    """
     console, rows = console or Console(), rows_of(path)
     for group in split_tables(rows):
-        cells = summarise(group)
+        cells, judgement = summarise(group), judge(group)
+        marks = {key: judgement.marks(*key) for key in {(cell.press, cell.compression_ratio) for cell in cells}}
         form = "query-aware" if cells[0].query_aware else "query-agnostic"
-        console.print(results_table(cells, f"{cells[0].model}, {form}: {cells[0].n_questions} questions a row"))
+        title = f"{cells[0].model}, {form}: {cells[0].n_questions} questions a row"
+        console.print(results_table(cells, title, marks))
+        for ratio in saturated_ratios(group):
+            console.print(f"at {ratio:g} removed nothing tells the presses apart beyond chance", style="yellow")
     if (Path(path) / RUN).is_file() and len(rows) < (n_rows := RunRecord.read(path).n_rows):
         console.print(f"{len(rows)} of the run's {n_rows} rows", style="yellow", markup=False)
     console.print(f"rows: {Path(path) / ROWS}", markup=False, highlight=False)

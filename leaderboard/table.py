@@ -1,10 +1,11 @@
 """The table on the terminal: press x removed fraction."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
 
+from kvzip_press.leaderboard.references import MARKS_CAPTION, CellKey
 from kvzip_press.leaderboard.summary import Cell
 
 _CAPTION = (
@@ -13,16 +14,19 @@ _CAPTION = (
 )
 
 
-def results_table(cells: Sequence[Cell], title: str = "") -> Table:
+def results_table(cells: Sequence[Cell], title: str = "", marks: Mapping[CellKey, str] | None = None) -> Table:
     """A table with a row a cell; without cells it has its head only, and says so below.
 
     Args:
         cells: From `summarise`, drawn in their order.
         title: Stands above.
+        marks: What stands behind a cell's accuracy, by press and ratio, such as "†".
     """
+    marks = marks or {}
+    caption = f"{_CAPTION} {MARKS_CAPTION}" if any(marks.values()) else _CAPTION
     table = Table(
         title=title or None,
-        caption=_CAPTION if cells else "no rows",
+        caption=caption if cells else "no rows",
         header_style="bold",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
@@ -34,17 +38,20 @@ def results_table(cells: Sequence[Cell], title: str = "") -> Table:
     for cell in cells:
         if above is not None and above != cell.press:
             table.add_section()
-        table.add_row("" if above == cell.press else cell.press, *_figures(cell))
+        table.add_row(
+            "" if above == cell.press else cell.press,
+            *_figures(cell, marks.get((cell.press, cell.compression_ratio), "")),
+        )
         above = cell.press
     return table
 
 
-def _figures(cell: Cell) -> tuple[str, ...]:
+def _figures(cell: Cell, marks: str) -> tuple[str, ...]:
     error = "" if cell.standard_error is None else f" ± {cell.standard_error:.2f}"
     megabytes = None if cell.resident_bytes is None else cell.resident_bytes / 1e6
     return (
         f"{cell.compression_ratio:.2f}",
-        f"{cell.accuracy:.2f}{error}",
+        f"{cell.accuracy:.2f}{error}{marks and ' '}{marks}",
         _figure(cell.kept_fraction),
         _figure(megabytes, 1),
         *(_figure(seconds) for seconds in (cell.prefill_seconds, cell.compress_seconds, cell.answer_seconds)),

@@ -186,9 +186,13 @@ def test_a_run_becomes_a_page_and_folders_and_rows_again(grid: str, tmp_path: Pa
     pytest.importorskip("scipy")
     command("run", "--grid", grid, "--output", tmp_path / "run", "--device", "cpu")
     page = tmp_path / "page.html"
-    assert "page.html" in command("report", tmp_path / "run", "--output", page)
+    options = ("--title", "Ours & theirs", "--command", "make it <again>")
+    assert "page.html" in command("report", tmp_path / "run", "--output", page, *options)
+    assert "<title>Ours &amp; theirs</title>" in page.read_text(encoding="utf-8")
+    assert "make it \\u003cagain\\u003e" in page.read_text(encoding="utf-8")
     assert "full cache" in page.read_text(encoding="utf-8")
-    command("export", tmp_path / "run", "--output", tmp_path / "folders")
+    command("export", tmp_path / "run", "--output", tmp_path / "folders", "--data-dir", "4096")
+    assert all("__4096__" in folder.name for folder in (tmp_path / "folders").iterdir())
     assert "24 rows" in command("import", tmp_path / "folders", "--output", tmp_path / "back")
     assert sorted(rows_in(tmp_path / "back"), key=lambda row: row.key) == sorted(
         rows_in(tmp_path / "run"), key=lambda row: row.key

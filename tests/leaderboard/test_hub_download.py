@@ -99,11 +99,11 @@ def run(hub: ThreadingHTTPServer, cache: Path, *, offline: bool = False, **optio
 @pytest.mark.slow
 def test_a_branch_is_loaded_by_its_commit_and_stays_when_the_hub_is_gone(hub: Any, tmp_path: Path) -> None:
     expected = [COMMIT, ["1", "2", "3"]]
-    assert run(hub, tmp_path) == expected
+    assert run(hub, tmp_path, revision="main") == expected
     assert f"GET /datasets/HuggingFaceH4/MATH-500/resolve/{COMMIT}/test.jsonl" in Hub.asked
     assert not any("README" in asked for asked in Hub.asked)
     n_asked = len(Hub.asked)
-    assert run(hub, tmp_path, offline=True) == expected
+    assert run(hub, tmp_path, offline=True, revision="main") == expected
     assert run(hub, tmp_path, offline=True, revision=COMMIT) == expected
     assert len(Hub.asked) == n_asked
     kind, message = run(hub, tmp_path, offline=True, revision="f" * 40)  # the cache has another commit

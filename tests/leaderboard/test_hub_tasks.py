@@ -363,7 +363,7 @@ def test_a_branch_is_resolved_to_its_commit_and_that_is_loaded(snapshot: Any) ->
     snapshot("4096/test-00000-of-00001.parquet", RULER)
     snapshot("8192/test-00000-of-00002.parquet", MANY[:3])
     asked = snapshot("8192/test-00001-of-00002.parquet", MANY[3:5])
-    task = get_task("ruler", preset="8k")
+    task = get_task("ruler", preset="8k", revision="main")
     assert task.data_revision == COMMIT
     assert {sample.context for sample in samples(task)} == {row["context"] for row in MANY[:5]}
     assert asked == [("simonjegou/ruler", "dataset", "main", "8192/test-*.parquet")]
@@ -375,6 +375,17 @@ def test_a_pinned_commit_is_taken_as_it_is_and_loaded(snapshot: Any) -> None:
     assert (task.data_revision, asked) == (COMMIT, [])
     assert len(samples(task)) == 2
     assert asked == [("rajpurkar/squad", "dataset", COMMIT, "plain_text/train-*.parquet")]
+
+
+@pytest.mark.parametrize("name", sorted(FROM_HUB))
+def test_the_data_are_pinned_where_a_commit_is_on_record(name: str) -> None:
+    """Then the revision is known without asking anybody."""
+    task = get_task(name)
+    if name.startswith(("scbench", "niah_essays")):
+        assert task.revision == "main"
+    else:
+        assert len(task.revision) == 40
+        assert task.data_revision == task.revision
 
 
 def test_a_commit_without_the_files_is_refused(snapshot: Any) -> None:

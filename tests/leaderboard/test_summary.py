@@ -147,3 +147,13 @@ def test_without_matplotlib_the_picture_names_the_command(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError, match="pip install matplotlib"):
         save_pareto(summarise([make_row()]), tmp_path / "pareto.png")
+
+
+def test_marks_stand_behind_the_figures_and_are_explained(make_row: MakeRow) -> None:
+    cells = summarise([make_row(press="A", compression_ratio=0.5), make_row(press="B", compression_ratio=0.5)])
+    console = Console(width=100, file=io.StringIO())
+    console.print(results_table(cells, marks={("A", 0.5): "†‡", ("B", 0.5): ""}))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert len([line for line in text.splitlines() if "0.50" in line and "†‡" in line]) == 1
+    assert "† less accurate than the full cache" in text
+    assert "†" not in text_of(cells)

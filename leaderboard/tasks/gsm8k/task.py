@@ -27,6 +27,7 @@ class GSM8KTask(HubTask):
     min_characters: int = 324
     max_new_tokens: int = 512
     name: str = "gsm8k"
+    revision: str = "e53f048856ff4f594e959d75785d2c2d37b678ee"
 
     @property
     def files(self) -> HubFiles:

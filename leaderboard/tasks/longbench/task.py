@@ -34,6 +34,7 @@ class LongBenchTask(HubTask):
     """One of its sets, which the name says: "longbench_qasper"."""
 
     name: str = "longbench_qasper"
+    revision: str = "2e9ade51ebf45d98942056c0716234f9d5d257d5"
 
     def __post_init__(self) -> None:
         check_name("a task of LongBench", self.name, [f"longbench_{subset}" for subset in (*METRICS, "trec")])

@@ -42,6 +42,7 @@ class AIME24Task(MathematicsTask):
 
     max_new_tokens: int = 32768
     name: str = "aime24"
+    revision: str = "2fe88a2f1091d5048c0f36abc874fb997b3dd99a"
 
     @property
     def files(self) -> HubFiles:
@@ -54,6 +55,7 @@ class MATH500Task(MathematicsTask):
     """Five hundred problems of MATH's test part; answers are expressions."""
 
     name: str = "math500"
+    revision: str = "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"
 
     @property
     def files(self) -> HubFiles:

@@ -20,6 +20,7 @@ class MRCRTask(HubTask):
 
     max_new_tokens: int = 512
     name: str = "mrcr"
+    revision: str = "f4c69fae7cf81f7ca26b9fee34b392a50f6b8a1d"
 
     @property
     def files(self) -> HubFiles:

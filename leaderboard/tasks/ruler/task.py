@@ -30,6 +30,7 @@ class RULERTask(HubTask):
     data_dir: str = "4096"
     subset: str = ""
     name: str = "ruler"
+    revision: str = "24adceac8a0e6532936e8d721cd9e9084d2e4686"
 
     def __post_init__(self) -> None:
         if self.subset:

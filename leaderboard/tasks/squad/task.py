@@ -22,6 +22,7 @@ class SQuADTask(HubTask):
     split: str = "train"
     max_new_tokens: int = 256
     name: str = "squad"
+    revision: str = "7b6d24c440a36b6815f21b70d25016731768db1f"
 
     @property
     def files(self) -> HubFiles:
