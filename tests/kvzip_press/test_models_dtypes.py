@@ -139,6 +139,23 @@ def test_kvzip_plus_weighs_with_the_matrix_that_is_meant(kind) -> None:
         torch.testing.assert_close(ours[layer_idx], scores, atol=1e-4, rtol=1e-3)
 
 
+class ScaledInputsLinear(nn.Linear):
+    """Inputs in fp8 with a scale a block, which divides 0 by 0 where a block is all zeros, as Hugging Face's fp8."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        blocks = x.unflatten(-1, (-1, 16))
+        scale = blocks.abs().amax(dim=-1, keepdim=True) / 448
+        stored = (blocks / scale).to(torch.float8_e4m3fn)
+        return nn.functional.linear((stored.to(x.dtype) * scale).flatten(-2), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_matrix_of_a_layer_that_scales_its_inputs_is_read_whole(dtype) -> None:
+    layer = ScaledInputsLinear(64, 48, dtype=dtype)
+    read = dense_weight(layer, torch.ones(1, dtype=dtype))
+    torch.testing.assert_close(read, layer.weight.float(), atol=4 * torch.finfo(dtype).eps, rtol=1e-2)
+
+
 def test_one_byte_of_an_fp8_weight_changes_the_fingerprint() -> None:
     """Bytes are compared, also where they stand for the same number as floats (0 and -0) or for none (NaN)."""
     module = quantized(FP8Linear).model.layers[0].self_attn
