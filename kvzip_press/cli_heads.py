@@ -29,7 +29,7 @@ def compute(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            "--text", exists=True, dir_okay=False, help="A text file; several times. Default: six built-in ones."
+            "--text", exists=True, dir_okay=False, help="A text file; several times. Default: eight built-in ones."
         ),
     ] = None,
     method: Annotated[str, typer.Option("--method", help="kvzip, or duo-attention (kvpress's short cut).")] = "kvzip",
@@ -37,7 +37,7 @@ def compute(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Scores every KV head of a model once: KVzip over each text, the best pair of each head.
+    """Scores every KV head of a model once: KVzip over each text, the best pairs of each head.
 
     The longer the texts, and the more like what the model will read, the better: KVzip took 88 thousand tokens of a
     book.

@@ -3,8 +3,9 @@
 ``python -m kvzip_press.leaderboard.benchmarks.heads --contexts 13``
 
 The tasks are the demo's. Heads that are dropped keep the chat template's prefix, and in the second half of the table
-the last ``window`` tokens of the context besides; on contexts as short as these the window is a good part of what is
-kept, so look at the measured fraction. Rows go to a JSONL file as they are made.
+the last ``window`` tokens of the context besides; contexts as short as these feel both, so ratios come in pairs: the
+fraction of the heads that is dropped, and the one that leaves about that fraction of the bytes with a window of 16.
+Look at the measured fraction. Rows go to a JSONL file as they are made.
 """
 
 from dataclasses import replace
@@ -18,6 +19,7 @@ from rich.console import Console
 from kvzip_press import load_model
 from kvzip_press.head_scores import HeadScores
 from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, count_rows, plan
+from kvzip_press.leaderboard.profile.grid import get_device
 from kvzip_press.leaderboard.progress import row_bar
 from kvzip_press.leaderboard.results import RowWriter
 from kvzip_press.leaderboard.runner import execute
@@ -27,28 +29,31 @@ from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.model_facts import num_kv_heads
 from kvzip_press.models import full_attention_layers
 
-REMOVED = (0.4, 0.5)
+REMOVED = (0.4, 0.44, 0.5, 0.55)
 N_SINK = 4  # fewer than the chat template's prefix, so that all presses keep the prefix and no more
 
 
 def main(
     contexts: Annotated[int, typer.Option(help="Pages of profile_qa (8 questions each); twice as many needles.")] = 13,
     tokens: Annotated[int, typer.Option(help="Tokens of each context.")] = 450,
-    window: Annotated[int, typer.Option(help="Last tokens that every head keeps, in the second half.")] = 64,
+    window: Annotated[int, typer.Option(help="Last tokens that every head keeps, in the second half.")] = 16,
     draws: Annotated[int, typer.Option(help="Draws of random heads.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the contexts.")] = 17,
     model: Annotated[str, typer.Option(help="Path or hub id of a model, or smollm2.")] = "smollm2",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default the GPU if any.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Contexts in one forward.")] = 1,
     out: Annotated[Path, typer.Option(help="Where the rows go.")] = Path("outputs/heads.jsonl"),
 ) -> None:
     """Runs the comparison and prints it."""
     loaded, tokenizer = load_model(model)
+    loaded.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
     shape = len(full_attention_layers(loaded)), num_kv_heads(loaded)
     presses = (PressSpec("none", "full cache", compression_ratios=(0.0,)), *head_presses(shape, window, draws))
     tasks = (
         TaskSpec(get_task("hidden_facts", n_keys=4), 2 * contexts, tokens),
         TaskSpec(get_task("profile_qa", n_people=1, n_attributes=8), contexts, tokens),
     )
-    run = Run(model, tasks, presses, REMOVED, seed)
+    run = Run(model, tasks, presses, REMOVED, seed, batch_size=batch_size)
     works, rows = plan(run, tokenizer), []
     with RowWriter(out) as writer, row_bar(Console(), count_rows(run, works)) as on_row:
         for row in execute(run, works, loaded, tokenizer):

@@ -1,4 +1,4 @@
-"""Scores of heads by KVzip: the scores of their pairs over texts, reduced by the maximum over each text."""
+"""Scores of heads by KVzip: of the scores of their pairs over texts, the best ones."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ def compute_head_scores(
     *,
     chunk_size: int = 2048,
     n_last: int = 64,
+    n_best: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeadScores:
-    """Reads each text, scores its pairs with KVzip, takes the maximum over its tokens, and the mean over the texts.
+    """Reads each text, scores its pairs with KVzip, and takes the mean of each head's best pairs and over the texts.
 
-    With one text and ``n_last=0`` that is the paper. KVzip merges the scores of several texts by their maximum, which
-    one outlier decides; the mean did a little better on SmolLM2.
+    With one text, ``n_best=1`` and ``n_last=0`` that is the paper, which takes the maximum over one long text; KVzip
+    merges the scores of several texts by their maximum too. One outlier decides a maximum. On SmolLM2 the mean of 16
+    kept more answers with half of the heads gone (0.89 beside 0.83; 280 questions).
 
     The last tokens of a text are left out. The replay's prompt follows directly upon them, so heads that only look at
     what was just read give them high scores too, and those would be their maximum; what a head is asked here is
@@ -42,27 +44,34 @@ def compute_head_scores(
         texts: One text of a kind that the model will see, or several; each longer than ``n_last`` tokens.
         chunk_size: Context tokens replayed at a time.
         n_last: Last tokens of each text that are left out; 0 is KVzip.
+        n_best: Best pairs of a head in each text whose mean is its score; 1 is KVzip.
         progress: Called after every forward with how many are done and how many there are.
 
     Raises:
-        InvalidArgumentError: No text, one of ``n_last`` tokens or less, or one longer than the model's positions.
+        InvalidArgumentError: No text, one of fewer than ``n_last + n_best`` tokens, or one longer than the model's
+            positions; ``n_last`` below 0 or ``n_best`` below 1.
     """
     lengths = [len(encode(tokenizer, text)) for text in check_texts(texts)]
-    if n_last < 0 or min(lengths) <= n_last:
-        raise InvalidArgumentError(f"expected n_last >= 0 and texts of more tokens, got {n_last} and {lengths} tokens")
+    if n_last < 0 or n_best < 1 or min(lengths) < n_last + n_best:
+        raise InvalidArgumentError(
+            f"expected n_last >= 0, n_best >= 1 and texts of as many tokens together, got {n_last}, {n_best} and "
+            f"{lengths} tokens"
+        )
     press = get_press("kvzip", 0.0, chunk_size=chunk_size)
     total = sum(1 + -(-length // chunk_size) for length in lengths)
     with _counting(model, lambda done: progress and progress(done, total)):
-        values = torch.stack([_of_text(model, tokenizer, text, press, n_last) for text in texts]).mean(dim=0)
-    return HeadScores.of_texts(values, model, tokenizer, texts, method="kvzip", chunk_size=chunk_size, n_last=n_last)
+        values = torch.stack([_of_text(model, tokenizer, text, press, n_last, n_best) for text in texts]).mean(dim=0)
+    settings = {"chunk_size": chunk_size, "n_last": n_last, "n_best": n_best}
+    return HeadScores.of_texts(values, model, tokenizer, texts, method="kvzip", **settings)
 
 
-def _of_text(model: nn.Module, tokenizer: Any, text: str, press: Press, n_last: int) -> torch.Tensor:
-    """``[full_attention_layers, num_key_value_heads]``: the best pair of each head between prefix and last tokens."""
+def _of_text(model: nn.Module, tokenizer: Any, text: str, press: Press, n_last: int, n_best: int) -> torch.Tensor:
+    """``[full_attention_layers, num_key_value_heads]``: each head's best pairs between prefix and last tokens."""
     done = prefill(model, tokenizer, text)
     scores = press.score(done)
     first, end = int(scores.protected.sum()), done.valid.shape[1] - n_last
-    return torch.stack([values[0, :, first:end].amax(dim=-1).cpu() for values in scores.layers.values()])
+    best = [values[0, :, first:end].topk(n_best, dim=-1).values for values in scores.layers.values()]
+    return torch.stack([values.mean(dim=-1).cpu() for values in best])
 
 
 @contextmanager
