@@ -31,7 +31,7 @@ demo: .venv/.stamp ## set up .venv if need be, then compress the embedded model 
 	.venv/bin/kvzip-press demo
 
 .PHONY: leaderboard
-leaderboard: .venv/.stamp ## compare the presses on the embedded model (about a quarter of an hour): rows, table and page
+leaderboard: .venv/.stamp ## compare the presses on the embedded model (about eight minutes): rows, table and page
 	.venv/bin/kvzip-press leaderboard run --grid smollm2-cpu --output outputs/leaderboard
 	.venv/bin/kvzip-press leaderboard report outputs/leaderboard --output outputs/leaderboard/page.html
 

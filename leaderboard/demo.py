@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from kvzip_press.leaderboard.availability import available
 from kvzip_press.leaderboard.grid import load_grid
 from kvzip_press.leaderboard.pictures import save_pareto
 from kvzip_press.leaderboard.plan import Run, TaskSpec, Work, count_rows, plan
-from kvzip_press.leaderboard.progress import row_bar
+from kvzip_press.leaderboard.progress import quiet_loading, row_bar
 from kvzip_press.leaderboard.results import Row, RowWriter
 from kvzip_press.leaderboard.runner import execute
 from kvzip_press.leaderboard.summary import Cell, summarise
@@ -93,7 +92,10 @@ def run_demo(
 
 
 def _load(model_name: str, console: Console) -> tuple[Any, Any]:
-    with console.status(f"loading {model_name} (the embedded model is unpacked once, about 10 seconds)"), quiet():
+    with (
+        console.status(f"loading {model_name} (the embedded model is unpacked once, about 10 seconds)"),
+        quiet_loading(),
+    ):
         return load_model(model_name)
 
 
@@ -129,17 +131,3 @@ def _draw(cells: list[Cell], path: Path, title: str, console: Console) -> Path |
         console.print(f"no picture: {error}", style="yellow", markup=False)
         return None
     return path
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of transformers while a model loads; afterwards as before."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -18,7 +18,7 @@ from kvzip_press.leaderboard.availability import available
 from kvzip_press.leaderboard.head_budgets import HeadBudgets, read_heads
 from kvzip_press.leaderboard.plan import Run, Work, count_rows, plan, shard
 from kvzip_press.leaderboard.profile.grid import get_device, get_dtype
-from kvzip_press.leaderboard.progress import row_bar
+from kvzip_press.leaderboard.progress import quiet_loading, row_bar
 from kvzip_press.leaderboard.ray_executor import Cluster, run_with_ray
 from kvzip_press.leaderboard.references import judge
 from kvzip_press.leaderboard.results import Row, RowWriter, read_rows
@@ -79,7 +79,8 @@ def launch(
 def load_for(run: Run, device: str) -> tuple[Any, Any]:
     """Model and tokenizer of a run, on a device."""
     dtype = None if run.dtype == "auto" else get_dtype(run.dtype)
-    model, tokenizer = load_model(run.model_name, dtype=dtype or "auto")
+    with quiet_loading():
+        model, tokenizer = load_model(run.model_name, dtype=dtype or "auto")
     return cast("Any", model).to(torch.device(device)), tokenizer
 
 
@@ -169,12 +170,13 @@ def print_table(path: str | os.PathLike[str], *, console: Console | None = None)
     """
     console, rows = console or Console(), rows_of(path)
     for group in split_tables(rows):
-        cells, judgement = summarise(group), judge(group)
+        with console.status("comparing the presses"):
+            cells, judgement, saturated = summarise(group), judge(group), saturated_ratios(group)
         marks = {key: judgement.marks(*key) for key in {(cell.press, cell.compression_ratio) for cell in cells}}
         form = "query-aware" if cells[0].query_aware else "query-agnostic"
         title = f"{cells[0].model}, {form}: {cells[0].n_questions} questions a row"
         console.print(results_table(cells, title, marks))
-        for ratio in saturated_ratios(group):
+        for ratio in saturated:
             console.print(f"at {ratio:g} removed nothing tells the presses apart beyond chance", style="yellow")
     if (Path(path) / RUN).is_file() and len(rows) < (n_rows := RunRecord.read(path).n_rows):
         console.print(f"{len(rows)} of the run's {n_rows} rows", style="yellow", markup=False)

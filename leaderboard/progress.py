@@ -1,4 +1,4 @@
-"""A bar that counts rows."""
+"""A bar that counts rows, and nobody else's beside it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,3 +21,17 @@ def row_bar(console: Console, total: int) -> Iterator[Callable[[Row], None]]:
             progress.update(bar, advance=1, description=what)
 
         yield on_row
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars of transformers while a model loads; afterwards as before."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -98,7 +98,7 @@ class _Loop:
         self.run, self.model, self.tokenizer = run, model, tokenizer
         self.run_id, self.provenance = run.run_id, provenance(model)
         self.done, self.on_heads = done, on_heads
-        self.shapes_seen: set[tuple[int, int]] = set()
+        self.shapes_seen: set[tuple[int, int, int]] = set()
         self.presses = {
             (spec.label, ratio): get_press(spec.name, compression_ratio=ratio, **spec.options)
             for spec in run.presses
@@ -207,11 +207,13 @@ class _Loop:
                 bounds,
             )
 
-        rows, shape = [one.row for one in asked], (len(batch), len(asked))
+        bounds = [question.max_new_tokens for question in questions]
+        rows, shape = [one.row for one in asked], (len(batch), len(asked), max(bounds))
         if input_device(self.model).type == "cuda" and shape not in self.shapes_seen:
             self.shapes_seen.add(shape)
-            ask(_rows_of(cell.cache, rows), [2] * len(asked))  # kernels are compiled for a shape: not this press's time
-        bounds = [question.max_new_tokens for question in questions]
+            ask(
+                _rows_of(cell.cache, rows), bounds
+            )  # kernels are compiled for a shape, and for the graph: nobody's time
         answers, seconds = self._timed(ask, _rows_of(cell.cache, rows), bounds)
         for one, ids in zip(asked, answers, strict=True):
             yield self._row(batch[one.row], one.number, cell, cell.rows[one.row], ids, seconds / len(asked))
