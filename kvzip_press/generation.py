@@ -19,6 +19,7 @@ from kvzip_press.ragged_cache import RaggedCache
 from kvzip_press.reading import next_positions, read
 from kvzip_press.sampling import Sampling, most_likely
 
+ASKED_AT_ONCE = 32  # questions that a long list of them is cut into: a batch shares its context, not its tails
 MIN_GRAPH_TOKENS = 16
 
 _T = TypeVar("_T")

@@ -20,7 +20,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from kvzip_press.chat import encode
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.generation import answer
+from kvzip_press.generation import ASKED_AT_ONCE, answer
 from kvzip_press.prefilling import compress
 from kvzip_press.press import Press
 from kvzip_press.registry import get_press
@@ -82,7 +82,11 @@ class KVzipPressTextGenerationPipeline(Pipeline):
     ) -> list[str]:
         press = get_press("none") if press is None else press
         cache = compress(self.model, self.tokenizer, context_ids, press)
-        return [answer(self.model, self.tokenizer, cache, q, answer_prefix, max_new_tokens) for q in questions]
+        answers: list[str] = []
+        for start in range(0, len(questions), ASKED_AT_ONCE):
+            batch = list(questions[start : start + ASKED_AT_ONCE])
+            answers += answer(self.model, self.tokenizer, cache, batch, answer_prefix, max_new_tokens)
+        return answers
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> dict[str, Any]:
         """``{"answer": ...}`` for one question, ``{"answers": [...]}`` for a list."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from kvzip_press import get_press, prefill
-from kvzip_press.generation import answer_ids, decoded
+from kvzip_press.generation import ASKED_AT_ONCE, answer_ids, decoded
 from kvzip_press.leaderboard.contexts import Context, batches, contexts_of, positions_of, prompt_ids
 from kvzip_press.leaderboard.decode_phase import check_decodes, generate_evicting, measure_grown
 from kvzip_press.leaderboard.head_budgets import HeadBudgets
@@ -24,8 +24,6 @@ from kvzip_press.ragged_cache import RaggedCache
 from kvzip_press.scores import Scores
 
 T = TypeVar("T")
-
-ASKED_AT_ONCE = 32  # questions in one batch; each has a tail of its own
 
 
 @dataclass(frozen=True)

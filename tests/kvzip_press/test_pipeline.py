@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import pipeline
 
-import kvzip_press.pipeline  # noqa: F401  # registers the name
+import kvzip_press.pipeline  # registers the name
 from kvzip_press import KVzipPress, answer, compress
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.pipeline import TASK, KVzipPressTextGenerationPipeline
@@ -28,6 +28,15 @@ def test_questions_are_answered_from_one_compressed_cache(pipe) -> None:
     expected = [answer(pipe.model, pipe.tokenizer, cache, q, max_new_tokens=6) for q in ("Where?", "Who?")]
     assert pipe(CONTEXT, questions=["Where?", "Who?"], press=press, max_new_tokens=6) == {"answers": expected}
     assert pipe(CONTEXT, question="Who?", press=press, max_new_tokens=6) == {"answer": expected[1]}
+
+
+def test_many_questions_are_asked_in_batches_and_none_gives_no_answer(pipe, monkeypatch) -> None:
+    monkeypatch.setattr(kvzip_press.pipeline, "ASKED_AT_ONCE", 2)
+    questions, press = [f"Is it {number * 37}?" for number in range(5)], KVzipPress(0.6)
+    alone = [pipe(CONTEXT, question=question, press=press, max_new_tokens=6)["answer"] for question in questions]
+    assert len(set(alone)) > 1
+    assert pipe(CONTEXT, questions=questions, press=press, max_new_tokens=6) == {"answers": alone}
+    assert pipe(CONTEXT, questions=[], press=press) == {"answers": []}
 
 
 def test_a_long_context_is_cut_with_a_warning(pipe, caplog) -> None:
