@@ -7,6 +7,7 @@ A replay forward gets a cache of its own whose layers attend to the frozen conte
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from kvzip_press.ragged_layer import RaggedLayer
 
 if TYPE_CHECKING:
     from kvzip_press.prefilling import Prefill
+
+logger = logging.getLogger(__name__)
 
 Attended = tuple[torch.Tensor, torch.Tensor]
 
@@ -204,6 +207,7 @@ class Replay:
         self._look = look
         self._n_seen = prefill.start + prefill.valid.shape[1] - _left_padding(prefill, row)
         self._next_position = int(prefill.positions[row][prefill.valid[row]][-1]) + 1
+        self._limit = getattr(self._decoder.config, "max_position_embeddings", None)
         self._device = prefill.valid.device
         layers = prefill.cache.layers
         compressible = compressible_layers(prefill.model, prefill.cache)
@@ -226,6 +230,7 @@ class Replay:
             local: See :class:`ReplayLayer`.
         """
         assert local or len(chunks) == 1
+        self._warn_beyond(self._next_position + len(input_ids[0]))
         ids = torch.tensor([list(row) for row in input_ids], device=self._device)
         positions = self._next_position + torch.arange(ids.shape[1], device=self._device)[None]
         layers: list[Any] = [None] * (len(self._spans) + len(self._dense))
@@ -237,6 +242,16 @@ class Replay:
         cache = compat.Cache(layers=layers)
         with suppress(_LastLayerSeen), mlps_in_slices(self._decoder):
             self._decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+
+    def _warn_beyond(self, end: int) -> None:
+        if self._limit is not None and end > self._limit:
+            logger.warning(
+                "a replay reads up to position %d and the model has %d: scores rest on positions that it was not "
+                "trained for; a smaller chunk_size needs fewer",
+                end,
+                self._limit,
+            )
+            self._limit = None  # said once a row
 
 
 class _LastLayerSeen(Exception):  # noqa: N818  # no error: how a forward ends early
