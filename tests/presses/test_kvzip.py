@@ -13,7 +13,7 @@ from kvzip_press.chat import encode
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.models import attention_layers, full_attention_layers, text_decoder
 from kvzip_press.prefilling import run_prefill
-from kvzip_press.presses.kvzip import FIRST_PROMPT, NEXT_PROMPT, OVERLAP
+from kvzip_press.presses.kvzip import FIRST_PROMPT, NEXT_PROMPT
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 PREFIX = 5
@@ -184,12 +184,12 @@ def test_later_turn_is_scored_against_the_ragged_cache() -> None:
 
 
 def test_a_replay_beyond_the_models_positions_is_warned_of_once(caplog) -> None:
-    """Behind 40 tokens come a prompt and a chunk of 20; the second prompt is longer and has the tokens before it."""
-    first, last = 40 + len(FIRST_PROMPT) + len("\n") + 20, 40 + len(NEXT_PROMPT) + OVERLAP + len("\n") + 20
+    """Of two chunks the second has the longer replay, by its prompt and the tokens before it."""
+    ids, middle = token_ids(1, 40), PREFIX + 18
+    first, last = (40 + len(replay_ids(ids, *chunk)) for chunk in ((PREFIX, middle), (middle, 40)))
     for limit, said in ((last, []), (last - 1, [last]), (first - 1, [first])):
         caplog.clear()
-        done = prefilled(tiny_model(max_position_embeddings=limit), token_ids(1, 40))
-        KVzipPress(0.5, chunk_size=20, n_sink=0).score(done)
+        KVzipPress(0.5, chunk_size=18).score(prefilled(tiny_model(max_position_embeddings=limit), ids))
         assert [record.args[0] for record in caplog.records] == said
 
 
