@@ -91,7 +91,7 @@ def report(
     from kvzip_press.leaderboard.report import write_report
 
     rows, heads = rows_of(directory), heads_of(directory)
-    write_report(rows, heads, output, command=command, **({} if title is None else {"title": title}))
+    write_report(rows, heads, output, title=title, command=command)
     typer.echo(f"page: {output}")
     if pictures is not None:
         from kvzip_press.leaderboard.pictures import save_all

@@ -209,9 +209,7 @@ class _Loop:
         rows, shape = [one.row for one in asked], (len(batch), len(asked), max(bounds))
         if input_device(self.model).type == "cuda" and shape not in self.shapes_seen:
             self.shapes_seen.add(shape)
-            ask(
-                _rows_of(cell.cache, rows), bounds
-            )  # kernels are compiled for a shape, and for the graph: nobody's time
+            ask(_rows_of(cell.cache, rows), bounds)  # compiles kernels, those of the graph too: nobody's time
         answers, seconds = self._timed(ask, _rows_of(cell.cache, rows), bounds)
         for one, ids in zip(asked, answers, strict=True):
             yield self._row(batch[one.row], one.number, cell, cell.rows[one.row], ids, seconds / len(asked))

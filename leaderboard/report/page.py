@@ -24,7 +24,7 @@ def write_report(
     heads: Iterable[HeadBudgets],
     path: str | os.PathLike[str],
     *,
-    title: str = _TITLE,
+    title: str | None = None,
     command: str = "",
 ) -> None:
     """Write one HTML file that needs nothing else: no network, no other file, no server.
@@ -36,7 +36,7 @@ def write_report(
         rows: May be none.
         heads: What the heads kept (`HeadBudgets`), of the same runs; may be none.
         path: The file; its directory is made where it is absent.
-        title: Stands above.
+        title: Stands above; by default what every page is called.
         command: What made the rows, shown at the bottom.
 
     Raises:
@@ -44,7 +44,7 @@ def write_report(
         MissingDependencyError: scipy is absent.
         CacheFileError: The file cannot be written.
     """
-    page = render(page_data(rows, heads), title=title, command=command)
+    page = render(page_data(rows, heads), title=title or _TITLE, command=command)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:

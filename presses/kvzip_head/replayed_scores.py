@@ -41,7 +41,7 @@ def compute_head_scores(
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        texts: One text of a kind that the model will see, or several; each longer than ``n_last`` tokens.
+        texts: One text of a kind that the model will see, or several; each of at least ``n_last + n_best`` tokens.
         chunk_size: Context tokens replayed at a time.
         n_last: Last tokens of each text that are left out; 0 is KVzip.
         n_best: Best pairs of a head in each text whose mean is its score; 1 is KVzip.
