@@ -20,7 +20,7 @@ from torch import nn
 
 from kvzip_press import compat
 from kvzip_press.errors import CacheMismatchError, UnsupportedModelError
-from kvzip_press.models import attention_layers, text_decoder
+from kvzip_press.model.structure import attention_layers, text_decoder
 
 PREFIX = "ragged|"
 # Arguments of attention functions that would change the result and that ragged attention does not implement.

@@ -14,7 +14,7 @@ from torch import nn
 
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
 from kvzip_press.layout import PackedPairs
-from kvzip_press.models import attention_layers, execution_device
+from kvzip_press.model.structure import attention_layers, execution_device
 from kvzip_press.ragged_layer import RaggedLayer
 from kvzip_press.tail import Tail
 

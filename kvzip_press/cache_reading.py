@@ -24,7 +24,7 @@ from kvzip_press.cache_record import (
 )
 from kvzip_press.errors import CacheFileError, CacheMismatchError
 from kvzip_press.layout import PackedPairs
-from kvzip_press.models import (
+from kvzip_press.model.structure import (
     AttentionLayer,
     attention_layers,
     execution_device,

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
-from kvzip_press.chat import Context, chat_frame, context_rows
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.eviction import evicted_layers
-from kvzip_press.models import input_device, text_config
+from kvzip_press.model.chat import Context, chat_frame, context_rows
+from kvzip_press.model.structure import input_device, text_config
 from kvzip_press.prefilling import Prefill, check_length, compress, run_prefill
 from kvzip_press.press import Press
 from kvzip_press.ragged_cache import RaggedCache

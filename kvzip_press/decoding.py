@@ -19,7 +19,7 @@ from kvzip_press.attention import attach, attention_forward, attention_replaced,
 from kvzip_press.decode_eviction import DecodeEviction
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.hooks import decode_eviction_in
-from kvzip_press.models import input_device, layer_index, text_decoder
+from kvzip_press.model.structure import input_device, layer_index, text_decoder
 from kvzip_press.reading import forward, next_positions, read
 from kvzip_press.static_layers import StaticCache, reason_against
 

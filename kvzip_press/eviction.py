@@ -11,7 +11,7 @@ import torch
 from kvzip_press import compat
 from kvzip_press.errors import UnsupportedCacheError
 from kvzip_press.layout import PackedPairs
-from kvzip_press.models import AttentionLayer, attention_layers, full_attention_layers
+from kvzip_press.model.structure import AttentionLayer, attention_layers, full_attention_layers
 from kvzip_press.ragged_layer import RaggedLayer
 from kvzip_press.sliding_windows import own_window
 

@@ -17,8 +17,8 @@ from kvzip_press.attention import attach, attention_watched, detach, is_attached
 from kvzip_press.decode_eviction import DecodeEviction
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, UnsupportedCacheError
 from kvzip_press.eviction import check_cache
-from kvzip_press.hidden_states import watching_hidden_states
-from kvzip_press.models import full_attention_layers, text_decoder
+from kvzip_press.model.hidden_states import watching_hidden_states
+from kvzip_press.model.structure import full_attention_layers, text_decoder
 from kvzip_press.prefilling import Prefill
 from kvzip_press.press import Press
 from kvzip_press.self_check import SelfCheck

@@ -12,10 +12,10 @@ import torch
 
 from kvzip_press import compat
 from kvzip_press.attention import attach, attention_watched
-from kvzip_press.chat import Context, chat_frame, context_rows
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.eviction import check_not_evicted, compressible_layers, evicted_layers, heads_and_device
-from kvzip_press.models import input_device, text_config, text_decoder
+from kvzip_press.model.chat import Context, chat_frame, context_rows
+from kvzip_press.model.structure import input_device, text_config, text_decoder
 from kvzip_press.padding import left_padded
 from kvzip_press.press import Observer, Press
 from kvzip_press.ragged_cache import RaggedCache

@@ -14,7 +14,7 @@ from kvzip_press import cache_file, compat, kept_export
 from kvzip_press.attention import attach
 from kvzip_press.cache_moving import move_layers
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
-from kvzip_press.models import attention_layers
+from kvzip_press.model.structure import attention_layers
 from kvzip_press.padded_block import drop_ends_of_sliding
 from kvzip_press.ragged_layer import RaggedLayer
 

@@ -15,7 +15,7 @@ from kvzip_press.attention_mask import tail_mask
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
 from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.layout import PackedPairs
-from kvzip_press.models import layer_fingerprint
+from kvzip_press.model.structure import layer_fingerprint
 from kvzip_press.tail import Tail
 
 

@@ -23,7 +23,7 @@ from kvzip_press.forward_layer import ForwardLayer
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
 from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.mlp_slices import mlps_in_slices
-from kvzip_press.models import attention_layers, text_decoder
+from kvzip_press.model.structure import attention_layers, text_decoder
 from kvzip_press.ragged_layer import RaggedLayer
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.models import attention_layers
+from kvzip_press.model.structure import attention_layers
 
 
 def own_window(layer: Any) -> None:

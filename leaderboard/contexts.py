@@ -4,12 +4,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvzip_press.chat import chat_frame, encode
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.generation import question_ids
 from kvzip_press.leaderboard.plan import Run, Work
 from kvzip_press.leaderboard.task import Question
-from kvzip_press.models import text_config
+from kvzip_press.model.chat import chat_frame, encode
+from kvzip_press.model.structure import text_config
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.chat import chat_frame, encode, find_tokenizer
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.hidden_states import watching_hidden_states
 from kvzip_press.kernels.kv_scoring import kv_scoring
-from kvzip_press.models import dense_weight
+from kvzip_press.model.chat import chat_frame, encode, find_tokenizer
+from kvzip_press.model.hidden_states import watching_hidden_states
+from kvzip_press.model.structure import dense_weight
 from kvzip_press.prefilling import Prefill
 from kvzip_press.press import AllocatingPress
 from kvzip_press.replay import Replay, ReplayedAttention

@@ -21,7 +21,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from kvzip_press import load_model
-from kvzip_press.chat import chat_frame, encode
 from kvzip_press.generation import decoded, eos_ids, question_ids
 from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, Work, plan
 from kvzip_press.leaderboard.profile.grid import get_device
@@ -29,7 +28,8 @@ from kvzip_press.leaderboard.results import Row
 from kvzip_press.leaderboard.runner import execute
 from kvzip_press.leaderboard.task import Question
 from kvzip_press.leaderboard.tasks import get_task
-from kvzip_press.models import input_device
+from kvzip_press.model.chat import chat_frame, encode
+from kvzip_press.model.structure import input_device
 
 PRESSES = ("kvzip", "snapkv", "expected_attention", "adakv_expected_attention", "knorm", "tova")
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -26,8 +26,8 @@ from kvzip_press.leaderboard.runner import execute
 from kvzip_press.leaderboard.summary import summarise
 from kvzip_press.leaderboard.table import results_table
 from kvzip_press.leaderboard.tasks import get_task
-from kvzip_press.model_facts import num_kv_heads
-from kvzip_press.models import full_attention_layers
+from kvzip_press.model.identity import num_kv_heads
+from kvzip_press.model.structure import full_attention_layers
 
 REMOVED = (0.4, 0.44, 0.5, 0.55)
 N_SINK = 4  # fewer than the chat template's prefix, so that all presses keep the prefix and no more

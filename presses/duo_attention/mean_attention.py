@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.chat import encode
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
 from kvzip_press.head_scores import HeadScores, check_texts
-from kvzip_press.models import full_attention_layers, input_device, layer_index
+from kvzip_press.model.chat import encode
+from kvzip_press.model.structure import full_attention_layers, input_device, layer_index
 from kvzip_press.prefilling import run_prefill
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model_facts import same_shape, same_weights, shape_of
+from kvzip_press.model.identity import same_shape, same_weights, shape_of
 from kvzip_press.presses.fastkvzip import gate_file, published
 from kvzip_press.presses.fastkvzip.gates import Gates
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model_facts import num_kv_heads
-from kvzip_press.models import full_attention_layers, text_config
+from kvzip_press.model.identity import num_kv_heads
+from kvzip_press.model.structure import full_attention_layers, text_config
 from kvzip_press.presses.fastkvzip import gate_file, published
 from kvzip_press.presses.fastkvzip.gate import LayerGate
 from kvzip_press.presses.fastkvzip.placed_gate import PlacedGate

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model_facts import num_kv_heads
-from kvzip_press.models import text_config
+from kvzip_press.model.identity import num_kv_heads
+from kvzip_press.model.structure import text_config
 
 REPOSITORY = "Jang-Hyun/Fast-KVzip"
 WANTED = 'a gate as Fast KVzip publishes it (a .pt of a dict whose "module" is a list of state dicts)'

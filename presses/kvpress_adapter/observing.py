@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
-from kvzip_press.models import attention_layers, full_attention_layers, text_decoder
+from kvzip_press.model.structure import attention_layers, full_attention_layers, text_decoder
 from kvzip_press.presses.kvpress_adapter.layer_rows import LayerRow
 from kvzip_press.presses.kvpress_adapter.module_state import presses_in
 

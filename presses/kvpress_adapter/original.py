@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvzip_press import compat
 from kvzip_press.attention import detach
-from kvzip_press.models import attention_layers, text_decoder
+from kvzip_press.model.structure import attention_layers, text_decoder
 from kvzip_press.prefilling import synchronize
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
 from kvzip_press.presses.kvpress_adapter.module_state import fresh_copy, untouched_model

@@ -13,7 +13,7 @@ from torch import nn
 from kvzip_press import compat
 from kvzip_press.attention import attach
 from kvzip_press.errors import UnsupportedModelError
-from kvzip_press.models import attention_layers, full_attention_layers, text_decoder
+from kvzip_press.model.structure import attention_layers, full_attention_layers, text_decoder
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
 from kvzip_press.presses.kvpress_adapter.keep_masks import Pairs, kept_pairs
 from kvzip_press.presses.kvpress_adapter.module_state import untouched_model

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.chat import encode
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.head_scores import HeadScores, check_texts
-from kvzip_press.models import full_attention_layers
+from kvzip_press.model.chat import encode
+from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.prefilling import prefill
 from kvzip_press.press import Press
 from kvzip_press.registry import get_press

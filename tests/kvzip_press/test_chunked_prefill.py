@@ -47,7 +47,7 @@ def kept(cache) -> int:
 
 
 def prefix_length() -> int:
-    from kvzip_press.chat import chat_frame
+    from kvzip_press.model.chat import chat_frame
 
     return len(chat_frame(TOKENIZER).prefix)
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from kvzip_press import ComposedPress, KVzipPress, RaggedCache, RandomPress, Scores, compress
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.models import text_decoder
+from kvzip_press.model.structure import text_decoder
 from kvzip_press.prefilling import run_prefill
 from kvzip_press.press import ObservingPress, Press
 from kvzip_press.selection import select

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from kvzip_press import KVzipPress, prefill
 from kvzip_press.cli import app
 from kvzip_press.errors import DataNotFoundError, DiskFullError, InvalidArgumentError
-from kvzip_press.models import full_attention_layers
+from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.presses.fastkvzip import FastKVzipPress, Gates
 from kvzip_press.presses.fastkvzip.training import Recipe, Training, evaluate, texts_of
 from kvzip_press.presses.fastkvzip.training.documents import Piece, pieces, read_texts, split

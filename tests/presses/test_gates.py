@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kvzip_press import load_model
-from kvzip_press.chat import encode
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.model.chat import encode
 from kvzip_press.presses.fastkvzip import FastKVzipPress, Gates, LayerGate, shipped_gates
 from kvzip_press.presses.fastkvzip.published import file_name
 from kvzip_press.presses.fastkvzip.training import evaluate

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from kvzip_press.chat import encode
 from kvzip_press.errors import DataNotFoundError, InvalidArgumentError, MissingDependencyError
+from kvzip_press.model.chat import encode
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 CONFIGS = {FINEWEB: "sample-10BT"}  # of hub data sets that have several

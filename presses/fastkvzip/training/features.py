@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.hidden_states import watching_hidden_states
-from kvzip_press.models import full_attention_layers
+from kvzip_press.model.hidden_states import watching_hidden_states
+from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.prefilling import Prefill, prefill
 from kvzip_press.registry import get_press
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kvzip_press.models import input_device
+from kvzip_press.model.structure import input_device
 from kvzip_press.presses.fastkvzip.training.documents import Piece, pieces, read_texts, split, tokenised
 from kvzip_press.presses.fastkvzip.training.recipe import Progress, Recipe
 from kvzip_press.presses.fastkvzip.training.self_generation import SelfGeneration

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from kvzip_press import HeadScores, KVzipHeadPress, KVzipPress, RaggedCache, RandomPress, answer, compress, prefill
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError, UnsupportedModelError
-from kvzip_press.models import input_device, layer_fingerprint
+from kvzip_press.model.structure import input_device, layer_fingerprint
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 TEXT = "A context that is read by a model which does not lie in one place. " * 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvzip_press import KVzipPress, RaggedCache, RandomPress, answer, load_model, prefill
-from kvzip_press.models import full_attention_layers
+from kvzip_press.model.structure import full_attention_layers
 
 pytestmark = [pytest.mark.gemma, pytest.mark.slow]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.models import full_attention_layers, layer_index
+from kvzip_press.model.structure import full_attention_layers, layer_index
 
 Look = Callable[[int, torch.Tensor], None]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.models import full_attention_layers, text_config
+from kvzip_press.model.structure import full_attention_layers, text_config
 
 SHAPE = ("model_type", "num_hidden_layers", "num_key_value_heads", "hidden_size", "vocab_size")
 """Settings that models of one shape share; keys of what such files say of their model."""

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from kvzip_press import KVzipPress, RaggedCache, RandomPress, answer, compress, prefill
 from kvzip_press.errors import CacheMismatchError
-from kvzip_press.models import dense_weight, layer_fingerprint
+from kvzip_press.model.structure import dense_weight, layer_fingerprint
 from kvzip_press.testing import ARCHITECTURES, ByteTokenizer, evicted_keys_masked, tiny_model
 
 TEXT = "A context that is read once, in any precision that the model has."

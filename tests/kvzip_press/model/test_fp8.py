@@ -8,7 +8,7 @@ from torch import nn
 
 from kvzip_press import KVzipPress, RaggedCache, answer, compress, prefill
 from kvzip_press.errors import CacheMismatchError
-from kvzip_press.models import dense_weight
+from kvzip_press.model.structure import dense_weight
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 pytestmark = pytest.mark.gpu
