@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvzip_press.decoding import DecodeStep
     from kvzip_press.generation import answer, generate
     from kvzip_press.head_scores import HeadScores
-    from kvzip_press.loading import load_model
+    from kvzip_press.loading.by_name import load_model
     from kvzip_press.prefilling import Prefill, compress, prefill
     from kvzip_press.press import Press
     from kvzip_press.presses.composed import ComposedPress
@@ -52,7 +52,7 @@ _EXPORTS = {
     "detach": "kvzip_press.attention",
     "generate": "kvzip_press.generation",
     "get_press": "kvzip_press.registry",
-    "load_model": "kvzip_press.loading",
+    "load_model": "kvzip_press.loading.by_name",
     "prefill": "kvzip_press.prefilling",
     "register_press": "kvzip_press.registry",
 }

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from kvzip_press import cli_gates, cli_heads
-from kvzip_press.cli_model import ModelOption
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
+from kvzip_press.loading.command_options import ModelOption
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="KV-cache compression presses whose eviction is real."
@@ -81,7 +81,7 @@ def ask(
 
     With --cache the answers are those of a cache that was compressed earlier; the file it was made of is not needed.
     """
-    from kvzip_press.loading import load_model
+    from kvzip_press.loading.by_name import load_model
     from kvzip_press.prefilling import prefill
     from kvzip_press.registry import get_press
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kvzip_press.cli_model import DeviceOption, DtypeOption, ModelOption, load
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
 
 app = typer.Typer(no_args_is_help=True, help="Gates of a model's layers, for the press fastkvzip.")
 

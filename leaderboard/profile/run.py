@@ -21,7 +21,7 @@ from kvzip_press.leaderboard.profile.report import profile_table
 from kvzip_press.leaderboard.profile.rows import ProfileRow, provenance
 from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
 from kvzip_press.leaderboard.results import Row, RowWriter
-from kvzip_press.loading import load_model
+from kvzip_press.loading.by_name import load_model
 
 logger = logging.getLogger(__name__)
 

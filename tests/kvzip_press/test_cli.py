@@ -7,8 +7,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from kvzip_press import loading
 from kvzip_press.cli import app, main
+from kvzip_press.loading import by_name as loading
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 run = CliRunner().invoke

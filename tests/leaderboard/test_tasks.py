@@ -56,7 +56,7 @@ NEEDLE_QUESTION = Question(
 def smollm2_tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    from kvzip_press.embedded import embedded_model_dir
+    from kvzip_press.loading.embedded import embedded_model_dir
 
     return AutoTokenizer.from_pretrained(embedded_model_dir())
 

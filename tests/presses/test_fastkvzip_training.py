@@ -340,7 +340,7 @@ def test_a_bad_recipe_is_refused(options) -> None:
 
 @pytest.fixture
 def invoke(monkeypatch):
-    monkeypatch.setattr("kvzip_press.loading.load_model", lambda name, **_: (tiny_model(name), TOKENIZER))
+    monkeypatch.setattr("kvzip_press.loading.by_name.load_model", lambda name, **_: (tiny_model(name), TOKENIZER))
 
     def run(*arguments: object) -> str:
         done = CliRunner().invoke(app, ["gates", "train", *map(str, arguments)], catch_exceptions=False)

@@ -19,7 +19,7 @@ TEXT = "the quick brown fox jumps over the lazy dog and sleeps" * 2
 @pytest.fixture
 def invoke(monkeypatch):
     """Runs ``kvzip-press heads ...`` on a tiny model and returns what it printed."""
-    monkeypatch.setattr("kvzip_press.loading.load_model", lambda name, **_: (tiny_model(name), TOKENIZER))
+    monkeypatch.setattr("kvzip_press.loading.by_name.load_model", lambda name, **_: (tiny_model(name), TOKENIZER))
 
     def run(*arguments: object) -> str:
         done = CliRunner().invoke(app, ["heads", *map(str, arguments)], catch_exceptions=False)

@@ -12,9 +12,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from kvzip_press import gguf_gemma3, gguf_llama
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.gguf_reading import GGUF
+from kvzip_press.loading import gguf_gemma3, gguf_llama
+from kvzip_press.loading.gguf import GGUF
 
 _TEMPLATE = "tokenizer.chat_template"  # a base model has none
 _ARCHITECTURES = {"llama": gguf_llama, "gemma3": gguf_gemma3}

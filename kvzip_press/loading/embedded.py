@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kvzip_press.errors import MissingDependencyError
-from kvzip_press.gguf_conversion import convert_gguf
+from kvzip_press.loading.gguf_conversion import convert_gguf
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
-from kvzip_press.gguf_reading import CONTROL_TOKEN, GGUF, USER_DEFINED_TOKEN
+from kvzip_press.loading.gguf import CONTROL_TOKEN, GGUF, USER_DEFINED_TOKEN
 
 _FULL_ATTENTION_EVERY = 6
 _LOCAL_ROPE_THETA = 10_000.0

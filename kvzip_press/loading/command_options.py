@@ -28,7 +28,7 @@ def load(name: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
     """
     import torch
 
-    from kvzip_press.loading import load_model
+    from kvzip_press.loading.by_name import load_model
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

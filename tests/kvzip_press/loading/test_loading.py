@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
-from kvzip_press import loading
-from kvzip_press.embedded import SMOLLM2, EmbeddedModel
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, MissingDependencyError, ModelNotFoundError
-from kvzip_press.loading import load_model
+from kvzip_press.loading import by_name as loading
+from kvzip_press.loading.by_name import load_model
+from kvzip_press.loading.embedded import SMOLLM2, EmbeddedModel
 from kvzip_press.testing import tiny_model
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvzip_press import embedded, gguf_gemma3
 from kvzip_press.errors import MissingDependencyError
+from kvzip_press.loading import embedded, gguf_gemma3
 
 Convert = Callable[[Path, Path], None]
 
@@ -174,7 +174,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real model, converted here and now by two processes at once."""
     pytest.importorskip("gguf")
     cache = tmp_path_factory.mktemp("cache")
-    script = "from kvzip_press.embedded import embedded_model_dir; print(embedded_model_dir())"
+    script = "from kvzip_press.loading.embedded import embedded_model_dir; print(embedded_model_dir())"
     environment = {**os.environ, "KVZIP_PRESS_CACHE": str(cache)}
     processes = [
         subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)

@@ -9,7 +9,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from kvzip_press.gguf_reading import CONTROL_TOKEN, GGUF
+from kvzip_press.loading.gguf import CONTROL_TOKEN, GGUF
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
