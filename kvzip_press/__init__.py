@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvzip_press.attention import attach, detach
+    from kvzip_press.budget.scores import Scores
     from kvzip_press.chunked_prefill import compress_in_chunks
     from kvzip_press.decoding import DecodeStep
     from kvzip_press.generation import answer, generate
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from kvzip_press.ragged_cache import RaggedCache
     from kvzip_press.registry import get_press, register_press
     from kvzip_press.sampling import Sampling
-    from kvzip_press.scores import Scores
 
 _EXPORTS = {
     "ComposedPress": "kvzip_press.presses.composed",
@@ -43,7 +43,7 @@ _EXPORTS = {
     "Press": "kvzip_press.press",
     "Prefill": "kvzip_press.prefilling",
     "Sampling": "kvzip_press.sampling",
-    "Scores": "kvzip_press.scores",
+    "Scores": "kvzip_press.budget.scores",
     "RaggedCache": "kvzip_press.ragged_cache",
     "answer": "kvzip_press.generation",
     "attach": "kvzip_press.attention",

@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.eviction import compressible_layers, heads_and_device
 from kvzip_press.head_scores import HeadScores
 from kvzip_press.prefilling import Prefill
 from kvzip_press.press import Press
-from kvzip_press.scores import Scores
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvzip_press.policy import SAFEGUARD, LayerRatios, check_amount, check_policy
-from kvzip_press.scores import Scores
+from kvzip_press.budget.policy import SAFEGUARD, LayerRatios, check_amount, check_policy
+from kvzip_press.budget.scores import Scores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,7 +65,7 @@ class Press(ABC):
 
     @property
     def policy(self) -> dict[str, Any]:
-        """What the fields say about the budget, as arguments of :class:`kvzip_press.scores.Scores`."""
+        """What the fields say about the budget, as arguments of :class:`kvzip_press.budget.scores.Scores`."""
         return {"compression_ratio": self.compression_ratio, "budget": self.budget}
 
     @abstractmethod

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import BudgetMismatchError
 from kvzip_press.ragged_cache import RaggedCache
 from kvzip_press.ragged_layer import RaggedLayer
-from kvzip_press.scores import Scores
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from kvzip_press import __version__
+from kvzip_press.budget.policy import check_compression_ratio
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.results import run_id
 from kvzip_press.leaderboard.task import Sample, Task
-from kvzip_press.policy import check_compression_ratio
 
 T = TypeVar("T")
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from kvzip_press.budget.scores import Scores
+from kvzip_press.budget.selection import select
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling import Prefill
 from kvzip_press.press import Observer, Press
-from kvzip_press.scores import Scores
-from kvzip_press.selection import select
 
 LOWEST = torch.finfo(torch.float32).min
 

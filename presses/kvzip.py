@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.kv_scoring import kv_scoring
 from kvzip_press.model.chat import chat_frame, encode, find_tokenizer
@@ -19,7 +20,6 @@ from kvzip_press.model.structure import dense_weight
 from kvzip_press.prefilling import Prefill
 from kvzip_press.press import AllocatingPress
 from kvzip_press.replay import Replay, ReplayedAttention
-from kvzip_press.scores import Scores
 
 FIRST_PROMPT = "\n\nRepeat the previous context exactly."
 NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with "

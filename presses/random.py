@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from kvzip_press.budget.scores import Scores
 from kvzip_press.prefilling import Prefill
 from kvzip_press.press import AllocatingPress
-from kvzip_press.scores import Scores
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from rich.progress import track
 from rich.table import Table
 
 from kvzip_press import answer, get_press, load_model, prefill
+from kvzip_press.budget.scores import Scores
+from kvzip_press.budget.selection import select
 from kvzip_press.leaderboard.task import Task
 from kvzip_press.leaderboard.tasks import get_task
-from kvzip_press.scores import Scores
-from kvzip_press.selection import select
 
 REMOVED = (0.5, 0.7, 0.9)
 

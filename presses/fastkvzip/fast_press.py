@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kvzip_press.budget.scores import Scores
 from kvzip_press.decode_eviction import DecodeEviction
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.eviction import compressible_layers
@@ -20,7 +21,6 @@ from kvzip_press.prefilling import Prefill
 from kvzip_press.press import AllocatingPress, ObservingPress
 from kvzip_press.presses.fastkvzip.finding import gates_for
 from kvzip_press.presses.fastkvzip.gates import Gates
-from kvzip_press.scores import Scores
 
 
 @dataclass(frozen=True)

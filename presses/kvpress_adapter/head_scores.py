@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvzip_press.budget import check_compression_ratio
+from kvzip_press.budget.allocation import check_compression_ratio
+from kvzip_press.budget.scores import Scores
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
-from kvzip_press.scores import Scores
 
 if TYPE_CHECKING:
     from kvzip_press.prefilling import Prefill

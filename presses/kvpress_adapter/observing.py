@@ -13,9 +13,9 @@ from kvzip_press.presses.kvpress_adapter.layer_rows import LayerRow
 from kvzip_press.presses.kvpress_adapter.module_state import presses_in
 
 if TYPE_CHECKING:
+    from kvzip_press.budget.scores import Scores
     from kvzip_press.prefilling import Prefill
     from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress
-    from kvzip_press.scores import Scores
 
 #: What presses raise for a model or an input that they do not take (OSError: no tokenizer or weights to be had).
 REFUSALS = (

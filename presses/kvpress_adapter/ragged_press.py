@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from kvzip_press.budget import check_compression_ratio
+from kvzip_press.budget.allocation import check_compression_ratio
+from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling import Prefill, run_prefill
 from kvzip_press.press import Press
@@ -19,7 +20,6 @@ from kvzip_press.presses.kvpress_adapter.observing import REFUSALS, KvpressObser
 from kvzip_press.presses.kvpress_adapter.own_context import run_native
 from kvzip_press.presses.kvpress_adapter.refused import check_supported
 from kvzip_press.presses.kvpress_adapter.spans import scores_any_span
-from kvzip_press.scores import Scores
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,12 +20,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvzip_press import KVzipPress, RandomPress, get_press
+from kvzip_press.budget.selection import select
 from kvzip_press.errors import InvalidArgumentError, NothingEvictedError
 from kvzip_press.leaderboard.lm_eval import PressLM
 from kvzip_press.leaderboard.lm_eval_prompts import SPLITS, Generation
 from kvzip_press.prefilling import run_prefill
 from kvzip_press.press import Press
-from kvzip_press.selection import select
 from kvzip_press.testing import evicted_keys_masked, tiny_model
 
 CONTEXT = " ".join(f"Box {number} holds {number * 7 % 13} stones." for number in range(12)) + "\n\n"

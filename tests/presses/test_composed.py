@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from kvzip_press import ComposedPress, KVzipPress, RaggedCache, RandomPress, Scores, compress
+from kvzip_press.budget.selection import select
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import text_decoder
 from kvzip_press.prefilling import run_prefill
 from kvzip_press.press import ObservingPress, Press
-from kvzip_press.selection import select
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 N, SINK = 40, 4

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvzip_press.budget.scores import Scores
+from kvzip_press.budget.selection import select
 from kvzip_press.prefilling import prefill
 from kvzip_press.press import Press
 from kvzip_press.presses.fastkvzip.training.features import layer_indices, teacher_scores
 from kvzip_press.presses.fastkvzip.training.optimise import agreement, soft_bce
 from kvzip_press.presses.fastkvzip.training.recipe import Progress
-from kvzip_press.scores import Scores
-from kvzip_press.selection import select
 
 KEPT = (0.3, 0.5)
 

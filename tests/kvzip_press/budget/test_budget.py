@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from kvzip_press import KVzipPress, Press, RaggedCache, RandomPress
-from kvzip_press.budget import ALLOCATIONS, allocate, check_compression_ratio, top_counts
+from kvzip_press.budget.allocation import ALLOCATIONS, allocate, check_compression_ratio, top_counts
+from kvzip_press.budget.scores import Scores
+from kvzip_press.budget.selection import select, top_mask
+from kvzip_press.budget.spending import kth_largest, kth_largest_by_bits
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling import run_prefill
-from kvzip_press.scores import Scores
-from kvzip_press.selection import select, top_mask
-from kvzip_press.spending import kth_largest, kth_largest_by_bits
 from kvzip_press.testing import tiny_model
 
 laws = settings(deadline=None, max_examples=60, derandomize=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from kvzip_press.budget.policy import SAFEGUARD, LayerRatios, check_amount, check_policy
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.policy import SAFEGUARD, LayerRatios, check_amount, check_policy
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Scores:
             can be compressed appear. What stands at protected or padded positions does not matter.
         protected: ``[batch, span]``, bool: positions that no head may lose (chat-template prefix, sink, window).
         compression_ratio: The fraction to remove that the press was made with.
-        allocation: How the press spends its budget, see :data:`kvzip_press.budget.ALLOCATIONS`.
+        allocation: How the press spends its budget, see :data:`kvzip_press.budget.allocation.ALLOCATIONS`.
         protected_count: Whether protected pairs count inside the budget, as most papers have it (KVzip does not); a
             mask ``[batch, span]``, bool, where those of some positions do (Fast KVzip: the window, not the prefix).
         counts: ``layer_idx -> [batch, num_key_value_heads]``, int64: unprotected pairs to keep, for a press that

@@ -12,10 +12,10 @@ from fractions import Fraction
 
 import torch
 
+from kvzip_press.budget.policy import ALLOCATIONS, check_allocation, check_compression_ratio
+from kvzip_press.budget.scores import Scores
+from kvzip_press.budget.spending import spend, top_counts, with_best_marked
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.policy import ALLOCATIONS, check_allocation, check_compression_ratio
-from kvzip_press.scores import Scores
-from kvzip_press.spending import spend, top_counts, with_best_marked
 
 __all__ = [
     "ALLOCATIONS",

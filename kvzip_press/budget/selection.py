@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from kvzip_press.budget import Counts, Masks, allocate, standing_pairs
-from kvzip_press.scores import Scores
+from kvzip_press.budget.allocation import Counts, Masks, allocate, standing_pairs
+from kvzip_press.budget.scores import Scores
 
 
 def select(
@@ -26,11 +26,11 @@ def select(
         among: ``layer_idx -> [batch, heads, span]``, bool: the pairs that are left to choose from, as an earlier
             selection returned them; None for all.
         of_all: Whether a ratio is of all pairs and not of those that are left.
-        held: Pairs of earlier turns inside a budget in tokens, see :func:`kvzip_press.budget.allocate`.
+        held: Pairs of earlier turns inside a budget in tokens, see :func:`kvzip_press.budget.allocation.allocate`.
 
     Returns:
         ``layer_idx -> [batch, num_key_value_heads, span]``, bool: every protected pair, and in each head the best
-        unprotected ones, exactly as many as :func:`kvzip_press.budget.allocate` says.
+        unprotected ones, exactly as many as :func:`kvzip_press.budget.allocation.allocate` says.
     """
     counts: Counts = allocate(scores, valid, among=among, of_all=of_all, held=held)
     keep = {}

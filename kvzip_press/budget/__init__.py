@@ -1,0 +1,1 @@
+"""From scores to keep masks: knows no cache and no model."""
