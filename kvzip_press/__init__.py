@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvzip_press.attention import attach, detach
+    from kvzip_press.attention.implementation import attach, detach
     from kvzip_press.budget.scores import Scores
     from kvzip_press.chunked_prefill import compress_in_chunks
     from kvzip_press.decoding import DecodeStep
@@ -46,10 +46,10 @@ _EXPORTS = {
     "Scores": "kvzip_press.budget.scores",
     "RaggedCache": "kvzip_press.ragged_cache",
     "answer": "kvzip_press.generation",
-    "attach": "kvzip_press.attention",
+    "attach": "kvzip_press.attention.implementation",
     "compress": "kvzip_press.prefilling",
     "compress_in_chunks": "kvzip_press.chunked_prefill",
-    "detach": "kvzip_press.attention",
+    "detach": "kvzip_press.attention.implementation",
     "generate": "kvzip_press.generation",
     "get_press": "kvzip_press.registry",
     "load_model": "kvzip_press.loading.by_name",

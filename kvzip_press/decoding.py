@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvzip_press import compat
-from kvzip_press.attention import attach, attention_forward, attention_replaced, masks_left_out
+from kvzip_press.attention.implementation import attach, attention_forward, attention_replaced, masks_left_out
 from kvzip_press.decode_eviction import DecodeEviction
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.hooks import decode_eviction_in

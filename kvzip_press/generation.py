@@ -9,7 +9,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 
-from kvzip_press.attention import attach
+from kvzip_press.attention.implementation import attach
 from kvzip_press.decoding import DecodeStep
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import chat_frame, encode, turn_break

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvzip_press.attention import attach, attention_watched, detach, is_attached
+from kvzip_press.attention.implementation import attach, attention_watched, detach, is_attached
 from kvzip_press.decode_eviction import DecodeEviction
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, UnsupportedCacheError
 from kvzip_press.eviction import check_cache

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvzip_press import compat
-from kvzip_press.attention import attach, attention_watched
+from kvzip_press.attention.implementation import attach, attention_watched
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
 from kvzip_press.errors import InvalidArgumentError

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kvzip_press import cache_file, compat, kept_export
-from kvzip_press.attention import attach
+from kvzip_press.attention.implementation import attach
 from kvzip_press.cache_moving import move_layers
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.structure import attention_layers

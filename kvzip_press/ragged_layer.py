@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
-from kvzip_press.attention import CacheView
+from kvzip_press.attention.implementation import CacheView
 from kvzip_press.attention_mask import tail_mask
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
 from kvzip_press.kernels.ragged_attention import ragged_attention

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
-from kvzip_press.attention import CacheView
+from kvzip_press.attention.implementation import CacheView
+from kvzip_press.attention.stand_in_layer import ForwardLayer
 from kvzip_press.eviction import compressible_layers, sliding_copy
-from kvzip_press.forward_layer import ForwardLayer
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
 from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.mlp_slices import mlps_in_slices

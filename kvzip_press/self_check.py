@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvzip_press.attention import refuse_unsupported, softcap_of
+from kvzip_press.attention.implementation import refuse_unsupported, softcap_of
 from kvzip_press.errors import UnsupportedModelError
 from kvzip_press.kernels.dense_attention import attention_with_lse
 from kvzip_press.model.structure import full_attention_layers
@@ -35,7 +35,7 @@ class _Seen:
 
 
 class SelfCheck:
-    """Watches the attention calls of one prefill (:func:`kvzip_press.attention.attention_watched`).
+    """Watches the attention calls of one prefill (:func:`kvzip_press.attention.implementation.attention_watched`).
 
     Args:
         model: The model.

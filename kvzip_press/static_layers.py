@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
-from kvzip_press.attention import CacheView
-from kvzip_press.forward_layer import ForwardLayer
+from kvzip_press.attention.implementation import CacheView
+from kvzip_press.attention.stand_in_layer import ForwardLayer
 from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.kernels.tail_append import tail_append
 from kvzip_press.layout import PackedPairs

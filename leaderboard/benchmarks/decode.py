@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from kvzip_press.attention import attach, detach
+from kvzip_press.attention.implementation import attach, detach
 from kvzip_press.compat import DynamicCache
 from kvzip_press.errors import KVzipPressError
 from kvzip_press.loading.by_name import load_model

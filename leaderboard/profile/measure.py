@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kvzip_press.attention import detach
+from kvzip_press.attention.implementation import detach
 from kvzip_press.compat import DynamicCache
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.profile.decode import WARMUP_STEPS, plain_ms, stepped_ms

@@ -18,7 +18,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvzip_press import compat
-from kvzip_press.attention import detach
+from kvzip_press.attention.implementation import detach
 from kvzip_press.model.structure import attention_layers, text_decoder
 from kvzip_press.prefilling import synchronize
 from kvzip_press.presses.kvpress_adapter.importing import kvpress

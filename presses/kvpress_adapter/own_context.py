@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
-from kvzip_press.attention import attach
+from kvzip_press.attention.implementation import attach
 from kvzip_press.errors import UnsupportedModelError
 from kvzip_press.model.structure import attention_layers, full_attention_layers, text_decoder
 from kvzip_press.presses.kvpress_adapter.importing import kvpress

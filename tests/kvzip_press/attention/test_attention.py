@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 from kvzip_press import RandomPress, attach, detach
-from kvzip_press.attention import is_attached
+from kvzip_press.attention.implementation import is_attached
 from kvzip_press.attention_mask import causal_mask, tail_mask
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
 from kvzip_press.testing import tiny_model

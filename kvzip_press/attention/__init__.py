@@ -1,0 +1,1 @@
+"""How a model comes to attend to a cache layer of ours."""
