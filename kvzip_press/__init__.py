@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvzip_press.attention.implementation import attach, detach
     from kvzip_press.budget.scores import Scores
+    from kvzip_press.cache.ragged_cache import RaggedCache
     from kvzip_press.chunked_prefill import compress_in_chunks
     from kvzip_press.decoding import DecodeStep
     from kvzip_press.generation import answer, generate
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from kvzip_press.presses.kvzip import KVzipPress
     from kvzip_press.presses.kvzip_head import KVzipHeadPress
     from kvzip_press.presses.random import RandomPress
-    from kvzip_press.ragged_cache import RaggedCache
     from kvzip_press.registry import get_press, register_press
     from kvzip_press.sampling import Sampling
 
@@ -44,7 +44,7 @@ _EXPORTS = {
     "Prefill": "kvzip_press.prefilling",
     "Sampling": "kvzip_press.sampling",
     "Scores": "kvzip_press.budget.scores",
-    "RaggedCache": "kvzip_press.ragged_cache",
+    "RaggedCache": "kvzip_press.cache.ragged_cache",
     "answer": "kvzip_press.generation",
     "attach": "kvzip_press.attention.implementation",
     "compress": "kvzip_press.prefilling",

@@ -177,8 +177,8 @@ def _print_answers(
 
 
 def _ask_saved(path: Path, model_and_tokenizer: tuple[Any, Any], questions: list[str], prefix: str, limit: int) -> None:
-    from kvzip_press.cache_file import read_record
-    from kvzip_press.ragged_cache import RaggedCache
+    from kvzip_press.cache.file.writing import read_record
+    from kvzip_press.cache.ragged_cache import RaggedCache
 
     model, tokenizer = model_and_tokenizer
     begin = time.perf_counter()

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from kvzip_press.cache.padded_block import BlockLayer
+from kvzip_press.cache.padding import visible_columns
+from kvzip_press.cache.pair_pool import PairPool, give_back_room, held_tokens
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
-from kvzip_press.padded_block import BlockLayer
-from kvzip_press.padding import visible_columns
-from kvzip_press.pair_pool import PairPool, give_back_room, held_tokens
-from kvzip_press.ragged_layer import RaggedLayer
 
 Score = Callable[[int, torch.Tensor], torch.Tensor]
 """``(layer_idx, hidden_states [batch, n, hidden_size]) -> [batch, num_key_value_heads, n]``, fp32."""
@@ -33,7 +33,7 @@ class DecodeEviction:
         score: Scores the pairs of some tokens.
         budget: Tokens' worth of pairs that stay.
         buffer: Tokens between two evictions; the last so many stay in every head.
-        allocation: How pairs compete, see :class:`kvzip_press.pair_pool.PairPool`.
+        allocation: How pairs compete, see :class:`kvzip_press.cache.pair_pool.PairPool`.
     """
 
     def __init__(self, score: Score, *, budget: int, buffer: int, allocation: str) -> None:

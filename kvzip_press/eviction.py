@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvzip_press import compat
+from kvzip_press.cache.packed_pairs import PackedPairs
+from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cache.sliding_windows import own_window
 from kvzip_press.errors import UnsupportedCacheError
-from kvzip_press.layout import PackedPairs
 from kvzip_press.model.structure import AttentionLayer, attention_layers, full_attention_layers
-from kvzip_press.ragged_layer import RaggedLayer
-from kvzip_press.sliding_windows import own_window
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,12 +10,12 @@ from typing import Any, TypeVar, overload
 import torch
 
 from kvzip_press.attention.implementation import attach
+from kvzip_press.cache.padding import left_padded, padding_in
+from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding import DecodeStep
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import chat_frame, encode, turn_break
 from kvzip_press.model.structure import input_device, text_config
-from kvzip_press.padding import left_padded, padding_in
-from kvzip_press.ragged_cache import RaggedCache
 from kvzip_press.reading import next_positions, read
 from kvzip_press.sampling import Sampling, most_likely
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from kvzip_press.cache.padded_block import block_cache
+from kvzip_press.cache.padding import visible_columns
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheMismatchError
-from kvzip_press.padded_block import block_cache
-from kvzip_press.padding import visible_columns
-from kvzip_press.ragged_layer import RaggedLayer
 
 
 def next_positions(cache: Any, batch_size: int, device: torch.device) -> torch.Tensor:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvzip_press.attention.implementation import refuse_unsupported, softcap_of
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import UnsupportedModelError
 from kvzip_press.kernels.dense_attention import attention_with_lse
 from kvzip_press.model.structure import full_attention_layers
-from kvzip_press.ragged_layer import RaggedLayer
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,11 +15,11 @@ from torch import nn
 from kvzip_press import compat
 from kvzip_press.attention.implementation import CacheView
 from kvzip_press.attention.stand_in_layer import ForwardLayer
+from kvzip_press.cache.packed_pairs import PackedPairs
+from kvzip_press.cache.padding import visible_columns
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.kernels.tail_append import tail_append
-from kvzip_press.layout import PackedPairs
-from kvzip_press.padding import visible_columns
-from kvzip_press.ragged_layer import RaggedLayer
 
 
 class Place:

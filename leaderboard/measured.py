@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from kvzip_press.budget.scores import Scores
+from kvzip_press.cache.ragged_cache import RaggedCache
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import BudgetMismatchError
-from kvzip_press.ragged_cache import RaggedCache
-from kvzip_press.ragged_layer import RaggedLayer
 
 
 @dataclass(frozen=True)

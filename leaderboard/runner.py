@@ -10,6 +10,7 @@ import torch
 
 from kvzip_press import get_press, prefill
 from kvzip_press.budget.scores import Scores
+from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.generation import ASKED_AT_ONCE, answer_ids, decoded
 from kvzip_press.leaderboard.contexts import Context, batches, contexts_of, positions_of, prompt_ids
 from kvzip_press.leaderboard.decode_phase import check_decodes, generate_evicting, measure_grown
@@ -21,7 +22,6 @@ from kvzip_press.leaderboard.results import Row, RowKey
 from kvzip_press.model.structure import input_device
 from kvzip_press.prefilling import Prefill, synchronize
 from kvzip_press.press import Press
-from kvzip_press.ragged_cache import RaggedCache
 
 T = TypeVar("T")
 

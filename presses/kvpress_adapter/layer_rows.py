@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.kvpress_adapter.keep_masks import kept_pairs
 from kvzip_press.presses.kvpress_adapter.module_state import untouched
-from kvzip_press.ragged_layer import RaggedLayer
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from kvzip_press import ComposedPress, KVzipPress, RaggedCache, RandomPress, answer, compress, compress_in_chunks
 from kvzip_press.budget.scores import Scores
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.press import AllocatingPress
-from kvzip_press.ragged_layer import RaggedLayer
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 TOKENIZER, MODEL = ByteTokenizer(), tiny_model(num_layers=2)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kvzip_press import answer, compress, get_press
+from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.errors import BudgetMismatchError, InvalidArgumentError
 from kvzip_press.generation import generate
 from kvzip_press.leaderboard import measured, runner
@@ -21,7 +22,6 @@ from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.prefilling import prefill
 from kvzip_press.presses.fastkvzip import Gates, LayerGate
 from kvzip_press.presses.random import RandomPress
-from kvzip_press.ragged_cache import RaggedCache
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 TOKENIZER = ByteTokenizer()

@@ -7,12 +7,12 @@ import torch
 from transformers import DynamicCache
 
 from kvzip_press import RaggedCache, answer, compress, decoding, get_press
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.generation import generate
 from kvzip_press.model.hidden_states import watching_hidden_states
 from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.presses.fastkvzip import FastKVzipPress, Gates, LayerGate
-from kvzip_press.ragged_layer import RaggedLayer
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 TOKENIZER = ByteTokenizer()

@@ -11,7 +11,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from kvzip_press import RandomPress, attach, detach
 from kvzip_press.attention.implementation import is_attached
-from kvzip_press.attention_mask import causal_mask, tail_mask
+from kvzip_press.cache.tail_mask import causal_mask, tail_mask
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
 from kvzip_press.testing import tiny_model
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kvzip_press import RaggedPress
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.prefilling import run_prefill
-from kvzip_press.ragged_layer import RaggedLayer
 
 pytestmark = pytest.mark.kvpress
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvzip_press import RaggedCache, RandomPress, kept_export
+from kvzip_press import RaggedCache, RandomPress
+from kvzip_press.cache.file import kept_export
 from kvzip_press.errors import CacheFileError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.testing import tiny_model
 

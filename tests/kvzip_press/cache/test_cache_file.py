@@ -16,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
-from kvzip_press import RaggedCache, RandomPress, cache_file
-from kvzip_press.cache_file import read_record
+from kvzip_press import RaggedCache, RandomPress
+from kvzip_press.cache.file import writing as cache_file
+from kvzip_press.cache.file.writing import read_record
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheFileError, CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
-from kvzip_press.ragged_layer import RaggedLayer
 from kvzip_press.testing import tiny_model
 
 N = 64

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press import cache_file, compat, kept_export
+from kvzip_press import compat
 from kvzip_press.attention.implementation import attach
-from kvzip_press.cache_moving import move_layers
+from kvzip_press.cache.file import kept_export
+from kvzip_press.cache.file import writing as cache_file
+from kvzip_press.cache.moving import move_layers
+from kvzip_press.cache.padded_block import drop_ends_of_sliding
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.structure import attention_layers
-from kvzip_press.padded_block import drop_ends_of_sliding
-from kvzip_press.ragged_layer import RaggedLayer
 
 
 class RaggedCache(compat.Cache):
@@ -230,7 +232,7 @@ class RaggedCache(compat.Cache):
         return cache
 
     def export_kept(self, path: str | Path) -> None:
-        """Writes which positions every head kept, as numpy arrays: see :func:`kvzip_press.kept_export.export_kept`."""
+        """Writes which positions every head kept, as numpy arrays: see :func:`kvzip_press.cache.file.kept_export.export_kept`."""
         kept_export.export_kept(Path(path), self.layers)
 
     def _config(self, model: nn.Module | None) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
-from kvzip_press.cache_record import (
+from kvzip_press.cache.file.record import (
     DTYPES,
     CacheRecord,
     LayerRecord,
@@ -22,8 +22,9 @@ from kvzip_press.cache_record import (
     settings_of,
     to_json,
 )
+from kvzip_press.cache.packed_pairs import PackedPairs
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheFileError, CacheMismatchError
-from kvzip_press.layout import PackedPairs
 from kvzip_press.model.structure import (
     AttentionLayer,
     attention_layers,
@@ -32,7 +33,6 @@ from kvzip_press.model.structure import (
     text_config,
     text_decoder,
 )
-from kvzip_press.ragged_layer import RaggedLayer
 
 
 def load_layers(

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from kvzip_press.cache.packed_pairs import PackedPairs
+from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cache.tail import BLOCK, Tail
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
-from kvzip_press.layout import PackedPairs
-from kvzip_press.ragged_layer import RaggedLayer
-from kvzip_press.tail import BLOCK, Tail
 
 ALLOCATIONS = ("global", "layer", "head")
 

@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from kvzip_press import RaggedCache, RandomPress, attach, detach
+from kvzip_press.cache.tail import BLOCK
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
-from kvzip_press.tail import BLOCK
 from kvzip_press.testing import tiny_model
 
 N = 64

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvzip_press.pair_pool import _rank
+from kvzip_press.cache.pair_pool import _rank
 
 PAIRS = st.lists(
     st.tuples(st.integers(0, 2), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 4)), min_size=1, max_size=40

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvzip_press.cache.packed_pairs import PackedPairs
+from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cache.tail import Tail
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
-from kvzip_press.layout import PackedPairs
 from kvzip_press.model.structure import attention_layers, execution_device
-from kvzip_press.ragged_layer import RaggedLayer
-from kvzip_press.tail import Tail
 
 
 def move_layers(layers: Sequence[Any], target: torch.device | str | nn.Module) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from kvzip_press import compat
+from kvzip_press.cache.padding import ends_dropped, moved_over_padding
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import UnsupportedCacheError
-from kvzip_press.padding import ends_dropped, moved_over_padding
-from kvzip_press.ragged_layer import RaggedLayer
 
 
 class BlockLayer(compat.CacheLayerMixin):

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from kvzip_press import __version__, compat
 from kvzip_press.atomic_write import replacing
-from kvzip_press.cache_reading import load_layers, read_record
-from kvzip_press.cache_record import (
+from kvzip_press.cache.file.reading import load_layers, read_record
+from kvzip_press.cache.file.record import (
     DIGEST,
     FORMAT,
     NAMES,
@@ -32,8 +32,8 @@ from kvzip_press.cache_record import (
     settings_of,
     to_json,
 )
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
-from kvzip_press.ragged_layer import RaggedLayer
 
 __all__ = ["load_layers", "read_record", "save_layers"]
 

@@ -11,12 +11,12 @@ from torch import nn
 
 from kvzip_press import compat
 from kvzip_press.attention.implementation import CacheView
-from kvzip_press.attention_mask import tail_mask
+from kvzip_press.cache.packed_pairs import PackedPairs
+from kvzip_press.cache.tail import Tail
+from kvzip_press.cache.tail_mask import tail_mask
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
 from kvzip_press.kernels.ragged_attention import ragged_attention
-from kvzip_press.layout import PackedPairs
 from kvzip_press.model.structure import layer_fingerprint
-from kvzip_press.tail import Tail
 
 
 class RaggedLayer(compat.CacheLayerMixin):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from kvzip_press.cache.padding import ends_dropped, moved_over_padding
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.padding import ends_dropped, moved_over_padding
 
 BLOCK = 256  # tokens a buffer grows by at least; a decode step between two growths allocates and moves nothing
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from kvzip_press.atomic_write import replacing
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
-from kvzip_press.ragged_layer import RaggedLayer
 
 
 def export_kept(path: Path, layers: Sequence[Any]) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
+from kvzip_press.cache.padding import visible_columns
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.padding import visible_columns
 
 
 def tail_mask(
