@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from kvzip_press.attention.implementation import attach, detach
     from kvzip_press.budget.scores import Scores
     from kvzip_press.cache.ragged_cache import RaggedCache
-    from kvzip_press.chunked_prefill import compress_in_chunks
     from kvzip_press.decoding import DecodeStep
     from kvzip_press.generation import answer, generate
     from kvzip_press.head_scores import HeadScores
     from kvzip_press.loading.by_name import load_model
-    from kvzip_press.prefilling import Prefill, compress, prefill
+    from kvzip_press.prefilling.chunked import compress_in_chunks
+    from kvzip_press.prefilling.whole import Prefill, compress, prefill
     from kvzip_press.press import Press
     from kvzip_press.presses.composed import ComposedPress
     from kvzip_press.presses.duo_attention import DuoAttentionPress
@@ -41,19 +41,19 @@ _EXPORTS = {
     "RaggedPress": "kvzip_press.presses.kvpress_adapter",
     "DecodeStep": "kvzip_press.decoding",
     "Press": "kvzip_press.press",
-    "Prefill": "kvzip_press.prefilling",
+    "Prefill": "kvzip_press.prefilling.whole",
     "Sampling": "kvzip_press.sampling",
     "Scores": "kvzip_press.budget.scores",
     "RaggedCache": "kvzip_press.cache.ragged_cache",
     "answer": "kvzip_press.generation",
     "attach": "kvzip_press.attention.implementation",
-    "compress": "kvzip_press.prefilling",
-    "compress_in_chunks": "kvzip_press.chunked_prefill",
+    "compress": "kvzip_press.prefilling.whole",
+    "compress_in_chunks": "kvzip_press.prefilling.chunked",
     "detach": "kvzip_press.attention.implementation",
     "generate": "kvzip_press.generation",
     "get_press": "kvzip_press.registry",
     "load_model": "kvzip_press.loading.by_name",
-    "prefill": "kvzip_press.prefilling",
+    "prefill": "kvzip_press.prefilling.whole",
     "register_press": "kvzip_press.registry",
 }
 

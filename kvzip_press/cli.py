@@ -82,7 +82,7 @@ def ask(
     With --cache the answers are those of a cache that was compressed earlier; the file it was made of is not needed.
     """
     from kvzip_press.loading.by_name import load_model
-    from kvzip_press.prefilling import prefill
+    from kvzip_press.prefilling.whole import prefill
     from kvzip_press.registry import get_press
 
     if (context is None) == (cache is None):

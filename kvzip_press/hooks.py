@@ -16,12 +16,12 @@ import torch
 from kvzip_press.attention.implementation import attach, attention_watched, detach, is_attached
 from kvzip_press.decode_eviction import DecodeEviction
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, UnsupportedCacheError
-from kvzip_press.eviction import check_cache
 from kvzip_press.model.hidden_states import watching_hidden_states
 from kvzip_press.model.structure import full_attention_layers, text_decoder
-from kvzip_press.prefilling import Prefill
+from kvzip_press.prefilling.eviction import check_cache
+from kvzip_press.prefilling.self_check import SelfCheck
+from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import Press
-from kvzip_press.self_check import SelfCheck
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kvzip_press.decode_eviction import DecodeEviction
-    from kvzip_press.prefilling import Prefill
+    from kvzip_press.prefilling.whole import Prefill
 
 
 class Observer(Protocol):

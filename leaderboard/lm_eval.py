@@ -26,7 +26,7 @@ from kvzip_press.generation import eos_ids
 from kvzip_press.leaderboard.lm_eval_prompts import SPLITS, Generation, Split, find_split, last_paragraph, n_equal
 from kvzip_press.leaderboard.measured import Measured, measure
 from kvzip_press.model.structure import input_device, text_config
-from kvzip_press.prefilling import check_length, run_prefill
+from kvzip_press.prefilling.whole import check_length, run_prefill
 from kvzip_press.press import Press
 
 try:

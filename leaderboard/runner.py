@@ -20,7 +20,7 @@ from kvzip_press.leaderboard.plan import PressSpec, Run, Work
 from kvzip_press.leaderboard.provenance import provenance
 from kvzip_press.leaderboard.results import Row, RowKey
 from kvzip_press.model.structure import input_device
-from kvzip_press.prefilling import Prefill, synchronize
+from kvzip_press.prefilling.whole import Prefill, synchronize
 from kvzip_press.press import Press
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from torch import nn
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.prefilling import Prefill
+from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import Observer, Press
 
 LOWEST = torch.finfo(torch.float32).min

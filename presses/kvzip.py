@@ -17,9 +17,9 @@ from kvzip_press.kernels.kv_scoring import kv_scoring
 from kvzip_press.model.chat import chat_frame, encode, find_tokenizer
 from kvzip_press.model.hidden_states import watching_hidden_states
 from kvzip_press.model.structure import dense_weight
-from kvzip_press.prefilling import Prefill
+from kvzip_press.prefilling.replay import Replay, ReplayedAttention
+from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import AllocatingPress
-from kvzip_press.replay import Replay, ReplayedAttention
 
 FIRST_PROMPT = "\n\nRepeat the previous context exactly."
 NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvzip_press.budget.scores import Scores
-from kvzip_press.prefilling import Prefill
+from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import AllocatingPress
 
 

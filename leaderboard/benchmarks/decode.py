@@ -17,7 +17,7 @@ from kvzip_press.compat import DynamicCache
 from kvzip_press.errors import KVzipPressError
 from kvzip_press.loading.by_name import load_model
 from kvzip_press.model.structure import text_config
-from kvzip_press.prefilling import Prefill, run_prefill, synchronize
+from kvzip_press.prefilling.whole import Prefill, run_prefill, synchronize
 from kvzip_press.registry import get_press
 
 BLOCK = 10  # steps of one side before the other's turn

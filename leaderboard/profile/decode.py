@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvzip_press.cache.ragged_cache import RaggedCache
-from kvzip_press.prefilling import synchronize
+from kvzip_press.prefilling.whole import synchronize
 
 WARMUP_STEPS = 3
 TOKEN = 7  # which token is read does not change the time

@@ -16,7 +16,7 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.profile.decode import WARMUP_STEPS, plain_ms, stepped_ms
 from kvzip_press.leaderboard.profile.rows import DENSE, OURS
 from kvzip_press.model.structure import full_attention_layers, text_config, text_decoder
-from kvzip_press.prefilling import run_prefill, synchronize
+from kvzip_press.prefilling.whole import run_prefill, synchronize
 from kvzip_press.registry import get_press
 
 NO_GRAPH = "a DynamicCache makes new tensors at every step, which a CUDA graph cannot hold"

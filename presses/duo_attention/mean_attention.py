@@ -18,7 +18,7 @@ from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
 from kvzip_press.head_scores import HeadScores, check_texts
 from kvzip_press.model.chat import encode
 from kvzip_press.model.structure import full_attention_layers, input_device, layer_index
-from kvzip_press.prefilling import run_prefill
+from kvzip_press.prefilling.whole import run_prefill
 
 
 def compute_head_scores(

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvzip_press.model.structure import full_attention_layers, input_device, text_config
-from kvzip_press.prefilling import run_prefill, synchronize
+from kvzip_press.prefilling.whole import run_prefill, synchronize
 from kvzip_press.presses.fastkvzip.fast_press import FastKVzipPress
 from kvzip_press.presses.fastkvzip.gate import LayerGate
 from kvzip_press.presses.fastkvzip.gates import Gates

@@ -15,9 +15,9 @@ from kvzip_press.budget.scores import Scores
 from kvzip_press.cache.pair_pool import ALLOCATIONS
 from kvzip_press.decode_eviction import DecodeEviction
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.eviction import compressible_layers
 from kvzip_press.model.hidden_states import watching_hidden_states
-from kvzip_press.prefilling import Prefill
+from kvzip_press.prefilling.eviction import compressible_layers
+from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import AllocatingPress, ObservingPress
 from kvzip_press.presses.fastkvzip.finding import gates_for
 from kvzip_press.presses.fastkvzip.gates import Gates

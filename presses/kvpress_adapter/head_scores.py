@@ -14,7 +14,7 @@ from kvzip_press.budget.scores import Scores
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
 
 if TYPE_CHECKING:
-    from kvzip_press.prefilling import Prefill
+    from kvzip_press.prefilling.whole import Prefill
 
 Rows = Mapping[int, list[torch.Tensor]]
 

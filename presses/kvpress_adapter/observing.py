@@ -14,7 +14,7 @@ from kvzip_press.presses.kvpress_adapter.module_state import presses_in
 
 if TYPE_CHECKING:
     from kvzip_press.budget.scores import Scores
-    from kvzip_press.prefilling import Prefill
+    from kvzip_press.prefilling.whole import Prefill
     from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress
 
 #: What presses raise for a model or an input that they do not take (OSError: no tokenizer or weights to be had).

@@ -11,7 +11,7 @@ import torch
 from kvzip_press.budget.allocation import check_compression_ratio
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.prefilling import Prefill, run_prefill
+from kvzip_press.prefilling.whole import Prefill, run_prefill
 from kvzip_press.press import Press
 from kvzip_press.presses.kvpress_adapter.head_scores import HeadScores, keep_scores
 from kvzip_press.presses.kvpress_adapter.importing import kvpress

@@ -13,7 +13,7 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.head_scores import HeadScores, check_texts
 from kvzip_press.model.chat import encode
 from kvzip_press.model.structure import full_attention_layers
-from kvzip_press.prefilling import prefill
+from kvzip_press.prefilling.whole import prefill
 from kvzip_press.press import Press
 from kvzip_press.registry import get_press
 

@@ -13,7 +13,7 @@ from kvzip_press import KVzipPress, RandomPress, compress
 from kvzip_press.decoding import DecodeStep, _compiled_layers, _StaticStep
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.generation import generate
-from kvzip_press.prefilling import run_prefill
+from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.sampling import Sampling
 from kvzip_press.testing import ARCHITECTURES, ByteTokenizer, tiny_model
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from kvzip_press import KVzipPress, RaggedCache, RandomPress
 from kvzip_press.attention.implementation import is_attached
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, UnsupportedCacheError, UnsupportedModelError
-from kvzip_press.prefilling import run_prefill
+from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 N = 50

@@ -24,7 +24,7 @@ from kvzip_press.budget.selection import select
 from kvzip_press.errors import InvalidArgumentError, NothingEvictedError
 from kvzip_press.leaderboard.lm_eval import PressLM
 from kvzip_press.leaderboard.lm_eval_prompts import SPLITS, Generation
-from kvzip_press.prefilling import run_prefill
+from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.press import Press
 from kvzip_press.testing import evicted_keys_masked, tiny_model
 

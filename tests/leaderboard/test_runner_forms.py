@@ -19,7 +19,7 @@ from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, Work, plan
 from kvzip_press.leaderboard.results import Row
 from kvzip_press.leaderboard.task import GeneratedTask, Question, Sample
 from kvzip_press.model.structure import full_attention_layers
-from kvzip_press.prefilling import prefill
+from kvzip_press.prefilling.whole import prefill
 from kvzip_press.presses.fastkvzip import Gates, LayerGate
 from kvzip_press.presses.random import RandomPress
 from kvzip_press.testing import ByteTokenizer, tiny_model

@@ -15,7 +15,7 @@ from kvzip_press import ComposedPress, KVzipPress, RaggedCache, RandomPress, Sco
 from kvzip_press.budget.selection import select
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import text_decoder
-from kvzip_press.prefilling import run_prefill
+from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.press import ObservingPress, Press
 from kvzip_press.testing import ByteTokenizer, tiny_model
 

@@ -8,7 +8,7 @@ import torch
 
 from kvzip_press import DuoAttentionPress, HeadScores, KVzipHeadPress, RaggedCache, get_press, load_model
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
-from kvzip_press.prefilling import run_prefill
+from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.presses.duo_attention import compute_head_scores, export_duo, import_duo
 from kvzip_press.testing import ByteTokenizer, tiny_model
 

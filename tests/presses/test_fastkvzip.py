@@ -10,7 +10,7 @@ import torch
 from kvzip_press import compress, get_press, prefill
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import full_attention_layers
-from kvzip_press.prefilling import run_prefill
+from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.presses.fastkvzip import FastKVzipPress, Gates, LayerGate, placed_gate
 from kvzip_press.testing import ARCHITECTURES, ByteTokenizer, tiny_model
 

@@ -12,7 +12,7 @@ from kvzip_press import KVzipPress, RaggedCache, compress, prefill
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import encode
 from kvzip_press.model.structure import attention_layers, full_attention_layers, text_decoder
-from kvzip_press.prefilling import run_prefill
+from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.presses.kvzip import FIRST_PROMPT, NEXT_PROMPT
 from kvzip_press.testing import ByteTokenizer, tiny_model
 

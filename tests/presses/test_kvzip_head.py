@@ -22,7 +22,7 @@ from kvzip_press import (
 )
 from kvzip_press.errors import CacheFileError, InvalidArgumentError
 from kvzip_press.model.structure import full_attention_layers
-from kvzip_press.prefilling import run_prefill
+from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.presses.kvzip_head import builtin_texts, compute_head_scores
 from kvzip_press.testing import ByteTokenizer, evicted_keys_masked, tiny_model
 

@@ -19,7 +19,7 @@ from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select, top_mask
 from kvzip_press.budget.spending import kth_largest, kth_largest_by_bits
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.prefilling import run_prefill
+from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.testing import tiny_model
 
 laws = settings(deadline=None, max_examples=60, derandomize=True)

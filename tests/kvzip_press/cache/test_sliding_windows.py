@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from kvzip_press import RaggedCache, RandomPress
 from kvzip_press.cache.sliding_windows import own_window, windows_only
-from kvzip_press.prefilling import run_prefill
+from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.testing import tiny_model
 
 N_TOKENS, WINDOW = 200, 32

@@ -10,7 +10,7 @@ import torch
 
 from kvzip_press import RaggedPress
 from kvzip_press.cache.ragged_layer import RaggedLayer
-from kvzip_press.prefilling import run_prefill
+from kvzip_press.prefilling.whole import run_prefill
 
 pytestmark = pytest.mark.kvpress
 

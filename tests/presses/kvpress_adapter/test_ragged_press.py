@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 from kvzip_press import RaggedCache, RaggedPress, RandomPress, compress, compress_in_chunks, prefill
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
-from kvzip_press.prefilling import Prefill, run_prefill
+from kvzip_press.prefilling.whole import Prefill, run_prefill
 from kvzip_press.testing import ByteTokenizer
 
 pytestmark = pytest.mark.kvpress

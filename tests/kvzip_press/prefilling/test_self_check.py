@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kvzip_press import RandomPress, prefill
 from kvzip_press.errors import UnsupportedModelError
-from kvzip_press.prefilling import run_prefill
-from kvzip_press.self_check import SelfCheck
+from kvzip_press.prefilling.self_check import SelfCheck
+from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.testing import ARCHITECTURES, ByteTokenizer, tiny_model
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -103,7 +103,7 @@ def test_every_supported_model_passes(architecture, implementation, dtype, paddi
             super().finish(cache)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvzip_press.prefilling.SelfCheck", Noted)
+        patch.setattr("kvzip_press.prefilling.whole.SelfCheck", Noted)
         run_prefill(model, token_ids(2), valid)
     assert len(checks) == (2 if "layer_types" in ARCHITECTURES[architecture] else 3)
     assert max(checks) < 0.5

@@ -18,7 +18,7 @@ from kvzip_press.model.structure import AttentionLayer, attention_layers, full_a
 if TYPE_CHECKING:
     from torch import nn
 
-    from kvzip_press.prefilling import Prefill
+    from kvzip_press.prefilling.whole import Prefill
 
 
 def compressible_layers(model: nn.Module, cache: Any) -> dict[int, AttentionLayer]:

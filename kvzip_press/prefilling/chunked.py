@@ -19,10 +19,10 @@ from kvzip_press.budget.selection import select
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.eviction import evicted_layers
 from kvzip_press.model.chat import Context, chat_frame, context_rows
 from kvzip_press.model.structure import input_device, text_config
-from kvzip_press.prefilling import Prefill, check_length, compress, run_prefill
+from kvzip_press.prefilling.eviction import evicted_layers
+from kvzip_press.prefilling.whole import Prefill, check_length, compress, run_prefill
 from kvzip_press.press import Press
 
 CHUNK_SIZE, WINDOW_SIZE = 16384, 4096

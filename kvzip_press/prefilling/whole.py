@@ -19,11 +19,11 @@ from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.sliding_windows import windows_only
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.eviction import check_not_evicted, compressible_layers, evicted_layers, heads_and_device
 from kvzip_press.model.chat import Context, chat_frame, context_rows
 from kvzip_press.model.structure import input_device, text_config, text_decoder
+from kvzip_press.prefilling.eviction import check_not_evicted, compressible_layers, evicted_layers, heads_and_device
+from kvzip_press.prefilling.self_check import SelfCheck
 from kvzip_press.press import Observer, Press
-from kvzip_press.self_check import SelfCheck
 
 if TYPE_CHECKING:
     from torch import nn

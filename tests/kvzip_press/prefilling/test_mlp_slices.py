@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvzip_press.mlp_slices import mlps_in_slices
 from kvzip_press.model.structure import text_decoder
+from kvzip_press.prefilling.mlp_slices import mlps_in_slices
 from kvzip_press.testing import ARCHITECTURES, tiny_model
 
 

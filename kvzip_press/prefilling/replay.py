@@ -20,14 +20,14 @@ from kvzip_press import compat
 from kvzip_press.attention.implementation import CacheView
 from kvzip_press.attention.stand_in_layer import ForwardLayer
 from kvzip_press.cache.ragged_layer import RaggedLayer
-from kvzip_press.eviction import compressible_layers, sliding_copy
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
 from kvzip_press.kernels.ragged_attention import ragged_attention
-from kvzip_press.mlp_slices import mlps_in_slices
 from kvzip_press.model.structure import attention_layers, text_decoder
+from kvzip_press.prefilling.eviction import compressible_layers, sliding_copy
+from kvzip_press.prefilling.mlp_slices import mlps_in_slices
 
 if TYPE_CHECKING:
-    from kvzip_press.prefilling import Prefill
+    from kvzip_press.prefilling.whole import Prefill
 
 logger = logging.getLogger(__name__)
 

@@ -87,7 +87,7 @@ def test_where_nothing_is_evicted_chunks_change_nothing(architecture, rerank) ->
 @pytest.mark.parametrize("rerank", [True, False])
 def test_memory_holds_the_kept_part_the_window_and_one_chunk(rerank, monkeypatch) -> None:
     """Measured on the storages after every forward, when a chunk is in the cache and nothing of it evicted yet."""
-    from kvzip_press import chunked_prefill
+    from kvzip_press.prefilling import chunked as chunked_prefill
 
     n, chunk_size, window_size, ratio = 4000, 512, 256, 0.7
     model, held = MODEL, []

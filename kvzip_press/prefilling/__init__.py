@@ -1,0 +1,1 @@
+"""Reading a context, scoring it, evicting."""
