@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from kvzip_press.attention.implementation import attach, detach
     from kvzip_press.budget.scores import Scores
     from kvzip_press.cache.ragged_cache import RaggedCache
-    from kvzip_press.decoding import DecodeStep
-    from kvzip_press.generation import answer, generate
+    from kvzip_press.decoding.generation import answer, generate
+    from kvzip_press.decoding.sampling import Sampling
+    from kvzip_press.decoding.step import DecodeStep
     from kvzip_press.head_scores import HeadScores
     from kvzip_press.loading.by_name import load_model
     from kvzip_press.prefilling.chunked import compress_in_chunks
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from kvzip_press.presses.kvzip_head import KVzipHeadPress
     from kvzip_press.presses.random import RandomPress
     from kvzip_press.registry import get_press, register_press
-    from kvzip_press.sampling import Sampling
 
 _EXPORTS = {
     "ComposedPress": "kvzip_press.presses.composed",
@@ -39,18 +39,18 @@ _EXPORTS = {
     "KVzipPress": "kvzip_press.presses.kvzip",
     "RandomPress": "kvzip_press.presses.random",
     "RaggedPress": "kvzip_press.presses.kvpress_adapter",
-    "DecodeStep": "kvzip_press.decoding",
+    "DecodeStep": "kvzip_press.decoding.step",
     "Press": "kvzip_press.press",
     "Prefill": "kvzip_press.prefilling.whole",
-    "Sampling": "kvzip_press.sampling",
+    "Sampling": "kvzip_press.decoding.sampling",
     "Scores": "kvzip_press.budget.scores",
     "RaggedCache": "kvzip_press.cache.ragged_cache",
-    "answer": "kvzip_press.generation",
+    "answer": "kvzip_press.decoding.generation",
     "attach": "kvzip_press.attention.implementation",
     "compress": "kvzip_press.prefilling.whole",
     "compress_in_chunks": "kvzip_press.prefilling.chunked",
     "detach": "kvzip_press.attention.implementation",
-    "generate": "kvzip_press.generation",
+    "generate": "kvzip_press.decoding.generation",
     "get_press": "kvzip_press.registry",
     "load_model": "kvzip_press.loading.by_name",
     "prefill": "kvzip_press.prefilling.whole",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvzip_press.attention.implementation import attach, attention_watched, detach, is_attached
-from kvzip_press.decode_eviction import DecodeEviction
+from kvzip_press.decoding.eviction import DecodeEviction
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, UnsupportedCacheError
 from kvzip_press.model.hidden_states import watching_hidden_states
 from kvzip_press.model.structure import full_attention_layers, text_decoder

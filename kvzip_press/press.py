@@ -15,7 +15,7 @@ from kvzip_press.budget.scores import Scores
 if TYPE_CHECKING:
     from torch import nn
 
-    from kvzip_press.decode_eviction import DecodeEviction
+    from kvzip_press.decoding.eviction import DecodeEviction
     from kvzip_press.prefilling.whole import Prefill
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvzip_press.decoding.generation import question_ids
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.generation import question_ids
 from kvzip_press.leaderboard.plan import Run, Work
 from kvzip_press.leaderboard.task import Question
 from kvzip_press.model.chat import chat_frame, encode

@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from kvzip_press import RaggedCache, attach, generate, get_press
+from kvzip_press.decoding.generation import eos_ids
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, NothingEvictedError
-from kvzip_press.generation import eos_ids
 from kvzip_press.leaderboard.lm_eval_prompts import SPLITS, Generation, Split, find_split, last_paragraph, n_equal
 from kvzip_press.leaderboard.measured import Measured, measure
 from kvzip_press.model.structure import input_device, text_config

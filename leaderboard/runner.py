@@ -11,7 +11,7 @@ import torch
 from kvzip_press import get_press, prefill
 from kvzip_press.budget.scores import Scores
 from kvzip_press.cache.ragged_cache import RaggedCache
-from kvzip_press.generation import ASKED_AT_ONCE, answer_ids, decoded
+from kvzip_press.decoding.generation import ASKED_AT_ONCE, answer_ids, decoded
 from kvzip_press.leaderboard.contexts import Context, batches, contexts_of, positions_of, prompt_ids
 from kvzip_press.leaderboard.decode_phase import check_decodes, generate_evicting, measure_grown
 from kvzip_press.leaderboard.head_budgets import HeadBudgets

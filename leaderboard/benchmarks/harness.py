@@ -21,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from kvzip_press import load_model
-from kvzip_press.generation import decoded, eos_ids, question_ids
+from kvzip_press.decoding.generation import decoded, eos_ids, question_ids
 from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, Work, plan
 from kvzip_press.leaderboard.profile.grid import get_device
 from kvzip_press.leaderboard.results import Row

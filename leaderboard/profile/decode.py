@@ -62,7 +62,7 @@ def _timed(
     model: Any, cache: RaggedCache, n_tokens: int, *, only_captured: bool = False, **options: Any
 ) -> tuple[float | None, str | None]:
     """Milliseconds, and why the step is eager; no milliseconds where they would be those of an eager step again."""
-    from kvzip_press.decoding import DecodeStep
+    from kvzip_press.decoding.step import DecodeStep
 
     token = torch.full((1,), TOKEN, device=model.device)
     with DecodeStep(model, cache.fork(), max_new_tokens=WARMUP_STEPS + n_tokens, **options) as step:

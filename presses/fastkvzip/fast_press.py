@@ -13,7 +13,7 @@ from torch import nn
 
 from kvzip_press.budget.scores import Scores
 from kvzip_press.cache.pair_pool import ALLOCATIONS
-from kvzip_press.decode_eviction import DecodeEviction
+from kvzip_press.decoding.eviction import DecodeEviction
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.hidden_states import watching_hidden_states
 from kvzip_press.prefilling.eviction import compressible_layers

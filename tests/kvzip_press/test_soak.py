@@ -13,7 +13,7 @@ import torch
 from torch._subclasses import FakeTensor  # what tests of torch.compile leave behind
 
 from kvzip_press import KVzipPress, RaggedCache, answer, compress
-from kvzip_press.reading import read
+from kvzip_press.decoding.forward import read
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

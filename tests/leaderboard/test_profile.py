@@ -153,7 +153,7 @@ def test_a_step_that_is_captured_is_timed_in_its_graph_and_compiled(
             assert token_ids.shape == (1,)
             return torch.zeros(1, 128)
 
-    monkeypatch.setattr("kvzip_press.decoding.DecodeStep", Captured)
+    monkeypatch.setattr("kvzip_press.decoding.step.DecodeStep", Captured)
     rows, printed = profile(tmp_path, context_lengths=(40,), presses=("random",), compile=True)
     assert all(r.decode_ms_graph is not None and r.decode_ms_compiled is not None for r in rows[1:])
     assert {"max_new_tokens": 5, "compile": True} in made

@@ -12,8 +12,8 @@ import torch
 
 from kvzip_press import answer, compress, get_press
 from kvzip_press.cache.ragged_cache import RaggedCache
+from kvzip_press.decoding.generation import generate
 from kvzip_press.errors import BudgetMismatchError, InvalidArgumentError
-from kvzip_press.generation import generate
 from kvzip_press.leaderboard import measured, runner
 from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, Work, plan
 from kvzip_press.leaderboard.results import Row

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvzip_press import RaggedCache, answer, compress, decoding, get_press
+from kvzip_press import RaggedCache, answer, compress, get_press
 from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.decoding import step as decoding
+from kvzip_press.decoding.generation import generate
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
-from kvzip_press.generation import generate
 from kvzip_press.model.hidden_states import watching_hidden_states
 from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.presses.fastkvzip import FastKVzipPress, Gates, LayerGate

@@ -10,10 +10,10 @@ from transformers import DynamicCache
 
 from kvzip_press import DecodeStep, KVzipPress, RaggedCache, RandomPress, answer, compress, load_model, prefill
 from kvzip_press.cache.padding import left_padded, padding_in
-from kvzip_press.decoding import _StaticStep
+from kvzip_press.decoding.forward import read
+from kvzip_press.decoding.generation import generate
+from kvzip_press.decoding.step import _StaticStep
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
-from kvzip_press.generation import generate
-from kvzip_press.reading import read
 from kvzip_press.testing import ARCHITECTURES, ByteTokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,12 +12,12 @@ import torch
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.padding import left_padded, padding_in
 from kvzip_press.cache.ragged_cache import RaggedCache
-from kvzip_press.decoding import DecodeStep
+from kvzip_press.decoding.forward import next_positions, read
+from kvzip_press.decoding.sampling import Sampling, most_likely
+from kvzip_press.decoding.step import DecodeStep
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import chat_frame, encode, turn_break
 from kvzip_press.model.structure import input_device, text_config
-from kvzip_press.reading import next_positions, read
-from kvzip_press.sampling import Sampling, most_likely
 
 ASKED_AT_ONCE = 32  # questions that a long list of them is cut into: a batch shares its context, not its tails
 MIN_GRAPH_TOKENS = 16
@@ -218,9 +218,9 @@ def generate(
         eos_ids: The ids that end a row.
         sampling: How to sample; None takes the most likely token.
         streamer: A transformers streamer (``put``, ``end``), for one row; it gets ``input_ids`` first, as there.
-        graph: See :class:`kvzip_press.decoding.DecodeStep`. By default a graph is captured where it is possible and
+        graph: See :class:`kvzip_press.decoding.step.DecodeStep`. By default a graph is captured where it is possible and
             ``max_new_tokens`` is at least 16: a capture takes as long as a few steps.
-        compile: See :class:`kvzip_press.decoding.DecodeStep`.
+        compile: See :class:`kvzip_press.decoding.step.DecodeStep`.
 
     Returns:
         The generated ids of every row, without the one that ended it.

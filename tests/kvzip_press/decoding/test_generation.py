@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kvzip_press import KVzipPress, RandomPress, answer, compress
+from kvzip_press.decoding.generation import answer_ids, generate, question_ids
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
-from kvzip_press.generation import answer_ids, generate, question_ids
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 CONTEXT = "The key of the red box is under the mat, and the mat is at the door."

@@ -10,11 +10,11 @@ import torch
 from transformers import DynamicCache
 
 from kvzip_press import KVzipPress, RandomPress, compress
-from kvzip_press.decoding import DecodeStep, _compiled_layers, _StaticStep
+from kvzip_press.decoding.generation import generate
+from kvzip_press.decoding.sampling import Sampling
+from kvzip_press.decoding.step import DecodeStep, _compiled_layers, _StaticStep
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.generation import generate
 from kvzip_press.prefilling.whole import run_prefill
-from kvzip_press.sampling import Sampling
 from kvzip_press.testing import ARCHITECTURES, ByteTokenizer, tiny_model
 
 N_CONTEXT, N_QUESTION, N_STEPS = 40, 3, 40
