@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvzip_press.decoding.generation import answer, generate
     from kvzip_press.decoding.sampling import Sampling
     from kvzip_press.decoding.step import DecodeStep
-    from kvzip_press.head_scores import HeadScores
+    from kvzip_press.heads.scores import HeadScores
     from kvzip_press.loading.by_name import load_model
     from kvzip_press.prefilling.chunked import compress_in_chunks
     from kvzip_press.prefilling.whole import Prefill, compress, prefill
@@ -34,7 +34,7 @@ _EXPORTS = {
     "DuoAttentionPress": "kvzip_press.presses.duo_attention",
     "FastKVzipPress": "kvzip_press.presses.fastkvzip",
     "Gates": "kvzip_press.presses.fastkvzip",
-    "HeadScores": "kvzip_press.head_scores",
+    "HeadScores": "kvzip_press.heads.scores",
     "KVzipHeadPress": "kvzip_press.presses.kvzip_head",
     "KVzipPress": "kvzip_press.presses.kvzip",
     "RandomPress": "kvzip_press.presses.random",

@@ -68,7 +68,7 @@ def export(
     recent_size: Annotated[int, typer.Option("--recent-size", min=0, help="Last tokens of a streaming head.")] = 256,
 ) -> None:
     """Writes scores in another project's format: a DuoAttention pattern, whose sparsity is our compression ratio."""
-    from kvzip_press.head_scores import HeadScores
+    from kvzip_press.heads.scores import HeadScores
 
     if layout not in FORMATS:
         raise InvalidArgumentError(f"expected --format to be one of {FORMATS}, got {layout!r}")

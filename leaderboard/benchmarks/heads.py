@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from kvzip_press import load_model
-from kvzip_press.head_scores import HeadScores
+from kvzip_press.heads.scores import HeadScores
 from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, count_rows, plan
 from kvzip_press.leaderboard.profile.grid import get_device
 from kvzip_press.leaderboard.progress import row_bar

@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import ClassVar
 
-from kvzip_press.head_press import HeadPress
+from kvzip_press.heads.press import HeadPress
 from kvzip_press.presses.duo_attention.pattern import import_duo
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
-from kvzip_press.head_scores import HeadScores, check_texts
+from kvzip_press.heads.scores import HeadScores, check_texts
 from kvzip_press.model.chat import encode
 from kvzip_press.model.structure import full_attention_layers, input_device, layer_index
 from kvzip_press.prefilling.whole import run_prefill

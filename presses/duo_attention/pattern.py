@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.head_scores import HeadScores
+from kvzip_press.heads.scores import HeadScores
 
 HEADS, CONFIG = "full_attention_heads.tsv", "config.json"
 

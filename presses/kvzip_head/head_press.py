@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from kvzip_press.head_press import HeadPress
+from kvzip_press.heads.press import HeadPress
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.head_scores import HeadScores, check_texts
+from kvzip_press.heads.scores import HeadScores, check_texts
 from kvzip_press.model.chat import encode
 from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.prefilling.whole import prefill

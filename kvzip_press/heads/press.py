@@ -12,7 +12,7 @@ from torch import nn
 
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.head_scores import HeadScores
+from kvzip_press.heads.scores import HeadScores
 from kvzip_press.prefilling.eviction import compressible_layers, heads_and_device
 from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import Press

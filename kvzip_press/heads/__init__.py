@@ -1,0 +1,1 @@
+"""Whole heads: kept or dropped by one score each."""
