@@ -89,7 +89,7 @@ def test_the_wheel_carries_the_licence_and_the_command(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
-        assert "kvzip-press = kvzip_press.cli:main" in archive.read(entry_points).decode()
+        assert "kvzip-press = kvzip_press.cli.main:main" in archive.read(entry_points).decode()
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

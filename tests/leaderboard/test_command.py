@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from kvzip_press.cli import app, main
+from kvzip_press.cli.main import app, main
 from kvzip_press.errors import KVzipPressError, MissingDependencyError
 from kvzip_press.leaderboard import availability, launch
 from kvzip_press.leaderboard.results import Row, read_rows

@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
-from kvzip_press.cli import app
+from kvzip_press.cli.main import app
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
 from kvzip_press.leaderboard.profile import grid, measure, run, shapes
 from kvzip_press.leaderboard.profile.gains import sentences

@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from kvzip_press import KVzipPress, prefill
-from kvzip_press.cli import app
+from kvzip_press.cli.main import app
 from kvzip_press.errors import DataNotFoundError, DiskFullError, InvalidArgumentError
 from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.presses.fastkvzip import FastKVzipPress, Gates

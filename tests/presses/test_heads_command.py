@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from kvzip_press import HeadScores
-from kvzip_press.cli import app
+from kvzip_press.cli.main import app
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses import duo_attention, kvzip_head
 from kvzip_press.testing import ByteTokenizer, tiny_model

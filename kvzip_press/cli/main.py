@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kvzip_press import cli_gates, cli_heads
+from kvzip_press import cli_gates
+from kvzip_press.cli import heads as cli_heads
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 from kvzip_press.loading.command_options import ModelOption
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from kvzip_press.cli import app, main
+from kvzip_press.cli.main import app, main
 from kvzip_press.loading import by_name as loading
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
