@@ -86,7 +86,7 @@ class Press(ABC):
         Raises:
             UnsupportedModelError: The model has no layer that can be compressed.
         """
-        from kvzip_press.hooks import compressing
+        from kvzip_press.session import compressing
 
         return compressing(self, model)
 

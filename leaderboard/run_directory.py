@@ -13,8 +13,8 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from kvzip_press.atomic_write import replacing
 from kvzip_press.errors import KVzipPressError, RunDirectoryError
+from kvzip_press.files import replacing
 from kvzip_press.leaderboard.head_budgets import HeadBudgets, read_heads
 from kvzip_press.leaderboard.plan import Run
 from kvzip_press.leaderboard.provenance import provenance

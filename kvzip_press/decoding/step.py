@@ -20,8 +20,8 @@ from kvzip_press.decoding.eviction import DecodeEviction
 from kvzip_press.decoding.forward import forward, next_positions, read
 from kvzip_press.decoding.static_layers import StaticCache, reason_against
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.hooks import decode_eviction_in
 from kvzip_press.model.structure import input_device, layer_index, text_decoder
+from kvzip_press.session import decode_eviction_in
 
 if TYPE_CHECKING:
     from torch import nn

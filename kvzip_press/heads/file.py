@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from kvzip_press.atomic_write import replacing
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.files import replacing
 
 TENSOR, INDICES, FORMAT = "head_scores", "layer_indices", "kvzip_press_head_scores"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvzip_press import __version__
-from kvzip_press.atomic_write import replacing
+from kvzip_press.files import replacing
 from kvzip_press.leaderboard.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.references import MARKS_CAPTION
 from kvzip_press.leaderboard.report.data import page_data

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from kvzip_press.atomic_write import replacing
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.files import replacing
 
 HEADER, FORMAT, INDICES, LAYERS = "kvzip_press_gates", "format", "layer_indices", "layers"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from kvzip_press.atomic_write import replacing
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.files import replacing
 
 
 def export_kept(path: Path, layers: Sequence[Any]) -> None:

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 
 from kvzip_press import __version__, compat
-from kvzip_press.atomic_write import replacing
 from kvzip_press.cache.file.reading import load_layers, read_record
 from kvzip_press.cache.file.record import (
     DIGEST,
@@ -34,6 +33,7 @@ from kvzip_press.cache.file.record import (
 )
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.files import replacing
 
 __all__ = ["load_layers", "read_record", "save_layers"]
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kvzip_press import __version__
-from kvzip_press.atomic_write import replacing
 from kvzip_press.errors import DiskFullError, InvalidArgumentError
+from kvzip_press.files import replacing
 from kvzip_press.model.identity import facts_of, num_kv_heads
 from kvzip_press.model.structure import input_device, text_config
 from kvzip_press.presses.fastkvzip.fast_press import FastKVzipPress

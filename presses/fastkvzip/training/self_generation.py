@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
-from kvzip_press.atomic_write import replacing
 from kvzip_press.decoding.generation import eos_ids, generate
 from kvzip_press.decoding.sampling import Sampling
+from kvzip_press.files import replacing
 from kvzip_press.model.chat import encode
 from kvzip_press.model.structure import text_config
 from kvzip_press.presses.fastkvzip.training.openings import opening

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kvzip_press.atomic_write import replacing
+from kvzip_press.files import replacing
 
 FEATURE_DTYPE = torch.bfloat16  # what gates read is in the model's dtype, and this is near enough to any
 
