@@ -11,7 +11,7 @@ import typer
 from kvzip_press.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from kvzip_press.leaderboard.plan import Run
+    from kvzip_press.leaderboard.running.plan import Run
 
 app = typer.Typer(
     add_completion=False,
@@ -49,8 +49,8 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Begin again; old rows are kept aside.")] = False,
 ) -> None:
     """Runs a grid, or goes on with it: a killed run loses the context that it was at, and no more."""
-    from kvzip_press.leaderboard.grid import load_grid
     from kvzip_press.leaderboard.launch import launch, launch_with_ray
+    from kvzip_press.leaderboard.running.grid import load_grid
 
     asked: dict[str, Any] = {
         "model_name": model,
@@ -139,7 +139,7 @@ def merge(
 ) -> None:
     """Joins the shards of a run."""
     from kvzip_press.leaderboard.launch import print_table
-    from kvzip_press.leaderboard.shards import merge as merge_shards
+    from kvzip_press.leaderboard.running.shards import merge as merge_shards
 
     merge_shards(directories, output)
     print_table(output)
@@ -148,7 +148,7 @@ def merge(
 @app.command("list")
 def list_() -> None:
     """Lists grids, tasks and presses."""
-    from kvzip_press.leaderboard.grid import grid_names, load_grid
+    from kvzip_press.leaderboard.running.grid import grid_names, load_grid
     from kvzip_press.leaderboard.tasks import TASKS
     from kvzip_press.registry import press_names
 

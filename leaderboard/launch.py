@@ -14,16 +14,16 @@ from rich.console import Console
 
 from kvzip_press import load_model
 from kvzip_press.errors import RunDirectoryError
-from kvzip_press.leaderboard.availability import available
 from kvzip_press.leaderboard.head_budgets import HeadBudgets, read_heads
-from kvzip_press.leaderboard.plan import Run, Work, count_rows, plan, shard
 from kvzip_press.leaderboard.profile.grid import get_device, get_dtype
 from kvzip_press.leaderboard.progress import quiet_loading, row_bar
-from kvzip_press.leaderboard.ray_executor import Cluster, run_with_ray
 from kvzip_press.leaderboard.references import judge
 from kvzip_press.leaderboard.results import Row, RowWriter, read_rows
-from kvzip_press.leaderboard.run_directory import HEADS, ROWS, RUN, RunDirectory, RunRecord
-from kvzip_press.leaderboard.shards import run_shard
+from kvzip_press.leaderboard.running.availability import available
+from kvzip_press.leaderboard.running.plan import Run, Work, count_rows, plan, shard
+from kvzip_press.leaderboard.running.ray_executor import Cluster, run_with_ray
+from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RUN, RunDirectory, RunRecord
+from kvzip_press.leaderboard.running.shards import run_shard
 from kvzip_press.leaderboard.statistics import saturated_ratios
 from kvzip_press.leaderboard.summary import split_tables, summarise
 from kvzip_press.leaderboard.table import results_table

@@ -24,7 +24,7 @@ from kvzip_press import RaggedCache, attach, generate, get_press
 from kvzip_press.decoding.generation import eos_ids
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, NothingEvictedError
 from kvzip_press.leaderboard.lm_eval_prompts import SPLITS, Generation, Split, find_split, last_paragraph, n_equal
-from kvzip_press.leaderboard.measured import Measured, measure
+from kvzip_press.leaderboard.running.measured import Measured, measure
 from kvzip_press.model.structure import input_device, text_config
 from kvzip_press.prefilling.whole import check_length, run_prefill
 from kvzip_press.press import Press

@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard import provenance as leaderboard
 from kvzip_press.leaderboard.results import read_lines
+from kvzip_press.leaderboard.running import provenance as leaderboard
 
 OURS, KVPRESS, DENSE = "ragged", "kvpress", "dense"
 BASELINE = "none"  # the press that everything is compared with

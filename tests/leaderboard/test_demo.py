@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 
 from kvzip_press.errors import MissingDependencyError
-from kvzip_press.leaderboard import availability, demo
-from kvzip_press.leaderboard.grid import load_grid
-from kvzip_press.leaderboard.plan import TaskSpec
+from kvzip_press.leaderboard import demo
 from kvzip_press.leaderboard.results import read_rows
+from kvzip_press.leaderboard.running import availability
+from kvzip_press.leaderboard.running.grid import load_grid
+from kvzip_press.leaderboard.running.plan import TaskSpec
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.testing import ByteTokenizer, tiny_model
 

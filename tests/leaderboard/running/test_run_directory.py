@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
-from kvzip_press.leaderboard import runner
 from kvzip_press.leaderboard.head_budgets import HeadBudgets, read_heads
-from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, count_rows, plan, shard
 from kvzip_press.leaderboard.results import Row, RowWriter, read_rows
-from kvzip_press.leaderboard.run_directory import RunDirectory, RunRecord
-from kvzip_press.leaderboard.shards import merge, run_shard
+from kvzip_press.leaderboard.running import runner
+from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan, shard
+from kvzip_press.leaderboard.running.run_directory import RunDirectory, RunRecord
+from kvzip_press.leaderboard.running.shards import merge, run_shard
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.testing import ByteTokenizer, tiny_model
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard import runner
-from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, count_rows, plan
+from kvzip_press.leaderboard.running import runner
+from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.presses.random import RandomPress
 from kvzip_press.testing import ByteTokenizer, tiny_model

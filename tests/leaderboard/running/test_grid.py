@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.grid import grid_names, load_grid
-from kvzip_press.leaderboard.plan import PressSpec, Run, TaskSpec, count_rows, plan
+from kvzip_press.leaderboard.running.grid import grid_names, load_grid
+from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
 from kvzip_press.leaderboard.task import approximate_tokens
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.registry import press_names

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
-from kvzip_press.leaderboard.contexts import contexts_of, positions_of
 from kvzip_press.leaderboard.head_budgets import read_heads
-from kvzip_press.leaderboard.plan import Run, Work
 from kvzip_press.leaderboard.results import Row, read_rows
-from kvzip_press.leaderboard.run_directory import HEADS, ROWS, RunDirectory, RunRecord
-from kvzip_press.leaderboard.runner import execute
+from kvzip_press.leaderboard.running.contexts import contexts_of, positions_of
+from kvzip_press.leaderboard.running.plan import Run, Work
+from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RunDirectory, RunRecord
+from kvzip_press.leaderboard.running.runner import execute
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def run_shard(
 
     Args:
         run: The run.
-        works: Its contexts, or a shard of them (see `kvzip_press.leaderboard.plan.shard`).
+        works: Its contexts, or a shard of them (see `kvzip_press.leaderboard.running.plan.shard`).
         model: The model that ``run.model_name`` names.
         tokenizer: Its tokenizer.
         directory: The run's, entered.

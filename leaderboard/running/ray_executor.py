@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, WorkerError
-from kvzip_press.leaderboard.contexts import contexts_of, positions_of
 from kvzip_press.leaderboard.head_budgets import HeadBudgets
-from kvzip_press.leaderboard.plan import Run, count_rows, plan, shard
 from kvzip_press.leaderboard.results import Row, RowKey
-from kvzip_press.leaderboard.run_directory import RunDirectory, RunRecord
-from kvzip_press.leaderboard.runner import execute
+from kvzip_press.leaderboard.running.contexts import contexts_of, positions_of
+from kvzip_press.leaderboard.running.plan import Run, count_rows, plan, shard
+from kvzip_press.leaderboard.running.run_directory import RunDirectory, RunRecord
+from kvzip_press.leaderboard.running.runner import execute
 
 Load = Callable[[], tuple[Any, Any]]
 Found = tuple[list[Row], list[HeadBudgets]]

@@ -9,7 +9,7 @@ from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.compat import DynamicCache
 from kvzip_press.decoding.generation import eos_ids, generate
 from kvzip_press.errors import BudgetMismatchError, InvalidArgumentError
-from kvzip_press.leaderboard.measured import Measured
+from kvzip_press.leaderboard.running.measured import Measured
 from kvzip_press.model.structure import input_device, text_config
 from kvzip_press.press import Press
 

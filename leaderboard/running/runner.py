@@ -12,13 +12,13 @@ from kvzip_press import get_press, prefill
 from kvzip_press.budget.scores import Scores
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.generation import ASKED_AT_ONCE, answer_ids, decoded
-from kvzip_press.leaderboard.contexts import Context, batches, contexts_of, positions_of, prompt_ids
-from kvzip_press.leaderboard.decode_phase import check_decodes, generate_evicting, measure_grown
 from kvzip_press.leaderboard.head_budgets import HeadBudgets
-from kvzip_press.leaderboard.measured import Measured, check_kept, measure
-from kvzip_press.leaderboard.plan import PressSpec, Run, Work
-from kvzip_press.leaderboard.provenance import provenance
 from kvzip_press.leaderboard.results import Row, RowKey
+from kvzip_press.leaderboard.running.contexts import Context, batches, contexts_of, positions_of, prompt_ids
+from kvzip_press.leaderboard.running.decode_phase import check_decodes, generate_evicting, measure_grown
+from kvzip_press.leaderboard.running.measured import Measured, check_kept, measure
+from kvzip_press.leaderboard.running.plan import PressSpec, Run, Work
+from kvzip_press.leaderboard.running.provenance import provenance
 from kvzip_press.model.structure import input_device
 from kvzip_press.prefilling.whole import Prefill, synchronize
 from kvzip_press.press import Press

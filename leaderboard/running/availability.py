@@ -5,7 +5,7 @@ from typing import Any
 
 from kvzip_press import get_press
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
-from kvzip_press.leaderboard.plan import PressSpec
+from kvzip_press.leaderboard.running.plan import PressSpec
 
 
 def available(presses: Sequence[PressSpec], model: Any, say: Callable[[str], None]) -> tuple[PressSpec, ...]:

@@ -1,0 +1,1 @@
+"""From a plan to rows: runs, and what they are made of."""
