@@ -13,7 +13,7 @@ from kvzip_press import load_model
 from kvzip_press.errors import MissingDependencyError
 from kvzip_press.leaderboard.pictures import save_pareto
 from kvzip_press.leaderboard.progress import quiet_loading, row_bar
-from kvzip_press.leaderboard.results import Row, RowWriter
+from kvzip_press.leaderboard.rows.results import Row, RowWriter
 from kvzip_press.leaderboard.running.availability import available
 from kvzip_press.leaderboard.running.grid import load_grid
 from kvzip_press.leaderboard.running.plan import Run, TaskSpec, Work, count_rows, plan

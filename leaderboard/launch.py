@@ -14,11 +14,11 @@ from rich.console import Console
 
 from kvzip_press import load_model
 from kvzip_press.errors import RunDirectoryError
-from kvzip_press.leaderboard.head_budgets import HeadBudgets, read_heads
 from kvzip_press.leaderboard.profile.grid import get_device, get_dtype
 from kvzip_press.leaderboard.progress import quiet_loading, row_bar
 from kvzip_press.leaderboard.references import judge
-from kvzip_press.leaderboard.results import Row, RowWriter, read_rows
+from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets, read_heads
+from kvzip_press.leaderboard.rows.results import Row, RowWriter, read_rows
 from kvzip_press.leaderboard.running.availability import available
 from kvzip_press.leaderboard.running.plan import Run, Work, count_rows, plan, shard
 from kvzip_press.leaderboard.running.ray_executor import Cluster, run_with_ray

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvzip_press.leaderboard.head_budgets import HeadBudgets
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.summary import split
 
 N_DEPTHS = 10

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.statistics import N_RESAMPLES, Comparison, compare
 from kvzip_press.leaderboard.summary import find_full, one_table
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.summary import context_key, one_table, split
 
 SIGNIFICANCE_LEVEL = 0.05

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TypeVar
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.results import Row
 
 T = TypeVar("T")
 

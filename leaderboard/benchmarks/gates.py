@@ -18,7 +18,7 @@ from kvzip_press import load_model
 from kvzip_press.leaderboard.demo import GRID
 from kvzip_press.leaderboard.profile.grid import get_device
 from kvzip_press.leaderboard.progress import row_bar
-from kvzip_press.leaderboard.results import Row, RowWriter
+from kvzip_press.leaderboard.rows.results import Row, RowWriter
 from kvzip_press.leaderboard.running.grid import load_grid
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
 from kvzip_press.leaderboard.running.runner import execute

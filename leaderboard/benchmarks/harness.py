@@ -23,7 +23,7 @@ from rich.table import Table
 from kvzip_press import load_model
 from kvzip_press.decoding.generation import decoded, eos_ids, question_ids
 from kvzip_press.leaderboard.profile.grid import get_device
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, Work, plan
 from kvzip_press.leaderboard.running.runner import execute
 from kvzip_press.leaderboard.task import Question

@@ -20,7 +20,7 @@ from kvzip_press import load_model
 from kvzip_press.heads.scores import HeadScores
 from kvzip_press.leaderboard.profile.grid import get_device
 from kvzip_press.leaderboard.progress import row_bar
-from kvzip_press.leaderboard.results import RowWriter
+from kvzip_press.leaderboard.rows.results import RowWriter
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
 from kvzip_press.leaderboard.running.runner import execute
 from kvzip_press.leaderboard.summary import summarise

@@ -21,7 +21,7 @@ from kvzip_press.leaderboard.kvpress_format.layout import (
     column_of,
     subset_of,
 )
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.summary import find_full, split
 
 _METRIC_NAMES = {"ruler": "string_match"}  # as kvpress's scorer of the data set calls it; "score" for all others

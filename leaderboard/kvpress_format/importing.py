@@ -19,7 +19,7 @@ from kvzip_press.leaderboard.kvpress_format.layout import (
     subset_of,
 )
 from kvzip_press.leaderboard.metrics.originals import ruler_all, ruler_any
-from kvzip_press.leaderboard.results import Row, run_id
+from kvzip_press.leaderboard.rows.results import Row, run_id
 from kvzip_press.leaderboard.summary import split
 
 Score = Callable[[str, Sequence[str], str], float]

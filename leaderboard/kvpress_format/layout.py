@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.results import Row
 
 PREDICTIONS, METRICS, CONFIG, EXTRA = "predictions.csv", "metrics.json", "config.yaml", "kvzip_press.json"
 NO_PRESS = "no_press"  # kvpress's name of the full cache

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.results import read_lines
+from kvzip_press.leaderboard.rows.results import read_lines
 from kvzip_press.leaderboard.running import provenance as leaderboard
 
 OURS, KVPRESS, DENSE = "ragged", "kvpress", "dense"
@@ -92,7 +92,7 @@ class ProfileRow:
 
 
 def read_profile(path: str | os.PathLike[str]) -> Iterator[ProfileRow]:
-    """The rows of a file in order, see :func:`kvzip_press.leaderboard.results.read_lines`."""
+    """The rows of a file in order, see :func:`kvzip_press.leaderboard.rows.results.read_lines`."""
     return read_lines(path, ProfileRow.from_json)
 
 

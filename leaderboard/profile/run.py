@@ -20,7 +20,7 @@ from kvzip_press.leaderboard.profile.measure import Case, Subject, measure
 from kvzip_press.leaderboard.profile.report import profile_table
 from kvzip_press.leaderboard.profile.rows import ProfileRow, provenance
 from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
-from kvzip_press.leaderboard.results import Row, RowWriter
+from kvzip_press.leaderboard.rows.results import Row, RowWriter
 from kvzip_press.loading.by_name import load_model
 
 logger = logging.getLogger(__name__)

@@ -5,11 +5,11 @@ from dataclasses import asdict
 from typing import Any
 
 from kvzip_press.leaderboard.curves import areas_under_curves, relative_performance
-from kvzip_press.leaderboard.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.maps import head_maps, needle_maps
 from kvzip_press.leaderboard.references import Judgement, judge
 from kvzip_press.leaderboard.report.examples import examples
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.statistics import Comparison, saturated_ratios
 from kvzip_press.leaderboard.summary import Cell, context_key, split, split_tables, summarise, summarise_tasks
 

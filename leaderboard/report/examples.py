@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.summary import context_key, split
 
 N_EXAMPLES = 24

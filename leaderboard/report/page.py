@@ -10,10 +10,10 @@ from typing import Any
 
 from kvzip_press import __version__
 from kvzip_press.files import replacing
-from kvzip_press.leaderboard.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.references import MARKS_CAPTION
 from kvzip_press.leaderboard.report.data import page_data
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.rows.results import Row
 
 _PROGRAM = ("elements.js", "tips.js", "table.js", "curves.js", "maps.js", "examples.js", "page.js")
 _TITLE = "kvzip-press leaderboard"

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from kvzip_press import __version__
 from kvzip_press.budget.policy import check_compression_ratio
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.results import run_id
+from kvzip_press.leaderboard.rows.results import run_id
 from kvzip_press.leaderboard.task import Sample, Task
 
 T = TypeVar("T")

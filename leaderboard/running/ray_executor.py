@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, WorkerError
-from kvzip_press.leaderboard.head_budgets import HeadBudgets
-from kvzip_press.leaderboard.results import Row, RowKey
+from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.rows.results import Row, RowKey
 from kvzip_press.leaderboard.running.contexts import contexts_of, positions_of
 from kvzip_press.leaderboard.running.plan import Run, count_rows, plan, shard
 from kvzip_press.leaderboard.running.run_directory import RunDirectory, RunRecord

@@ -15,8 +15,8 @@ from filelock import FileLock, Timeout
 
 from kvzip_press.errors import KVzipPressError, RunDirectoryError
 from kvzip_press.files import replacing
-from kvzip_press.leaderboard.head_budgets import HeadBudgets, read_heads
-from kvzip_press.leaderboard.results import Row, RowKey, RowWriter, read_rows
+from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets, read_heads
+from kvzip_press.leaderboard.rows.results import Row, RowKey, RowWriter, read_rows
 from kvzip_press.leaderboard.running.plan import Run
 from kvzip_press.leaderboard.running.provenance import provenance
 

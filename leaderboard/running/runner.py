@@ -12,8 +12,8 @@ from kvzip_press import get_press, prefill
 from kvzip_press.budget.scores import Scores
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.generation import ASKED_AT_ONCE, answer_ids, decoded
-from kvzip_press.leaderboard.head_budgets import HeadBudgets
-from kvzip_press.leaderboard.results import Row, RowKey
+from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.rows.results import Row, RowKey
 from kvzip_press.leaderboard.running.contexts import Context, batches, contexts_of, positions_of, prompt_ids
 from kvzip_press.leaderboard.running.decode_phase import check_decodes, generate_evicting, measure_grown
 from kvzip_press.leaderboard.running.measured import Measured, check_kept, measure

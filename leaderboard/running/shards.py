@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
-from kvzip_press.leaderboard.head_budgets import read_heads
-from kvzip_press.leaderboard.results import Row, read_rows
+from kvzip_press.leaderboard.rows.head_budgets import read_heads
+from kvzip_press.leaderboard.rows.results import Row, read_rows
 from kvzip_press.leaderboard.running.contexts import contexts_of, positions_of
 from kvzip_press.leaderboard.running.plan import Run, Work
 from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RunDirectory, RunRecord

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from kvzip_press.leaderboard.head_budgets import HeadBudgets
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.rows.results import Row
 
 _DEFAULTS: dict[str, Any] = {
     "run_id": "0123456789ab",

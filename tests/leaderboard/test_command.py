@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kvzip_press.cli.main import app, main
 from kvzip_press.errors import KVzipPressError, MissingDependencyError
 from kvzip_press.leaderboard import launch
-from kvzip_press.leaderboard.results import Row, read_rows
+from kvzip_press.leaderboard.rows.results import Row, read_rows
 from kvzip_press.leaderboard.running import availability
 from kvzip_press.leaderboard.running.run_directory import RunRecord
 from kvzip_press.testing import ByteTokenizer, tiny_model

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from kvzip_press.errors import MissingDependencyError
 from kvzip_press.leaderboard import demo
-from kvzip_press.leaderboard.results import read_rows
+from kvzip_press.leaderboard.rows.results import read_rows
 from kvzip_press.leaderboard.running import availability
 from kvzip_press.leaderboard.running.grid import load_grid
 from kvzip_press.leaderboard.running.plan import TaskSpec

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from kvzip_press import HeadScores
 from kvzip_press.leaderboard.benchmarks import heads
-from kvzip_press.leaderboard.results import Row, read_rows
+from kvzip_press.leaderboard.rows.results import Row, read_rows
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 WINDOWS = ("", ", window 100")

@@ -15,7 +15,7 @@ import yaml
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.kvpress_format import export_rows, import_rows
 from kvzip_press.leaderboard.kvpress_format.files import parse_answers
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.summary import summarise
 
 MakeRow = Callable[..., Row]

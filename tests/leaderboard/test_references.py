@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("scipy")
 
 from kvzip_press.leaderboard.references import find_kvzip, judge
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.summary import find_full
 
 MakeRow = Callable[..., Row]

@@ -20,9 +20,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
-from kvzip_press.leaderboard.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.report import write_report
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.rows.results import Row
 
 pytestmark = pytest.mark.browser
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, WorkerError
-from kvzip_press.leaderboard.head_budgets import read_heads
-from kvzip_press.leaderboard.results import Row, read_rows
+from kvzip_press.leaderboard.rows.head_budgets import read_heads
+from kvzip_press.leaderboard.rows.results import Row, read_rows
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, plan
 from kvzip_press.leaderboard.running.ray_executor import MOST_LOSSES, Cluster, run_with_ray
 from kvzip_press.leaderboard.running.runner import execute

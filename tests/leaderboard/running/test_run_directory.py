@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
-from kvzip_press.leaderboard.head_budgets import HeadBudgets, read_heads
-from kvzip_press.leaderboard.results import Row, RowWriter, read_rows
+from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets, read_heads
+from kvzip_press.leaderboard.rows.results import Row, RowWriter, read_rows
 from kvzip_press.leaderboard.running import runner
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan, shard
 from kvzip_press.leaderboard.running.run_directory import RunDirectory, RunRecord

@@ -14,7 +14,7 @@ from kvzip_press import answer, compress, get_press
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.generation import generate
 from kvzip_press.errors import BudgetMismatchError, InvalidArgumentError
-from kvzip_press.leaderboard.results import Row
+from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.running import measured, runner
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, Work, plan
 from kvzip_press.leaderboard.task import GeneratedTask, Question, Sample

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.results import Row, RowWriter, read_rows, run_id
+from kvzip_press.leaderboard.rows.results import Row, RowWriter, read_rows, run_id
 
 MakeRow = Callable[..., Row]
 

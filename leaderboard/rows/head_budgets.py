@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.results import read_lines
+from kvzip_press.leaderboard.rows.results import read_lines
 
 
 @dataclass(frozen=True)
@@ -60,5 +60,5 @@ class HeadBudgets:
 
 
 def read_heads(path: str | os.PathLike[str]) -> Iterator[HeadBudgets]:
-    """The head budgets of a file in order, see :func:`kvzip_press.leaderboard.results.read_lines`."""
+    """The head budgets of a file in order, see :func:`kvzip_press.leaderboard.rows.results.read_lines`."""
     return read_lines(path, HeadBudgets.from_json)
