@@ -11,6 +11,8 @@ from rich.console import Console
 
 from kvzip_press import load_model
 from kvzip_press.errors import MissingDependencyError
+from kvzip_press.leaderboard.analysis.summary import Cell, summarise
+from kvzip_press.leaderboard.analysis.table import results_table
 from kvzip_press.leaderboard.pictures import save_pareto
 from kvzip_press.leaderboard.progress import quiet_loading, row_bar
 from kvzip_press.leaderboard.rows.results import Row, RowWriter
@@ -18,8 +20,6 @@ from kvzip_press.leaderboard.running.availability import available
 from kvzip_press.leaderboard.running.grid import load_grid
 from kvzip_press.leaderboard.running.plan import Run, TaskSpec, Work, count_rows, plan
 from kvzip_press.leaderboard.running.runner import execute
-from kvzip_press.leaderboard.summary import Cell, summarise
-from kvzip_press.leaderboard.table import results_table
 
 GRID = "quick"
 TIME_LIMIT_SECONDS = 300.0

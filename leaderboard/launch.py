@@ -14,9 +14,12 @@ from rich.console import Console
 
 from kvzip_press import load_model
 from kvzip_press.errors import RunDirectoryError
+from kvzip_press.leaderboard.analysis.references import judge
+from kvzip_press.leaderboard.analysis.statistics import saturated_ratios
+from kvzip_press.leaderboard.analysis.summary import split_tables, summarise
+from kvzip_press.leaderboard.analysis.table import results_table
 from kvzip_press.leaderboard.profile.grid import get_device, get_dtype
 from kvzip_press.leaderboard.progress import quiet_loading, row_bar
-from kvzip_press.leaderboard.references import judge
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets, read_heads
 from kvzip_press.leaderboard.rows.results import Row, RowWriter, read_rows
 from kvzip_press.leaderboard.running.availability import available
@@ -24,9 +27,6 @@ from kvzip_press.leaderboard.running.plan import Run, Work, count_rows, plan, sh
 from kvzip_press.leaderboard.running.ray_executor import Cluster, run_with_ray
 from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RUN, RunDirectory, RunRecord
 from kvzip_press.leaderboard.running.shards import run_shard
-from kvzip_press.leaderboard.statistics import saturated_ratios
-from kvzip_press.leaderboard.summary import split_tables, summarise
-from kvzip_press.leaderboard.table import results_table
 
 if TYPE_CHECKING:
     import os

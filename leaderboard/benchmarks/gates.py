@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvzip_press import load_model
+from kvzip_press.leaderboard.analysis.summary import Cell, summarise
 from kvzip_press.leaderboard.demo import GRID
 from kvzip_press.leaderboard.profile.grid import get_device
 from kvzip_press.leaderboard.progress import row_bar
@@ -22,7 +23,6 @@ from kvzip_press.leaderboard.rows.results import Row, RowWriter
 from kvzip_press.leaderboard.running.grid import load_grid
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
 from kvzip_press.leaderboard.running.runner import execute
-from kvzip_press.leaderboard.summary import Cell, summarise
 from kvzip_press.leaderboard.tasks import TASKS, get_task
 
 REMOVED = (0.5, 0.7)

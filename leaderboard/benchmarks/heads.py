@@ -18,13 +18,13 @@ from rich.console import Console
 
 from kvzip_press import load_model
 from kvzip_press.heads.scores import HeadScores
+from kvzip_press.leaderboard.analysis.summary import summarise
+from kvzip_press.leaderboard.analysis.table import results_table
 from kvzip_press.leaderboard.profile.grid import get_device
 from kvzip_press.leaderboard.progress import row_bar
 from kvzip_press.leaderboard.rows.results import RowWriter
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
 from kvzip_press.leaderboard.running.runner import execute
-from kvzip_press.leaderboard.summary import summarise
-from kvzip_press.leaderboard.table import results_table
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.model.identity import num_kv_heads
 from kvzip_press.model.structure import full_attention_layers

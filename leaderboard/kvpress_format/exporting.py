@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.analysis.summary import find_full, split
 from kvzip_press.leaderboard.kvpress_format.files import load_yaml_package
 from kvzip_press.leaderboard.kvpress_format.layout import (
     COLUMNS,
@@ -22,7 +23,6 @@ from kvzip_press.leaderboard.kvpress_format.layout import (
     subset_of,
 )
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.leaderboard.summary import find_full, split
 
 _METRIC_NAMES = {"ruler": "string_match"}  # as kvpress's scorer of the data set calls it; "score" for all others
 

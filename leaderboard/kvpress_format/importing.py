@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.analysis.summary import split
 from kvzip_press.leaderboard.kvpress_format.files import parse_answers, read_config, read_object, read_table
 from kvzip_press.leaderboard.kvpress_format.layout import (
     COLUMNS,
@@ -20,7 +21,6 @@ from kvzip_press.leaderboard.kvpress_format.layout import (
 )
 from kvzip_press.leaderboard.metrics.originals import ruler_all, ruler_any
 from kvzip_press.leaderboard.rows.results import Row, run_id
-from kvzip_press.leaderboard.summary import split
 
 Score = Callable[[str, Sequence[str], str], float]
 """From a prediction, its references and the name of its task or subset to a score in [0, 1]."""

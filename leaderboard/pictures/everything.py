@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from kvzip_press.leaderboard.maps import HeadMap, NeedleMap, head_maps, needle_maps
+from kvzip_press.leaderboard.analysis.maps import HeadMap, NeedleMap, head_maps, needle_maps
+from kvzip_press.leaderboard.analysis.references import find_kvzip
+from kvzip_press.leaderboard.analysis.summary import split_tables, summarise, summarise_tasks
 from kvzip_press.leaderboard.pictures.heat import save_head_map, save_needle_map, save_task_map
 from kvzip_press.leaderboard.pictures.pareto import TIME, save_pareto
-from kvzip_press.leaderboard.references import find_kvzip
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.leaderboard.summary import split_tables, summarise, summarise_tasks
 
 Map = TypeVar("Map", HeadMap, NeedleMap)
 

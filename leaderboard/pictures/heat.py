@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvzip_press.leaderboard.maps import N_DEPTHS, HeadMap, NeedleMap
+from kvzip_press.leaderboard.analysis.maps import N_DEPTHS, HeadMap, NeedleMap
+from kvzip_press.leaderboard.analysis.summary import Cell, find_full
 from kvzip_press.leaderboard.pictures.canvas import HEAT, canvas
-from kvzip_press.leaderboard.summary import Cell, find_full
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvzip_press.leaderboard.analysis.summary import Cell, find_full
 from kvzip_press.leaderboard.pictures.canvas import Look, canvas, looks
-from kvzip_press.leaderboard.summary import Cell, find_full
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kvzip_press.leaderboard.curves import areas_under_curves, relative_performance
-from kvzip_press.leaderboard.maps import head_maps, needle_maps
-from kvzip_press.leaderboard.references import Judgement, judge
+from kvzip_press.leaderboard.analysis.curves import areas_under_curves, relative_performance
+from kvzip_press.leaderboard.analysis.maps import head_maps, needle_maps
+from kvzip_press.leaderboard.analysis.references import Judgement, judge
+from kvzip_press.leaderboard.analysis.statistics import Comparison, saturated_ratios
+from kvzip_press.leaderboard.analysis.summary import Cell, context_key, split, split_tables, summarise, summarise_tasks
 from kvzip_press.leaderboard.report.examples import examples
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.leaderboard.statistics import Comparison, saturated_ratios
-from kvzip_press.leaderboard.summary import Cell, context_key, split, split_tables, summarise, summarise_tasks
 
 
 def page_data(rows: Iterable[Row], heads: Iterable[HeadBudgets]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from kvzip_press.leaderboard.analysis.summary import context_key, split
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.leaderboard.summary import context_key, split
 
 N_EXAMPLES = 24
 _MAX_CHARACTERS = 300

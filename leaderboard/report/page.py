@@ -10,7 +10,7 @@ from typing import Any
 
 from kvzip_press import __version__
 from kvzip_press.files import replacing
-from kvzip_press.leaderboard.references import MARKS_CAPTION
+from kvzip_press.leaderboard.analysis.references import MARKS_CAPTION
 from kvzip_press.leaderboard.report.data import page_data
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row

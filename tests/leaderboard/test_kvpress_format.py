@@ -13,10 +13,10 @@ pytest.importorskip("yaml")
 import yaml
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.analysis.summary import summarise
 from kvzip_press.leaderboard.kvpress_format import export_rows, import_rows
 from kvzip_press.leaderboard.kvpress_format.files import parse_answers
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.leaderboard.summary import summarise
 
 MakeRow = Callable[..., Row]
 

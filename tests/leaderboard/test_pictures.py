@@ -11,12 +11,12 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
 from kvzip_press.errors import MissingDependencyError
+from kvzip_press.leaderboard.analysis.summary import summarise
 from kvzip_press.leaderboard.pictures import save_all
 from kvzip_press.leaderboard.pictures.canvas import looks
 from kvzip_press.leaderboard.pictures.pareto import KEPT, TIME, Cost, save_pareto, spread
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.leaderboard.summary import summarise
 
 MakeTable = Callable[..., list[Row]]
 MakeHeads = Callable[..., list[HeadBudgets]]

@@ -11,14 +11,14 @@ import pytest
 
 pytest.importorskip("scipy")
 
-from kvzip_press.leaderboard.maps import columns, head_maps, needle_maps
+from kvzip_press.leaderboard.analysis.maps import columns, head_maps, needle_maps
+from kvzip_press.leaderboard.analysis.summary import summarise, summarise_tasks
 from kvzip_press.leaderboard.report import write_report
 from kvzip_press.leaderboard.report.data import page_data, rounded
 from kvzip_press.leaderboard.report.examples import examples
 from kvzip_press.leaderboard.report.page import render, script_json
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.leaderboard.summary import summarise, summarise_tasks
 
 MakeRow = Callable[..., Row]
 MakeTable = Callable[..., list[Row]]

@@ -12,10 +12,10 @@ pytest.importorskip("scipy")
 from scipy import stats
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.curves import area_under_curve, areas_under_curves, relative_performance
+from kvzip_press.leaderboard.analysis.curves import area_under_curve, areas_under_curves, relative_performance
+from kvzip_press.leaderboard.analysis.statistics import Comparison, compare, holm, saturated_ratios
+from kvzip_press.leaderboard.analysis.summary import find_full, summarise, summarise_tasks
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.leaderboard.statistics import Comparison, compare, holm, saturated_ratios
-from kvzip_press.leaderboard.summary import find_full, summarise, summarise_tasks
 
 MakeRow = Callable[..., Row]
 

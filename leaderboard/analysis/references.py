@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from kvzip_press.leaderboard.analysis.statistics import N_RESAMPLES, Comparison, compare
+from kvzip_press.leaderboard.analysis.summary import find_full, one_table
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.leaderboard.statistics import N_RESAMPLES, Comparison, compare
-from kvzip_press.leaderboard.summary import find_full, one_table
 
 CellKey = tuple[str, float]
 """A press's label and its ratio."""

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
+from kvzip_press.leaderboard.analysis.summary import Cell, split_tables, summarise, summarise_tasks
+from kvzip_press.leaderboard.analysis.table import results_table
 from kvzip_press.leaderboard.pictures import save_pareto
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.leaderboard.summary import Cell, split_tables, summarise, summarise_tasks
-from kvzip_press.leaderboard.table import results_table
 
 MakeRow = Callable[..., Row]
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvzip_press.leaderboard.analysis.summary import split
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.leaderboard.summary import split
 
 N_DEPTHS = 10
 _SAME_LENGTH = 1.25  # contexts up to so many times as long as the shortest of their column stand in it

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("scipy")
 
-from kvzip_press.leaderboard.references import find_kvzip, judge
+from kvzip_press.leaderboard.analysis.references import find_kvzip, judge
+from kvzip_press.leaderboard.analysis.summary import find_full
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.leaderboard.summary import find_full
 
 MakeRow = Callable[..., Row]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.summary import Cell, find_full, split
+from kvzip_press.leaderboard.analysis.summary import Cell, find_full, split
 
 Point = tuple[float, float]
 """A measured kept fraction, and the accuracy there."""

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from rich import box
 from rich.table import Table
 
-from kvzip_press.leaderboard.references import MARKS_CAPTION, CellKey
-from kvzip_press.leaderboard.summary import Cell
+from kvzip_press.leaderboard.analysis.references import MARKS_CAPTION, CellKey
+from kvzip_press.leaderboard.analysis.summary import Cell
 
 _CAPTION = (
     "Means over contexts. Prefill is one forward that all presses share, those that watch it included; compress is "

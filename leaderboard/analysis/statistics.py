@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
+from kvzip_press.leaderboard.analysis.summary import context_key, one_table, split
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.leaderboard.summary import context_key, one_table, split
 
 SIGNIFICANCE_LEVEL = 0.05
 N_RESAMPLES = 9999
