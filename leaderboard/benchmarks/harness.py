@@ -26,7 +26,7 @@ from kvzip_press.leaderboard.profile.grid import get_device
 from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, Work, plan
 from kvzip_press.leaderboard.running.runner import execute
-from kvzip_press.leaderboard.task import Question
+from kvzip_press.leaderboard.samples.task import Question
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.model.chat import chat_frame, encode
 from kvzip_press.model.structure import input_device

@@ -19,7 +19,7 @@ from rich.table import Table
 from kvzip_press import answer, get_press, load_model, prefill
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
-from kvzip_press.leaderboard.task import Task
+from kvzip_press.leaderboard.samples.task import Task
 from kvzip_press.leaderboard.tasks import get_task
 
 REMOVED = (0.5, 0.7, 0.9)

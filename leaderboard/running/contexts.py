@@ -7,7 +7,7 @@ from typing import Any
 from kvzip_press.decoding.generation import question_ids
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.running.plan import Run, Work
-from kvzip_press.leaderboard.task import Question
+from kvzip_press.leaderboard.samples.task import Question
 from kvzip_press.model.chat import chat_frame, encode
 from kvzip_press.model.structure import text_config
 

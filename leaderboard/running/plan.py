@@ -10,7 +10,7 @@ from kvzip_press import __version__
 from kvzip_press.budget.policy import check_compression_ratio
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.rows.results import run_id
-from kvzip_press.leaderboard.task import Sample, Task
+from kvzip_press.leaderboard.samples.task import Sample, Task
 
 T = TypeVar("T")
 

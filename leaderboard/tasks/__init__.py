@@ -5,7 +5,7 @@ from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.options import check_name
-from kvzip_press.leaderboard.task import Task
+from kvzip_press.leaderboard.samples.task import Task
 
 _PACKAGE = "kvzip_press.leaderboard.tasks"
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.task import Question, Sample, Task, approximate_tokens
+from kvzip_press.leaderboard.samples.task import Question, Sample, Task, approximate_tokens
 from kvzip_press.leaderboard.tasks import GENERATED, get_task
 from kvzip_press.testing import ByteTokenizer
 

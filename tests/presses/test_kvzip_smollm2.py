@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from kvzip_press import KVzipPress, detach, load_model, prefill
-from kvzip_press.leaderboard.prose import filler_sentences
+from kvzip_press.leaderboard.samples.prose import filler_sentences
 from kvzip_press.presses import kvzip
 
 pytestmark = [pytest.mark.embedded, pytest.mark.kvpress, pytest.mark.slow]

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
-from kvzip_press.leaderboard.lengths import Frame, fill, lengthen
 from kvzip_press.leaderboard.metrics import fraction_found
 from kvzip_press.leaderboard.options import check_between
-from kvzip_press.leaderboard.task import GeneratedTask, Presets, Question, Sample, TokenCounter
-from kvzip_press.leaderboard.words import word_pairs
+from kvzip_press.leaderboard.samples.lengths import Frame, fill, lengthen
+from kvzip_press.leaderboard.samples.task import GeneratedTask, Presets, Question, Sample, TokenCounter
+from kvzip_press.leaderboard.samples.words import word_pairs
 
 
 @dataclass(frozen=True)

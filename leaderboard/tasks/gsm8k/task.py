@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvzip_press.leaderboard.hub import HubFiles
-from kvzip_press.leaderboard.hub_task import HubTask, Row
 from kvzip_press.leaderboard.metrics.originals import last_answer
-from kvzip_press.leaderboard.task import Question
+from kvzip_press.leaderboard.samples.hub import HubFiles
+from kvzip_press.leaderboard.samples.hub_task import HubTask, Row
+from kvzip_press.leaderboard.samples.task import Question
 
 _ASK = (
     "Reason and answer the question. You must say the answer in the last sentence beginning with 'The answer is'. Q: "

@@ -3,11 +3,11 @@
 import random
 from dataclasses import dataclass
 
-from kvzip_press.leaderboard.haystack import needle_depths, spread
-from kvzip_press.leaderboard.lengths import take
 from kvzip_press.leaderboard.options import check_between
-from kvzip_press.leaderboard.prose import filler_sentences
-from kvzip_press.leaderboard.task import GeneratedTask, Question, Sample, TokenCounter
+from kvzip_press.leaderboard.samples.haystack import needle_depths, spread
+from kvzip_press.leaderboard.samples.lengths import take
+from kvzip_press.leaderboard.samples.prose import filler_sentences
+from kvzip_press.leaderboard.samples.task import GeneratedTask, Question, Sample, TokenCounter
 
 _NAMES = (
     "Alda", "Boris", "Carla", "Dmitri", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leon", "Marta",

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
-from kvzip_press.leaderboard.haystack import bury_list
-from kvzip_press.leaderboard.lengths import Frame
 from kvzip_press.leaderboard.options import check_between, check_name
-from kvzip_press.leaderboard.task import GeneratedTask, Presets, Question, Sample, TokenCounter
-from kvzip_press.leaderboard.words import hex_ids, word_pairs
+from kvzip_press.leaderboard.samples.haystack import bury_list
+from kvzip_press.leaderboard.samples.lengths import Frame
+from kvzip_press.leaderboard.samples.task import GeneratedTask, Presets, Question, Sample, TokenCounter
+from kvzip_press.leaderboard.samples.words import hex_ids, word_pairs
 
 IDS = {"hex": hex_ids, "words": word_pairs}
 _FRAME = Frame(joiner=",\n", head="The table:\n{\n", tail="\n}\n\nThat is all.")

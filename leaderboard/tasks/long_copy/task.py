@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
-from kvzip_press.leaderboard.haystack import bury
-from kvzip_press.leaderboard.lengths import Frame
 from kvzip_press.leaderboard.metrics import words_in_order
 from kvzip_press.leaderboard.options import check_between
-from kvzip_press.leaderboard.prose import filler_sentences
-from kvzip_press.leaderboard.task import GeneratedTask, Presets, Question, Sample, TokenCounter
-from kvzip_press.leaderboard.words import word_pairs
+from kvzip_press.leaderboard.samples.haystack import bury
+from kvzip_press.leaderboard.samples.lengths import Frame
+from kvzip_press.leaderboard.samples.prose import filler_sentences
+from kvzip_press.leaderboard.samples.task import GeneratedTask, Presets, Question, Sample, TokenCounter
+from kvzip_press.leaderboard.samples.words import word_pairs
 
 _GIVEN_WORDS = 4  # of a note, with which the answer begins: small models start over and over again without
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvzip_press.leaderboard.hub import HubFiles
-from kvzip_press.leaderboard.hub_task import HubTask, Row
 from kvzip_press.leaderboard.metrics.originals import code_line, f1, numbers_right, right_class, rouge_l
 from kvzip_press.leaderboard.options import check_name
-from kvzip_press.leaderboard.task import Question
+from kvzip_press.leaderboard.samples.hub import HubFiles
+from kvzip_press.leaderboard.samples.hub_task import HubTask, Row
+from kvzip_press.leaderboard.samples.task import Question
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "2wikimqa": f1,

@@ -4,10 +4,10 @@ from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvzip_press.leaderboard.hub import HubFiles
-from kvzip_press.leaderboard.hub_task import HubTask, Row
 from kvzip_press.leaderboard.metrics.mathematics import math_equal
-from kvzip_press.leaderboard.task import Question
+from kvzip_press.leaderboard.samples.hub import HubFiles
+from kvzip_press.leaderboard.samples.hub_task import HubTask, Row
+from kvzip_press.leaderboard.samples.task import Question
 
 _PROMPT = (
     "You are given a math problem.\n\nProblem: {problem}\n\n You need to solve the problem step by step. First, you "

@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvzip_press.leaderboard.hub import HubFiles
-from kvzip_press.leaderboard.hub_task import HubTask, Row
 from kvzip_press.leaderboard.metrics.originals import mrcr
-from kvzip_press.leaderboard.task import Question
+from kvzip_press.leaderboard.samples.hub import HubFiles
+from kvzip_press.leaderboard.samples.hub_task import HubTask, Row
+from kvzip_press.leaderboard.samples.task import Question
 
 
 @dataclass(frozen=True)

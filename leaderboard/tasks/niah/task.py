@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
-from kvzip_press.leaderboard.haystack import bury
 from kvzip_press.leaderboard.metrics import fraction_found
 from kvzip_press.leaderboard.options import check_between, check_name
-from kvzip_press.leaderboard.prose import filler_sentences
-from kvzip_press.leaderboard.task import GeneratedTask, Presets, Question, Sample, TokenCounter
-from kvzip_press.leaderboard.words import word_pairs
+from kvzip_press.leaderboard.samples.haystack import bury
+from kvzip_press.leaderboard.samples.prose import filler_sentences
+from kvzip_press.leaderboard.samples.task import GeneratedTask, Presets, Question, Sample, TokenCounter
+from kvzip_press.leaderboard.samples.words import word_pairs
 
 KINDS = (
     "phone number", "locker code", "bus line", "house number", "room number", "ticket number", "member number",

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from kvzip_press.leaderboard.haystack import needle_depths
-from kvzip_press.leaderboard.hub import HubFiles
-from kvzip_press.leaderboard.hub_task import HubData
 from kvzip_press.leaderboard.metrics.originals import contains
-from kvzip_press.leaderboard.task import Question, Sample, TokenCounter, approximate_tokens
+from kvzip_press.leaderboard.samples.haystack import needle_depths
+from kvzip_press.leaderboard.samples.hub import HubFiles
+from kvzip_press.leaderboard.samples.hub_task import HubData
+from kvzip_press.leaderboard.samples.task import Question, Sample, TokenCounter, approximate_tokens
 
 NEEDLE = "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n"
 GOLD = "Eat a sandwich and sit in Dolores Park on a sunny day."

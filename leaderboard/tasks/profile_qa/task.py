@@ -4,8 +4,8 @@ import random
 from dataclasses import dataclass
 
 from kvzip_press.leaderboard.options import check_between
-from kvzip_press.leaderboard.prose import filler_sentences
-from kvzip_press.leaderboard.task import GeneratedTask, Question, Sample, TokenCounter
+from kvzip_press.leaderboard.samples.prose import filler_sentences
+from kvzip_press.leaderboard.samples.task import GeneratedTask, Question, Sample, TokenCounter
 from kvzip_press.leaderboard.tasks.profile_qa.people import ATTRIBUTES, MAX_PEOPLE, NAMES, Attribute
 
 

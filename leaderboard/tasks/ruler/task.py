@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvzip_press.leaderboard.hub import HubFiles
-from kvzip_press.leaderboard.hub_task import HubTask, Row, by_context
 from kvzip_press.leaderboard.metrics.originals import ruler_all, ruler_any
 from kvzip_press.leaderboard.options import check_name
-from kvzip_press.leaderboard.task import Presets, Question
+from kvzip_press.leaderboard.samples.hub import HubFiles
+from kvzip_press.leaderboard.samples.hub_task import HubTask, Row, by_context
+from kvzip_press.leaderboard.samples.task import Presets, Question
 
 SUBSETS = (
     "cwe", "fwe", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_multiquery", "niah_multivalue",

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.hub import HubFiles
-from kvzip_press.leaderboard.hub_task import HubTask, Row
 from kvzip_press.leaderboard.metrics import originals
 from kvzip_press.leaderboard.metrics.code import repoqa
 from kvzip_press.leaderboard.options import check_name
-from kvzip_press.leaderboard.task import Presets, Question
+from kvzip_press.leaderboard.samples.hub import HubFiles
+from kvzip_press.leaderboard.samples.hub_task import HubTask, Row
+from kvzip_press.leaderboard.samples.task import Presets, Question
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "choice_eng": originals.first_line_contains,

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvzip_press.leaderboard.hub import HubFiles
-from kvzip_press.leaderboard.hub_task import HubTask, Row, by_context
 from kvzip_press.leaderboard.metrics.originals import contains
-from kvzip_press.leaderboard.task import Question
+from kvzip_press.leaderboard.samples.hub import HubFiles
+from kvzip_press.leaderboard.samples.hub_task import HubTask, Row, by_context
+from kvzip_press.leaderboard.samples.task import Question
 
 
 @dataclass(frozen=True)

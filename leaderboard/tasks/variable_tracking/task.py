@@ -5,11 +5,11 @@ import string
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvzip_press.leaderboard.haystack import bury
 from kvzip_press.leaderboard.metrics import fraction_found
 from kvzip_press.leaderboard.options import check_between
-from kvzip_press.leaderboard.prose import filler_sentences
-from kvzip_press.leaderboard.task import GeneratedTask, Presets, Question, Sample, TokenCounter
+from kvzip_press.leaderboard.samples.haystack import bury
+from kvzip_press.leaderboard.samples.prose import filler_sentences
+from kvzip_press.leaderboard.samples.task import GeneratedTask, Presets, Question, Sample, TokenCounter
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import yaml
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.running.grid import grid_names, load_grid
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
-from kvzip_press.leaderboard.task import approximate_tokens
+from kvzip_press.leaderboard.samples.task import approximate_tokens
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.registry import press_names
 

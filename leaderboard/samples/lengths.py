@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvzip_press.leaderboard.task import TokenCounter
+from kvzip_press.leaderboard.samples.task import TokenCounter
 
 _IDLE = ("And", "so", "it", "went", "on", "from", "day", "to", "day", "and", "nobody", "thought", "much", "of", "it.")
 

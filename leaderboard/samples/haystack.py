@@ -5,9 +5,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvzip_press.leaderboard.lengths import Frame, fill, lengthen
-from kvzip_press.leaderboard.prose import filler_sentences
-from kvzip_press.leaderboard.task import TokenCounter
+from kvzip_press.leaderboard.samples.lengths import Frame, fill, lengthen
+from kvzip_press.leaderboard.samples.prose import filler_sentences
+from kvzip_press.leaderboard.samples.task import TokenCounter
 
 
 @dataclass(frozen=True)

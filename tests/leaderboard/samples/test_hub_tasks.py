@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvzip_press.errors import DataNotFoundError, InvalidArgumentError, MissingDependencyError
-from kvzip_press.leaderboard.task import Sample, Task
+from kvzip_press.leaderboard.samples.task import Sample, Task
 from kvzip_press.leaderboard.tasks import FROM_HUB, get_task
 
 datasets = pytest.importorskip("datasets", reason="needs the extra `tasks`")

@@ -9,8 +9,8 @@ from random import Random
 from typing import Any, ClassVar
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.hub import COMMIT, HubFiles, fetch, file_revision, load_rows, matching
-from kvzip_press.leaderboard.task import Presets, Question, Sample, TokenCounter, approximate_tokens
+from kvzip_press.leaderboard.samples.hub import COMMIT, HubFiles, fetch, file_revision, load_rows, matching
+from kvzip_press.leaderboard.samples.task import Presets, Question, Sample, TokenCounter, approximate_tokens
 
 Row = Mapping[str, Any]
 
