@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kvzip_press.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from kvzip_press.attention.implementation import attach, detach
     from kvzip_press.budget.scores import Scores
@@ -84,7 +86,6 @@ __all__ = [
     "prefill",
     "register_press",
 ]
-__version__ = "0.1.0.dev0"
 
 
 def __getattr__(name: str) -> Any:

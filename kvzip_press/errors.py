@@ -1,5 +1,8 @@
 """The one exception tree of the project: catch :class:`KVzipPressError` to catch them all."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class KVzipPressError(Exception):
     """Base of every error that kvzip-press raises on purpose."""
@@ -55,3 +58,9 @@ class DiskFullError(KVzipPressError, OSError):
 
 class MissingDependencyError(KVzipPressError, ImportError):
     """An optional package is needed, and is absent or of a version that does not work."""
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` with the known name nearest to ``given``; empty where none is near."""
+    near = difflib.get_close_matches(str(given), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

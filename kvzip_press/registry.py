@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from kvzip_press.did_you_mean import did_you_mean
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import InvalidArgumentError, did_you_mean
 from kvzip_press.press import Press
 
 _registered: dict[str, str] = {}

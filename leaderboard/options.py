@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable
 
-from kvzip_press.did_you_mean import did_you_mean
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import InvalidArgumentError, did_you_mean
 
 
 def check_name(kind: str, given: str, known: Iterable[str]) -> None:

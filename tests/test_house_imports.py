@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRESSES, KERNELS, LEADERBOARD = "kvzip_press.presses", "kvzip_press.kernels", "kvzip_press.leaderboard"
 PACKAGE_OF_FOLDER = {"kvzip_press": "kvzip_press", "presses": PRESSES, "kernels": KERNELS, "leaderboard": LEADERBOARD}
 
-COMPAT, CLI, TOP = Path("kvzip_press/compat.py"), Path("kvzip_press/cli.py"), Path("kvzip_press/__init__.py")
+COMPAT, TOP = Path("kvzip_press/compat.py"), Path("kvzip_press/__init__.py")
 KVPRESS_ADAPTER = re.compile(r"presses/kvpress_adapter\w*(\.py|/.*)")
 
 

@@ -232,7 +232,10 @@ class RaggedCache(compat.Cache):
         return cache
 
     def export_kept(self, path: str | Path) -> None:
-        """Writes which positions every head kept, as numpy arrays: see :func:`kvzip_press.cache.file.kept_export.export_kept`."""
+        """Writes which positions every head kept, as numpy arrays.
+
+        See :func:`kvzip_press.cache.file.kept_export.export_kept`.
+        """
         kept_export.export_kept(Path(path), self.layers)
 
     def _config(self, model: nn.Module | None) -> Any:

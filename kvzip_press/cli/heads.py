@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +17,7 @@ app = typer.Typer(
 
 OutOption = Annotated[Path, typer.Option("--out", help="The safetensors file to write.")]
 FORMATS = ("duo-attention",)
-METHODS = {"kvzip": "kvzip_head", "duo-attention": "duo_attention"}
-"""Method -> the press that its scores are for."""
+METHODS = ("kvzip", "duo-attention")
 
 
 @app.command()
@@ -43,11 +41,10 @@ def compute(
     book.
     """
     if method not in METHODS:
-        raise InvalidArgumentError(f"expected --method to be one of {tuple(METHODS)}, got {method!r}")
+        raise InvalidArgumentError(f"expected --method to be one of {METHODS}, got {method!r}")
     texts = _texts(text)
     loaded, tokenizer = load(model, device, dtype)
-    options = {"chunk_size": chunk_size} if method == "kvzip" else {}
-    scores = _compute(METHODS[method], loaded, tokenizer, list(texts.values()), **options)
+    scores = _compute(method, chunk_size, loaded, tokenizer, list(texts.values()))
     scores.save(out)
     n_ones = int((scores.values >= 1).sum())
     typer.echo(
@@ -69,10 +66,11 @@ def export(
 ) -> None:
     """Writes scores in another project's format: a DuoAttention pattern, whose sparsity is our compression ratio."""
     from kvzip_press.heads.scores import HeadScores
+    from kvzip_press.presses.duo_attention import export_duo
 
     if layout not in FORMATS:
         raise InvalidArgumentError(f"expected --format to be one of {FORMATS}, got {layout!r}")
-    _press("duo_attention").export_duo(HeadScores.load(scores), out, sink_size, recent_size)
+    export_duo(HeadScores.load(scores), out, sink_size, recent_size)
     typer.echo(f"{out}: a DuoAttention pattern, sink_size={sink_size}, recent_size={recent_size}")
 
 
@@ -82,34 +80,32 @@ def import_(
     out: OutOption,
 ) -> None:
     """Reads a DuoAttention pattern as scores of heads, and says which sink and window it was made for."""
-    scores, sink_size, recent_size = _press("duo_attention").import_duo(folder)
+    from kvzip_press.presses.duo_attention import import_duo
+
+    scores, sink_size, recent_size = import_duo(folder)
     scores.save(out)
     typer.echo(f"{out}: {scores!r}; made for n_sink={sink_size}, window_size={recent_size}")
 
 
 def _texts(paths: Sequence[Path] | None) -> dict[str, str]:
+    from kvzip_press.presses.kvzip_head import builtin_texts
+
     if not paths:
-        texts: dict[str, str] = _press("kvzip_head").builtin_texts()
-        return texts
+        return builtin_texts()
     return {str(path): path.read_text(encoding="utf-8") for path in paths}
 
 
-def _compute(press: str, model: Any, tokenizer: Any, texts: list[str], **options: int) -> Any:
+def _compute(method: str, chunk_size: int, model: Any, tokenizer: Any, texts: list[str]) -> Any:
     from rich.progress import Progress
+
+    from kvzip_press.presses import duo_attention, kvzip_head
 
     with Progress(transient=True) as shown:
         bar = shown.add_task("scoring heads", total=None)
-        return _press(press).compute_head_scores(
-            model,
-            tokenizer,
-            texts,
-            progress=lambda done, total: shown.update(bar, completed=done, total=total),
-            **options,
-        )
 
+        def progress(done: int, total: int) -> None:
+            shown.update(bar, completed=done, total=total)
 
-def _press(name: str) -> Any:
-    """What a press comes with, found by its name: the core knows no press."""
-    from kvzip_press.presses import PRESSES
-
-    return importlib.import_module(PRESSES[name].partition(":")[0])
+        if method == "duo-attention":
+            return duo_attention.compute_head_scores(model, tokenizer, texts, progress=progress)
+        return kvzip_head.compute_head_scores(model, tokenizer, texts, chunk_size=chunk_size, progress=progress)

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvzip_press import cli_gates
-from kvzip_press.cli import heads as cli_heads
+from kvzip_press.cli import heads
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 from kvzip_press.loading.command_options import ModelOption
 
@@ -18,8 +17,13 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="KV-cache compression presses whose eviction is real."
 )
 
-app.add_typer(cli_heads.app, name="heads")
-app.add_typer(cli_gates.app, name="gates")
+app.add_typer(heads.app, name="heads")
+
+# Of commands that take their arguments to a group of their own, whose imports nobody else shall wait for.
+_HANDED_ON: dict[str, Any] = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+}
 
 OutputOption = Annotated[Path, typer.Option("--output", help="Directory for the rows and the picture.")]
 
@@ -47,14 +51,23 @@ def demo(output: OutputOption = Path("outputs/demo"), model: ModelOption = "smol
     run_demo(output, model_name=model)
 
 
-@app.command(
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
+@app.command(**_HANDED_ON)
 def leaderboard(context: typer.Context) -> None:
     """Runs that compare presses on tasks, and tables, pages and exports of their rows."""
     from kvzip_press.leaderboard.cli import app as commands
 
+    _hand_on(context, commands)
+
+
+@app.command(**_HANDED_ON)
+def gates(context: typer.Context) -> None:
+    """Gates of a model's layers, for the press fastkvzip."""
+    from kvzip_press.presses.fastkvzip.command import app as commands
+
+    _hand_on(context, commands)
+
+
+def _hand_on(context: typer.Context, commands: typer.Typer) -> None:
     typer.main.get_command(commands).main(context.args, prog_name=context.command_path, standalone_mode=False)
 
 

@@ -218,8 +218,8 @@ def generate(
         eos_ids: The ids that end a row.
         sampling: How to sample; None takes the most likely token.
         streamer: A transformers streamer (``put``, ``end``), for one row; it gets ``input_ids`` first, as there.
-        graph: See :class:`kvzip_press.decoding.step.DecodeStep`. By default a graph is captured where it is possible and
-            ``max_new_tokens`` is at least 16: a capture takes as long as a few steps.
+        graph: See :class:`kvzip_press.decoding.step.DecodeStep`. By default a graph is captured where it is possible
+            and ``max_new_tokens`` is at least 16: a capture takes as long as a few steps.
         compile: See :class:`kvzip_press.decoding.step.DecodeStep`.
 
     Returns:

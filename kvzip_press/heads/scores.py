@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press import __version__
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.heads import file as head_file
 from kvzip_press.model.chat import encode
 from kvzip_press.model.identity import SHAPE, facts_of, num_kv_heads, same_shape, same_weights, shape_of
 from kvzip_press.model.structure import full_attention_layers
+from kvzip_press.version import __version__
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -4,8 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvzip_press.did_you_mean import did_you_mean
-from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError
+from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError, did_you_mean
 from kvzip_press.loading.embedded import GEMMA3_270M, SMOLLM2, EmbeddedModel, embedded_model_dir, find_gguf
 
 if TYPE_CHECKING:

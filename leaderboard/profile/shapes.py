@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from kvzip_press.did_you_mean import did_you_mean
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import InvalidArgumentError, did_you_mean
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",

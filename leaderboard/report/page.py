@@ -8,12 +8,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from kvzip_press import __version__
 from kvzip_press.files import replacing
 from kvzip_press.leaderboard.analysis.references import MARKS_CAPTION
 from kvzip_press.leaderboard.report.data import page_data
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
+from kvzip_press.version import __version__
 
 _PROGRAM = ("elements.js", "tips.js", "table.js", "curves.js", "maps.js", "examples.js", "page.js")
 _TITLE = "kvzip-press leaderboard"

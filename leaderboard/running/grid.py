@@ -10,8 +10,7 @@ import yaml
 
 from kvzip_press import get_press
 from kvzip_press.budget.policy import check_compression_ratio
-from kvzip_press.did_you_mean import did_you_mean
-from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
+from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, did_you_mean
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec
 from kvzip_press.leaderboard.tasks import get_task
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from kvzip_press import __version__
 from kvzip_press.budget.policy import check_compression_ratio
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.rows.results import run_id
 from kvzip_press.leaderboard.samples.task import Sample, Task
+from kvzip_press.version import __version__
 
 T = TypeVar("T")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from kvzip_press import __version__
 from kvzip_press.compat import TRANSFORMERS_VERSION
 from kvzip_press.kernels.benchmarks.report import commit
 from kvzip_press.model.structure import full_attention_layers, layer_fingerprint
+from kvzip_press.version import __version__
 
 ABSENT = "-"
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from kvzip_press import __version__, compat
+from kvzip_press import compat
 from kvzip_press.cache.file.reading import load_layers, read_record
 from kvzip_press.cache.file.record import (
     DIGEST,
@@ -34,6 +34,7 @@ from kvzip_press.cache.file.record import (
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.files import replacing
+from kvzip_press.version import __version__
 
 __all__ = ["load_layers", "read_record", "save_layers"]
 

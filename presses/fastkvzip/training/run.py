@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kvzip_press import __version__
 from kvzip_press.errors import DiskFullError, InvalidArgumentError
 from kvzip_press.files import replacing
 from kvzip_press.model.identity import facts_of, num_kv_heads
@@ -31,6 +30,7 @@ from kvzip_press.presses.fastkvzip.training.features import features_of, layer_i
 from kvzip_press.presses.fastkvzip.training.optimise import Optimiser, Stacked, initial
 from kvzip_press.presses.fastkvzip.training.recipe import Progress, Recipe
 from kvzip_press.presses.fastkvzip.training.shards import Shards
+from kvzip_press.version import __version__
 
 
 class Training:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +55,8 @@ def train(
     """
     if bool(data) == self_generated:
         raise InvalidArgumentError("expected one of --data and --self-generated, got both or none")
-    training = _training()
+    from kvzip_press.presses.fastkvzip import training
+
     folder = work if work is not None else out.with_name(out.name + ".work")
     recipe = training.Recipe(
         tokens=tokens,
@@ -119,10 +119,3 @@ def _report(agreement: Any, seconds: dict[str, float]) -> None:
     means = ", ".join(f"{name} {value:.3f}" for name, value in agreement.summary.items())
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     Console().print(table, f"held out, {agreement.tokens} tokens: {means}\n{times}", markup=False)
-
-
-def _training() -> Any:
-    """The training that the press ``fastkvzip`` comes with, found by its name: the core knows no press."""
-    from kvzip_press.presses import PRESSES
-
-    return importlib.import_module(PRESSES["fastkvzip"].partition(":")[0] + ".training")
