@@ -13,9 +13,8 @@ from torch import Tensor
 
 from kvzip_press.kernels.benchmarks.harness import Bench, WrongResultError, run_cases
 from kvzip_press.kernels.benchmarks.timing import Call
-from kvzip_press.kernels.ragged_pack import merge, pack
+from kvzip_press.kernels.ragged_pack import Packed, merge, pack
 from kvzip_press.kernels.ragged_pack.api import _MERGE, _PACK
-from kvzip_press.kernels.ragged_pack.packed import Packed
 
 TAIL = 64
 
@@ -50,7 +49,8 @@ def run(bench: Bench, case: PackCase) -> None:
     """Every implementation on one case."""
     calls = calls_of(case, bench.device)
     expected: Packed = calls["reference"]()
-    n_bytes = 2 * sum(tensor.numel() * tensor.element_size() for tensor in expected)  # read and written
+    tensors = tensors_of(expected)
+    n_bytes = 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # read and written
     for impl, call in calls.items():
         try:
             check_equal(f"{case}, {impl}", call(), expected)
@@ -58,34 +58,45 @@ def run(bench: Bench, case: PackCase) -> None:
             bench.skip(case, f"ours {impl}", reason)
             continue
         bench.add(case, f"ours {impl}", bench.eager(call), n_bytes=n_bytes, error=0.0)
-    fresh = [torch.empty_like(tensor) for tensor in expected]
-    bench.add(case, "memcpy", bench.eager(partial(copy_all, fresh, expected)), n_bytes=n_bytes)
+    fresh = [torch.empty_like(tensor) for tensor in tensors]
+    bench.add(case, "memcpy", bench.eager(partial(copy_all, fresh, tensors)), n_bytes=n_bytes)
 
 
 def calls_of(case: PackCase, device: torch.device) -> dict[str, Call]:
     """A call of each implementation, by its name."""
     shape = (case.batch, case.num_key_value_heads, case.length)
-    keys, values = (torch.randn(*shape, case.head_dim, dtype=torch.bfloat16, device=device) for _ in range(2))
     keep = torch.rand(shape, device=device) < case.kept
+    columns = columns_of(case, 0, case.length, device)
     if case.op == "pack":
-        return {impl: partial(pack, keys, values, keep, impl=impl) for impl in _PACK}
+        return {impl: partial(pack, columns, keep, impl=impl) for impl in _PACK}
     evicting = case.op == "merge evicting"
-    context = pack(keys, values, torch.ones_like(keep) if evicting else keep, impl="reference")
+    context = pack(columns, torch.ones_like(keep) if evicting else keep, impl="reference")
     keep_context = keep.flatten() if evicting else None
-    positions = torch.arange(case.length, case.length + TAIL, dtype=torch.int32, device=device).expand(case.batch, -1)
-    tail = [tensor[:, :, :TAIL].clone() for tensor in (keys, values)]
-    arguments = (*context, *tail, positions, torch.ones_like(keep[:, :, :TAIL]))
+    tail = columns_of(case, case.length, TAIL, device)
+    arguments = (context, tail, torch.ones_like(keep[:, :, :TAIL]))
     return {impl: partial(merge, *arguments, keep_context=keep_context, impl=impl) for impl in _MERGE}
+
+
+def columns_of(case: PackCase, start: int, length: int, device: torch.device) -> list[Tensor]:
+    """Keys, values and positions from ``start`` on, as a cache hands them in: all heads share the positions."""
+    shape = (case.batch, case.num_key_value_heads, length)
+    pairs = [torch.randn(*shape, case.head_dim, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    return [*pairs, torch.arange(start, start + length, dtype=torch.int32, device=device).expand(shape)]
+
+
+def tensors_of(packed: Packed) -> tuple[Tensor, ...]:
+    """All that a packed layer holds."""
+    return (*packed.columns, packed.cu_seqlens)
 
 
 def check_equal(name: str, got: Packed, expected: Packed) -> None:
     """Raises WrongResultError unless the bits are the same."""
-    for one, other in zip(got, expected, strict=True):
+    for one, other in zip(tensors_of(got), tensors_of(expected), strict=True):
         if not torch.equal(one, other):
             raise WrongResultError(f"{name}: expected the bits of the reference, got others")
 
 
-def copy_all(targets: list[Tensor], sources: Packed) -> None:
+def copy_all(targets: list[Tensor], sources: tuple[Tensor, ...]) -> None:
     """A plain copy of each tensor."""
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)

@@ -6,16 +6,12 @@ from torch import Tensor
 
 
 class Packed(NamedTuple):
-    """Kept pairs, ordered by segment = (row, key-value head), then position; each tensor has storage of its own size.
+    """Kept pairs by segment = (row, key-value head), then in the order they came; each tensor has storage of its size.
 
     Attributes:
-        keys: [total, head_dim].
-        values: [total, value_head_dim].
-        positions: int32 [total], original position of each pair.
+        columns: what a pair has (its key, value, position, score ...), each [total] or [total, dim], of any dtype.
         cu_seqlens: int32 [segments + 1], segment s is cu_seqlens[s] .. cu_seqlens[s + 1] - 1.
     """
 
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
+    columns: tuple[Tensor, ...]
     cu_seqlens: Tensor

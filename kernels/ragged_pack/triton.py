@@ -1,63 +1,49 @@
-"""Packing by one kernel that moves rows: each source pair knows where it goes, and only kept pairs are read.
+"""Packing by one kernel that moves the rows of a column: each pair knows where it goes, and only kept ones are read.
 
-The destinations are one int32 a source pair, -1 for a pair to drop, made by a cumulative sum; keys, values and the
-position of a pair move in one pass. Nothing of the size of the keys or values is allocated but the result.
+The destinations are one int32 a source pair, -1 for a pair to drop, made once by a cumulative sum; then each column is
+moved by a launch of its own. Nothing of the size of a wide column is allocated but the result.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 from triton import language as tl
 
+from kvzip_press.kernels.ragged_pack.bits import BITS
 from kvzip_press.kernels.ragged_pack.indices import cumulated, spread
 from kvzip_press.kernels.ragged_pack.packed import Packed
 
 _BLOCK_BYTES = 1 << 14  # what a program holds at a time: 64 rows of 128 numbers of 16 bits
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MOST_ROWS = 1024  # of a narrow column, 8 for a thread: more would leave too few programs for a short cache
 
 
-def pack(keys: Tensor, values: Tensor, keep: Tensor, positions: Tensor | None) -> Packed:
+def pack(columns: Sequence[Tensor], keep: Tensor) -> Packed:
     """See :func:`kvzip_press.kernels.ragged_pack.pack`."""
-    batch_size, _, length = keep.shape
-    if positions is None:
-        positions = torch.arange(length, dtype=torch.int32, device=keys.device).expand(batch_size, -1)
-    packed = _fresh(keys, values, cumulated(keep.sum(-1).flatten()))
-    _scatter(keys, values, positions, _destinations(keep, 0), packed)
+    packed = _fresh(columns, cumulated(keep.sum(-1).flatten()))
+    _scatter(columns, _destinations(keep, 0), packed)
     return packed
 
 
-def merge(
-    context: Packed,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    tail_positions: Tensor,
-    keep_tail: Tensor,
-    keep_context: Tensor | None,
-) -> Packed:
+def merge(context: Packed, tail: Sequence[Tensor], keep_tail: Tensor, keep_context: Tensor | None) -> Packed:
     """See :func:`kvzip_press.kernels.ragged_pack.merge`."""
-    keys, values, positions, cu_seqlens = context
-    total = keys.shape[0]
-    keep = torch.ones(total, dtype=torch.bool, device=keys.device) if keep_context is None else keep_context
-    old, tail = cu_seqlens.long(), cumulated(keep_tail.sum(-1).flatten())
+    columns = [column[None, None] for column in context.columns]  # one segment of a dense cache
+    total = columns[0].shape[2]
+    keep = keep_tail.new_ones(total) if keep_context is None else keep_context
+    old, new = context.cu_seqlens.long(), cumulated(keep_tail.sum(-1).flatten())
     kept = cumulated(keep)[old]
-    packed = _fresh(keys, values, kept + tail)
+    packed = _fresh(tail, kept + new)
     # Before a segment's context lie the tails of earlier segments too, before its tail the contexts up to its own.
-    to_context = _destinations(keep, spread(tail[:-1], old.diff(), total))
-    to_tail = _destinations(keep_tail, kept[1:].view(*keep_tail.shape[:2], 1))
-    _scatter(keys[None, None], values[None, None], positions[None], to_context, packed)
-    _scatter(tail_keys, tail_values, tail_positions, to_tail, packed)
+    _scatter(columns, _destinations(keep, spread(new[:-1], old.diff(), total)), packed)
+    _scatter(tail, _destinations(keep_tail, kept[1:].view(*keep_tail.shape[:2], 1)), packed)
     return packed
 
 
-def _fresh(keys: Tensor, values: Tensor, bounds: Tensor) -> Packed:
+def _fresh(columns: Sequence[Tensor], bounds: Tensor) -> Packed:
     """Storage for as many pairs as ``bounds`` end with; reading that number is the one wait for the device."""
     total = int(bounds[-1])
-    return Packed(
-        keys.new_empty(total, keys.shape[-1]),
-        values.new_empty(total, values.shape[-1]),
-        keys.new_empty(total, dtype=torch.int32),
-        bounds.to(torch.int32),
-    )
+    return Packed(tuple(column.new_empty(total, *column.shape[3:]) for column in columns), bounds.to(torch.int32))
 
 
 def _destinations(keep: Tensor, shift: Tensor | int) -> Tensor:
@@ -66,97 +52,70 @@ def _destinations(keep: Tensor, shift: Tensor | int) -> Tensor:
     return numbers.add_(shift).masked_fill_(~keep, -1)
 
 
-def _scatter(keys: Tensor, values: Tensor, positions: Tensor, destinations: Tensor, packed: Packed) -> None:
-    """Moves the pairs of [batch, heads, length, head_dim] views whose destination is not negative to that row."""
-    batch_size, num_heads, length = keys.shape[:3]
-    if destinations.numel() == 0 or packed.keys.shape[0] == 0:
-        return
-    keys, values, out_keys, out_values = (_as_bits(tensor) for tensor in (keys, values, packed.keys, packed.values))
-    head_dim, value_head_dim = keys.shape[3], values.shape[3]
-    block_n = block_rows(keys, values)
+def _scatter(columns: Sequence[Tensor], destinations: Tensor, packed: Packed) -> None:
+    """Moves the pairs of [batch, heads, length(, dim)] views whose destination is not negative to that row."""
+    for column, out in zip(columns, packed.columns, strict=True):
+        if column.numel() and out.numel():
+            _move(column, destinations, out)
+
+
+def _move(column: Tensor, destinations: Tensor, out: Tensor) -> None:
+    """Moves the rows of one column; ``out`` [total(, dim)] is contiguous."""
+    rows = rows_as_bits(column)
+    batch_size, num_heads, length, dim = rows.shape
+    block_n = block_rows(rows)
     n_blocks = triton.cdiv(length, block_n)
-    with torch.cuda.device_of(keys):  # Triton launches on the current device
-        _scatter_kernel[(batch_size * num_heads * n_blocks,)](
-            keys,
-            values,
-            positions,
+    with torch.cuda.device_of(rows):  # Triton launches on the current device
+        _move_kernel[(batch_size * num_heads * n_blocks,)](
+            rows,
             destinations,
-            out_keys,
-            out_values,
-            packed.positions,
+            out.view(rows.dtype),
             num_heads,
             length,
             n_blocks,
-            *keys.stride()[:3],
-            *values.stride()[:3],
-            *positions.stride(),
-            HEAD_DIM=head_dim,
-            VALUE_HEAD_DIM=value_head_dim,
+            *rows.stride()[:3],
+            DIM=dim,
             BLOCK_N=block_n,
-            BLOCK_D=_padded(head_dim),
-            BLOCK_V=_padded(value_head_dim),
+            BLOCK_D=triton.next_power_of_2(dim),
         )
 
 
-def block_rows(keys: Tensor, values: Tensor) -> int:
-    """Rows of a program: a power of two, fewer the wider the rows are."""
-    widest = max(_padded(tensor.shape[-1]) * tensor.element_size() for tensor in (keys, values))
-    return max(1, min(64, _BLOCK_BYTES // widest))
+def rows_as_bits(column: Tensor) -> Tensor:
+    """The same rows [batch, heads, length, dim] as integers, with numbers side by side.
+
+    So one compiled kernel does for dtypes of a size, and there is none that Triton does not know.
+    """
+    rows = column.unsqueeze(-1) if column.ndim == 3 else column
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    return rows.view(BITS[min(8, rows.element_size())])
 
 
-def _padded(head_dim: int) -> int:
-    return triton.next_power_of_2(max(1, head_dim))
-
-
-def _as_bits(tensor: Tensor) -> Tensor:
-    """The same rows as integers: one compiled kernel for dtypes of a size, and none that Triton does not know."""
-    rows = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-    return rows.view(_BITS[min(8, rows.element_size())])
+def block_rows(rows: Tensor) -> int:
+    """Rows of a program: a power of two, fewer the wider the rows are, so that a narrow column takes few programs."""
+    row_bytes = triton.next_power_of_2(rows.shape[-1]) * rows.element_size()
+    return max(1, min(_MOST_ROWS, _BLOCK_BYTES // row_bytes))
 
 
 @triton.jit
-def _scatter_kernel(
-    keys_ptr,
-    values_ptr,
-    positions_ptr,
+def _move_kernel(
+    x_ptr,
     destinations_ptr,
-    out_keys_ptr,
-    out_values_ptr,
-    out_positions_ptr,
+    out_ptr,
     num_heads,
     length,
     n_blocks,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_pb,
-    stride_pn,
-    HEAD_DIM: tl.constexpr,
-    VALUE_HEAD_DIM: tl.constexpr,
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
 ):
     segment = (tl.program_id(0) // n_blocks).to(tl.int64)
-    row, head = segment // num_heads, segment % num_heads
     offs_n = (tl.program_id(0) % n_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    destination = tl.load(destinations_ptr + segment * length + offs_n, mask=offs_n < length, other=-1).to(tl.int64)
-    mask_n = destination >= 0
-    position = tl.load(positions_ptr + row * stride_pb + offs_n * stride_pn, mask=mask_n)
-    tl.store(out_positions_ptr + destination, position, mask=mask_n)
-    from_keys_ptr = keys_ptr + row * stride_kb + head * stride_kh
-    _move_rows(from_keys_ptr, stride_kn, offs_n, out_keys_ptr, destination, mask_n, HEAD_DIM, BLOCK_D)
-    from_values_ptr = values_ptr + row * stride_vb + head * stride_vh
-    _move_rows(from_values_ptr, stride_vn, offs_n, out_values_ptr, destination, mask_n, VALUE_HEAD_DIM, BLOCK_V)
-
-
-@triton.jit
-def _move_rows(x_ptr, stride_x, offs_n, out_ptr, destination, mask_n, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows ``offs_n`` of x to the rows ``destination`` of a contiguous output."""
     offs_d = tl.arange(0, BLOCK_D)
-    mask = mask_n[:, None] & (offs_d[None, :] < HEAD_DIM)
-    rows = tl.load(x_ptr + offs_n[:, None] * stride_x + offs_d[None, :], mask=mask)
-    tl.store(out_ptr + destination[:, None] * HEAD_DIM + offs_d[None, :], rows, mask=mask)
+    destination = tl.load(destinations_ptr + segment * length + offs_n, mask=offs_n < length, other=-1).to(tl.int64)
+    mask = (destination >= 0)[:, None] & (offs_d[None, :] < DIM)
+    from_ptr = x_ptr + segment // num_heads * stride_xb + segment % num_heads * stride_xh
+    rows = tl.load(from_ptr + offs_n[:, None] * stride_xn + offs_d[None, :], mask=mask)
+    tl.store(out_ptr + destination[:, None] * DIM + offs_d[None, :], rows, mask=mask)

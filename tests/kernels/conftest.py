@@ -1,4 +1,4 @@
-"""What the kernel tests share: the devices, the error budget, and views that lie in buffers full of NaN."""
+"""What the kernel tests share: devices, the error budget, views inside buffers full of NaN, packed rows made dense."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,6 +10,7 @@ from kvzip_press.kernels.triton_support import reason_against_triton
 
 Accurate = Callable[[Tensor, Tensor, Tensor], None]
 View = Callable[[Tensor], Tensor]
+Unpack = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 DEVICES = ["cpu", *(["cuda:0"] if torch.cuda.is_available() else [])]
 
@@ -80,3 +81,17 @@ def inside_nan() -> View:
         return inner
 
     return view
+
+
+@pytest.fixture(scope="session")
+def unpack() -> Unpack:
+    """Spreads packed rows over [segments, longest, ...], 0 where there is none; with a mask of where there is one."""
+
+    def spread(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = cu_seqlens.diff()
+        mask = torch.arange(int(lengths.max()), device=packed.device) < lengths.unsqueeze(-1)
+        dense = packed.new_zeros(*mask.shape, *packed.shape[1:])
+        dense[mask] = packed
+        return dense, mask
+
+    return spread

@@ -379,7 +379,8 @@ def test_packing_that_differs_is_refused(bench: CallingBench, monkeypatch: pytes
     case = ragged_pack.PackCase("pack", num_key_value_heads=2, length=90, head_dim=8)
     calls = ragged_pack.calls_of(case, CPU)
     right: Callable[[], Any] = calls["reference"]
-    wrong = right()._replace(keys=right().keys + 1)
+    keys, *others = right().columns
+    wrong = right()._replace(columns=(keys + 1, *others))
     monkeypatch.setattr(ragged_pack, "calls_of", lambda *_: {"reference": right, "other": lambda: wrong})
     with pytest.raises(WrongResultError, match="other: expected the bits of the reference"):
         ragged_pack.run(bench, case)

@@ -1,6 +1,6 @@
 """The Triton kernel of packing and merging, bit for bit against the reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -9,27 +9,46 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvzip_press.kernels.ragged_pack import merge, pack, unpack
-from kvzip_press.kernels.ragged_pack.packed import Packed
+from kvzip_press.kernels.ragged_pack import Packed, merge, pack
 
 View = Callable[[Tensor], Tensor]
+Unpack = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
+HEAD_DIMS = (64, 60)  # of fp32, for which BLOCK is the block of the kernel
 BLOCK = 64  # rows of a program at these widths; a test says so
+MOST_ROWS = 1024  # rows of a program for a column of single numbers, likewise
 LAW = settings(
     deadline=None,
     max_examples=15,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # the device is the same each time
 )
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.bool, torch.complex128]
+DTYPES = [
+    *(torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn),
+    *(torch.int8, torch.uint16, torch.bool, torch.complex64, torch.complex128),
+]
 
 
 def dense(
-    shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype = torch.float32, head_dims: Any = (8, 6)
+    shape: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    head_dims: Sequence[int] = HEAD_DIMS,
 ) -> list[Tensor]:
-    """Random keys [batch, heads, length, head_dim] and values of a head_dim of their own."""
+    """Random keys [batch, heads, length, head_dim], values of a width of their own, and positions that heads share."""
     numbers = (torch.randint(-9, 9, (*shape, head_dim), device=device) for head_dim in head_dims)
-    return [(tensor / 0.7 if dtype.is_floating_point else tensor).to(dtype) for tensor in numbers]
+    pairs = [(tensor / 0.7 if dtype.is_floating_point else tensor).to(dtype) for tensor in numbers]
+    return [*pairs, some_positions(shape, device)]
+
+
+def quantized(shape: tuple[int, int, int], device: torch.device) -> list[Tensor]:
+    """Columns of four dtypes and three widths: codes, two scales for each, scores, positions that heads share."""
+    return [
+        torch.randint(-128, 128, (*shape, 96), dtype=torch.int8, device=device),
+        torch.randn(*shape, 2, device=device).half(),
+        torch.randn(shape, device=device),
+        some_positions(shape, device),
+    ]
 
 
 def some(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -38,12 +57,17 @@ def some(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.rand(shape, device=device) < ratio
 
 
-def some_positions(*shape: int, device: torch.device) -> Tensor:
-    return torch.randint(1000, shape, dtype=torch.int32, device=device)
+def some_positions(shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """A view that repeats itself for every head."""
+    return torch.randint(1000, (shape[0], 1, shape[2]), dtype=torch.int32, device=device).expand(shape)
+
+
+def tensors(packed: Packed) -> tuple[Tensor, ...]:
+    return (*packed.columns, packed.cu_seqlens)
 
 
 def assert_same(got: Packed, expected: Packed) -> None:
-    for one, other in zip(got, expected, strict=True):
+    for one, other in zip(tensors(got), tensors(expected), strict=True):
         assert (one.dtype, one.shape, one.is_contiguous()) == (other.dtype, other.shape, True)
         assert torch.equal(as_bytes(one), as_bytes(other))
 
@@ -52,9 +76,9 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def assert_packs(keys: Tensor, values: Tensor, keep: Tensor, positions: Tensor | None = None) -> Packed:
-    got = pack(keys, values, keep, positions, impl="triton")
-    assert_same(got, pack(keys, values, keep, positions, impl="reference"))
+def assert_packs(columns: Sequence[Tensor], keep: Tensor) -> Packed:
+    got = pack(columns, keep, impl="triton")
+    assert_same(got, pack(columns, keep, impl="reference"))
     return got
 
 
@@ -71,41 +95,73 @@ def over_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.triton
-def test_the_block_of_these_tests_is_that_of_the_kernel() -> None:
-    from kvzip_press.kernels.ragged_pack.triton import block_rows
+def test_the_blocks_of_these_tests_are_those_of_the_kernel() -> None:
+    from kvzip_press.kernels.ragged_pack.triton import block_rows, rows_as_bits
 
-    assert block_rows(torch.zeros(8), torch.zeros(6)) == BLOCK
-    assert block_rows(torch.zeros(128, dtype=torch.bfloat16), torch.zeros(1)) == BLOCK
-    assert block_rows(torch.zeros(1), torch.zeros(512, dtype=torch.float64)) == 4
+    def rows_of(dtype: torch.dtype, *width: int) -> int:
+        return block_rows(rows_as_bits(torch.zeros(1, 1, 1, *width, dtype=dtype)))
+
+    assert {rows_of(torch.float32, head_dim) for head_dim in HEAD_DIMS} == {BLOCK}
+    assert rows_of(torch.bfloat16, 128) == BLOCK
+    assert rows_of(torch.int32) == rows_of(torch.int8) == rows_of(torch.float64, 2) == MOST_ROWS
+    assert rows_of(torch.float64, 3) == MOST_ROWS // 2
+    assert rows_of(torch.float64, 512) == 4
+    assert rows_of(torch.complex128, 512) == 2
+    assert rows_of(torch.float64, 4096) == 1
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("positioned", [True, False])
 @pytest.mark.parametrize("length", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1])
-def test_packing_equals_the_reference(
-    length: int, positioned: bool, over_nan: None, triton_device: torch.device
-) -> None:
+def test_packing_equals_the_reference(length: int, over_nan: None, triton_device: torch.device) -> None:
     shape = (2, 3, length)
-    positions = some_positions(2, length, device=triton_device) if positioned else None
-    assert_packs(*dense(shape, triton_device), some(shape, triton_device), positions)
+    assert_packs(dense(shape, triton_device), some(shape, triton_device))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("length", [0, 1, MOST_ROWS - 1, MOST_ROWS, MOST_ROWS + 1])
+def test_columns_of_single_numbers_pack(length: int, over_nan: None, triton_device: torch.device) -> None:
+    shape = (2, 3, length)
+    columns = [torch.randn(shape, device=triton_device), some_positions(shape, triton_device)]
+    keep = some(shape, triton_device)
+    packed = assert_packs(columns, keep)
+    assert torch.equal(packed.columns[0], columns[0][keep])
+    assert_packs([columns[0]], keep)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("evict", [True, False])
+def test_columns_of_any_dtype_and_width_travel_alike(evict: bool, over_nan: None, triton_device: torch.device) -> None:
+    shape, tail_shape = (2, 3, 150), (2, 3, 9)
+    keep, keep_tail = some(shape, triton_device), some(tail_shape, triton_device)
+    columns, tail = quantized(shape, triton_device), quantized(tail_shape, triton_device)
+    packed = assert_packs(columns, keep)
+    survives = torch.rand(shape, device=triton_device) < 0.5
+    merged = merge(packed, tail, keep_tail, keep_context=survives[keep] if evict else None, impl="triton")
+    both = [torch.cat(pair, 2) for pair in zip(columns, tail, strict=True)]
+    both_keep = torch.cat([keep & survives if evict else keep, keep_tail], 2)
+    assert_same(merged, pack(both, both_keep, impl="reference"))
 
 
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_moves_bit_for_bit(dtype: torch.dtype, triton_device: torch.device) -> None:
     shape = (1, 2, 20)
-    keys, values = dense(shape, triton_device, dtype)
+    keys, values, positions = dense(shape, triton_device, dtype, (8, 6))
     if dtype.is_floating_point:
         keys[0, 0, 3], values[0, 1, 4] = torch.nan, -torch.inf
-    assert_packs(keys, values, torch.rand(shape, device=triton_device) < 0.6)
+    columns = [keys, values, values[..., 2], values[..., :0], positions]
+    assert_packs(columns, torch.rand(shape, device=triton_device) < 0.6)
 
 
 @pytest.mark.triton
 @pytest.mark.parametrize("head_dims", [(64, 64), (80, 80), (96, 32), (128, 128), (256, 256), (1, 512), (192, 128)])
 def test_every_head_dim_packs(head_dims: tuple[int, int], over_nan: None, triton_device: torch.device) -> None:
-    shape = (1, 2, BLOCK + 1)
+    from kvzip_press.kernels.ragged_pack.triton import block_rows
+
+    length = 1 + max(block_rows(torch.zeros(head_dim, dtype=torch.bfloat16)) for head_dim in head_dims)
+    shape = (1, 2, length)
     keep = torch.rand(shape, device=triton_device) < 0.5
-    assert_packs(*dense(shape, triton_device, torch.bfloat16, head_dims), keep)
+    assert_packs(dense(shape, triton_device, torch.bfloat16, head_dims), keep)
 
 
 @pytest.mark.triton
@@ -113,52 +169,68 @@ def test_one_long_head_beside_seven_short_ones_packs(triton_device: torch.device
     keep = torch.zeros(1, 8, 600, dtype=torch.bool, device=triton_device)
     keep[:, 2] = True
     keep[:, [0, 1, 3, 4, 5, 6, 7], 599] = True
-    packed = assert_packs(*dense((1, 8, 600), triton_device), keep)
+    packed = assert_packs(dense((1, 8, 600), triton_device), keep)
     assert packed.cu_seqlens.diff().tolist() == [1, 1, 600, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.triton
 @pytest.mark.parametrize("kept", [True, False])
 def test_all_or_nothing_kept_is_storage_of_its_own(kept: bool, triton_device: torch.device) -> None:
-    keys, values = dense((2, 3, 20), triton_device)
-    packed = assert_packs(keys, values, torch.full((2, 3, 20), kept, device=triton_device))
-    for tensor in packed:
+    columns = dense((2, 3, 20), triton_device)
+    packed = assert_packs(columns, torch.full((2, 3, 20), kept, device=triton_device))
+    for tensor in tensors(packed):
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    assert not kept or packed.keys.data_ptr() != keys.data_ptr()
+    if kept:
+        assert not {column.data_ptr() for column in packed.columns} & {column.data_ptr() for column in columns}
 
 
 @pytest.mark.triton
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 3, 2)])
 def test_dimensions_may_lie_in_any_order(order: tuple[int, ...], triton_device: torch.device) -> None:
-    back = sorted(range(4), key=order.__getitem__)
-    turned = [tensor.permute(order).contiguous().permute(back) for tensor in dense((2, 3, 20), triton_device)]
-    assert_packs(*turned, some((2, 3, 20), triton_device))
+    def turned(column: Tensor) -> Tensor:
+        there = [dim for dim in order if dim < column.ndim]
+        back = sorted(range(column.ndim), key=there.__getitem__)
+        return column.permute(there).contiguous().permute(back)
+
+    shape = (2, 3, BLOCK + 1)
+    columns = [turned(column) for column in dense(shape, triton_device)]
+    assert_packs([*columns, columns[0][..., 0]], some(shape, triton_device))
 
 
 @pytest.mark.triton
 def test_strided_and_expanded_views_are_read_in_their_bounds(inside_nan: View, triton_device: torch.device) -> None:
     shape = (2, 3, BLOCK + 1)
-    keys, values = dense(shape, triton_device)
+    keys, values, _ = dense(shape, triton_device)
+    scores = torch.randn(shape, device=triton_device)
     keep = some((3, 2, BLOCK + 1), triton_device).transpose(0, 1)
-    positions = some_positions(BLOCK + 1, 4, device=triton_device).T[::2]
-    packed = assert_packs(inside_nan(keys), inside_nan(values), keep, positions)
-    assert_same(packed, pack(keys, values, keep, positions, impl="reference"))
-    assert_packs(keys[:, :1].expand(*shape, 8), values, keep)
-    views = [tensor[:, ::2, 1::2, :5] for tensor in dense((2, 6, 40), triton_device)]
-    assert_packs(*views, keep[:, :, :20])
+    turned = torch.randint(1000, (BLOCK + 1, 4), dtype=torch.int32, device=triton_device).T[::2]
+    positions = turned.unsqueeze(1).expand(-1, 3, -1)
+    packed = assert_packs([inside_nan(keys), inside_nan(values), inside_nan(scores), positions], keep)
+    assert_same(packed, pack([keys, values, scores, positions], keep, impl="reference"))
+    for column in (keys, values, scores):
+        assert_packs([column[:, :1].expand_as(column), column[:1, :1, :1].expand_as(column)], keep)
+    views = [column[:, ::2, 1::2] for column in dense((2, 6, 2 * BLOCK + 2), triton_device)]
+    assert_packs([views[0][..., :5], views[1][..., 1:], views[1][..., ::2], views[2]], keep)
 
 
 def both_merges(
     shape: tuple[int, int, int], n_tail: int, evict: bool, device: torch.device, view: View = lambda tensor: tensor
 ) -> tuple[Packed, Packed]:
-    keys, values = dense(shape, device)
-    tail_keys, tail_values = dense((*shape[:2], n_tail), device)
-    context = pack(keys, values, some(shape, device), impl="reference")
-    arguments = (view(context.keys), view(context.values), *context[2:], view(tail_keys), view(tail_values))
-    rest = (some_positions(shape[0], n_tail, device=device), some((*shape[:2], n_tail), device))
-    survives = torch.rand(context.keys.shape[0], device=device) < 0.5 if evict else None
-    got, expected = (merge(*arguments, *rest, keep_context=survives, impl=impl) for impl in ("triton", "reference"))
+    tail_shape = (*shape[:2], n_tail)
+    context = pack(with_scores(dense(shape, device)), some(shape, device), impl="reference")
+    *floats, positions = with_scores(dense(tail_shape, device))
+    viewed = context._replace(columns=(*map(view, context.columns[:-1]), context.columns[-1]))
+    tail, keep_tail = [*map(view, floats), positions], some(tail_shape, device)
+    survives = torch.rand(context.columns[0].shape[0], device=device) < 0.5 if evict else None
+    got, expected = (
+        merge(viewed, tail, keep_tail, keep_context=survives, impl=impl) for impl in ("triton", "reference")
+    )
     return got, expected
+
+
+def with_scores(columns: Sequence[Tensor]) -> list[Tensor]:
+    """A column of single numbers before the last one."""
+    return [*columns[:-1], torch.randn_like(columns[-1], dtype=torch.float32), columns[-1]]
 
 
 @pytest.mark.triton
@@ -176,7 +248,7 @@ def test_merging_equals_the_reference(
 def test_a_merge_reads_strided_inputs_in_their_bounds(inside_nan: View, triton_device: torch.device) -> None:
     got, expected = both_merges((2, 3, 20), 5, True, triton_device, inside_nan)
     assert_same(got, expected)
-    assert not got.keys.isnan().any()
+    assert not any(column.isnan().any() for column in got.columns)
 
 
 @pytest.mark.triton
@@ -198,14 +270,13 @@ def test_merging_any_shape_equals_the_reference(
 @LAW
 @given(shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(0, 70)), seed=st.integers(0, 1000))
 def test_unpacking_gives_back_what_was_packed(
-    shape: tuple[int, int, int], seed: int, triton_device: torch.device
+    shape: tuple[int, int, int], seed: int, triton_device: torch.device, unpack: Unpack
 ) -> None:
     torch.manual_seed(seed)
-    keys, values = dense(shape, triton_device)
+    columns = with_scores(dense(shape, triton_device))
     keep = some(shape, triton_device)
-    packed = pack(keys, values, keep, impl="triton")
-    columns = torch.arange(shape[2], dtype=torch.int32, device=triton_device).expand(shape)
-    for whole, rows in ((keys, packed.keys), (values, packed.values), (columns, packed.positions)):
+    packed = pack(columns, keep, impl="triton")
+    for whole, rows in zip(columns, packed.columns, strict=True):
         padded, mask = unpack(rows, packed.cu_seqlens)
         assert torch.equal(mask.sum(-1), keep.flatten(0, 1).sum(-1))
         assert torch.equal(padded[mask], whole[keep])
@@ -227,9 +298,10 @@ def test_sources_and_destinations_may_lie_beyond_two_gigabytes(triton_device: to
         for size, dtype in (((128,), torch.int8), ((2,), torch.int8), ((), torch.int32))
     )
     positions, destinations, bounds = (
-        torch.tensor(numbers, dtype=torch.int32, device=triton_device) for numbers in ([[7]], [far, -1, far - 1], [0])
+        torch.tensor(numbers, dtype=torch.int32, device=triton_device) for numbers in ([7], [far, -1, far - 1], [0])
     )
-    _scatter(keys, rows[..., :2], positions, destinations, Packed(out_keys, out_values, out_positions, bounds))
+    columns = (keys, rows[..., :2], positions.expand(1, 3, 1))
+    _scatter(columns, destinations, Packed((out_keys, out_values, out_positions), bounds))
     assert torch.equal(out_keys[far - 1 :], rows[0, [2, 0], 0])
     assert torch.equal(out_values[far - 1 :], rows[0, [2, 0], 0, :2])
     assert out_positions[far - 1 :].tolist() == [7, 7]
@@ -243,17 +315,19 @@ def test_a_cache_of_more_than_two_to_the_31_numbers_packs() -> None:
     keys[:, :, -100:] = torch.randn(100, 128, dtype=torch.float16, device="cuda")
     keep = torch.zeros(1, 1, length, dtype=torch.bool, device="cuda")
     keep[:, :, -70:-3] = True
-    packed = pack(keys, keys[..., :1], keep, impl="triton")
-    assert torch.equal(packed.keys, keys[0, 0, -70:-3])
-    assert packed.positions.tolist() == list(range(length - 70, length - 3))
+    positions = torch.arange(length, dtype=torch.int32, device="cuda").view(1, 1, length)
+    packed = pack([keys, keys[..., :1], positions], keep, impl="triton")
+    assert torch.equal(packed.columns[0], keys[0, 0, -70:-3])
+    assert torch.equal(packed.columns[1], keys[0, 0, -70:-3, :1])
+    assert packed.columns[2].tolist() == list(range(length - 70, length - 3))
 
 
 @pytest.mark.gpu
 @pytest.mark.triton
 def test_a_result_of_more_than_two_to_the_31_numbers_is_written() -> None:
     keys = torch.randint(-99, 99, (1, 1, 2**24 + 8, 128), dtype=torch.int8, device="cuda")
-    packed = pack(keys, keys[..., :1], torch.ones_like(keys[..., 0], dtype=torch.bool), impl="triton")
-    assert torch.equal(packed.keys, keys[0, 0])
+    packed = pack([keys, keys[..., :1]], torch.ones_like(keys[..., 0], dtype=torch.bool), impl="triton")
+    assert torch.equal(packed.columns[0], keys[0, 0])
 
 
 @pytest.mark.gpu
@@ -261,18 +335,19 @@ def test_a_result_of_more_than_two_to_the_31_numbers_is_written() -> None:
 @pytest.mark.parametrize("op", ["pack", "merge"])
 def test_packing_a_layer_needs_little_memory_beside_its_result(op: str) -> None:
     shape, device = (1, 8, 65536), torch.device("cuda")
-    keys, values = (torch.randn(*shape, 128, dtype=torch.bfloat16, device=device) for _ in range(2))
+    columns = [torch.randn(*shape, 128, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    columns.append(some_positions(shape, device))
     keep = torch.rand(shape, device=device) < 0.3
-    context = pack(keys, values, torch.ones_like(keep), impl="triton")
-    tail = (keys[:, :, :0], values[:, :, :0], some_positions(1, 0, device=device), keep[:, :, :0])
+    context = pack(columns, torch.ones_like(keep), impl="triton")
+    tail = [column[:, :, :0] for column in columns]
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     if op == "pack":
-        packed = pack(keys, values, keep, impl="triton")
+        packed = pack(columns, keep, impl="triton")
     else:
-        packed = merge(*context, *tail, keep_context=keep.flatten(), impl="triton")
-    result = sum(tensor.numel() * tensor.element_size() for tensor in packed)
+        packed = merge(context, tail, keep[:, :, :0], keep_context=keep.flatten(), impl="triton")
+    result = sum(tensor.numel() * tensor.element_size() for tensor in tensors(packed))
     # int32 destinations and what a cumulative sum needs; a merge has int64 row numbers too. A pair itself is 512 bytes.
     indices = keep.numel() * (12 if op == "pack" else 36) + (4 << 20)
     assert torch.cuda.max_memory_allocated() - before <= result + indices
@@ -281,10 +356,10 @@ def test_packing_a_layer_needs_little_memory_beside_its_result(op: str) -> None:
 def test_an_explicit_triton_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     device = torch.device("cpu")
-    keys, values = dense((1, 2, 5), device)
+    columns = dense((1, 2, 5), device)
     keep = some((1, 2, 5), device)
-    packed = pack(keys, values, keep)
+    packed = pack(columns, keep)
     with pytest.raises(ValueError, match="impl 'triton' can do"):
-        pack(keys, values, keep, impl="triton")
+        pack(columns, keep, impl="triton")
     with pytest.raises(ValueError, match="impl 'triton' can do"):
-        merge(*packed, keys, values, some_positions(1, 5, device=device), keep, impl="triton")
+        merge(packed, columns, keep, impl="triton")
