@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.files import replacing
+from kvzip_press.files import check_format, opened, write_tensors
 
 TENSOR, INDICES, FORMAT = "head_scores", "layer_indices", "kvzip_press_head_scores"
 
@@ -22,10 +20,7 @@ def write(path: Path, values: torch.Tensor, metadata: Mapping[str, str]) -> None
     Raises:
         CacheFileError: The file cannot be written.
     """
-    data = save({TENSOR: values.contiguous()}, metadata={**metadata, FORMAT: "1"})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
+    write_tensors(path, {TENSOR: values}, {**metadata, FORMAT: "1"}, parents=True)
 
 
 def read(path: Path) -> tuple[torch.Tensor, dict[str, str], tuple[int, ...]]:
@@ -34,21 +29,13 @@ def read(path: Path) -> tuple[torch.Tensor, dict[str, str], tuple[int, ...]]:
     Raises:
         InvalidArgumentError: There is no such file, or one of another kind.
     """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            if metadata.pop(FORMAT, None) != "1" or TENSOR not in file.keys():  # noqa: SIM118  # not a mapping
-                raise InvalidArgumentError(
-                    f"expected head scores of format 1 in {path}, got the tensors {sorted(file.keys())}"
-                )
-            values = file.get_tensor(TENSOR)
-        return values, metadata, tuple(int(index) for index in json.loads(metadata.pop(INDICES, "[]")))
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
-        if isinstance(error, InvalidArgumentError):
-            raise
-        raise InvalidArgumentError(
-            f"expected a safetensors file of head scores at {path}, got {type(error).__name__}: {error}"
-        ) from error
+    expected = f"expected a safetensors file of head scores at {path}"
+    with opened(path, InvalidArgumentError, expected, malformed=(TypeError, ValueError)) as file:
+        metadata = dict(file.metadata() or {})
+        mark = metadata.pop(FORMAT, None) if TENSOR in file.keys() else None  # noqa: SIM118  # not a mapping
+        check_format(mark, "1", file, InvalidArgumentError, f"expected head scores of format 1 in {path}")
+        indices = tuple(int(index) for index in json.loads(metadata.pop(INDICES, "[]")))
+        return file.get_tensor(TENSOR), metadata, indices
 
 
 def read_pt(path: Path) -> torch.Tensor:

@@ -7,16 +7,15 @@ give the same file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.files import replacing
+from kvzip_press.files import check_format, opened, write_tensors
 
 HEADER, FORMAT, INDICES, LAYERS = "kvzip_press_gates", "format", "layer_indices", "layers"
 
@@ -26,20 +25,14 @@ States = list[dict[str, torch.Tensor]]
 def write(
     path: Path, states: Sequence[Mapping[str, torch.Tensor]], indices: tuple[int, ...], provenance: Mapping[str, str]
 ) -> None:
-    """Writes the state dict of each gate beside the file's name, then renames.
+    """Writes the state dict of each gate, whole or not at all; the folder is made where it is missing.
 
     Raises:
         CacheFileError: The file cannot be written.
     """
-    tensors = {
-        f"{row}.{name}": tensor.detach().cpu().contiguous()
-        for row, state in enumerate(states)
-        for name, tensor in state.items()
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{row}.{name}": tensor for row, state in enumerate(states) for name, tensor in state.items()}
     header = {**provenance, INDICES: indices, LAYERS: len(states), FORMAT: 1}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={HEADER: json.dumps(header, sort_keys=True)})
+    write_tensors(path, tensors, {HEADER: json.dumps(header, sort_keys=True)}, parents=True)
 
 
 def read(path: Path) -> tuple[States, tuple[int, ...], dict[str, str]]:
@@ -48,33 +41,30 @@ def read(path: Path) -> tuple[States, tuple[int, ...], dict[str, str]]:
     Raises:
         InvalidArgumentError: There is no such file, or one of another kind.
     """
-    try:
-        header = read_header(path)
+    with _opened(path) as (file, header):
         indices = tuple(int(index) for index in header.pop(INDICES))
         states: States = [{} for _ in range(int(header.pop(LAYERS)))]
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for key in file.keys():  # noqa: SIM118  # not a mapping
-                row, _, name = key.partition(".")
-                states[int(row)][name] = file.get_tensor(key)
+        for key in file.keys():  # noqa: SIM118  # not a mapping
+            row, _, name = key.partition(".")
+            states[int(row)][name] = file.get_tensor(key)
         return states, indices, {name: str(value) for name, value in header.items() if name != FORMAT}
-    except (OSError, SafetensorError, TypeError, ValueError, LookupError) as error:
-        if isinstance(error, InvalidArgumentError):
-            raise
-        raise InvalidArgumentError(
-            f"expected a safetensors file of gates at {path}, got {type(error).__name__}: {error}"
-        ) from error
 
 
 def read_header(path: Path) -> dict[str, Any]:
     """What a file says of its gates, without reading a tensor.
 
     Raises:
-        InvalidArgumentError: It is a safetensors file of something else.
+        InvalidArgumentError: There is no such file, or one of another kind.
     """
-    with safe_open(path, framework="pt", device="cpu") as file:
+    with _opened(path) as (_, header):
+        return header
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    expected = f"expected a safetensors file of gates at {path}"
+    with opened(path, InvalidArgumentError, expected, malformed=(TypeError, ValueError, LookupError)) as file:
         header = json.loads((file.metadata() or {}).get(HEADER, "null"))
-        if not isinstance(header, dict) or header.get(FORMAT) != 1:
-            raise InvalidArgumentError(
-                f"expected gates of format 1 in {path}, got the tensors {sorted(file.keys())[:5]}"
-            )
-    return header
+        mark = header.get(FORMAT) if isinstance(header, dict) else None
+        check_format(mark, 1, file, InvalidArgumentError, f"expected gates of format 1 in {path}", n_named=5)
+        yield file, header

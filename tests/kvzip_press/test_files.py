@@ -1,0 +1,173 @@
+"""Files of ours: written whole or not at all, and read with the caller's error for whatever is wrong with one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from kvzip_press import files
+from kvzip_press.errors import CacheFileError, CacheMismatchError, InvalidArgumentError
+from kvzip_press.files import check_format, check_seal, digest_of, digest_of_tensor, opened, replacing, write_tensors
+from kvzip_press.heads import file as head_file
+from kvzip_press.presses.fastkvzip import gate_file
+
+TENSORS = {"b": torch.arange(6).view(2, 3), "a": torch.ones(4, dtype=torch.bfloat16)}
+MADE_BY = {"made_by": "a test"}
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "tensors.safetensors"
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
+def names_in(path: Path) -> list[str]:
+    with opened(path, InvalidArgumentError, "expected tensors") as file:
+        return sorted(file.keys())
+
+
+# Writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_and_texts_come_back(path) -> None:
+    """Views and tensors with a gradient too, which safetensors does not take."""
+    write_tensors(path, {**TENSORS, "c": torch.nn.Parameter(torch.rand(3, 2)).T}, MADE_BY)
+    assert torch.equal(load_file(path)["b"], TENSORS["b"]) and load_file(path)["c"].shape == (2, 3)
+    assert metadata_of(path) == MADE_BY
+
+
+def test_a_seal_is_the_digest_of_its_text(path) -> None:
+    write_tensors(path, TENSORS, MADE_BY, seal="made_by")
+    assert metadata_of(path) == {**MADE_BY, "sha256": digest_of(b"a test")}
+    check_seal(metadata_of(path), "made_by", CacheFileError)
+
+
+@pytest.mark.parametrize("changed", [{"made_by": "another"}, {"sha256": digest_of(b"another")}, {"sha256": ""}])
+def test_a_text_that_is_not_the_sealed_one_is_refused(path, changed) -> None:
+    write_tensors(path, TENSORS, MADE_BY, seal="made_by")
+    with pytest.raises(InvalidArgumentError, match="SHA-256"):
+        check_seal({**metadata_of(path), **changed}, "made_by", InvalidArgumentError)
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_no_temporary(path, monkeypatch) -> None:
+    def full_disk(tensors: Any, file: Path, metadata: Any) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    write_tensors(path, TENSORS, MADE_BY)
+    before = path.read_bytes()
+    monkeypatch.setattr(files, "save_file", full_disk)
+    with pytest.raises(CacheFileError, match=r"expected to write .*tensors.safetensors, got OSError.*No space left"):
+        write_tensors(path, {}, {})
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_of_the_writer_leaves_the_old_file_and_no_temporary(path) -> None:
+    """It is no matter of the file, so it stays what it is."""
+    path.write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_missing_folder_is_made_only_where_asked(path) -> None:
+    nested = path.parent / "a" / "b" / path.name
+    with pytest.raises(CacheFileError, match=path.name):
+        write_tensors(nested, TENSORS, MADE_BY)
+    assert not nested.parent.exists()
+    write_tensors(nested, TENSORS, MADE_BY, parents=True)
+    assert names_in(nested) == ["a", "b"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_ours(path) -> None:
+    path.write_bytes(b"a file where a folder should be")
+    with pytest.raises(CacheFileError, match=r"expected to write .*FileExistsError"):
+        write_tensors(path / "tensors", TENSORS, MADE_BY, parents=True)
+
+
+# Reading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [CacheFileError, InvalidArgumentError])
+def test_a_torn_file_is_refused_at_every_length(path, error) -> None:
+    """With the caller's error, which begins with what was expected and is caused by what came."""
+    write_tensors(path, TENSORS, MADE_BY)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with (
+            pytest.raises(error, match=r"^expected tensors, got SafetensorError: .") as caught,
+            opened(path, error, "expected tensors"),
+        ):
+            pass
+        assert caught.value.__cause__ is not None
+
+
+def test_a_missing_path_and_a_folder_are_refused(path) -> None:
+    for other in (path, path.parent):
+        with pytest.raises(InvalidArgumentError, match=r"^expected tensors, got "):
+            names_in(other)
+
+
+def test_errors_of_ours_pass_as_they_are(path) -> None:
+    """Also those that are an OSError or a ValueError besides."""
+    write_tensors(path, TENSORS, MADE_BY)
+    for error in (CacheMismatchError("says enough"), InvalidArgumentError("says enough")):
+        with (
+            pytest.raises(type(error), match=r"^says enough$"),
+            opened(path, CacheFileError, "expected tensors", malformed=(ValueError, RuntimeError)),
+        ):
+            raise error
+
+
+def test_a_mistake_of_the_reader_is_the_files_only_where_the_reader_says_so(path) -> None:
+    write_tensors(path, TENSORS, MADE_BY)
+    with pytest.raises(json.JSONDecodeError), opened(path, CacheFileError, "expected JSON") as file:
+        json.loads(file.metadata()["made_by"])
+    with (
+        pytest.raises(CacheFileError, match=r"^expected JSON, got JSONDecodeError: "),
+        opened(path, CacheFileError, "expected JSON", malformed=(ValueError,)) as file,
+    ):
+        json.loads(file.metadata()["made_by"])
+
+
+@pytest.mark.parametrize(("n_named", "named"), [(None, "['a', 'b', 'c']"), (2, "['a', 'b']")])
+def test_a_wrong_format_mark_is_refused_and_the_tensors_there_are_named(path, n_named, named) -> None:
+    save_file({name: torch.zeros(1) for name in "cab"}, path)
+    with opened(path, CacheFileError, "expected a safetensors file of x") as file:
+        check_format(1, 1, file, InvalidArgumentError, "expected x of format 1")
+        for mark in (None, 2, "1"):
+            with pytest.raises(InvalidArgumentError) as caught:
+                check_format(mark, 1, file, InvalidArgumentError, "expected x of format 1", n_named=n_named)
+            assert str(caught.value) == f"expected x of format 1, got the tensors {named}"
+
+
+def test_a_digest_sees_every_bit_of_a_tensor() -> None:
+    """Minus zero equals zero, and is another tensor on disk."""
+    zero = torch.zeros(3, dtype=torch.bfloat16)
+    assert digest_of_tensor(zero) == digest_of(bytes(6))
+    assert digest_of_tensor(-zero) != digest_of_tensor(zero)
+    assert digest_of_tensor(torch.tensor(0.0)) == digest_of(bytes(4))
+
+
+# The files of ours ------------------------------------------------------------------------------------------------
+
+
+def test_a_foreign_file_is_neither_head_scores_nor_gates(path) -> None:
+    save_file({f"layer.{number}": torch.zeros(1) for number in range(7)}, path, {"format": "pt"})
+    with pytest.raises(InvalidArgumentError, match=r"^expected head scores of format 1 in .*tensors.safetensors, got"):
+        head_file.read(path)
+    for read in (gate_file.read, gate_file.read_header):
+        with pytest.raises(
+            InvalidArgumentError, match=r"^expected gates of format 1 in .*got the tensors .*layer.4'\]$"
+        ):
+            read(path)
