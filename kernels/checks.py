@@ -1,4 +1,4 @@
-"""Argument checks that every op shares: cheap, and without reading data from a device."""
+"""Argument checks that all ops share: cheap, and without reading data from a device."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,8 @@ def check_rank(name: str, tensor: object, dims: str) -> None:
     """Raises unless ``tensor`` is a tensor with one dimension for each word of ``dims``.
 
     Raises:
-        TypeError: it is no tensor.
-        ValueError: it has another number of dimensions.
+        TypeError: it is not a tensor.
+        ValueError: it has a different number of dimensions.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor [{dims}], got {type(tensor).__name__}")
@@ -20,7 +20,7 @@ def check_rank(name: str, tensor: object, dims: str) -> None:
 
 
 def check_shape(name: str, tensor: object, expected: Sequence[int], dims: str) -> None:
-    """Raises unless ``tensor`` has exactly the shape ``expected``, whose dimensions ``dims`` names."""
+    """Raises unless ``tensor`` has exactly the shape ``expected``; ``dims`` names the dimensions."""
     check_rank(name, tensor, dims)
     assert isinstance(tensor, Tensor)
     if tensor.shape != torch.Size(expected):
@@ -80,8 +80,8 @@ def check_softcap(softcap: float | None) -> None:
 def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device, *, within: bool = False) -> None:
     """Raises unless ``cu_seqlens`` is int32 [segments + 1] on ``device`` and, on a CPU, rises from 0 to ``total``.
 
-    With ``within`` it may begin later and end earlier: a part of the segments that are stored together.
-    The content is not looked at on other devices, where reading it would wait for the device.
+    With ``within`` it may begin above 0 and end below ``total``: a slice of the segments that are stored together.
+    On other devices the content is not checked, because reading it would wait for the device.
     """
     check_rank("cu_seqlens", cu_seqlens, "segments + 1")
     assert isinstance(cu_seqlens, Tensor)

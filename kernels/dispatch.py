@@ -1,4 +1,4 @@
-"""Choice of an implementation: a table a op, best first."""
+"""Chooses an op's implementation from a table, best first."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ _Run = TypeVar("_Run", bound=Callable[..., object])
 
 
 def _nothing(*_: object) -> None:
-    """Speaks against no input."""
+    """Returns None: no input is refused."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Impl(Generic[_Run]):
 
     Attributes:
         run: the implementation, called by the op after its checks.
-        reason_against: given the arguments of :func:`select`, why it cannot do this input, or None when it can.
+        reason_against: given the arguments of :func:`select`, returns why it cannot do this input, or None if it can.
     """
 
     run: _Run
@@ -27,7 +27,7 @@ class Impl(Generic[_Run]):
 
 
 def deferred(module: str, function: str) -> Callable[..., Any]:
-    """A function that is imported when it is first called, so that ``import kvzip_press`` does not import Triton."""
+    """Returns a function that is imported on its first call, so that ``import kvzip_press`` does not import Triton."""
 
     @cache
     def load() -> Callable[..., Any]:
@@ -45,9 +45,9 @@ def select(op: str, impls: Mapping[str, Impl[_Run]], impl: str | None, *argument
 
     Args:
         op: name of the op, for the error.
-        impls: the implementations by name, best first; one of them can do any input.
-        impl: name of the one wanted, which never falls back to another; None takes the first that can do this input.
-        *arguments: what ``reason_against`` of each judges.
+        impls: the implementations by name, best first; at least one can do every input.
+        impl: name of the one wanted, with no fallback to another; None takes the first that can do this input.
+        *arguments: passed to each ``reason_against``.
 
     Raises:
         ValueError: there is no implementation of that name, or it cannot do this input.

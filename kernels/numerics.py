@@ -1,6 +1,6 @@
 """Numerics that the reference implementations share.
 
-Logits, softmax and sums are fp32, or fp64 for fp64 inputs, so that a reference in fp64 is an oracle for the rest.
+Logits, softmax and sums are fp32, or fp64 for fp64 inputs, so that a reference run in fp64 is an oracle for the rest.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ MAX_LOGITS = 1 << 20
 
 
 class Part(NamedTuple):
-    """A stretch of keys that a block of query rows looks at.
+    """A stretch of keys that a block of query rows attends to.
 
     Attributes:
         keys: [..., k, head_dim] in the accumulation dtype.
@@ -28,23 +28,23 @@ class Part(NamedTuple):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, softmax and sums: fp64 for fp64 inputs, else fp32."""
+    """Returns the dtype of logits, softmax and sums: fp64 for fp64 inputs, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
-    """``softcap * tanh(logits / softcap)``, in place, or ``logits`` as they are for None."""
+    """Returns ``softcap * tanh(logits / softcap)``, in place, or ``logits`` unchanged if ``softcap`` is None."""
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def finite_peak(values: Tensor, dim: int) -> Tensor:
-    """The maximum along ``dim`` (kept), with 0 for -inf so that ``exp(values - peak)`` is 0 and not NaN there."""
+    """Returns the maximum along ``dim`` (kept), with 0 for -inf: ``exp(values - peak)`` is then 0 there and not NaN."""
     peak = values.amax(dim, keepdim=True)
     return peak.masked_fill(peak == -torch.inf, 0.0)
 
 
 def causal_hidden(start: int, stop: int, query_length: int, key_length: int, device: torch.device) -> Tensor:
-    """Bool [stop - start, key_length], True where the rule aligned to the lower right hides a key.
+    """Returns bool [stop - start, key_length], True where the causal rule, aligned to the lower right, hides a key.
 
     Query row i sees key j if and only if j <= key_length - query_length + i; the rows are start .. stop - 1.
     """
@@ -53,11 +53,13 @@ def causal_hidden(start: int, stop: int, query_length: int, key_length: int, dev
 
 
 def attend(query: Tensor, parts: Sequence[Part], softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Attention of a block of query rows to several stretches of keys under one softmax; nothing long is concatenated.
+    """Computes attention of a block of query rows to several stretches of keys under one softmax.
+
+    Nothing long is concatenated.
 
     Args:
         query: [..., groups, rows, head_dim], already scaled, in the accumulation dtype.
-        parts: what the rows look at, at least one part; parts may be empty stretches.
+        parts: the stretches that the rows attend to, at least one; they may be empty.
         softcap: cap of the logits, or None.
 
     Returns:

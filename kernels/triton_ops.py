@@ -1,4 +1,4 @@
-"""What the Triton kernels share."""
+"""Functions that the Triton kernels share."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ _INTERPRETED = tl.constexpr(interpreting())
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """``tl.dot`` with fp32 sums. Triton's interpreter would multiply the bits of bf16 numbers as integers."""
+    """``tl.dot`` with fp32 sums. Triton's interpreter alone would multiply the bits of bf16 numbers as integers."""
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
@@ -18,7 +18,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """tanh to about 1e-7 of its value: near 0, where 1 - 2 / (exp(2x) + 1) cancels, by an odd polynomial."""
+    """tanh to a relative error of about 1e-7; near 0, where 1 - 2 / (exp(2x) + 1) cancels, by an odd polynomial."""
     square = x * x
     near = ((0.01560795 * square - 0.05220784) * square + 0.1331301) * square - 0.33332589
     far = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)  # 2 log2(e)

@@ -1,4 +1,4 @@
-"""Whether Triton kernels can run, told without importing Triton."""
+"""Decides, without importing Triton, whether Triton kernels can run."""
 
 import os
 from functools import cache
@@ -8,12 +8,12 @@ import torch
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on a CPU: the user set ``TRITON_INTERPRET=1``."""
+    """Returns whether Triton kernels run in its interpreter, on a CPU: the user has set ``TRITON_INTERPRET=1``."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def reason_against_triton(device: torch.device) -> str | None:
-    """Why no Triton kernel can run on tensors of ``device``, or None when one can."""
+    """Returns why no Triton kernel can run on tensors of ``device``, or None if one can."""
     if find_spec("triton") is None:
         return "the package triton is not installed (the extra `gpu` brings it)"
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
@@ -23,7 +23,7 @@ def reason_against_triton(device: torch.device) -> str | None:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors; a small one for a CPU, where Triton's interpreter runs the programs in turn."""
+    """Returns the number of multiprocessors; a small one for a CPU, where the interpreter runs programs in turn."""
     if device.type != "cuda":
         return 3
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from kvzip_press.attention.implementation import attach, detach
     from kvzip_press.budget.scores import Scores
     from kvzip_press.cache.ragged_cache import RaggedCache
-    from kvzip_press.decoding.generation import answer, generate
+    from kvzip_press.decoding.answering import answer
+    from kvzip_press.decoding.generation import generate
     from kvzip_press.decoding.sampling import Sampling
     from kvzip_press.decoding.step import DecodeStep
     from kvzip_press.heads.scores import HeadScores
@@ -47,7 +48,7 @@ _EXPORTS = {
     "Sampling": "kvzip_press.decoding.sampling",
     "Scores": "kvzip_press.budget.scores",
     "RaggedCache": "kvzip_press.cache.ragged_cache",
-    "answer": "kvzip_press.decoding.generation",
+    "answer": "kvzip_press.decoding.answering",
     "attach": "kvzip_press.attention.implementation",
     "compress": "kvzip_press.prefilling.whole",
     "compress_in_chunks": "kvzip_press.prefilling.chunked",

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from kvzip_press.decoding.generation import ASKED_AT_ONCE, answer
+from kvzip_press.decoding.answering import ASKED_AT_ONCE, answer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import encode
 from kvzip_press.prefilling.whole import compress

@@ -7,27 +7,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from kvzip_press.budget.policy import SAFEGUARD, LayerRatios, check_amount, check_policy
+from kvzip_press.budget.allocators import SAFEGUARD, Allocation
+from kvzip_press.budget.amount import Amount, LayerRatios, amount_of
+from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
+from kvzip_press.prefilling.whole import Observer, Prefill
+from kvzip_press.session import compressing
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from kvzip_press.decoding.eviction import DecodeEviction
-    from kvzip_press.prefilling.whole import Prefill
-
-
-class Observer(Protocol):
-    """Looks at one prefill forward as it runs, without touching it, and scores from what it saw."""
-
-    def __enter__(self) -> Observer: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-    def scores(self, prefill: Prefill) -> Scores:
-        """The scores of the prefill that was observed."""
+    from kvzip_press.decoding.eviction import DecodeEviction, Schedule
 
 
 @dataclass(frozen=True)
@@ -61,12 +53,17 @@ class Press(ABC):
             setattr(cls, "score", _within_budget(cls.score))  # noqa: B010  # mypy: a method is not assigned to
 
     def __post_init__(self) -> None:
-        check_amount(self.compression_ratio, self.budget)
+        _ = self.policy  # raises for values out of range
 
     @property
-    def policy(self) -> dict[str, Any]:
-        """What the fields say about the budget, as arguments of :class:`kvzip_press.budget.scores.Scores`."""
-        return {"compression_ratio": self.compression_ratio, "budget": self.budget}
+    def amount(self) -> Amount:
+        """How much is kept, by the fields."""
+        return amount_of(self.compression_ratio, self.budget)
+
+    @property
+    def policy(self) -> Policy:
+        """How much is kept and how pairs compete for it, by the fields: what :meth:`score` hands on."""
+        return Policy(self.amount)
 
     @abstractmethod
     def score(self, prefill: Prefill) -> Scores:
@@ -75,6 +72,23 @@ class Press(ABC):
     def observer(self, model: nn.Module) -> Observer | None:
         """For scorers that need to see the prefill run (hidden states, queries): a fresh observer. None otherwise."""
         return None
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """When pairs are evicted while the model writes; None where none are."""
+        return None
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        """Whether pairs are evicted while the model writes, too."""
+        return self.schedule is not None
+
+    def requires(self, model: nn.Module) -> None:  # noqa: B027  # most presses need nothing
+        """Looks for what the press needs for a model beside its weights: gates, scores of heads.
+
+        Raises:
+            InvalidArgumentError: Something is missing, or does not fit the model. The message says how to get it.
+        """
 
     def decode_eviction(self, model: nn.Module) -> DecodeEviction | None:
         """What evicts while the model writes, for one ``with press(model):``; None where nothing does."""
@@ -86,8 +100,6 @@ class Press(ABC):
         Raises:
             UnsupportedModelError: The model has no layer that can be compressed.
         """
-        from kvzip_press.session import compressing
-
         return compressing(self, model)
 
 
@@ -95,7 +107,7 @@ def _within_budget(score: Callable[[Any, Prefill], Scores]) -> Callable[[Any, Pr
     @functools.wraps(score)
     def scored(self: Press, prefill: Prefill) -> Scores:
         scores = score(self, prefill)
-        return scores if self.budget is None else scores.with_budget(self.budget)
+        return scores if self.budget is None else scores.asked_for(budget=self.budget)
 
     return scored
 
@@ -107,7 +119,8 @@ class AllocatingPress(Press):
     Args:
         compression_ratio: Fraction of key/value pairs removed, in [0, 1).
         allocation: "global" (all pairs of all layers and heads compete), "layer" (every layer keeps the same part, its
-            heads compete), "head" (every head keeps the same part), or "adakv" (as "layer", with a safeguard).
+            heads compete), "head" (every head keeps the same part), "adakv" (as "layer", with a safeguard), or an
+            :class:`kvzip_press.budget.allocators.Allocation`, which brings its own floors.
         budget: Tokens' worth of pairs kept instead of a ratio, see :class:`Press`.
         layer_ratios: Instead of one ratio: each layer's own, by layer index, as a mapping or a sequence; for all layers
             that can be compressed, and no others. Not with allocation "global".
@@ -120,7 +133,7 @@ class AllocatingPress(Press):
         InvalidArgumentError: A value out of range, or more than one of ratio, budget and layer ratios.
     """
 
-    allocation: str = "global"
+    allocation: str | Allocation = "global"
     layer_ratios: Mapping[int, float] | Sequence[float] | None = field(default=None, kw_only=True)
     safeguard: float = field(default=SAFEGUARD, kw_only=True)
     min_kept_per_head: int = field(default=0, kw_only=True)
@@ -128,13 +141,24 @@ class AllocatingPress(Press):
     def __post_init__(self) -> None:
         if self.layer_ratios is not None:
             object.__setattr__(self, "layer_ratios", LayerRatios(self.layer_ratios))
-        check_policy(**self.policy)
+        super().__post_init__()
 
     @property
-    def policy(self) -> dict[str, Any]:
-        """All that the fields say about the budget."""
-        names = ("allocation", "layer_ratios", "safeguard", "min_kept_per_head")
-        return {**super().policy, **{name: getattr(self, name) for name in names}}
+    def policy(self) -> Policy:
+        """How much is kept and how pairs compete for it, by the fields."""
+        return Policy.of(
+            self.compression_ratio,
+            self.allocation,
+            budget=self.budget,
+            layer_ratios=self.layer_ratios,
+            safeguard=self.safeguard,
+            min_kept_per_head=self.min_kept_per_head,
+        )
+
+    @property
+    def amount(self) -> Amount:
+        """How much is kept, by the fields."""
+        return self.policy.amount
 
 
 @dataclass(frozen=True)

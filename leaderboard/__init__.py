@@ -1,4 +1,4 @@
-"""Installed as ``kvzip_press.leaderboard``."""
+"""Tasks, runner, results and report; installed as ``kvzip_press.leaderboard``."""
 
 if not __name__.startswith("kvzip_press."):
     raise ImportError(

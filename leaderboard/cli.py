@@ -48,7 +48,7 @@ def run(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Begin again; old rows are kept aside.")] = False,
 ) -> None:
-    """Runs a grid, or goes on with it: a killed run loses the context that it was at, and no more."""
+    """Runs a grid, or continues one: a killed run loses only the context that it was working on."""
     from kvzip_press.leaderboard.launch import launch, launch_with_ray
     from kvzip_press.leaderboard.running.grid import load_grid
 
@@ -86,7 +86,7 @@ def report(
     title: Annotated[str | None, typer.Option("--title", help="Stands above the page.")] = None,
     command: Annotated[str, typer.Option("--command", help="What made the rows; stands at the end of the page.")] = "",
 ) -> None:
-    """Writes one page that holds all of a run, for a browser, without a network."""
+    """Writes a whole run as one HTML page, which a browser can show without a network."""
     from kvzip_press.leaderboard.launch import heads_of, rows_of
     from kvzip_press.leaderboard.report import write_report
 
@@ -109,7 +109,7 @@ def export(
         str | None, typer.Option("--data-dir", help="The part of the data set that was asked: 4096 for RULER's.")
     ] = None,
 ) -> None:
-    """Writes a run as another leaderboard takes it."""
+    """Writes a run in another leaderboard's format."""
     from kvzip_press.leaderboard.kvpress_format import export_rows
     from kvzip_press.leaderboard.launch import rows_of
 
@@ -124,7 +124,7 @@ def import_(
     folder: Annotated[Path, typer.Argument(help="Folders of kvpress's leaderboard.")],
     output: Annotated[Path, typer.Option("--output", help="The directory for their rows.")],
 ) -> None:
-    """Reads folders of kvpress's leaderboard as rows of ours."""
+    """Reads folders of kvpress's leaderboard and stores them as our rows."""
     from kvzip_press.leaderboard.kvpress_format import import_rows
     from kvzip_press.leaderboard.launch import store
 

@@ -1,4 +1,4 @@
-"""``kvzip-press demo``: what each press costs and saves, shown on a small model in a few minutes."""
+"""``kvzip-press demo``: shows on a small model, in a few minutes, what each press costs and saves."""
 
 import os
 import time
@@ -27,12 +27,12 @@ TIME_LIMIT_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Demo:
-    """What a demo left behind.
+    """The results of a demo.
 
     Attributes:
         cells: The numbers of the table.
-        rows_path: The rows, JSONL.
-        picture_path: The Pareto picture, None where matplotlib is absent.
+        rows_path: The file of rows, JSONL.
+        picture_path: The Pareto picture, None if matplotlib is not installed.
     """
 
     cells: tuple[Cell, ...]
@@ -49,20 +49,20 @@ def run_demo(
     time_limit_seconds: float = TIME_LIMIT_SECONDS,
     console: Console | None = None,
 ) -> Demo:
-    """Compress a few contexts with every press, ask them questions, print the table and save rows and picture.
+    """Compresses a few contexts with every press, asks questions, prints the table and saves rows and picture.
 
     Args:
         output_dir: Gets ``rows.jsonl`` and ``pareto.png``; rows of an earlier demo become ``rows.previous.jsonl``.
         model_name: As for `kvzip_press.load_model`.
-        seed: Of the samples; None for that of the grid `GRID`.
-        tasks: What is asked; None for those of the grid.
-        time_limit_seconds: No new context is begun after so many seconds, so that a slow machine ends too, with fewer
-            questions. Every context goes through all presses, so the comparison stays fair.
+        seed: Seed of the samples; None for that of the grid `GRID`.
+        tasks: The tasks to ask; None for those of the grid.
+        time_limit_seconds: No new context is begun after this many seconds, so that a slow machine finishes too, with
+            fewer questions. Every context goes through all presses, so the comparison stays fair.
         console: Where to print.
 
     Raises:
-        MissingDependencyError: The model is not to be had. (Presses that need an absent package, or
-            gates that the model has none of, are left out.)
+        MissingDependencyError: The model is not available. (Presses that need a missing package, or gates that the
+            model does not have, are left out.)
     """
     console = console or Console()
     grid = load_grid(GRID).run

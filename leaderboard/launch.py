@@ -1,4 +1,4 @@
-"""What the commands do: a grid into a directory, and a directory onto the screen."""
+"""The work behind the commands: run a grid into a directory, and show a directory on the screen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from kvzip_press.leaderboard.analysis.references import judge
 from kvzip_press.leaderboard.analysis.statistics import saturated_ratios
 from kvzip_press.leaderboard.analysis.summary import split_tables, summarise
 from kvzip_press.leaderboard.analysis.table import results_table
-from kvzip_press.leaderboard.profile.grid import get_device, get_dtype
 from kvzip_press.leaderboard.progress import quiet_loading, row_bar
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets, read_heads
 from kvzip_press.leaderboard.rows.results import Row, RowWriter, read_rows
@@ -27,6 +26,7 @@ from kvzip_press.leaderboard.running.plan import Run, Work, count_rows, plan, sh
 from kvzip_press.leaderboard.running.ray_executor import Cluster, run_with_ray
 from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RUN, RunDirectory, RunRecord
 from kvzip_press.leaderboard.running.shards import run_shard
+from kvzip_press.model.devices import get_device, get_dtype
 
 if TYPE_CHECKING:
     import os
@@ -42,15 +42,16 @@ def launch(
     force: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Runs what a directory lacks of a run, and prints the table.
+    """Runs whatever a directory still lacks of a run, and prints the table.
 
     Args:
         run: The run.
         output: Its directory.
-        device: Where the model goes; by default the GPU, where there is one.
-        shard_of: ``(index, count)``: only every count-th context.
-        skip_unavailable: Whether presses that cannot be had are left out, with a line each, instead of an error.
-        force: Whether to begin again; what was there is kept aside.
+        device: Where the model goes; by default the GPU, if there is one.
+        shard_of: ``(index, count)``: only every count-th context, beginning with ``index``.
+        skip_unavailable: Whether presses that are not available are left out, with a line for each, instead of being an
+            error.
+        force: Whether to begin again; existing files are kept under other names.
         console: Where to print.
 
     Raises:
@@ -77,7 +78,7 @@ def launch(
 
 
 def load_for(run: Run, device: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a run, on a device."""
+    """Loads a run's model and tokenizer onto a device."""
     dtype = None if run.dtype == "auto" else get_dtype(run.dtype)
     with quiet_loading():
         model, tokenizer = load_model(run.model_name, dtype=dtype or "auto")
@@ -95,14 +96,14 @@ def launch_with_ray(
     force: bool = False,
     console: Console | None = None,
 ) -> None:
-    """What `launch` does, spread over workers with the model each, by Ray.
+    """Does what `launch` does, spread by Ray over workers that each hold the model.
 
     Args:
         run: The run.
         output: Its directory, on this machine.
-        workers: How many.
-        address: Of a Ray cluster; None for this machine alone.
-        device: Of the workers; "cuda" gives each a GPU of its own. By default so where this machine has one.
+        workers: Number of workers.
+        address: Address of a Ray cluster; None for this machine alone.
+        device: The workers' device; "cuda" gives each a GPU of its own, and is the default if this machine has a GPU.
         shard_of: As in `launch`.
         force: As in `launch`.
         console: Where to print.
@@ -127,10 +128,10 @@ def launch_with_ray(
 
 
 def rows_of(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a run directory.
+    """Reads the rows of a run directory.
 
     Raises:
-        RunDirectoryError: It has none.
+        RunDirectoryError: The directory has no rows.
     """
     file = Path(path) / ROWS
     if not file.is_file():
@@ -139,16 +140,16 @@ def rows_of(path: str | os.PathLike[str]) -> list[Row]:
 
 
 def heads_of(path: str | os.PathLike[str]) -> list[HeadBudgets]:
-    """What heads kept, by a run directory; nothing where it does not say."""
+    """Reads what the heads kept from a run directory; empty if it holds no such file."""
     file = Path(path) / HEADS
     return list(read_heads(file)) if file.is_file() else []
 
 
 def store(rows: Iterable[Row], output: str | os.PathLike[str]) -> int:
-    """Writes rows that no run of ours made into a directory without any, and says how many there were.
+    """Writes rows from another program into a directory that has none, and returns how many there were.
 
     Raises:
-        RunDirectoryError: The directory holds rows.
+        RunDirectoryError: The directory already holds rows.
     """
     file = Path(output) / ROWS
     if file.exists():
@@ -162,11 +163,11 @@ def store(rows: Iterable[Row], output: str | os.PathLike[str]) -> int:
 
 
 def print_table(path: str | os.PathLike[str], *, console: Console | None = None) -> None:
-    """Prints the table of a run directory; one each for query-agnostic and query-aware rows, and for each run.
+    """Prints the tables of a run directory: one for each run, with query-agnostic and query-aware rows apart.
 
     Raises:
-        RunDirectoryError: It has no rows.
-        MissingDependencyError: scipy is absent.
+        RunDirectoryError: The directory has no rows.
+        MissingDependencyError: scipy is not installed.
     """
     console, rows = console or Console(), rows_of(path)
     for group in split_tables(rows):
@@ -184,6 +185,6 @@ def print_table(path: str | os.PathLike[str], *, console: Console | None = None)
 
 
 def _count_done(directory: RunDirectory, works: Iterable[Work]) -> int:
-    """How many rows of these contexts the directory has."""
+    """Counts the rows of these contexts that the directory has."""
     samples = {(work.task.name, work.sample.sample_id) for work in works}
     return sum((key.task, key.sample_id) in samples for key in directory.done)

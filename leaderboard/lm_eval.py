@@ -1,6 +1,6 @@
-r"""Tasks of EleutherAI's lm-evaluation-harness, answered from compressed caches.
+r"""Answers tasks of EleutherAI's lm-evaluation-harness from compressed caches.
 
-It needs the extra ``lm-eval``. In Python::
+This needs the extra ``lm-eval``. In Python::
 
     from kvzip_press.leaderboard.lm_eval import PressLM
 
@@ -25,8 +25,9 @@ from kvzip_press.decoding.generation import eos_ids
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, NothingEvictedError
 from kvzip_press.leaderboard.lm_eval_prompts import SPLITS, Generation, Split, find_split, last_paragraph, n_equal
 from kvzip_press.leaderboard.running.measured import Measured, measure
-from kvzip_press.model.structure import input_device, text_config
-from kvzip_press.prefilling.whole import check_length, run_prefill
+from kvzip_press.model.devices import input_device
+from kvzip_press.model.structure import check_length
+from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.press import Press
 
 try:
@@ -38,12 +39,12 @@ except ImportError as error:
     ) from error
 
 READ_AT_ONCE = 16  # continuations in one batch
-WRITTEN_AT_ONCE = 32  # tokens that are generated before a stop sequence is looked for
+WRITTEN_AT_ONCE = 32  # tokens generated between two looks for a stop sequence
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What follows a context: the place of its request among all, and the question's ids, at least one."""
+    """A question behind a context: the index of its request among all, and the question's ids, at least one."""
 
     place: int
     question: list[int]
@@ -51,32 +52,32 @@ class _Asked:
 
 @register_model("kvzip-press")
 class PressLM(HFLM):
-    """A Hugging Face model in lm-evaluation-harness that compresses contexts, and answers from what is left of them.
+    """A Hugging Face model for lm-evaluation-harness that compresses contexts and answers from what is left of them.
 
     A prompt is split in two. The context is read alone and compressed; behind it the model reads the question and
     generates, or scores the continuations. So what is evicted does not depend on the question. Requests with the same
-    context share its cache. Prompts are tokenized as lm-evaluation-harness does it for the model without a press, and
-    no chat template is put around them: that is its ``apply_chat_template``. Nothing is truncated.
+    context share its cache. Prompts are tokenized as lm-evaluation-harness does for the model without a press, and this
+    class adds no chat template: the harness does, with ``apply_chat_template``. Nothing is truncated.
 
-    A figure under a press's name is one with pairs removed: a context from which nothing was evicted raises. For the
-    full cache take lm-evaluation-harness's own ``hf``.
+    A result under a press's name always had pairs removed: a context from which nothing was evicted is an error. Use
+    lm-evaluation-harness's own ``hf`` for the full cache.
 
     Args:
         pretrained: The model, or its name.
         press: The press, or its name in the registry.
-        compression_ratio: Of a press that is given by its name.
-        split: Where a prompt's context ends, a name in ``SPLITS`` or a function: by default it is followed by the last
+        compression_ratio: The ratio of a press that is given by its name.
+        split: Where a prompt's context ends, a name in ``SPLITS`` or a function: by default the question is the last
             paragraph. A context always leaves at least the prompt's last token to the question.
-        min_context_tokens: Shorter contexts are refused, as those without a pair evicted.
-        options: Of ``lm_eval.models.huggingface.HFLM``: ``tokenizer``, ``dtype``, ``device``, ``add_bos_token`` ... Its
-            ``batch_size`` and ``max_length`` change nothing: contexts are read one by one, whole.
+        min_context_tokens: Contexts with fewer tokens are refused, as are those from which no pair was evicted.
+        options: Options of ``lm_eval.models.huggingface.HFLM``: ``tokenizer``, ``dtype``, ``device``, ``add_bos_token``
+            ... Its ``batch_size`` and ``max_length`` have no effect: contexts are read one by one, whole.
 
     Attributes:
         measured: What the cache of each context held, in the order of their compression.
 
     Raises:
-        InvalidArgumentError: An unknown press or split, or a ratio beside a press that has its own.
-        NothingEvictedError: While it answers: a context is too short, or there is none (``loglikelihood_rolling``).
+        InvalidArgumentError: An unknown press or split, or a ratio given beside a press that has its own.
+        NothingEvictedError: While answering: a context is too short, or there is none (``loglikelihood_rolling``).
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class PressLM(HFLM):
         super().__init__(pretrained, **options)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What stands in the results: the model, the press, and the measured mean of what was kept of the contexts."""
+        """Returns the record in the results: the model, the press, and the mean fraction kept, as measured."""
         kept = statistics.fmean(row.kept_fraction for row in self.measured) if self.measured else None
         return {**super().get_model_info(), "press": repr(self.press), "kept_fraction": kept}
 
@@ -116,7 +117,7 @@ class PressLM(HFLM):
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Perplexity of whole texts, which have no context beside what is scored: refused.
+        """Refuses perplexity of whole texts, which have no context apart from what is scored.
 
         Raises:
             NothingEvictedError: Always.
@@ -127,7 +128,7 @@ class PressLM(HFLM):
         )
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers, up to a stop sequence.
+        """Generates greedy answers, each up to a stop sequence.
 
         Raises:
             InvalidArgumentError: Generation options other than ``until``, ``max_gen_toks`` and ``do_sample: false``.
@@ -145,9 +146,9 @@ class PressLM(HFLM):
     def _compressed(
         self, prompts: Iterable[tuple[str, list[int]]], disable_tqdm: bool
     ) -> Iterator[tuple[RaggedCache, list[_Asked]]]:
-        """The cache of each context, and what is asked of it. Prompts are texts and their ids."""
+        """Yields the cache of each context and the questions asked of it. Prompts are texts with their ids."""
         by_context: dict[tuple[int, ...], list[_Asked]] = {}
-        for place, (prompt, ids) in enumerate(prompts):  # a token may span the end of the context: n_equal
+        for place, (prompt, ids) in enumerate(prompts):  # a token may span the context's end, hence n_equal
             n = min(n_equal(self.tok_encode(prompt[: self.split(prompt)]), ids), len(ids) - 1)
             by_context.setdefault(tuple(ids[:n]), []).append(_Asked(place, ids[n:]))
         for context, asked in tqdm(by_context.items(), desc="compressing contexts", disable=disable_tqdm):
@@ -177,16 +178,16 @@ class PressLM(HFLM):
     def _scores(
         self, cache: RaggedCache, rows: Sequence[_Asked], continuations: Sequence[list[int]]
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether each of its tokens is the most likely one."""
+        """Returns the log-likelihood of each continuation, and whether all of its tokens are the most likely ones."""
         read = [[*row.question, *ids][:-1] for row, ids in zip(rows, continuations, strict=True)]
         width = max(map(len, read))
-        check_length(text_config(self.model), cache.get_seq_length() + width)
+        check_length(self.model, cache.get_seq_length() + width)
         first = min(len(row.question) for row in rows) - 1
         grown = cache.fork()
         if len(rows) > 1:
             grown.batch_repeat_interleave(len(rows))
         attach(self.model)
-        # padding stands on the right, where nothing that counts looks at it
+        # padding is on the right, where no token that counts attends to it
         padded = torch.tensor([[*ids, *ids[-1:] * (width - len(ids))] for ids in read], device=input_device(self.model))
         output = self.model(input_ids=padded, past_key_values=grown, use_cache=True, logits_to_keep=width - first)
         scores = []

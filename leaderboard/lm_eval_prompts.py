@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness's requests say: where a prompt's context ends, and how far to generate."""
+"""Interprets lm-evaluation-harness's requests: where a prompt's context ends, and how far to generate."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any, Self
 from kvzip_press.errors import InvalidArgumentError
 
 Split = Callable[[str], int]
-"""From a prompt to how many of its characters are the context; the others are the question."""
+"""Takes a prompt; returns how many of its first characters are the context. The rest is the question."""
 
-DEFAULT_MAX_NEW_TOKENS = 256  # lm-evaluation-harness's own
+DEFAULT_MAX_NEW_TOKENS = 256  # lm-evaluation-harness's own default
 
 
 def last_paragraph(prompt: str) -> int:
-    """The question is the last paragraph: few-shot examples, documents and instructions before it are the context."""
+    """Takes the last paragraph as the question; examples, documents and instructions before it are the context."""
     before, gap, _ = prompt.rstrip().rpartition("\n\n")
     return len(before + gap)
 
 
 def whole_prompt(prompt: str) -> int:
-    """All of the prompt is the context: for tasks that have a passage continued, and for query-aware figures."""
+    """Takes the whole prompt as the context: for tasks that continue a passage, and for query-aware results."""
     return len(prompt)
 
 
@@ -30,7 +30,7 @@ SPLITS: Mapping[str, Split] = {"last_paragraph": last_paragraph, "whole_prompt":
 
 
 def find_split(split: Split | str) -> Split:
-    """A rule by its name, or the rule itself.
+    """Returns the rule of that name, or the rule itself if one is given.
 
     Raises:
         InvalidArgumentError: An unknown name.
@@ -43,7 +43,7 @@ def find_split(split: Split | str) -> Split:
 
 
 def n_equal(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids two sequences begin with in common."""
+    """Returns the length of the common beginning of two sequences of ids."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
@@ -52,8 +52,8 @@ class Generation:
     """How far to generate.
 
     Attributes:
-        until: Texts before which an answer ends.
-        max_new_tokens: Its most tokens.
+        until: Stop sequences; the answer ends before the first.
+        max_new_tokens: The most tokens of an answer.
     """
 
     until: tuple[str, ...]
@@ -61,16 +61,16 @@ class Generation:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
-        """What a request's options say.
+        """Reads a request's options.
 
         Raises:
-            InvalidArgumentError: They ask for samples, or for something else than ``until`` and ``max_gen_toks``.
+            InvalidArgumentError: They ask for sampling, or for anything but ``until`` and ``max_gen_toks``.
         """
         options = dict(options)
         until = options.pop("until", None) or ()
         bounds = [options.pop(name, None) for name in ("max_gen_toks", "max_new_tokens")]
         temperature, do_sample = options.pop("temperature", None), options.pop("do_sample", None)
-        options.pop("top_p", None)  # says nothing where the likeliest token is taken
+        options.pop("top_p", None)  # has no effect when the likeliest token is taken
         if options or do_sample or (do_sample is None and temperature):
             got = {"do_sample": do_sample, "temperature": temperature, **options}
             raise InvalidArgumentError(f"expected greedy generation with until and max_gen_toks, got {got}")
@@ -78,7 +78,7 @@ class Generation:
         return cls((until,) if isinstance(until, str) else tuple(filter(None, until)), int(bound))
 
     def stop_ids(self, tokenizer: Any) -> set[int]:
-        """The stop sequences that are special tokens, which decoded texts do not show."""
+        """Returns the ids of stop sequences that are special tokens, which decoded texts do not show."""
         return set(tokenizer.convert_tokens_to_ids(list(self.until))) & set(tokenizer.all_special_ids)
 
     def is_over(self, text: str) -> bool:
@@ -86,5 +86,5 @@ class Generation:
         return any(stop in text for stop in self.until)
 
     def cut(self, text: str) -> str:
-        """The text before the first stop sequence."""
+        """Returns the text before the first stop sequence."""
         return text[: min((text.find(stop) for stop in self.until if stop in text), default=len(text))]

@@ -1,4 +1,4 @@
-"""Options that a user gives by name or number: one message for those that do not exist or are out of range."""
+"""Checks options that a user gives by name or number, with one message for unknown names and one for numbers."""
 
 from collections.abc import Iterable
 
@@ -6,15 +6,15 @@ from kvzip_press.errors import InvalidArgumentError, did_you_mean
 
 
 def check_name(kind: str, given: str, known: Iterable[str]) -> None:
-    """Refuses a name that is none of ``known``, with the nearest of them.
+    """Refuses a name that is not in ``known``; the message suggests the nearest one.
 
     Args:
-        kind: What the name is of, with its article, for the message: "a task".
+        kind: What the name stands for, with its article, for the message: "a task".
         given: The name.
-        known: All there are.
+        known: All names that exist.
 
     Raises:
-        InvalidArgumentError: It is none of them.
+        InvalidArgumentError: The name is not in ``known``.
     """
     names = sorted(known)
     if given not in names:
@@ -27,7 +27,7 @@ def check_between(**limits: tuple[int, int, int | None]) -> None:
     """Refuses the first number that is outside its range.
 
     Args:
-        limits: Name -> (the number, the least, the most or None).
+        limits: Name -> (the number, the smallest allowed, the largest allowed or None).
 
     Raises:
         InvalidArgumentError: A number is outside its range.

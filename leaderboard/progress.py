@@ -1,4 +1,4 @@
-"""A bar that counts rows, and nobody else's beside it."""
+"""A progress bar that counts rows, without transformers' own bars beside it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from kvzip_press.leaderboard.rows.results import Row
 
 @contextmanager
 def row_bar(console: Console, total: int) -> Iterator[Callable[[Row], None]]:
-    """What is to be told of each row; the bar is gone when the context ends."""
+    """Shows a progress bar while open; gives a function to call with each row."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as progress:
         bar = progress.add_task("reading the first context", total=total)
@@ -25,7 +25,7 @@ def row_bar(console: Console, total: int) -> Iterator[Callable[[Row], None]]:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars of transformers while a model loads; afterwards as before."""
+    """Hides transformers' progress bars while open; afterwards they are as before."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

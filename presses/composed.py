@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from kvzip_press.budget.allocators import Decided
+from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.prefilling.whole import Prefill
-from kvzip_press.press import Observer, Press
+from kvzip_press.prefilling.whole import Observer, Prefill, Scorer
+from kvzip_press.press import Press
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -65,9 +67,16 @@ class ComposedPress(Press):
         )
         super().__post_init__()
 
+    def requires(self, model: nn.Module) -> None:
+        """Raises InvalidArgumentError where something is missing that one of the presses needs for a model."""
+        for press in self.presses:
+            press.requires(model)
+
     def observer(self, model: nn.Module) -> Observers | None:
         """The observers of all presses that have one, as one; None when none has."""
-        by_press = {press: observer for press in self.presses if (observer := press.observer(model)) is not None}
+        by_press: dict[Scorer, Observer] = {
+            press: observer for press in self.presses if (observer := press.observer(model)) is not None
+        }
         return Observers(self, by_press) if by_press else None
 
     def score(self, prefill: Prefill) -> Scores:
@@ -100,7 +109,7 @@ class ComposedPress(Press):
         }
         free = (prefill.valid & ~protected).unsqueeze(1)
         counts = {layer_idx: (kept & free.to(kept.device)).sum(dim=-1) for layer_idx, kept in keep.items()}
-        return Scores(layers, protected, self.compression_ratio, counts=counts)
+        return Scores(layers, protected, Policy(self.amount, Decided(per_head=counts)))
 
 
 class Observers:
@@ -111,7 +120,7 @@ class Observers:
         by_press: Its presses' observers.
     """
 
-    def __init__(self, press: ComposedPress, by_press: dict[Press, Observer]) -> None:
+    def __init__(self, press: ComposedPress, by_press: dict[Scorer, Observer]) -> None:
         self.by_press = by_press
         self._press, self._watching = press, ExitStack()
 

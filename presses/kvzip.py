@@ -84,7 +84,7 @@ class KVzipPress(AllocatingPress):
         with _hidden_norms(prefill.model, self.kvzip_plus) as norms:
             for row in range(prefill.valid.shape[0]):
                 self._score_row(prefill, row, int(protected[row].sum()), prompts, norms, layers)
-        return Scores(layers, protected, **self.policy)
+        return Scores(layers, protected, self.policy)
 
     def _score_row(
         self,

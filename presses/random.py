@@ -35,7 +35,7 @@ class RandomPress(AllocatingPress):
                 generator = torch.Generator().manual_seed(self.seed * 100_003 + layer_idx)
                 drawn = torch.rand(int(valid.sum()), scores.shape[1], generator=generator).T
                 scores[row, :, valid.to(scores.device)] = drawn.to(scores.device)
-        return Scores(layers, prefill.protected(self.n_sink), **self.policy)
+        return Scores(layers, prefill.protected(self.n_sink), self.policy)
 
 
 @dataclass(frozen=True)

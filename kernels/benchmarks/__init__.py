@@ -1,1 +1,1 @@
-"""Times of the ops on a GPU, the baselines beside them. Run as ``python -m kvzip_press.kernels.benchmarks.<op>``."""
+"""Times the ops on a GPU beside their baselines. Run as ``python -m kvzip_press.kernels.benchmarks.<op>``."""

@@ -1,4 +1,4 @@
-"""What a decode step is measured on: shapes of models, context lengths, and how unevenly heads keep pairs."""
+"""The cases on which decode steps are measured: model shapes, context lengths, and how unevenly heads keep pairs."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,9 +19,9 @@ class DecodeCase:
         head_dim: of keys and values.
         context: tokens before eviction.
         batch: rows.
-        kept: mean ratio of kept pairs.
-        skew: standard deviation of the logarithm of a head's ratio.
-        exactly: the length of each head; empty: drawn from ``kept`` and ``skew``.
+        kept: mean fraction of pairs kept.
+        skew: standard deviation of the logarithm of a head's fraction.
+        exactly: the length of each head; if empty, lengths are drawn from ``kept`` and ``skew``.
     """
 
     num_attention_heads: int
@@ -41,16 +41,16 @@ class DecodeCase:
 
     @property
     def n_segments(self) -> int:
-        """Rows times key-value heads."""
+        """Number of segments: rows times key-value heads."""
         return self.batch * self.num_key_value_heads
 
     @property
     def groups(self) -> int:
-        """Query heads of a key-value head."""
+        """Number of query heads per key-value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
     def lengths(self) -> list[int]:
-        """Kept pairs of each segment."""
+        """Number of kept pairs of each segment."""
         if self.exactly:
             return list(self.exactly)
         return uneven_lengths(self.n_segments, self.context, self.kept, self.skew)
@@ -66,7 +66,7 @@ DECODE_CASES = [
 
 
 def uneven_lengths(n_segments: int, context: int, kept: float, skew: float) -> list[int]:
-    """Lengths from a log-normal by a fixed seed, between 2 % and all of the context, their mean near ``kept`` of it."""
+    """Draws log-normal lengths with a fixed seed, between 2 % and all of the context, whose mean is near ``kept``."""
     generator = torch.Generator().manual_seed(1)
     ratios = torch.exp(skew * torch.randn(n_segments, generator=generator))
     ratios = ratios * kept / ratios.mean()
@@ -78,7 +78,7 @@ def uneven_lengths(n_segments: int, context: int, kept: float, skew: float) -> l
 
 @dataclass(frozen=True)
 class DecodeInputs:
-    """A query of one token, the packed context that it looks at, and a dense tail of 64 tokens."""
+    """A query of one token, the packed context that it attends to, and a dense tail of 64 tokens."""
 
     query: Tensor
     keys: Tensor
@@ -89,7 +89,7 @@ class DecodeInputs:
 
     @classmethod
     def random(cls, case: DecodeCase, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> "DecodeInputs":
-        """Normal numbers for ``case``."""
+        """Draws inputs for ``case`` from a normal distribution."""
         lengths = case.lengths()
 
         def normal(*shape: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""What else could do a decode step on pairs that are ragged over heads, each from the package that publishes it.
+"""Alternatives for a decode step on pairs that are ragged over heads, each from the package that publishes it.
 
-Every function makes the calls for copies of one case's inputs, or raises when its package is missing.
+Every function returns calls, one for each copy of a case's inputs, or raises if its package is missing.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ WORKSPACE_BYTES = 256 << 20
 
 
 class Pages(NamedTuple):
-    """A page table in which every head is a request of its own: int32 indptr, indices and last_page_len."""
+    """A page table in which every head is a separate request: int32 indptr, indices and last_page_len."""
 
     indptr: Tensor
     indices: Tensor
@@ -27,7 +27,7 @@ class Pages(NamedTuple):
 
 
 def pages_of(cu_seqlens: Tensor, page_size: int) -> Pages:
-    """Pages in the order of the heads."""
+    """Returns a page table whose pages are in the order of the heads."""
     lengths = cu_seqlens.diff()
     indptr = cumulated((lengths + page_size - 1) // page_size).to(torch.int32)
     indices = torch.arange(int(indptr[-1]), dtype=torch.int32, device=cu_seqlens.device)
@@ -35,7 +35,7 @@ def pages_of(cu_seqlens: Tensor, page_size: int) -> Pages:
 
 
 def paged(inputs: DecodeInputs, page_size: int) -> Tensor:
-    """The packed context as [pages, 2, page_size, 1, head_dim]."""
+    """Copies the packed context into pages, [pages, 2, page_size, 1, head_dim]."""
     cu_seqlens = inputs.cu_seqlens.long()
     pages = pages_of(inputs.cu_seqlens, page_size)
     total, head_dim = inputs.keys.shape
@@ -48,12 +48,12 @@ def paged(inputs: DecodeInputs, page_size: int) -> Tensor:
 
 
 def by_head(query: Tensor, groups: int) -> Tensor:
-    """Queries [batch, num_attention_heads, 1, head_dim] as [segments, groups, head_dim]."""
+    """Reshapes queries [batch, num_attention_heads, 1, head_dim] to [segments, groups, head_dim]."""
     return query.reshape(-1, groups, query.shape[-1])
 
 
 def flashinfer_plan(case: DecodeCase, inputs: DecodeInputs, page_size: int) -> tuple[Any, Call]:
-    """FlashInfer's wrapper and a call that plans it for these lengths, which all copies share."""
+    """Returns FlashInfer's wrapper and a call that plans it for these lengths, which all copies share."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     device, dtype = inputs.keys.device, inputs.keys.dtype
@@ -65,7 +65,7 @@ def flashinfer_plan(case: DecodeCase, inputs: DecodeInputs, page_size: int) -> t
 
 
 def flashinfer(case: DecodeCase, copies: Sequence[DecodeInputs], page_size: int) -> list[Call]:
-    """FlashInfer's batched decode over a paged cache, a head as a request, planned once."""
+    """FlashInfer's batched decode over a paged cache, with each head as a request, planned once."""
     wrapper, plan = flashinfer_plan(case, copies[0], page_size)
     plan()
 
@@ -76,7 +76,7 @@ def flashinfer(case: DecodeCase, copies: Sequence[DecodeInputs], page_size: int)
 
 
 def torch_varlen(case: DecodeCase, copies: Sequence[DecodeInputs], as_rows: bool) -> list[Call]:
-    """PyTorch's attention of variable length, a head as a sequence: the query heads of a group as heads, or as rows."""
+    """PyTorch's variable-length attention, each head as a sequence; a group's query heads are heads or rows."""
     from torch.nn.attention.varlen import varlen_attn
 
     longest, rows = max(case.lengths()), case.groups if as_rows else 1
@@ -94,7 +94,7 @@ def torch_varlen(case: DecodeCase, copies: Sequence[DecodeInputs], as_rows: bool
 
 
 def flash_attn_varlen(case: DecodeCase, copies: Sequence[DecodeInputs]) -> list[Call]:
-    """flash-attn's attention of variable length, a head as a sequence."""
+    """flash-attn's variable-length attention, with each head as a sequence."""
     from flash_attn import flash_attn_varlen_func
 
     longest = max(case.lengths())
@@ -108,7 +108,7 @@ def flash_attn_varlen(case: DecodeCase, copies: Sequence[DecodeInputs]) -> list[
 
 
 def flash_attn_kvcache(case: DecodeCase, copies: Sequence[DecodeInputs]) -> list[Call]:
-    """flash-attn's decode, a head as a batch row, padded to the longest head."""
+    """flash-attn's decode, with each head as a batch row, padded to the longest head."""
     from flash_attn import flash_attn_with_kvcache
 
     longest = max(case.lengths())
@@ -117,14 +117,14 @@ def flash_attn_kvcache(case: DecodeCase, copies: Sequence[DecodeInputs]) -> list
         return flash_attn_with_kvcache(query, kv[:, 0], kv[:, 1], cache_seqlens=lengths).view(shape)
 
     def one(c: DecodeInputs) -> Call:
-        query, padded = by_head(c.query, case.groups).unsqueeze(1), paged(c, longest)  # one page a head
+        query, padded = by_head(c.query, case.groups).unsqueeze(1), paged(c, longest)  # one page per head
         return partial(run, query, padded, c.cu_seqlens.diff(), c.query.shape)
 
     return [one(c) for c in copies]
 
 
 def copying_append(case: DecodeCase, copies: Sequence[DecodeInputs]) -> list[Call]:
-    """What a packed cache without a tail pays for a token: keys and values copied, a new row behind each head's."""
+    """The cost of a token in a packed cache without a tail: copies all keys and values, adding a row to each head."""
     bounds = list(pairwise(copies[0].cu_seqlens.tolist()))
 
     def pieces(packed: Tensor, tail: Tensor) -> list[Tensor]:

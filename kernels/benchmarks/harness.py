@@ -1,4 +1,4 @@
-"""What the benchmarks share: equality first, then times, then a CSV file and a table."""
+"""The shared procedure of the benchmarks: check results first, then time, then write a CSV file and a table."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -15,15 +15,15 @@ from kvzip_press.kernels.benchmarks.timing import Call, Times
 _Case = TypeVar("_Case")
 
 PEER_ERRORS = (ImportError, AttributeError, TypeError, ValueError, RuntimeError, OSError)
-"""How a peer says that it is absent or cannot do an input; its row is then left out, and the reason is printed."""
+"""Errors of a peer that is not installed or cannot do an input; its row is then left out, and the reason printed."""
 
 
 class WrongResultError(Exception):
-    """An implementation differs from the exact result by more than it may."""
+    """An implementation differs from the exact result by more than is allowed."""
 
 
 def relative_error(out: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of ``exact``, in fp64; a NaN stays one."""
+    """Returns the norm of the difference over the norm of ``exact``, in fp64; NaN stays NaN."""
     exact = exact.double()
     norm = float(exact.norm())
     return float((out.double() - exact).norm()) / (norm or 1.0)
@@ -40,7 +40,7 @@ def check_error(name: str, out: Tensor, exact: Tensor, limit: float) -> float:
 
 
 class Bench:
-    """One run of a benchmark: how long it measures, and the rows that it has so far."""
+    """One run of a benchmark: how long it measures, and the rows so far."""
 
     def __init__(self, op: str, output: Path, *, quick: bool = False, device: str = "cuda") -> None:
         self.op = op
@@ -52,23 +52,23 @@ class Bench:
         self.provenance = Provenance.of_this_run(self.bandwidth / 1e3)
 
     def measured_bandwidth(self) -> float:
-        """Bytes a microsecond that this GPU reads now."""
+        """Bytes per microsecond that this GPU currently reads."""
         return timing.read_bandwidth(self.repeats)
 
     def in_graph(self, calls: Sequence[Call]) -> Times:
-        """:func:`timing.time_in_graph` for as long as this run measures."""
+        """:func:`timing.time_in_graph` with this run's number of repeats."""
         return timing.time_in_graph(calls, self.repeats)
 
     def eager(self, call: Call) -> Times:
-        """:func:`timing.time_eager` for as long as this run measures."""
+        """:func:`timing.time_eager` with this run's number of repeats."""
         return timing.time_eager(call, self.repeats)
 
     def on_wall_clock(self, call: Call) -> Times:
-        """:func:`timing.time_on_wall_clock` for as long as this run measures."""
+        """:func:`timing.time_on_wall_clock` with this run's number of repeats."""
         return timing.time_on_wall_clock(call, self.repeats)
 
     def synchronize(self) -> None:
-        """Waits for the device, so that what failed on it fails here."""
+        """Waits for the device, so that its errors are raised here."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -85,22 +85,22 @@ class Bench:
         n_bytes: int | None = None,
         flops: float | None = None,
     ) -> None:
-        """Checks an implementation and, when its results are right, times it and notes a row.
+        """Checks an implementation and, if its results are right, times it and records a row.
 
         Args:
-            case: the case; its text is noted.
+            case: the case; its text is recorded.
             impl: the implementation's name.
             build: makes the calls, one for each copy of the inputs.
-            exact: fp64 results of the first and the last call; empty: only the time is meant.
+            exact: fp64 results of the first and the last call; if empty, results are not checked.
             limit: the relative error that is allowed.
-            in_graph: whether to time all calls in a CUDA graph; False, for calls that wait for the device: the first
-                one from Python.
-            may_raise: what the implementation raises where it cannot do this; then no row is noted.
+            in_graph: whether to time all calls in a CUDA graph; if False, for calls that wait for the device, only the
+                first is timed, from Python.
+            may_raise: what the implementation raises if it cannot do this; then no row is recorded.
             n_bytes: bytes that a call has to move.
             flops: operations that the result needs.
 
         Raises:
-            WrongResultError: the error of a result is over ``limit``; nothing was timed.
+            WrongResultError: a result's error is above ``limit``; nothing was timed.
         """
         try:
             calls = build()
@@ -129,7 +129,7 @@ class Bench:
         flops: float | None = None,
         error: float | None = None,
     ) -> None:
-        """Notes one measurement."""
+        """Records one measurement."""
         floor = None if n_bytes is None else n_bytes / self.bandwidth
         fraction = None if floor is None else floor / times.median
         tflops = None if flops is None else flops / times.median / 1e6
@@ -137,7 +137,7 @@ class Bench:
         print(table(self.rows[-1:]).splitlines()[-1], flush=True)
 
     def skip(self, case: object, impl: str, reason: object) -> None:
-        """Says why there will be no row."""
+        """Prints why there will be no row."""
         first = (str(reason).strip() or type(reason).__name__).splitlines()[0]
         print(f"{case}  {impl}: left out, {first}", flush=True)
 
@@ -152,11 +152,11 @@ class Bench:
 
 
 def run_cases(op: str, cases: Sequence[_Case], run: Callable[[Bench, _Case], None]) -> None:
-    """Runs the cases that the command line asks for; what was measured is written even when a later case fails.
+    """Runs the cases that the command line asks for; measurements are written even if a later case fails.
 
     Raises:
         SystemExit: as :func:`start`.
-        WrongResultError: an implementation is wrong; the cases behind it are not run.
+        WrongResultError: an implementation is wrong; the cases after it are not run.
     """
     bench, chosen = start(op, cases)
     try:
@@ -168,7 +168,7 @@ def run_cases(op: str, cases: Sequence[_Case], run: Callable[[Bench, _Case], Non
 
 
 def start(op: str, cases: Sequence[_Case]) -> tuple[Bench, list[_Case]]:
-    """Reads the command line; returns the run and the cases whose name holds what ``--cases`` says.
+    """Reads the command line; returns the run and the cases whose name contains the value of ``--cases``.
 
     Raises:
         SystemExit: there is no GPU, no such case, or the command line is wrong.

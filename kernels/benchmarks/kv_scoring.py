@@ -1,4 +1,4 @@
-"""Scoring the keys of a chunk: every implementation, at the sizes of a replay of KVzip.
+"""Times every implementation of scoring a chunk's keys, at the sizes of a KVzip replay.
 
 ``python -m kvzip_press.kernels.benchmarks.kv_scoring --output scoring.csv [--quick]``
 """
@@ -16,7 +16,7 @@ from kvzip_press.kernels.benchmarks.timing import Call, copies_for
 from kvzip_press.kernels.kv_scoring import kv_scoring
 from kvzip_press.kernels.kv_scoring.api import _IMPLS
 
-ERROR_LIMIT = 1e-3  # logits of bf16 inputs are exact up to fp32 sums
+ERROR_LIMIT = 1e-3  # logits of bf16 inputs are exact, apart from fp32 sums
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class ScoringCase:
         return f"{heads} rows{self.n_rows} chunk{self.n_chunk} sink{self.n_sink} b{self.batch}"
 
     def flops(self) -> int:
-        """Of the logits that the definition needs, each counted once: row i sees sink, chunk and i + 1 replay keys."""
+        """FLOPs of the logits in the definition, each counted once: row i sees sink, chunk and i + 1 replay keys."""
         logits = self.n_rows * (self.n_sink + self.n_chunk) + self.n_rows * (self.n_rows + 1) // 2
         return 2 * self.batch * self.num_attention_heads * self.head_dim * logits
 
     def n_bytes(self) -> int:
-        """Of queries and keys in bf16."""
+        """Bytes of queries and keys in bf16."""
         n_keys = self.n_sink + self.n_chunk + self.n_rows
         rows = self.num_attention_heads * self.n_rows + self.num_key_value_heads * n_keys
         return 2 * self.batch * self.head_dim * rows
 
 
 class ScoringInputs(NamedTuple):
-    """In the order in which the op takes them."""
+    """The op's inputs, in the order of its arguments."""
 
     query: Tensor
     sink_keys: Tensor
@@ -58,7 +58,7 @@ class ScoringInputs(NamedTuple):
 
     @classmethod
     def random(cls, case: ScoringCase, device: torch.device) -> "ScoringInputs":
-        """Normal numbers in bf16."""
+        """Draws normal numbers in bf16."""
         heads = (case.num_attention_heads, *[case.num_key_value_heads] * 3)
         lengths = (case.n_rows, case.n_sink, case.n_chunk, case.n_rows)
         shapes = [(case.batch, n, length, case.head_dim) for n, length in zip(heads, lengths, strict=True)]
@@ -69,13 +69,13 @@ CASES = [ScoringCase(batch=1), ScoringCase(batch=4)]
 
 
 def main() -> None:
-    """Runs the cases of the command line."""
+    """Runs the cases that the command line asks for."""
     run_cases("kv_scoring", CASES, run)
 
 
 @torch.inference_mode()
 def run(bench: Bench, case: ScoringCase) -> None:
-    """Every implementation on one case."""
+    """Measures every implementation on one case."""
     copies = [ScoringInputs.random(case, bench.device) for _ in range(copies_for(case.n_bytes()))]
     exact = [kv_scoring(*(tensor.double() for tensor in c), impl="reference") for c in (copies[0], copies[-1])]
     for impl in _IMPLS:
@@ -86,14 +86,14 @@ def run(bench: Bench, case: ScoringCase) -> None:
             exact=exact,
             limit=ERROR_LIMIT,
             in_graph=impl != "reference",  # thousands of launches
-            may_raise=(ValueError,),  # how the dispatch says that it cannot do this
+            may_raise=(ValueError,),  # raised by the dispatch if it cannot do this
             n_bytes=case.n_bytes(),
             flops=case.flops(),
         )
 
 
 def calls_of(copies: Sequence[ScoringInputs], impl: str) -> list[Call]:
-    """Our op on each copy."""
+    """Returns a call of our op for each copy of the inputs."""
     return [partial(kv_scoring, *copy, impl=impl) for copy in copies]
 
 

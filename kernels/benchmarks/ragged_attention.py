@@ -1,4 +1,4 @@
-"""A decode step: ragged attention, beside what else could do it and beside dense attention to the full cache.
+"""Times ragged attention in a decode step, beside alternatives and beside dense attention to the full cache.
 
 ``python -m kvzip_press.kernels.benchmarks.ragged_attention --output decode.csv [--cases n4096] [--quick]``
 """
@@ -24,13 +24,13 @@ DENSE = {"sdpa flash, full cache": SDPBackend.FLASH_ATTENTION, "sdpa cudnn, full
 
 
 def main() -> None:
-    """Runs the cases of the command line."""
+    """Runs the cases that the command line asks for."""
     run_cases("ragged_attention", DECODE_CASES, run)
 
 
 @torch.inference_mode()
 def run(bench: Bench, case: DecodeCase) -> None:
-    """All implementations on one case."""
+    """Measures all implementations on one case."""
     first = DecodeInputs.random(case, bench.device)
     n_copies = copies_for(first.context_bytes())
     copies = [first, *(DecodeInputs.random(case, bench.device) for _ in range(n_copies - 1))]
@@ -44,7 +44,7 @@ def run(bench: Bench, case: DecodeCase) -> None:
 
 
 def run_ours(bench: Bench, case: DecodeCase, copies: Sequence[DecodeInputs], tail: int) -> None:
-    """Every implementation of ours, with a tail or without."""
+    """Measures every implementation of ours, with or without a tail."""
     exact = [attend(in_fp64(c), tail, "reference") for c in (copies[0], copies[-1])]
     n_bytes = copies[0].context_bytes() + (copies[0].tail_bytes() if tail else 0)
     for impl in _IMPLS:
@@ -55,13 +55,13 @@ def run_ours(bench: Bench, case: DecodeCase, copies: Sequence[DecodeInputs], tai
             exact=exact,
             limit=ERROR_LIMIT,
             in_graph=impl != "reference",  # it reads the lengths
-            may_raise=(ValueError,),  # how the dispatch says that it cannot do this
+            may_raise=(ValueError,),  # raised by the dispatch if it cannot do this
             n_bytes=n_bytes,
         )
 
 
 def run_peers(bench: Bench, case: DecodeCase, copies: Sequence[DecodeInputs]) -> None:
-    """Everybody else on the packed context, without a tail."""
+    """Measures the other packages on the packed context, without a tail."""
     exact = [attend(in_fp64(c), 0, "reference") for c in (copies[0], copies[-1])]
     n_bytes = copies[0].context_bytes()
     for impl, peer in decode_peers.EXACT.items():
@@ -72,7 +72,7 @@ def run_peers(bench: Bench, case: DecodeCase, copies: Sequence[DecodeInputs]) ->
 
 
 def run_plan(bench: Bench, case: DecodeCase, inputs: DecodeInputs, page_size: int) -> None:
-    """What FlashInfer's plan costs on the clock, whenever a length changes."""
+    """Measures the wall time of FlashInfer's plan, which it needs whenever a length changes."""
     impl = f"flashinfer, page {page_size}: plan alone, wall clock"
     try:
         _, plan = decode_peers.flashinfer_plan(case, inputs, page_size)
@@ -82,7 +82,7 @@ def run_plan(bench: Bench, case: DecodeCase, inputs: DecodeInputs, page_size: in
 
 
 def run_dense(bench: Bench, case: DecodeCase) -> None:
-    """PyTorch's attention to the full cache: what the step costs without eviction."""
+    """Measures PyTorch's attention to the full cache: the cost of the step without eviction."""
     kv_shape = (case.batch, case.num_key_value_heads, case.context, case.head_dim)
     shapes = ((case.batch, case.num_attention_heads, 1, case.head_dim), kv_shape, kv_shape)
     n_bytes = 4 * torch.Size(kv_shape).numel()
@@ -98,7 +98,7 @@ def run_dense(bench: Bench, case: DecodeCase) -> None:
 
 
 def attend(inputs: DecodeInputs, tail: int, impl: str) -> Tensor:
-    """Our op, with the tail or without."""
+    """Runs our op, with or without the tail."""
     tails = (inputs.tail_keys, inputs.tail_values) if tail else (None, None)
     out = ragged_attention(inputs.query, inputs.keys, inputs.values, inputs.cu_seqlens, *tails, impl=impl)
     assert isinstance(out, Tensor)
@@ -106,12 +106,12 @@ def attend(inputs: DecodeInputs, tail: int, impl: str) -> Tensor:
 
 
 def calls_of(copies: Sequence[DecodeInputs], tail: int, impl: str) -> list[Call]:
-    """Our op on each copy."""
+    """Returns a call of our op for each copy of the inputs."""
     return [partial(attend, copy, tail, impl) for copy in copies]
 
 
 def in_fp64(inputs: DecodeInputs) -> DecodeInputs:
-    """The same numbers in fp64."""
+    """Returns the same inputs in fp64."""
     names = ("query", "keys", "values", "tail_keys", "tail_values")
     return DecodeInputs(cu_seqlens=inputs.cu_seqlens, **{name: getattr(inputs, name).double() for name in names})
 
@@ -122,7 +122,7 @@ def dense_exact(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def dense_calls(backend: SDPBackend, copies: Sequence[list[Tensor]]) -> list[Call]:
-    """PyTorch's attention by one backend on each copy."""
+    """Returns a call of PyTorch's attention, by one backend, for each copy."""
 
     def call(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         with sdpa_kernel(backend):

@@ -1,8 +1,9 @@
-"""The attention of a replay: many rows that see all of a long context and, causally, themselves.
+"""Times a replay's attention: many rows that see all of a long context and, causally, one another.
 
 ``python -m kvzip_press.kernels.benchmarks.replay_attention --output replay.csv [--quick]``
 
-Ours attends to the two and merges; the others get the keys of both in one tensor, which is not counted against them.
+Ours attends to context and replay separately and merges; the others get the keys of both in one tensor, and the time to
+build that tensor is not counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,24 +40,24 @@ class ReplayCase:
         return f"{heads} rows{self.n_rows} n{self.context}"
 
     def flops(self, *, hidden_too: bool = False) -> int:
-        """Of both products, over the pairs that a row sees, or over all."""
+        """Returns the FLOPs of both matrix products, over the pairs that a row sees, or over all pairs."""
         own = self.n_rows**2 if hidden_too else self.n_rows * (self.n_rows + 1) // 2
         return 4 * self.num_attention_heads * self.head_dim * (self.n_rows * self.context + own)
 
 
 CASES = [ReplayCase()]
-Inputs = tuple[Tensor, Tensor, Tensor]  # query, and keys and values of the context with the replay's own behind
+Inputs = tuple[Tensor, Tensor, Tensor]  # query; keys and values of the context, followed by the replay's own
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def main() -> None:
-    """Runs the cases of the command line."""
+    """Runs the cases that the command line asks for."""
     run_cases("replay_attention", CASES, run)
 
 
 @torch.inference_mode()
 def run(bench: Bench, case: ReplayCase) -> None:
-    """All implementations on one case, whose keys alone are more than the L2 several times over."""
+    """Measures all implementations on one case, whose keys alone are several times larger than the L2."""
     copies = [random_inputs(case, bench.device) for _ in range(2)]
     exact = [attention_with_lse(*(x.double() for x in c), causal=True, impl="reference")[0] for c in copies]
     for impl in _IMPLS:
@@ -67,7 +68,7 @@ def run(bench: Bench, case: ReplayCase) -> None:
             exact=exact,
             limit=ERROR_LIMIT,
             in_graph=impl != "reference",  # thousands of launches
-            may_raise=(ValueError,),  # how the dispatch says that it cannot do this
+            may_raise=(ValueError,),  # raised by the dispatch if it cannot do this
             flops=case.flops(),
         )
     mask = torch.ones(case.n_rows, case.context + case.n_rows, dtype=torch.bool, device=bench.device)
@@ -84,7 +85,7 @@ def run(bench: Bench, case: ReplayCase) -> None:
 
 
 def random_inputs(case: ReplayCase, device: torch.device) -> Inputs:
-    """Normal numbers in bf16."""
+    """Draws normal numbers in bf16."""
     rows = (case.num_attention_heads, case.n_rows, case.head_dim)
     both = (case.num_key_value_heads, case.context + case.n_rows, case.head_dim)
     query, keys, values = (torch.randn(1, *shape, dtype=torch.bfloat16, device=device) for shape in (rows, both, both))
@@ -92,7 +93,7 @@ def random_inputs(case: ReplayCase, device: torch.device) -> Inputs:
 
 
 def ours(n_context: int, impl: str, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention to the context, causal attention to the rows' own keys, merged."""
+    """Merges attention to the context with causal attention to the rows' own keys."""
     context, own = (
         attention_with_lse(query, keys[:, :, part], values[:, :, part], causal=causal, impl=impl)
         for part, causal in ((slice(n_context), False), (slice(n_context, None), True))
@@ -101,13 +102,13 @@ def ours(n_context: int, impl: str, query: Tensor, keys: Tensor, values: Tensor)
 
 
 def lower_right(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """PyTorch's attention with the causal rule aligned to the lower right, named rather than as a mask."""
+    """PyTorch's attention, with the lower-right causal rule given as a named bias instead of a mask."""
     bias = causal_lower_right(query.shape[2], keys.shape[2])
     return scaled_dot_product_attention(query, keys, values, attn_mask=bias, enable_gqa=True)
 
 
 def masked(mask: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """What transformers does with a mask: keys and values repeated for each query head, and a bool mask."""
+    """Attention as transformers does it with a mask: keys and values repeated for each query head, and a bool mask."""
     shape = (query.shape[0], query.shape[1], *keys.shape[2:])
     groups = query.shape[1] // keys.shape[1]
     keys, values = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).reshape(shape) for x in (keys, values))
@@ -115,13 +116,13 @@ def masked(mask: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def cudnn_unmasked(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The fastest dense attention to as many keys, as if every row saw all."""
+    """The fastest dense attention to the same number of keys, as if every row saw all of them."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
 
 def calls_of(attention: Attention, copies: Sequence[Inputs]) -> list[Call]:
-    """``attention`` of each copy."""
+    """Returns a call of ``attention`` for each copy of the inputs."""
     return [partial(attention, *copy) for copy in copies]
 
 

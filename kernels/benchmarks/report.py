@@ -1,4 +1,4 @@
-"""One measurement a row: what a benchmark writes as CSV and prints as a table."""
+"""The results of a benchmark, one row per measurement, written as CSV and printed as a table."""
 
 import csv
 import os
@@ -20,16 +20,16 @@ class Row:
 
     Attributes:
         op: the op.
-        case: what it was given.
-        impl: which implementation.
+        case: the inputs it was given.
+        impl: the implementation.
         median_us: median time of a call, in microseconds.
-        p20_us: the time that a fifth of the calls did not reach.
-        p80_us: the time that a fifth of the calls exceeded.
-        bytes: bytes that a call has to move, reads and writes; None where that says nothing.
-        floor_us: those bytes over the bandwidth that this run measured.
+        p20_us: 20th percentile of the times.
+        p80_us: 80th percentile of the times.
+        bytes: bytes that a call has to move, reads and writes; None if that is not meaningful.
+        floor_us: those bytes divided by the bandwidth that this run measured.
         fraction_of_floor: floor_us / median_us; 1 is as fast as the memory.
-        tflops: operations that the result needs, in 1e12 a second of the median; None where memory is the bound.
-        error: relative error against fp64, 0 for equal bits; None where only the time is meant.
+        tflops: operations that the result needs, in 1e12 per second of the median; None if memory is the bound.
+        error: relative error against fp64, 0 for equal bits; None if results were not checked.
     """
 
     op: str
@@ -72,7 +72,7 @@ class Provenance:
 
 
 def commit(folder: Path) -> str:
-    """The commit of the checkout that holds ``folder``, "-dirty" behind it if that was changed, or "unknown".
+    """Returns the commit of the checkout that holds ``folder``, with "-dirty" if that was changed, or "unknown".
 
     The environment variable KVZIP_PRESS_COMMIT wins: a machine with a GPU may have a copy without its history.
     """
@@ -97,7 +97,7 @@ def write_csv(path: Path, rows: Sequence[Row], provenance: Provenance) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as lines of text, columns aligned."""
+    """Formats the rows as lines of text with aligned columns."""
     names = ["case", "impl", "median_us", "p20_us", "p80_us", "floor_us", "fraction_of_floor", "tflops", "error"]
     cells = [names, *([_text(getattr(row, name)) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
@@ -119,7 +119,7 @@ def _version(package: str) -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says, or None where there is no git or no checkout."""
+    """Returns git's output, or None if there is no git or no checkout."""
     try:
         asked = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)  # noqa: S607  # the user's own git
     except OSError:

@@ -1,4 +1,4 @@
-"""Times of calls on a GPU with a cold L2, and the bandwidth to hold them against."""
+"""Times calls on a GPU with a cold L2, and measures the bandwidth to compare them with."""
 
 import math
 import statistics
@@ -10,14 +10,14 @@ import torch
 
 Call = Callable[[], Any]
 
-L2_BYTES = 60_000_000  # of an H200
+L2_BYTES = 60_000_000  # the L2 of an H200
 BANDWIDTH_BYTES = 4 << 30
 FLUSH_BYTES = 256 << 20
 SECONDS = 2.0
 
 
 class Times(NamedTuple):
-    """Microseconds of a call."""
+    """The time of a call, in microseconds."""
 
     median: float
     p20: float
@@ -25,20 +25,21 @@ class Times(NamedTuple):
 
 
 def times_of(microseconds: Sequence[float]) -> Times:
-    """Median and quantiles of at least two measurements."""
+    """Returns median and quantiles of at least two measurements."""
     cuts = statistics.quantiles(microseconds, n=5, method="inclusive")
     return Times(statistics.median(microseconds), cuts[0], cuts[3])
 
 
 def copies_for(bytes_of_a_call: int) -> int:
-    """Copies of the inputs to go round, 8 to 32, so that together they are at least four times the L2 if 32 can be."""
+    """Returns how many copies of the inputs to cycle through: 8 to 32, enough for four times the L2 if 32 are."""
     return min(32, max(8, math.ceil(4 * L2_BYTES / max(1, bytes_of_a_call))))
 
 
 def time_in_graph(calls: Sequence[Call], replays: int) -> Times:
-    """Times of a call, from replays of one CUDA graph that makes each call once.
+    """Times calls by replaying one CUDA graph that makes each call once.
 
-    Each call should have buffers of its own, so many that they are several times the L2 (:func:`copies_for`).
+    Each call should have its own buffers, and enough calls that the buffers are several times the L2
+    (:func:`copies_for`).
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -55,14 +56,14 @@ def time_in_graph(calls: Sequence[Call], replays: int) -> Times:
 
 
 def time_eager(call: Call, repeats: int) -> Times:
-    """Times of a call made from Python, each after the L2 was filled with something else."""
+    """Times a call made from Python, each time after filling the L2 with something else."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     call()
     return times_of(_measured(call, repeats, before=flush.zero_))
 
 
 def time_on_wall_clock(call: Call, repeats: int) -> Times:
-    """Times of a call by the clock on the wall, from an idle device to an idle device."""
+    """Times a call on the wall clock, from idle device to idle device."""
     microseconds = []
     for _ in range(max(2, repeats) + 1):
         torch.cuda.synchronize()
@@ -74,13 +75,13 @@ def time_on_wall_clock(call: Call, repeats: int) -> Times:
 
 
 def read_bandwidth(replays: int) -> float:
-    """Bytes a microsecond that a plain sum reads, on this GPU, now."""
+    """Returns how many bytes per microsecond a plain sum reads on this GPU, measured now."""
     numbers = torch.ones(BANDWIDTH_BYTES // 8, dtype=torch.int64, device="cuda")
     return BANDWIDTH_BYTES / time_in_graph([numbers.sum], replays).median
 
 
 def _measured(call: Call, repeats: int, before: Call = lambda: None) -> list[float]:
-    """Microseconds of calls after one to warm up: ``repeats``, or as many as fit two seconds, but at least five."""
+    """Returns the microseconds of calls after a warm-up call: ``repeats``, or as many as fit 2 s, but at least five."""
     fit = int(SECONDS * 1e6 / _elapsed(call))
     microseconds = []
     for _ in range(min(max(2, repeats), max(5, fit))):

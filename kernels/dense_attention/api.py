@@ -68,7 +68,7 @@ def unchecked(
     softcap: float | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attention_with_lse` without its checks, for another op that has made them."""
+    """:func:`attention_with_lse` without its checks, for ops that have already made them."""
     run = select("attention_with_lse", _IMPLS, impl, query, keys, values, causal, mask, softcap)
     return run(query, keys, values, causal=causal, mask=mask, scaling=scaling, softcap=softcap)
 

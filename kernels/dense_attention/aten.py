@@ -1,9 +1,9 @@
 """Dense attention by PyTorch's own fused kernels, which already compute the log-sum-exp.
 
-They know neither softcap nor unequal head sizes, give a wrong log-sum-exp for a masked row that sees nothing, need the
-last dimension contiguous without checking it and kill the process on empty inputs: :func:`reason_against` guards all
-that. On a CPU the causal rule is aligned to the upper left, so the keys before the square at the lower right get a call
-of their own.
+These kernels support neither softcap nor unequal head sizes, give a wrong log-sum-exp for a masked row that sees
+nothing, need the last dimension contiguous without checking it, and kill the process on empty inputs;
+:func:`reason_against` guards against all that. On a CPU the causal rule is aligned to the upper left, so the keys
+before the square at the lower right get a separate call.
 """
 
 import torch
@@ -23,7 +23,7 @@ _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 def reason_against(
     query: Tensor, keys: Tensor, values: Tensor, causal: bool, mask: Tensor | None, softcap: float | None
 ) -> str | None:
-    """Why the fused kernel cannot do this input, or None when it can."""
+    """Returns why the fused kernel cannot do this input, or None if it can."""
     if mask is not None or softcap is not None:
         return "a mask or a softcap is given"
     if causal and query.shape[2] > keys.shape[2]:
@@ -32,7 +32,7 @@ def reason_against(
 
 
 def reason_against_flash(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
-    """Why :func:`flash` cannot run on these tensors (of any rank), or None when it can."""
+    """Returns why :func:`flash` cannot run on these tensors (of any rank), or None if it can."""
     device = query.device.type
     if device not in _FLASH_OPS or not hasattr(torch.ops.aten, _FLASH_OPS[device]):
         return f"this PyTorch has no such kernel for {device}"
@@ -55,7 +55,7 @@ def _reason_against_cuda(query: Tensor) -> str | None:
 
 
 def _cudnn_pays(query: Tensor, keys: Tensor) -> bool:
-    """Whether cuDNN's kernel is there and faster: on Hopper, for long rows of queries without a causal rule.
+    """Returns whether cuDNN's kernel is available and faster: on Hopper, for many query rows without a causal rule.
 
     Measured on an H200, 2100 queries against 65536 keys, 32/8 heads: cuDNN 4.6 ms, the flash kernel 7.6 ms.
     """
@@ -79,9 +79,9 @@ def _cudnn(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple
 
 
 def flash(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool = False) -> tuple[Tensor, Tensor]:
-    """The fused kernel itself on [batch, heads, rows, head_dim], nothing empty.
+    """Calls the fused kernel on [batch, heads, rows, head_dim]; no dimension may be 0.
 
-    On a CPU there must be as many key-value heads as query heads, and for ``causal`` as many rows as keys. Returns out
+    On a CPU there must be as many key-value heads as query heads, and with ``causal`` as many rows as keys. Returns out
     in the dtype of ``query`` and lse [batch, heads, rows].
     """
     device = query.device.type
@@ -101,7 +101,7 @@ def attention_with_lse(
     scaling: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`kvzip_press.kernels.dense_attention.attention_with_lse`; for inputs that nothing speaks against."""
+    """See :func:`kvzip_press.kernels.dense_attention.attention_with_lse`; for supported inputs only."""
     assert mask is None, "see reason_against"
     assert softcap is None, "see reason_against"
     if query.device.type == "cuda":
@@ -118,9 +118,9 @@ def attention_with_lse(
 
 
 def _on_cuda(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """The CUDA kernels know groups, and their causal rule is aligned to the lower right: one call does it all.
+    """Needs a single call: the CUDA kernels support groups, and align their causal rule to the lower right.
 
-    Few rows are folded all the same: the members of a group as rows of one head read the keys once.
+    If there are few rows, groups are still folded: as rows of one head, a group's members read the keys only once.
     """
     if not causal and query.shape[2] < _CUDNN_MIN_ROWS:
         return uncovered(query, keys, values, scaling)
@@ -130,7 +130,7 @@ def _on_cuda(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal
 
 
 def uncovered(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """The fused kernel where every row sees every key, so that the query heads of a group are just more rows."""
+    """Runs the fused kernel without a causal rule: all rows see all keys, so a group's heads are just more rows."""
     batch_size, num_heads, query_length, head_dim = query.shape
     folded = query.reshape(batch_size, keys.shape[1], -1, head_dim)
     out, lse = flash(folded, keys, values, scaling)
@@ -138,7 +138,7 @@ def uncovered(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tu
 
 
 def _square(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """As many rows as keys, causal, on a CPU: a call for each member of the groups, so that keys are not repeated."""
+    """Causal attention of as many rows as keys, on a CPU: one call per member of a group, so no keys are repeated."""
     members = query.unflatten(1, (keys.shape[1], -1)).unbind(2)
     results = [flash(member, keys, values, scaling, causal=True) for member in members]
     out, lse = (torch.stack(tensors, 2).flatten(1, 2) for tensors in zip(*results, strict=True))

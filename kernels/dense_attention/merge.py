@@ -12,7 +12,7 @@ from kvzip_press.kernels.triton_support import reason_against_triton
 def merge_attention(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the union of two disjoint sets of keys, from the attention to each.
+    """Merges the attention to two disjoint sets of keys into the attention to their union.
 
     Exact: each side is weighted by exp(lse), its share of the softmax denominator.
 
@@ -84,7 +84,7 @@ def merge_many(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         out [batch, rows, head_dim] in the dtype of ``lses``, and lse [batch, rows].
     """
-    # The softmax gives a row that sees nothing NaN shares; they become 0, and the clamp keeps the log finite.
+    # For a row that sees nothing the softmax gives NaN shares; they become 0, and the clamp keeps the log finite.
     weights = lses.softmax(1).masked_fill_(lses == float("-inf"), 0.0)
     lse = lses.amax(1) - weights.amax(1).clamp_min_(torch.finfo(lses.dtype).tiny).log_()
     return (outs * weights.unsqueeze(-1)).sum(1), lse

@@ -35,14 +35,14 @@ def attention_with_lse(
 
 
 def _batched(tensor: Tensor) -> Tensor:
-    """``tensor`` with batch and heads on one stride (copied at most once), so that no block's matmul copies again."""
+    """Returns ``tensor`` with batch and heads on one stride (copied at most once): no block's matmul then copies it."""
     return tensor.flatten(0, 1).unflatten(0, tensor.shape[:2])
 
 
 def _hidden(
     grouped: Tensor, key_length: int, start: int, stop: int, causal: bool, mask: Tensor | None
 ) -> Tensor | None:
-    """Bool, broadcast to [batch, kv heads, groups, stop - start, key_length], True where a row must not look."""
+    """Returns bool, broadcasts to [batch, kv heads, groups, stop - start, key_length], True if a row must not look."""
     hidden = causal_hidden(start, stop, grouped.shape[3], key_length, grouped.device) if causal else None
     if mask is None:
         return hidden

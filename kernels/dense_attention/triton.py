@@ -1,4 +1,4 @@
-"""The merge of two attention results in Triton: every number is read once and written once."""
+"""Merges two attention results in Triton: every number is read once and written once."""
 
 import torch
 import triton
@@ -9,9 +9,9 @@ BLOCK_ROWS = 16
 
 
 def merge_pair(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`kvzip_press.kernels.dense_attention.merge_attention`; for inputs that nothing speaks against.
+    """See :func:`kvzip_press.kernels.dense_attention.merge_attention`; for supported inputs only.
 
-    The result lies in memory as [batch, query_length, num_attention_heads, head_dim], as a model wants it next.
+    The result is laid out in memory as [batch, query_length, num_attention_heads, head_dim], which a model needs next.
     """
     batch_size, num_heads, query_length, head_dim = out_a.shape
     out = out_a.new_empty(batch_size, query_length, num_heads, head_dim).transpose(1, 2)

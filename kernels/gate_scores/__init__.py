@@ -1,4 +1,4 @@
-"""Fast KVzip's scores, from what a gate's projections give."""
+"""Fast KVzip's scores, computed from the outputs of a gate's projections."""
 
 from kvzip_press.kernels.gate_scores.api import gate_scores
 

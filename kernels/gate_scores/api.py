@@ -26,7 +26,7 @@ def gate_scores(
     eps: float = 1e-6,
     impl: str | None = None,
 ) -> Tensor:
-    """What a gate foresees of each token and KV head (Fast KVzip, arXiv 2601.17668), after its projections.
+    """Returns a gate's scores of each token and KV head (Fast KVzip, arXiv 2601.17668), given its projections' outputs.
 
     For a token, KV head h and query head g of its group, all in fp32:
 
@@ -36,13 +36,13 @@ def gate_scores(
 
     Args:
         queries: [n_tokens, num_key_value_heads, num_key_value_groups, dim], n_tokens >= 0, any floating dtype. This and
-            ``keys`` may be views of one projection's output: they are read where they lie.
+            ``keys`` may be views of one projection's output: they are read in place.
         keys: [n_tokens, num_key_value_heads, dim].
-        q_weight: [dim], of the queries' norm, any floating dtype, like the rest below.
-        k_weight: [dim], of the keys' norm.
+        q_weight: [dim], weight of the queries' norm; any floating dtype, as are the parameters below.
+        k_weight: [dim], weight of the keys' norm.
         bias: [num_key_value_heads, num_key_value_groups].
         sinks: [num_key_value_heads, n_sink, dim].
-        eps: Of both norms.
+        eps: epsilon of both norms.
         impl: "triton" (one launch; CUDA devices, or a CPU with ``TRITON_INTERPRET=1``; fp16, bf16 and fp32, last
             dimension of queries and keys contiguous, no gradient), "reference" (plain PyTorch, tokens in blocks so that
             logits stay small, differentiable) or None: the first that can do this input.

@@ -22,7 +22,7 @@ def gate_scores(
 def _scores(
     queries: Tensor, keys: Tensor, q_weight: Tensor, k_weight: Tensor, bias: Tensor, sinks: Tensor, *, eps: float
 ) -> Tensor:
-    """Scores of a block, all in one dtype; ``q_weight`` is scaled as the logits are."""
+    """Returns the scores of a block, all in one dtype; ``q_weight`` already includes the scaling of the logits."""
     queries = rms_norm(queries, q_weight.shape, q_weight, eps)
     keys = rms_norm(keys, k_weight.shape, k_weight, eps)
     own = (queries * keys.unsqueeze(2)).sum(-1) + bias

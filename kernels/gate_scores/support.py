@@ -1,16 +1,16 @@
-"""Which inputs the Triton implementation of :func:`gate_scores` can do, told without importing Triton."""
+"""Decides, without importing Triton, which inputs the Triton implementation of :func:`gate_scores` can do."""
 
 import torch
 from torch import Tensor
 
 from kvzip_press.kernels.triton_support import reason_against_triton
 
-MAX_NUMBERS = 1024  # of one token's queries of a KV head, groups x dim: padded they fill a tile at most
+MAX_NUMBERS = 1024  # most numbers in one token's queries of a KV head, groups x dim: padded, they fit a tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def reason_against(queries: Tensor, keys: Tensor, *parameters: Tensor) -> str | None:
-    """Why the Triton kernel cannot score ``queries`` and ``keys``, or None when it can."""
+    """Returns why the Triton kernel cannot score ``queries`` and ``keys``, or None if it can."""
     reason = reason_against_triton(queries.device)
     if reason is not None:
         return reason

@@ -1,7 +1,7 @@
-"""The scores of a gate in Triton: what the projections gave is read once, and nothing but the scores is written.
+"""The scores of a gate in Triton: the projections' output is read once, and nothing but the scores is written.
 
-``e^l / (e^l + sum_j e^s_j)`` is taken as ``1 / (1 + sum_j e^(s_j - l))``, which needs no maximum: the sum is at worst
-infinite, and then the score is 0, as it is in fp32 in any other way.
+``e^l / (e^l + sum_j e^s_j)`` is computed as ``1 / (1 + sum_j e^(s_j - l))``, which needs no maximum: at worst the sum
+is infinite, and then the score is 0, as any other formula gives in fp32.
 """
 
 import torch
@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_N = 64  # tokens of a program at most
-TILE = 4096  # numbers of its queries at most, padded: 32 registers a thread
+BLOCK_N = 64  # most tokens of a program
+TILE = 4096  # most numbers in its queries, padded: 32 registers per thread
 
 
 def gate_scores(
     queries: Tensor, keys: Tensor, q_weight: Tensor, k_weight: Tensor, bias: Tensor, sinks: Tensor, *, eps: float
 ) -> Tensor:
-    """See :func:`kvzip_press.kernels.gate_scores.gate_scores`; for inputs that nothing speaks against."""
+    """See :func:`kvzip_press.kernels.gate_scores.gate_scores`; for supported inputs only."""
     n_tokens, num_heads, groups, dim = queries.shape
     out = torch.empty(num_heads, n_tokens, dtype=torch.float32, device=queries.device)
     if n_tokens == 0:
@@ -51,7 +51,7 @@ def gate_scores(
 
 @triton.jit
 def _rms_norm(x, weight, eps, DIM: tl.constexpr):
-    """Of the last of three dimensions; what lies beyond DIM is 0."""
+    """RMS norm over the last of three dimensions; elements beyond DIM are 0."""
     return x * tl.rsqrt(tl.sum(x * x, 2, keep_dims=True) / DIM + eps) * weight
 
 
@@ -80,7 +80,7 @@ def _scores_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A block of tokens of one KV head; the heads of a token, which lie side by side, are read at one time."""
+    """Scores a block of tokens of one KV head; programs read a token's heads, which are adjacent, at the same time."""
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     offs_n = (tl.program_id(0) // HEADS).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_g, offs_d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)

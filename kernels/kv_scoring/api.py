@@ -36,7 +36,7 @@ def kv_scoring(
     lse: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """The largest attention that each key of a context chunk gets while the model replays the chunk.
+    """Returns the largest attention that each key of a context chunk gets while the model replays the chunk.
 
     The score of KVzip (arXiv 2505.23416): the softmax runs over sink, chunk and replay keys; replay row i sees all sink
     and chunk keys and the replay keys j <= i. A chunk key's score is the maximum of its probability over all rows and
@@ -53,7 +53,7 @@ def kv_scoring(
             the maximum (KVzip+: the norm of the value after the output projection of that query head).
         query_weight: [batch, n_rows], any floating dtype: factor of each row's probabilities before the maximum
             (KVzip+: one over the norm of the row's hidden state).
-        lse: [batch, num_attention_heads, n_rows], fp32 (fp64 for fp64 inputs), for a caller who has it from the
+        lse: [batch, num_attention_heads, n_rows], fp32 (fp64 for fp64 inputs), for callers that have it from the
             replay's own attention: the natural log of the sum of exp(logits) over each row's sink, chunk and visible
             replay keys. A probability is then exp(logit - lse), and sink_keys and replay_keys are not read.
         impl: "triton" (CUDA devices, or a CPU with ``TRITON_INTERPRET=1``; fp16, bf16 and fp32, head_dim up to 256,

@@ -42,12 +42,12 @@ def kv_scoring(
 
 
 def _weight(grouped: Tensor, key_weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The weight of each key for each query head, [batch, kv heads, groups, 1, n_chunk]."""
+    """Returns the weight of each key for each query head, [batch, kv heads, groups, 1, n_chunk]."""
     return None if key_weight is None else key_weight.unflatten(1, grouped.shape[1:3]).unsqueeze(3).to(dtype)
 
 
 def _shares(rows: Tensor, keys: Tensor, softcap: float | None) -> Tensor:
-    """Softmax of scaled rows [..., groups, n, head_dim] over keys, of which the last n are the rows' own, causal."""
+    """Returns the softmax of scaled rows [..., groups, n, head_dim] over keys; the last n are their own, and causal."""
     n_rows = rows.shape[3]
     logits = _logits(rows, keys, softcap)
     logits[..., -n_rows:].masked_fill_(causal_hidden(0, n_rows, n_rows, n_rows, rows.device), -torch.inf)
@@ -55,7 +55,7 @@ def _shares(rows: Tensor, keys: Tensor, softcap: float | None) -> Tensor:
 
 
 def _shares_of_lse(rows: Tensor, keys: Tensor, softcap: float | None, lse: Tensor) -> Tensor:
-    """Probabilities of keys for scaled rows, of which ``lse`` [batch, query heads, n] is known; no key is masked."""
+    """Returns probabilities of keys for scaled rows whose ``lse`` [batch, query heads, n] is known; none is masked."""
     return (_logits(rows, keys, softcap) - lse.unflatten(1, rows.shape[1:3]).unsqueeze(-1)).exp_()
 
 

@@ -1,4 +1,4 @@
-"""Which inputs the Triton implementation of :func:`kv_scoring` can do, told without importing Triton."""
+"""Decides, without importing Triton, which inputs the Triton implementation of :func:`kv_scoring` can do."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def reason_against(query: Tensor, *keys: Tensor) -> str | None:
-    """Why the Triton kernels cannot score ``keys`` (sink, chunk, replay) for ``query``, or None when they can."""
+    """Returns why the Triton kernels cannot score ``keys`` (sink, chunk, replay) for ``query``, or None if they can."""
     reason = reason_against_triton(query.device)
     if reason is not None:
         return reason

@@ -1,9 +1,9 @@
-"""KVzip's score in Triton: two passes over tiles of rows by keys, no tile of which is written anywhere.
+"""KVzip's score in Triton: two passes over tiles of rows by keys, none of which is ever written to memory.
 
-The first pass gives the log-sum-exp of every replay row over sink, chunk and visible replay keys; a caller who has it
-from the attention itself skips it. The second holds a block of chunk keys and streams the query rows past it. A key's
-probability is exp(logit - lse), and exp is monotone: without weights the largest exponent is kept, and exp is taken
-once, at the end. Logits and log-sum-exps are in base 2 inside the kernels, because exp2 is what the hardware has.
+The first pass gives the log-sum-exp of every replay row over sink, chunk and visible replay keys; callers that have it
+from the attention itself skip this pass. The second holds a block of chunk keys and streams the query rows past it. A
+key's probability is exp(logit - lse), and exp is monotone: without weights the largest exponent is kept, and exp is
+taken once, at the end. Logits and log-sum-exps are in base 2 inside the kernels, because the hardware computes exp2.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def kv_scoring(
     query_weight: Tensor | None,
     lse: Tensor | None,
 ) -> Tensor:
-    """See :func:`kvzip_press.kernels.kv_scoring.kv_scoring`; for inputs that nothing speaks against."""
+    """See :func:`kvzip_press.kernels.kv_scoring.kv_scoring`; for supported inputs only."""
     if chunk_keys.numel() == 0:
         return torch.empty(chunk_keys.shape[:3], dtype=torch.float32, device=query.device)
     if lse is None:
@@ -53,13 +53,13 @@ def row_lse(
     softcap: float | None,
     config: Config | None = None,
 ) -> Tensor:
-    """The first pass.
+    """Runs the first pass: the log-sum-exp of every row.
 
     Args:
-        query: as for the op, like the keys.
-        sink_keys: see there.
-        chunk_keys: see there.
-        replay_keys: see there.
+        query: as in :func:`kv_scoring`.
+        sink_keys: as in :func:`kv_scoring`.
+        chunk_keys: as in :func:`kv_scoring`.
+        replay_keys: as in :func:`kv_scoring`.
         scaling: factor of the logits.
         softcap: cap of the logits, or None.
         config: for tuning; by default chosen from the shape.
@@ -111,16 +111,16 @@ def column_max(
     config: Config | None = None,
     n_splits: int | None = None,
 ) -> Tensor:
-    """The second pass.
+    """Runs the second pass: the largest probability of every chunk key.
 
     Args:
-        query: as for the op.
-        chunk_keys: see there, at least one key.
-        lse: what :func:`row_lse` returns.
+        query: as in :func:`kv_scoring`.
+        chunk_keys: as in :func:`kv_scoring`, at least one key.
+        lse: the result of :func:`row_lse`.
         scaling: factor of the logits.
         softcap: cap of the logits, or None.
-        key_weight: as for the op.
-        query_weight: see there.
+        key_weight: as in :func:`kv_scoring`.
+        query_weight: as in :func:`kv_scoring`.
         config: for tuning; by default chosen from the shape.
         n_splits: for tuning: programs that share the query rows of a block of keys; by default enough to fill the GPU.
 
@@ -167,18 +167,18 @@ def column_max(
 
 
 def _padded(head_dim: int) -> int:
-    """Columns of a tile: a power of two that a dot product of tiles can do."""
+    """Returns the columns of a tile: a power of two that a dot product of tiles supports."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def _logit_factors(scaling: float, softcap: float | None) -> tuple[float, float]:
-    """What makes logits in base 2 of dot products: their factor before the softcap, and the softcap."""
+    """Returns what turns dot products into logits in base 2: the factor before the softcap, and the softcap."""
     return (scaling * LOG2_E, 0.0) if softcap is None else (scaling / softcap, softcap * LOG2_E)
 
 
 @triton.jit
 def _base2_logits(scores, factor, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Dot products to logits in base 2, see :func:`_logit_factors`."""
+    """Turns dot products into logits in base 2, see :func:`_logit_factors`."""
     if HAS_SOFTCAP:
         return softcap * tanh(scores * factor)
     return scores * factor
@@ -186,7 +186,7 @@ def _base2_logits(scores, factor, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _load_tile(ptrs, mask_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of BLOCK_D numbers, 0 beyond HEAD_DIM and, if MASKED, where ``mask_rows`` is False."""
+    """Loads rows of BLOCK_D numbers, 0 beyond HEAD_DIM and, if MASKED, where ``mask_rows`` is False."""
     mask_d = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
     if MASKED:
         return tl.load(ptrs, mask_rows[:, None] & mask_d, other=0.0)
@@ -215,9 +215,9 @@ def _add_keys(
     CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Adds keys start .. stop - 1 to a running sum of exp2(logits - peak) a row; whole tiles of them unless MASKED.
+    """Adds keys start .. stop - 1 to each row's running sum of exp2(logits - peak); only whole tiles unless MASKED.
 
-    A row that sees a key of the tile at all has seen one by then, so that its peak is never -inf - -inf.
+    Every row has seen a key by the end of the first tile, so ``peak - new_peak`` is never -inf - -inf.
     """
     k_rows = (start + tl.arange(0, BLOCK_N)).to(tl.int64) * stride_kn
     k_ptrs = k_ptr + k_rows[:, None] + tl.arange(0, BLOCK_D)[None, :]
@@ -304,7 +304,7 @@ def _row_lse_kernel(
     HAS_SOFTCAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The log-sum-exp (base 2) of a block of query rows of one head; later rows see more keys and start first."""
+    """Computes log-sum-exps (base 2) of a block of query rows of one head; later rows see more keys and start first."""
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     pair = tl.program_id(1)
     batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
@@ -370,10 +370,10 @@ def _column_max_kernel(
     HAS_QUERY_WEIGHT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The largest probability of each key of a block, over a share of the (query head, block of rows) of its group.
+    """Computes the largest probability of each key of a block, over a share of its group's (query head, row block)s.
 
-    No row is masked: the last block of rows starts early enough to be whole, and the rows of a replay shorter than a
-    block are filled up with its last one. A maximum does not mind a row that it sees twice.
+    No row is masked: the last block of rows starts early enough to be whole, and a replay shorter than a block is
+    filled up with copies of its last row. A row that is seen twice does not change the maximum.
     """
     pair = tl.program_id(1)
     batch, kv_head = (pair // num_kv_heads).to(tl.int64), (pair % num_kv_heads).to(tl.int64)
@@ -385,7 +385,7 @@ def _column_max_kernel(
     q_ptrs = q_ptr + batch * stride_qb + offs_m[:, None] * stride_qm + tl.arange(0, BLOCK_D)[None, :]
     lse_ptrs = lse_ptr + batch * num_kv_heads * groups * n_rows + offs_m
     best = tl.full([BLOCK_N], -float("inf"), tl.float32)
-    # A maximum passes over NaN, which must not end as a small score: 0 * lse is NaN for a row whose softmax is.
+    # A maximum skips NaN, which must not end as a small score: 0 * lse is NaN for a row whose softmax is NaN.
     poison = tl.zeros([BLOCK_M], tl.float32)
     n_row_blocks = tl.cdiv(n_rows, BLOCK_M)
     n_steps = n_row_blocks * groups

@@ -1,4 +1,4 @@
-"""Tiles of the two passes, chosen from measurements on an H200 by shape: nothing is tuned at run time."""
+"""Tiles of the two passes, chosen by shape from measurements on an H200: nothing is tuned at run time."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from kvzip_press.kernels.triton_support import multiprocessors
 
 @dataclass(frozen=True)
 class Config:
-    """How a pass is launched.
+    """The launch parameters of a pass.
 
     Attributes:
         block_m: query rows of a tile, a power of two >= 16.
@@ -25,22 +25,22 @@ class Config:
 
 
 def row_config(head_dim: int, itemsize: int) -> Config:
-    """Tiles of the first pass; none spills registers."""
-    if itemsize == 4:  # no tensor cores: operands lie in registers, and larger tiles or more stages spill
+    """Returns the tiles of the first pass; none spills registers."""
+    if itemsize == 4:  # no tensor cores: operands are in registers, and larger tiles or more stages spill
         return Config(32, 32, 8, 1)
     return Config(64, 64, 4, 3) if head_dim <= 128 else Config(128, 64, 8, 2)
 
 
 def column_config(head_dim: int, itemsize: int) -> Config:
-    """Tiles of the second pass; none spills registers."""
+    """Returns the tiles of the second pass; none spills registers."""
     if itemsize == 4:
         return Config(32, 64, 8, 2) if head_dim <= 128 else Config(32, 32, 8, 2)
     return Config(64, 128, 4, 3) if head_dim <= 128 else Config(64, 128, 4, 2)
 
 
 def n_column_splits(n_blocks: int, device: torch.device) -> int:
-    """Parts that the rows of the second pass are cut into, for ``n_blocks`` blocks of keys, heads and batch rows.
+    """Returns how many parts the second pass cuts its rows into, for ``n_blocks`` blocks of keys, heads and batch rows.
 
-    About two programs a multiprocessor; at least two parts even where there are more blocks, which evens out the load.
+    About two programs per multiprocessor; at least two parts even with more blocks, which evens out the load.
     """
     return max(2, 2 * multiprocessors(device) // max(1, n_blocks))

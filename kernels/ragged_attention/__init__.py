@@ -1,4 +1,4 @@
-"""Exact attention to a packed context with its own length for each head, and a dense tail behind it."""
+"""Exact attention to a packed context, in which each head has its own length, and to a dense tail behind it."""
 
 from kvzip_press.kernels.ragged_attention.api import ragged_attention
 

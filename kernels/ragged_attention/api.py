@@ -34,10 +34,10 @@ def ragged_attention(
     part_of_storage: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact attention to a packed context, ragged over heads, and to a dense tail that came after it.
+    """Computes exact attention to a packed context, ragged over heads, and to a dense tail that came after it.
 
-    This is what makes head-wise eviction (KVzip, arXiv 2505.23416) real: only kept pairs are stored and read. Every
-    query sees the whole packed context of its row and head; original RoPE positions are already in the keys. For
+    This turns head-wise eviction (KVzip, arXiv 2505.23416) into real savings: only kept pairs are stored and read.
+    Every query sees the whole packed context of its row and head; original RoPE positions are already in the keys. For
     inference: no gradient is promised.
 
     Args:
@@ -50,13 +50,13 @@ def ragged_attention(
             may be 0.
         tail_values: [batch, num_key_value_heads, tail_length, value_head_dim]; given if ``tail_keys`` is.
         row_index: int64 [batch]: batch row r reads packed row row_index[r] (the beams of a search share a context);
-            None: packed row r. With it, ``tail_keys`` is needed, which tells the number of key-value heads.
+            None: packed row r. With it, ``tail_keys`` is required, because it gives the number of key-value heads.
         tail_mask: bool [batch or 1, num_attention_heads or 1, query_length, tail_length], True where a row may look;
             it replaces the causal rule of the tail. Hidden keys and values must be finite. None: row i sees the tail
             keys j <= tail_length - query_length + i, which needs tail_length >= query_length where there is a tail.
         tail_length: int32 [1] on the device of ``query``: how many tail tokens are live, the last query_length of them
             the queries' own; ``tail_keys`` and ``tail_values`` (and ``tail_mask``) may then have room for more, which
-            is not read. So a captured CUDA graph goes on while its tail grows. None: all of them.
+            is not read. So a captured CUDA graph stays valid while its tail grows. None: all of them.
         scaling: factor of the logits; default head_dim ** -0.5.
         softcap: when given, logits become ``softcap * tanh(logits / softcap)`` after scaling.
         return_lse: whether to return the log-sum-exp too.
@@ -65,7 +65,7 @@ def ragged_attention(
         impl: "segments" (256 rows and more: PyTorch's fused dense kernels, a call a segment), "triton" (one launch that
             streams all pairs, and one that merges; CUDA), "aten" (PyTorch's fused CPU kernel over the context; the
             best that can do it over the tail), "reference" (plain PyTorch, any input), or None: the first of these that
-            can do this input. One that is named refuses what it cannot do.
+            can do this input. A named implementation refuses inputs that it cannot do.
 
     Returns:
         out [batch, num_attention_heads, query_length, value_head_dim] in the dtype of ``query``; with ``return_lse``

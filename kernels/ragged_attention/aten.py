@@ -1,8 +1,8 @@
-"""Ragged attention by PyTorch's fused CPU kernel: a call a segment over the context, one over the tail, an exact merge.
+"""Ragged attention by PyTorch's fused CPU kernel: a call per segment of the context, one for the tail, an exact merge.
 
-The kernel shares its work among threads by heads and by blocks of query rows, and a segment of a decode step has one of
-each, so a long segment is cut into as many equal parts as there are threads, which the kernel takes for heads. The keys
-that are left over (fewer than parts) get a call of their own. The tail, dense and perhaps masked, goes to the best
+The kernel divides its work among threads by heads and by blocks of query rows. A segment of a decode step has only one
+of each, so a long segment is cut into as many equal parts as there are threads, which the kernel takes for heads. The
+left-over keys (fewer than parts) get a call of their own. The tail, which is dense and may be masked, goes to the best
 implementation of dense attention.
 """
 
@@ -17,14 +17,14 @@ from kvzip_press.kernels.dense_attention.merge import merge_many
 from kvzip_press.kernels.numerics import accumulation_dtype
 from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
 
-_ROWS_A_THREAD = 32  # query rows that the kernel gives to a thread at a time
+_ROWS_A_THREAD = 32  # query rows that the kernel gives a thread at a time
 _MIN_PART = 512  # keys; a shorter part does not pay for the merge
 
 _Partials = list[tuple[Tensor, Tensor]]
 
 
 def reason_against(inputs: RaggedInputs, softcap: float | None) -> str | None:
-    """Why this implementation cannot do this input, or None when it can."""
+    """Returns why this implementation cannot do this input, or None if it can."""
     if inputs.query.device.type != "cpu":
         return f"the device is {inputs.query.device.type}"
     if softcap is not None:
@@ -33,7 +33,7 @@ def reason_against(inputs: RaggedInputs, softcap: float | None) -> str | None:
 
 
 def ragged_attention(inputs: RaggedInputs, *, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """See :func:`kvzip_press.kernels.ragged_attention.ragged_attention`; for inputs that nothing speaks against."""
+    """See :func:`kvzip_press.kernels.ragged_attention.ragged_attention`; for supported inputs only."""
     assert softcap is None, "see reason_against"
     inputs = inputs.with_live_tail()
     n_segments = inputs.query.shape[0] * inputs.num_key_value_heads
@@ -48,9 +48,9 @@ def ragged_attention(inputs: RaggedInputs, *, scaling: float, softcap: float | N
 
 
 def _context(folded: Tensor, inputs: RaggedInputs, scaling: float) -> list[_Partials]:
-    """For each segment the results of its parts, out [1, parts, rows, head_dim] and lse [1, parts, rows].
+    """Returns, for each segment, the results of its parts: out [1, parts, rows, head_dim] and lse [1, parts, rows].
 
-    Segments with fewer parts are filled up with parts that saw nothing, so that all results make one tensor.
+    Segments with fewer parts are padded with parts that saw nothing, so that all results fit one tensor.
     """
     partials = [
         _attend_segment(query, keys, values, scaling)
@@ -67,7 +67,7 @@ def _context(folded: Tensor, inputs: RaggedInputs, scaling: float) -> list[_Part
 
 
 def _tail(folded: Tensor, inputs: RaggedInputs, scaling: float) -> _Partials:
-    """For each segment the result over its tail, out [1, 1, rows, head_dim] and lse [1, 1, rows]; or nothing at all."""
+    """Returns, for each segment, the result over its tail: out [1, 1, rows, head_dim], lse [1, 1, rows]; or nothing."""
     if inputs.tail_keys is None or inputs.tail_values is None or inputs.tail_length == 0:
         return []
     mask = inputs.tail_mask
@@ -83,7 +83,7 @@ def _tail(folded: Tensor, inputs: RaggedInputs, scaling: float) -> _Partials:
 
 
 def _attend_segment(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> _Partials:
-    """Attention of query [1, 1, rows, head_dim] to one segment [1, 1, n, head_dim]: its equal parts and the rest."""
+    """Attends with query [1, 1, rows, head_dim] to one segment [1, 1, n, head_dim]: to its equal parts and the rest."""
     seqlen = keys.shape[2]
     if seqlen == 0:
         return []
@@ -100,6 +100,6 @@ def _attend_segment(query: Tensor, keys: Tensor, values: Tensor, scaling: float)
 
 
 def _n_splits(n_rows: int, seqlen: int) -> int:
-    """Parts to cut a segment into: as many as keep the threads busy, none much shorter than it is worth."""
+    """Returns how many parts to cut a segment into: enough to keep the threads busy, none too short to be worth it."""
     busy_threads = -(-n_rows // _ROWS_A_THREAD)
     return max(1, min(torch.get_num_threads() // busy_threads, seqlen // _MIN_PART))

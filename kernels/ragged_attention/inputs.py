@@ -43,11 +43,11 @@ class RaggedInputs:
 
     @property
     def tail_length(self) -> int:
-        """Number of tail tokens that there is room for, all of them live without ``live_tail_length``."""
+        """Number of tail tokens that there is room for; without ``live_tail_length`` all of them are live."""
         return 0 if self.tail_keys is None else self.tail_keys.shape[2]
 
     def with_live_tail(self) -> "RaggedInputs":
-        """The same with a tail of just its live tokens, whose number is read from the device."""
+        """Returns the same inputs with the tail cut to its live tokens, whose number is read from the device."""
         if self.live_tail_length is None or self.tail_keys is None or self.tail_values is None:
             return self
         length = int(self.live_tail_length)
@@ -56,7 +56,7 @@ class RaggedInputs:
         return replace(self, tail_keys=keys, tail_values=values, tail_mask=mask, live_tail_length=None)
 
     def segments(self) -> list[tuple[Tensor, Tensor]]:
-        """Packed keys and values, views [1, 1, n, head_dim], for every (batch row, key-value head) in this order."""
+        """Yields packed keys and values, views [1, 1, n, head_dim], for every (batch row, key-value head) in order."""
         bounds = self.cu_seqlens.tolist()
         seqlens, whole = [stop - start for start, stop in pairwise(bounds)], slice(bounds[0], bounds[-1])
         split = (packed[None, None, whole].split(seqlens, 2) for packed in (self.keys, self.values))

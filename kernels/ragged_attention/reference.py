@@ -1,4 +1,4 @@
-"""Ragged attention in plain PyTorch: a loop over (row, head) segments, each a block of query rows at a time."""
+"""Ragged attention in plain PyTorch: a loop over (row, head) segments, with a block of query rows at a time."""
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ def ragged_attention(inputs: RaggedInputs, *, scaling: float, softcap: float | N
 
 
 def _tail(inputs: RaggedInputs, row: int, head: int) -> list[Part]:
-    """The tail of a segment, if there is one; ``hidden`` still has all query rows, None stands for the causal rule."""
+    """Returns the tail of a segment, if any; ``hidden`` still has all query rows, and None means the causal rule."""
     if inputs.tail_keys is None or inputs.tail_values is None or inputs.tail_length == 0:
         return []
     dtype = accumulation_dtype(inputs.query.dtype)
@@ -30,7 +30,7 @@ def _tail(inputs: RaggedInputs, row: int, head: int) -> list[Part]:
 
 
 def _hidden_tail(tail_mask: Tensor, row: int, head: int, num_kv_heads: int) -> Tensor:
-    """Bool [groups or 1, query_length, tail_length], True where the rows of this segment must not look."""
+    """Returns bool [groups or 1, query_length, tail_length], True where the rows of this segment must not look."""
     visible = tail_mask[row if tail_mask.shape[0] > 1 else 0]
     if visible.shape[0] > 1:
         visible = visible.unflatten(0, (num_kv_heads, -1))[head]

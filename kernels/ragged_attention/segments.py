@@ -1,8 +1,8 @@
-"""Ragged attention of many query rows (a chunk of a prefill): dense attention a segment, merged with the tail.
+"""Ragged attention of many query rows (a chunk of a prefill): dense attention per segment, merged with the tail.
 
-With hundreds of rows a segment fills a GPU, and what counts is the speed of matrix products, which dense kernels are
-best at. Not cuDNN's: it plans anew for every length, 80 ms each, and no two segments are equally long. The lengths are
-read by the host, once a call.
+With hundreds of rows a segment fills a GPU, and the speed of matrix products decides, at which dense kernels are best.
+cuDNN's is not used: it plans anew for every length, 80 ms each, and no two segments are equally long. The host reads
+the lengths once per call.
 """
 
 import torch
@@ -18,7 +18,7 @@ MIN_QUERY_LENGTH = 256
 
 
 def reason_against(inputs: RaggedInputs, softcap: float | None) -> str | None:
-    """Why this implementation cannot do this input, or None when it can."""
+    """Returns why this implementation cannot do this input, or None if it can."""
     query_length = inputs.query.shape[2]
     if query_length < MIN_QUERY_LENGTH:
         return f"there are {query_length} query rows, not {MIN_QUERY_LENGTH} or more"
@@ -28,7 +28,7 @@ def reason_against(inputs: RaggedInputs, softcap: float | None) -> str | None:
 
 
 def ragged_attention(inputs: RaggedInputs, *, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """See :func:`kvzip_press.kernels.ragged_attention.ragged_attention`; for inputs that nothing speaks against."""
+    """See :func:`kvzip_press.kernels.ragged_attention.ragged_attention`; for supported inputs only."""
     assert softcap is None, "see reason_against"
     inputs = inputs.with_live_tail()
     query = inputs.query
@@ -45,7 +45,7 @@ def ragged_attention(inputs: RaggedInputs, *, scaling: float, softcap: float | N
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """One segment: query [1, groups, rows, head_dim] to keys [1, 1, n, head_dim]; 0 and -inf where n is 0."""
+    """Attends to one segment: query [1, groups, rows, head_dim], keys [1, 1, n, head_dim]; 0 and -inf if n is 0."""
     if keys.shape[2] == 0:
         out = query.new_zeros(*query.shape[:3], values.shape[3])
         return out, query.new_full(query.shape[:3], -torch.inf, dtype=accumulation_dtype(query.dtype))

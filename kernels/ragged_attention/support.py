@@ -1,4 +1,4 @@
-"""What the Triton kernel can do, told without importing Triton."""
+"""Decides, without importing Triton, which inputs the Triton kernel can do."""
 
 import torch
 
@@ -10,7 +10,7 @@ MAX_HEAD_DIM = 256
 
 
 def reason_against_triton(inputs: RaggedInputs, softcap: float | None) -> str | None:  # noqa: ARG001  # as dispatch asks
-    """Why the Triton kernel cannot do this input, or None when it can."""
+    """Returns why the Triton kernel cannot do this input, or None if it can."""
     query, keys, values = inputs.query, inputs.keys, inputs.values
     if query.dtype not in DTYPES:
         return f"the dtype is {query.dtype}, not one of {DTYPES}"

@@ -1,10 +1,10 @@
-"""Ragged attention in Triton: every program streams the same number of pairs, whatever the lengths of the heads.
+"""Ragged attention in Triton: every program streams about the same number of pairs, whatever the heads' lengths.
 
-Every segment, its context and then its tail, is cut into pieces of about the same length, one for each program that the
+Every segment (its context, then its tail) is cut into pieces of about the same length, one for each program that the
 GPU can hold. A program finds its piece from ``cu_seqlens`` and the length of the tail, both read on the device: no list
-of work is made or kept, and a captured graph stays right while the tail grows. It leaves a partial result, and a second
-small kernel merges those of a segment, in parallel over query rows and slices of head_dim. On Hopper it is launched
-early (programmatic dependent launch) and waits on the device. Why it is so: DESIGN.md of kernels.
+of work is made or kept, and a captured graph stays valid while the tail grows. Each program writes a partial result. A
+second, small kernel merges those of a segment, in parallel over query rows and slices of head_dim. On Hopper it is
+launched early (programmatic dependent launch) and waits on the device. DESIGN.md of kernels gives the reasons.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     _HAS_PDL = True
-except ImportError:  # an older Triton; the names below stand in branches that are never compiled
+except ImportError:  # an older Triton; the names below are only in branches that are never compiled
     _HAS_PDL = False
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
-MIN_PIECE = tl.constexpr(32)  # pairs that are worth a program
+MIN_PIECE = tl.constexpr(32)  # fewest pairs that are worth a program
 
 
 def ragged_attention(
     inputs: RaggedInputs, *, scaling: float, softcap: float | None, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`kvzip_press.kernels.ragged_attention.ragged_attention`; for inputs that nothing speaks against.
+    """See :func:`kvzip_press.kernels.ragged_attention.ragged_attention`; for supported inputs only.
 
     ``config`` is for tuning; by default it is chosen from the shape.
     """
@@ -121,15 +121,15 @@ def ragged_attention(
 
 
 def _n_programs(device: torch.device, config: Config, n_row_blocks: int, n_segments: int) -> int:
-    """Programs that share the pairs: as many as are resident at once, but at least one for every segment."""
+    """Returns how many programs share the pairs: as many as are resident at once, but at least one per segment."""
     slots = multiprocessors(device) * config.programs_per_sm
     return max(n_segments, triton.cdiv(slots, n_row_blocks))
 
 
 def _segments(inputs: RaggedInputs) -> tuple[Tensor, Tensor]:
-    """For each segment of the batch, where it begins in the packed context; and its place in the row of all contexts.
+    """Returns where each segment of the batch begins in the packed context, and in the contexts put end to end.
 
-    They differ when batch rows share packed rows.
+    The two differ if batch rows share packed rows.
     """
     if inputs.row_index is None:
         return inputs.cu_seqlens, inputs.cu_seqlens
@@ -141,9 +141,9 @@ def _segments(inputs: RaggedInputs) -> tuple[Tensor, Tensor]:
 
 
 def _tail(inputs: RaggedInputs) -> tuple[Tensor, Tensor, Tensor | int]:
-    """Keys and values of the tail and its length; stand-ins that are never read when there is none.
+    """Returns keys, values and length of the tail, or stand-ins that are never read if there is none.
 
-    A head's tokens must lie one after another, which those of a cache do.
+    A head's tokens must be contiguous; those of a cache are, others are copied.
     """
     if inputs.tail_keys is None or inputs.tail_values is None or inputs.tail_length == 0:
         return inputs.query, inputs.query, 0
@@ -154,7 +154,7 @@ def _tail(inputs: RaggedInputs) -> tuple[Tensor, Tensor, Tensor | int]:
 
 
 def _broadcast_strides(mask: Tensor) -> tuple[int, ...]:
-    """Strides of a mask, 0 where one row stands for all."""
+    """Returns the strides of a mask, with 0 in dimensions of size 1."""
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
 
 
@@ -168,7 +168,7 @@ def _on(device: torch.device) -> AbstractContextManager[None]:
 
 @triton.jit
 def _tail_length(tail_length, HAS_TAIL: tl.constexpr, TAIL_ON_DEVICE: tl.constexpr):
-    """Tokens of the tail, from an argument that is a number or points to one."""
+    """Returns the tail's number of tokens, from an argument that is a number or points to one."""
     if not HAS_TAIL:
         return 0
     elif TAIL_ON_DEVICE:
@@ -179,10 +179,10 @@ def _tail_length(tail_length, HAS_TAIL: tl.constexpr, TAIL_ON_DEVICE: tl.constex
 
 @triton.jit
 def _items_of(lengths, n_segments, n_programs, BLOCK_S: tl.constexpr):
-    """Items of each segment [BLOCK_S]: as many pieces as make the longest piece shortest, all together <= n_programs.
+    """Returns each segment's number of pieces [BLOCK_S], at most n_programs in all, to make the longest piece short.
 
-    Of 16 lengths of a piece (2, where there are very many segments) the shortest that fits is taken. The last always
-    does: with it, each segment has a program to spare for its remainder, or there is one program for each.
+    Of 16 lengths of a piece (2 if there are very many segments) the shortest that fits is taken. The last one always
+    fits: with it, each segment has a program to spare for its remainder, or there is one program for each.
     """
     N_CHOICES: tl.constexpr = 16 if BLOCK_S <= 256 else 2
     total = tl.sum(lengths, 0)
@@ -236,10 +236,10 @@ def _attend_kernel(
     PRECISION: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Attention of a block of query rows of every segment to the piece of pairs of this program.
+    """Computes attention of a block of query rows of every segment to this program's piece of pairs.
 
     Row r of a segment is query head r // query_length of its group, token r % query_length. A tile of BLOCK_N pairs is
-    all of the context or all of the tail. Every byte of code counts: in a cold cache it is read from memory too.
+    entirely context or entirely tail. Every byte of code counts: with a cold cache it is read from memory too.
     """
     if USE_PDL:
         gdc_wait()
@@ -329,7 +329,7 @@ def _attend_kernel(
         logits = tl.where(visible, logits, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(logits, 1))
         base = new_peak
-        if HAS_TAIL and (HAS_MASK or not SINGLE_TOKEN):  # else every tile shows every row a pair
+        if HAS_TAIL and (HAS_MASK or not SINGLE_TOKEN):  # else every row sees a pair of every tile
             base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
         weights = tl.exp2(logits - base[:, None])
         decay = tl.exp2(peak - base)
@@ -362,7 +362,7 @@ def _merge_kernel(
     TAIL_ON_DEVICE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Merges the partial results of a query row of a segment, for a slice of head_dim; none give 0 and -inf."""
+    """Merges the partial results of a segment's query row, for a slice of head_dim; without any, gives 0 and -inf."""
     segment, row = tl.program_id(0), tl.program_id(1)
     n_tail = _tail_length(tail_length, HAS_TAIL, TAIL_ON_DEVICE)
     offs_s = tl.arange(0, BLOCK_S)
@@ -379,7 +379,7 @@ def _merge_kernel(
     acc = tl.zeros([BLOCK_D], tl.float32)
     if USE_PDL:
         gdc_wait()
-        gdc_launch_dependents()  # not before: the next kernel's programs would crowd where this one's leave room
+        gdc_launch_dependents()  # not earlier: the next kernel's programs would take the room of this one's
     for part in range(0, n_parts, BLOCK_P):
         offs_p = part + tl.arange(0, BLOCK_P)
         mask_p = offs_p < n_parts

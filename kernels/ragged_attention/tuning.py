@@ -1,18 +1,18 @@
-"""Block sizes of the Triton kernel, chosen from measurements by shape: nothing is tuned at run time."""
+"""Block sizes of the Triton kernel, chosen by shape from measurements: nothing is tuned at run time."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Config:
-    """How the kernel is launched.
+    """The kernel's launch parameters.
 
     Attributes:
         block_m: Query rows (group members times query tokens) of a program, a power of two >= 16.
         block_n: Keys of a tile, a power of two >= 16.
         num_warps: Warps of a program.
-        num_stages: Tiles in flight, and one.
-        programs_per_sm: Programs for each multiprocessor to share the pairs; all of them are resident at once.
+        num_stages: One more than the tiles in flight.
+        programs_per_sm: Programs per multiprocessor that share the pairs; all of them are resident at once.
     """
 
     block_m: int
@@ -28,14 +28,14 @@ MIDDLE_CONTEXT = 65_536
 
 
 def choose(n_rows: int, head_dim: int, itemsize: int, n_pairs: int, n_segments: int) -> Config:
-    """The configuration for a shape; measured on an H200 (DESIGN.md of ``kernels``, "Tuning").
+    """Returns the configuration for a shape; measured on an H200 (DESIGN.md of ``kernels``, "Tuning").
 
     Args:
         n_rows: Query rows that share the pairs of one head: groups x query_length.
         head_dim: Size of a head.
         itemsize: Bytes of an element.
-        n_pairs: Pairs of the packed context, of all segments together. The tail does not count: the choice must be the
-            same while it grows, and in a captured graph, which has room for more.
+        n_pairs: Pairs of the packed context, all segments together. The tail does not count: the choice must stay the
+            same while the tail grows, also in a captured graph, whose tail has room for more.
         n_segments: Batch rows x KV heads.
     """
     wide = head_dim * itemsize > 256  # bytes of a key

@@ -25,14 +25,14 @@ def tail_append(
 ) -> None:
     """Writes one token's keys and values of every row and head into preallocated tails, in place.
 
-    The place is read on the device, so that a captured CUDA graph can write the next token when it is replayed.
+    The index is read on the device, so that a captured CUDA graph can write the next token when it is replayed.
 
     Args:
         tail_keys: [batch, num_key_value_heads, room, head_dim], written into; any dtype, any strides.
         tail_values: [batch, num_key_value_heads, room, value_head_dim], written into.
         keys: [batch, num_key_value_heads, 1, head_dim].
         values: [batch, num_key_value_heads, 1, value_head_dim].
-        index: int64 [1], the row to write, 0 <= index < room. Not checked on a GPU but by "reference".
+        index: int64 [1], the row to write, 0 <= index < room. On a GPU only "reference" checks it.
         impl: "triton" (one launch, CUDA), "reference" (plain PyTorch) or None: the first that can do this input.
 
     Raises:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def tail_append(tail_keys: Tensor, tail_values: Tensor, keys: Tensor, values: Tensor, index: Tensor) -> None:
-    """See :func:`kvzip_press.kernels.tail_append.tail_append`; for inputs that nothing speaks against."""
+    """See :func:`kvzip_press.kernels.tail_append.tail_append`; for supported inputs only."""
     batch_size, num_heads, _, head_dim = keys.shape
     value_head_dim = values.shape[3]
     if batch_size * num_heads == 0:
@@ -53,7 +53,7 @@ def _append_kernel(
     VALUE_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One row and head."""
+    """Appends for one row and head."""
     batch = (tl.program_id(0) // HEADS).to(tl.int64)
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     index = tl.load(index_ptr)

@@ -1,116 +1,106 @@
-"""What can be asked of a budget: its size, and how pairs compete for it. Checks, and nothing that spends."""
+"""What is asked of a budget: how much is kept, and how pairs compete for it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from kvzip_press.budget.allocators import SAFEGUARD, Allocation, Decided, Global, allocation_of
+from kvzip_press.budget.amount import Amount, LayerRatios, Ratio, amount_of
 from kvzip_press.errors import InvalidArgumentError
 
-#: "global": all pairs of all layers and heads compete (KVzip). "layer": every layer keeps the same number, its heads
-#: compete. "head": every head keeps the same number (SnapKV and most others). "adakv": as "layer", but every head
-#: keeps a safeguarded part of its equal share (AdaKV, https://arxiv.org/abs/2407.11550).
-ALLOCATIONS = ("global", "layer", "head", "adakv")
 
-#: AdaKV's alpha.
-SAFEGUARD = 0.2
-
-
-class LayerRatios(Mapping[int, float]):
-    """``layer_idx -> compression_ratio``, hashable, so that a press stays a value.
+@dataclass(frozen=True)
+class Policy:
+    """An amount and an allocation, a value.
 
     Args:
-        ratios: A mapping, or a sequence whose i-th ratio is that of layer i.
+        amount: How much is kept.
+        allocation: How pairs compete.
 
     Raises:
-        InvalidArgumentError: Neither of them, or a ratio or an index out of range.
+        InvalidArgumentError: A ratio for each layer, and an allocation under which layers compete.
     """
 
-    def __init__(self, ratios: Mapping[int, float] | Sequence[float]) -> None:
-        if isinstance(ratios, str) or not isinstance(ratios, (Mapping, Sequence)):
-            raise InvalidArgumentError(f"expected layer_ratios as a mapping or a sequence, got {ratios!r}")
-        items = ratios.items() if isinstance(ratios, Mapping) else enumerate(ratios)
-        self._ratios = {_layer_idx(layer_idx): check_compression_ratio(ratio) for layer_idx, ratio in items}
+    amount: Amount = field(default_factory=Ratio)
+    allocation: Allocation = field(default_factory=Global)
 
-    def __getitem__(self, layer_idx: int) -> float:
-        return self._ratios[layer_idx]
+    def __post_init__(self) -> None:
+        if not isinstance(self.amount, Amount) or not isinstance(self.allocation, Allocation):
+            raise InvalidArgumentError(
+                f"expected an Amount and an Allocation (Policy.of makes them), got {self.amount!r} and "
+                f"{self.allocation!r}"
+            )
+        if isinstance(self.amount, LayerRatios) and isinstance(self.allocation, Global):
+            raise InvalidArgumentError(
+                'expected allocation "layer", "head" or "adakv" with layer_ratios, got "global", where layers compete'
+            )
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._ratios)
+    @classmethod
+    def of(
+        cls,
+        compression_ratio: float | None = None,
+        allocation: str | Allocation = "global",
+        *,
+        budget: int | None = None,
+        layer_ratios: Mapping[int, float] | Sequence[float] | None = None,
+        safeguard: float = SAFEGUARD,
+        min_kept_per_head: int = 0,
+    ) -> Policy:
+        """A policy from what presses have as fields.
 
-    def __len__(self) -> int:
-        return len(self._ratios)
+        Args:
+            compression_ratio: Fraction of pairs removed, in [0, 1).
+            allocation: "global", "layer", "head", "adakv", or an :class:`kvzip_press.budget.allocators.Allocation`.
+            budget: Instead of a ratio: tokens' worth of pairs kept.
+            layer_ratios: Instead of one ratio: each layer's own.
+            safeguard: Of "adakv".
+            min_kept_per_head: Unprotected pairs that every head keeps.
 
-    def __hash__(self) -> int:
-        return hash(frozenset(self._ratios.items()))
+        Raises:
+            InvalidArgumentError: A value out of range, or values that contradict each other.
+        """
+        allocation = allocation_of(allocation, min_kept_per_head=min_kept_per_head, safeguard=safeguard)
+        return cls(amount_of(compression_ratio, budget, layer_ratios), allocation)
 
-    def __repr__(self) -> str:
-        return repr(self._ratios)
+    @property
+    def compression_ratio(self) -> float:
+        """The fraction removed that the amount names; 0.0 where it names none."""
+        return self.amount.compression_ratio
 
+    def asked(
+        self,
+        compression_ratio: float | None = None,
+        allocation: str | Allocation | None = None,
+        budget: int | None = None,
+    ) -> Policy:
+        """The policy under what an eviction asks for; None for what it leaves as it is.
 
-def check_compression_ratio(compression_ratio: float) -> float:
-    """Returns the ratio as a float, or raises InvalidArgumentError unless it is a number in [0, 1)."""
-    valid = isinstance(compression_ratio, (int, float)) and not isinstance(compression_ratio, bool)
-    if not valid or math.isnan(compression_ratio) or not 0 <= compression_ratio < 1:
-        raise InvalidArgumentError(
-            f"expected compression_ratio (the fraction removed) in [0, 1), got {compression_ratio!r}"
-        )
-    return float(compression_ratio)
+        Raises:
+            InvalidArgumentError: A value out of range, a ratio and a budget, or anything else than what a press has
+                decided by itself.
+        """
+        if compression_ratio is not None and budget is not None:
+            raise InvalidArgumentError(
+                f"expected a compression_ratio or a budget, got {compression_ratio!r} and {budget!r}"
+            )
+        policy = self
+        if compression_ratio is not None or budget is not None:
+            policy = replace(policy, amount=amount_of(compression_ratio, budget))
+        if allocation is not None:
+            policy = replace(policy, allocation=self._allocation(allocation))
+        if policy != self and isinstance(self.allocation, Decided):
+            got = f"budget={budget!r}" if budget is not None else f"{policy.compression_ratio}"
+            also = "" if allocation is None else f" with allocation={allocation!r}"
+            raise InvalidArgumentError(
+                f"this press decides its own budget: expected its compression_ratio={self.compression_ratio}, "
+                f"got {got}{also}"
+            )
+        return policy
 
-
-def check_allocation(allocation: str) -> str:
-    """Returns the allocation, or raises InvalidArgumentError when it is not one of :data:`ALLOCATIONS`."""
-    if allocation not in ALLOCATIONS:
-        raise InvalidArgumentError(f"expected allocation to be one of {ALLOCATIONS}, got {allocation!r}")
-    return allocation
-
-
-def check_amount(
-    compression_ratio: float | None, budget: int | None, layer_ratios: Mapping[int, float] | None = None
-) -> None:
-    """Raises InvalidArgumentError for a bad ratio or budget, or when more than one says how much is kept."""
-    if compression_ratio is not None:
-        check_compression_ratio(compression_ratio)
-    if budget is not None and (not _is_int(budget) or budget < 1):
-        raise InvalidArgumentError(f"expected budget (tokens kept per head) to be an int of at least 1, got {budget!r}")
-    given = {
-        "compression_ratio": compression_ratio or None,  # 0.0 is a press's default and removes nothing
-        "budget": budget,
-        "layer_ratios": layer_ratios,
-    }
-    named = [f"{name}={value!r}" for name, value in given.items() if value is not None]
-    if len(named) > 1:
-        raise InvalidArgumentError(f"expected only one of {', '.join(given)}, got {' and '.join(named)}")
-
-
-def check_policy(
-    *,
-    compression_ratio: float,
-    budget: int | None,
-    layer_ratios: Mapping[int, float] | None,
-    allocation: str,
-    safeguard: float,
-    min_kept_per_head: int,
-) -> None:
-    """Raises InvalidArgumentError for a value out of range, or for values that contradict each other."""
-    check_amount(compression_ratio, budget, layer_ratios)
-    check_allocation(allocation)
-    if layer_ratios is not None and allocation == "global":
-        raise InvalidArgumentError(
-            'expected allocation "layer", "head" or "adakv" with layer_ratios, got "global", where layers compete'
-        )
-    if isinstance(safeguard, bool) or not isinstance(safeguard, (int, float)) or not 0 <= safeguard <= 1:
-        raise InvalidArgumentError(f"expected safeguard (a part of the equal share) in [0, 1], got {safeguard!r}")
-    if not _is_int(min_kept_per_head) or min_kept_per_head < 0:
-        raise InvalidArgumentError(f"expected min_kept_per_head to be an int of at least 0, got {min_kept_per_head!r}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _layer_idx(layer_idx: Any) -> int:
-    if not _is_int(layer_idx) or layer_idx < 0:
-        raise InvalidArgumentError(f"expected layer_ratios by layer index, got {layer_idx!r}")
-    return int(layer_idx)
+    def _allocation(self, given: str | Allocation) -> Allocation:
+        """The one of a short name keeps the floors that there are."""
+        if isinstance(given, Allocation):
+            return given
+        own = self.allocation
+        return allocation_of(given, min_kept_per_head=own.min_kept_per_head, safeguard=own.safeguard)

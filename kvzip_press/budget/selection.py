@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from kvzip_press.budget.allocation import Counts, Masks, allocate, standing_pairs
+from kvzip_press.budget.allocation import allocate, standing_pairs
+from kvzip_press.budget.candidates import Counts, Masks
 from kvzip_press.budget.scores import Scores
 
 

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
-from kvzip_press.cache.tail import Tail
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
-from kvzip_press.model.structure import attention_layers, execution_device
+from kvzip_press.model.devices import execution_device
+from kvzip_press.model.structure import attention_layers
 
 
 def move_layers(layers: Sequence[Any], target: torch.device | str | nn.Module) -> None:
@@ -50,21 +49,8 @@ def _devices(layers: Sequence[Any], target: torch.device | str | nn.Module) -> l
 
 
 def _move(layer: Any, device: torch.device) -> None:
-    if not isinstance(layer, RaggedLayer):
+    if isinstance(layer, RaggedLayer):
+        layer.move_to(device)
+    else:
         layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
         layer.device = device
-        return
-    keys, values, positions, cu_seqlens = (tensor.to(device) for tensor in layer.packed.tensors)
-    layer.packed = PackedPairs(keys, values, positions, cu_seqlens, layer.packed.num_heads)
-    layer.tail = _moved_tail(layer.tail, device)
-    if layer.row_index is not None:
-        layer.row_index = layer.row_index.to(device)
-
-
-def _moved_tail(tail: Tail, device: torch.device) -> Tail:
-    """Its live tokens, without the room behind them."""
-    moved = Tail()
-    if tail.keys is not None and tail.values is not None and tail.length:
-        moved.append(tail.keys.to(device), tail.values.to(device))
-    moved.padding = None if tail.padding is None else tail.padding.to(device)
-    return moved

@@ -1,18 +1,22 @@
 """The frozen part of a ragged layer: the kept pairs of all heads, packed one after another.
 
-Rows of ``keys`` and ``values`` are ordered by (batch row, KV head, position); ``cu_seqlens`` marks where the segment of
-each (row, head) begins. Other kinds of storage (quantized rows, pages) can take this object's place behind the layer.
+A pair has columns: those in which a storage holds its key and its value, its position, and its score where it carries
+one. They are ordered by (batch row, KV head, position); ``cu_seqlens`` marks where the segment of each (row, head)
+begins. All columns travel together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from kvzip_press.cache.storage import Attended, ModelDtype, Storage
 from kvzip_press.kernels import ragged_pack
+
+POSITIONS, SCORES = "positions", "scores"
 
 
 @dataclass(frozen=True)
@@ -20,22 +24,20 @@ class PackedPairs:
     """The kept key/value pairs of one layer.
 
     Attributes:
-        keys: ``[total_kept, head_dim]``, model dtype, keys after RoPE at their original positions.
-        values: ``[total_kept, v_head_dim]``, model dtype.
-        positions: ``[total_kept]``, int32, the position of each pair in its own row (padding not counted).
+        columns: ``[total_kept, ...]`` each: the storage's own, "positions" (int32, the position of each pair in its own
+            row, padding not counted) and, where pairs may be evicted by it later, "scores" (fp32, what each pair got
+            when it was read).
         cu_seqlens: ``[num_rows * num_heads + 1]``, int32, starts at 0 and ends at ``total_kept``.
         num_heads: KV heads of the layer.
-        scores: ``[total_kept]``, fp32, what each pair got when it was read; None where nothing is evicted later by it.
-        pool: The storage of all layers that these tensors are views of, which changes while a model writes; None where
+        storage: What the columns of keys and values are.
+        pool: The pool of all layers that these tensors are views of, which changes while a model writes; None where
             they are their own, and frozen.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    positions: torch.Tensor
+    columns: Mapping[str, torch.Tensor]
     cu_seqlens: torch.Tensor
     num_heads: int
-    scores: torch.Tensor | None = None
+    storage: Storage
     pool: Any = None
 
     @classmethod
@@ -46,8 +48,10 @@ class PackedPairs:
         keep: torch.Tensor,
         positions: torch.Tensor,
         scores: torch.Tensor | None = None,
+        *,
+        storage: type[Storage] = ModelDtype,
     ) -> PackedPairs:
-        """Copies the pairs where ``keep`` is True into storage of exactly their size.
+        """Copies the pairs where ``keep`` is True into memory of exactly their size.
 
         Args:
             keys: ``[batch, num_heads, n, head_dim]``.
@@ -55,9 +59,36 @@ class PackedPairs:
             keep: ``[batch, num_heads, n]``, bool.
             positions: ``[batch, n]``, int32.
             scores: ``[batch, num_heads, n]``, fp32, to be kept with the pairs.
+            storage: How they are stored.
         """
-        carried = None if scores is None else scores[keep]
-        return cls(*ragged_pack.pack(keys, values, keep, positions), num_heads=keys.shape[1], scores=carried)
+        kind = storage.of(keys, values)
+        columns = _dense_columns(kind, keys, values, positions, scores)
+        packed = ragged_pack.pack(tuple(columns.values()), keep)
+        return cls(dict(zip(columns, packed.columns, strict=True)), packed.cu_seqlens, keys.shape[1], kind)
+
+    @classmethod
+    def joined(cls, parts: Sequence[PackedPairs]) -> PackedPairs:
+        """A copy with the rows of all parts one after another; the parts have the same heads, storage and columns."""
+        ends = torch.stack([part.cu_seqlens[-1] for part in parts]).cumsum(0)
+        starts = torch.nn.functional.pad(ends, (1, 0))
+        bounds = [part.cu_seqlens[:-1] + start for part, start in zip(parts, starts, strict=False)]
+        columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
+        return cls(columns, torch.cat([*bounds, ends[-1:]]).int(), parts[0].num_heads, parts[0].storage)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """The position of each pair in its own row, ``[total_kept]``, int32."""
+        return self.columns[POSITIONS]
+
+    @property
+    def scores(self) -> torch.Tensor | None:
+        """What each pair got when it was read, ``[total_kept]``, fp32; None where nothing is evicted later by it."""
+        return self.columns.get(SCORES)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pairs are."""
+        return self.cu_seqlens.device
 
     @property
     def num_rows(self) -> int:
@@ -70,30 +101,34 @@ class PackedPairs:
         return self.cu_seqlens.diff().view(self.num_rows, self.num_heads)
 
     @property
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Everything that this object holds in memory."""
-        return self.keys, self.values, self.positions, self.cu_seqlens
+    def pair_bytes(self) -> int:
+        """Bytes of a pair, all its columns counted."""
+        return sum(column.shape[1:].numel() * column.element_size() for column in self.columns.values())
 
     @property
-    def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values."""
-        return self.keys, self.values
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything that this object holds in memory."""
+        return *self.columns.values(), self.cu_seqlens
+
+    def attend(
+        self, query: torch.Tensor, tail_keys: torch.Tensor | None, tail_values: torch.Tensor | None, **options: Any
+    ) -> Attended:
+        """Exact attention to these pairs and a dense tail behind them: see :meth:`Storage.attend`."""
+        return self.storage.attend(query, self.columns, self.cu_seqlens, tail_keys, tail_values, **options)
 
     def frozen(self) -> PackedPairs:
-        """These pairs in storage that nobody writes into: themselves, or a copy of what lies in a pool."""
+        """These pairs in memory that nobody writes into: themselves, or a copy of what lies in a pool."""
         if self.pool is None:
             return self
-        keys, values, positions, cu_seqlens = (tensor.clone() for tensor in self.tensors)
-        scores = None if self.scores is None else self.scores.clone()
-        return PackedPairs(keys, values, positions, cu_seqlens, self.num_heads, scores)
+        columns = {name: column.clone() for name, column in self.columns.items()}
+        return replace(self, columns=columns, cu_seqlens=self.cu_seqlens.clone(), pool=None)
 
-    def row(self, row: int) -> PackedPairs:
-        """One batch row, as views."""
-        bounds = self.cu_seqlens[row * self.num_heads : (row + 1) * self.num_heads + 1]
-        start, end = int(bounds[0]), int(bounds[-1])
-        return PackedPairs(
-            self.keys[start:end], self.values[start:end], self.positions[start:end], bounds - start, self.num_heads
-        )
+    def to(self, device: torch.device) -> PackedPairs:
+        """These pairs on a device: themselves where they are there already."""
+        if self.device == device:
+            return self
+        columns = {name: column.to(device) for name, column in self.columns.items()}
+        return replace(self, columns=columns, cu_seqlens=self.cu_seqlens.to(device), pool=None)
 
     def head_positions(self, row: int, head: int) -> torch.Tensor:
         """Positions kept by one head, ascending, ``[kept]``, int32."""
@@ -107,17 +142,25 @@ class PackedPairs:
         """
         starts = self.cu_seqlens[row * self.num_heads : (row + 1) * self.num_heads].long()
         index = starts[:, None] + torch.arange(count, device=starts.device)
-        return self.keys[index].unsqueeze(0), self.values[index].unsqueeze(0)
+        return self.storage.decode({name: column[index].unsqueeze(0) for name, column in self.columns.items()})
+
+    def rows_between(self, start: int, stop: int, cu_seqlens: torch.Tensor, pool: Any) -> PackedPairs:
+        """Pairs ``start`` to ``stop`` as views, which are the segments ``cu_seqlens``, from 0 on."""
+        columns = {name: column[start:stop] for name, column in self.columns.items()}
+        return replace(self, columns=columns, cu_seqlens=cu_seqlens, pool=pool)
+
+    def emptied(self, num_rows: int) -> PackedPairs:
+        """No pairs, of the same kind, in ``num_rows`` rows."""
+        columns = {name: column.new_empty(0, *column.shape[1:]) for name, column in self.columns.items()}
+        return replace(
+            self, columns=columns, cu_seqlens=self.cu_seqlens.new_zeros(num_rows * self.num_heads + 1), pool=None
+        )
 
     def select_rows(self, rows: Iterable[int]) -> PackedPairs:
         """A copy that holds the given batch rows, in their order."""
-        index = torch.as_tensor(list(rows), dtype=torch.int64, device=self.keys.device)
-        selected = ragged_pack.select_rows(*self.tensors, index, self.num_heads)
-        if self.scores is None:
-            return PackedPairs(*selected, num_heads=self.num_heads)
-        column = self.scores.unsqueeze(-1)
-        scores = ragged_pack.select_rows(column, column, *self.tensors[2:], index, self.num_heads).keys.squeeze(-1)
-        return PackedPairs(*selected, num_heads=self.num_heads, scores=scores)
+        index = torch.as_tensor(list(rows), dtype=torch.int64, device=self.device)
+        own = ragged_pack.Packed(tuple(self.columns.values()), self.cu_seqlens)
+        return self._replaced(self.columns, ragged_pack.select_rows(own, index, self.num_heads))
 
     def merge(
         self,
@@ -136,13 +179,23 @@ class PackedPairs:
             positions: ``[num_rows, t]``, int32.
             keep: ``[num_rows, num_heads, t]``, bool.
             kept: ``[total_kept]``, bool, which of these pairs stay; None for all.
-            scores: ``[num_rows, num_heads, t]``, fp32, of the tail, where these pairs have scores too.
+            scores: ``[num_rows, num_heads, t]``, fp32, of the tail; without them these pairs lose theirs.
         """
-        merged = ragged_pack.merge(*self.tensors, keys, values, positions, keep, keep_context=kept)
-        if self.scores is None or scores is None:
-            return PackedPairs(*merged, num_heads=self.num_heads)
-        column, new = self.scores.unsqueeze(-1), scores.unsqueeze(-1)
-        carried = ragged_pack.merge(
-            column, column, *self.tensors[2:], new, new, positions, keep, keep_context=kept
-        ).keys.squeeze(-1)
-        return PackedPairs(*merged, num_heads=self.num_heads, scores=carried)
+        tail = _dense_columns(self.storage, keys, values, positions, None if self.scores is None else scores)
+        own = ragged_pack.Packed(tuple(self.columns[name] for name in tail), self.cu_seqlens)
+        return self._replaced(tail, ragged_pack.merge(own, tuple(tail.values()), keep, keep_context=kept))
+
+    def _replaced(self, names: Iterable[str], packed: ragged_pack.Packed) -> PackedPairs:
+        columns = dict(zip(names, packed.columns, strict=True))
+        return replace(self, columns=columns, cu_seqlens=packed.cu_seqlens, pool=None)
+
+
+def _dense_columns(
+    storage: Storage, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, scores: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """All columns of a dense span, ``[batch, num_heads, n, ...]``."""
+    columns = storage.encode(keys, values)
+    columns[POSITIONS] = positions.unsqueeze(1).expand(keys.shape[:3])
+    if scores is not None:
+        columns[SCORES] = scores
+    return columns

@@ -1,23 +1,24 @@
-"""The pairs of all compressed layers in one storage, so that they can compete while a model writes.
+"""The pairs of all compressed layers in one place, so that they can compete while a model writes.
 
 With a budget over all layers, how many pairs a layer keeps changes at every eviction, and how many there are in all
-does not. So the layers are views of one storage that is written in place: a captured decode step finds it where it
-was, and one merge and one selection serve all layers at once.
+does not. So the layers are views of one set of columns that is written in place: a captured decode step finds it where
+it was, and one merge serves all layers at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from kvzip_press.budget.policy import Policy
+from kvzip_press.budget.scores import Scores
+from kvzip_press.budget.selection import select
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
-from kvzip_press.cache.tail import BLOCK, Tail
-from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
-
-ALLOCATIONS = ("global", "layer", "head")
+from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
 
 
 class PairPool:
@@ -39,18 +40,7 @@ class PairPool:
     def __init__(self, layers: Sequence[RaggedLayer]) -> None:
         _check(layers)
         self.num_layers, self.batch_size = len(layers), layers[0].batch_size
-        parts = [layer.packed for layer in layers]
-        ends = torch.stack([part.cu_seqlens[-1] for part in parts]).cumsum(0)
-        starts = torch.nn.functional.pad(ends, (1, 0))
-        cu_seqlens = [part.cu_seqlens[:-1] + start for part, start in zip(parts, starts, strict=False)]
-        self.packed = PackedPairs(
-            keys=torch.cat([part.keys for part in parts]),
-            values=torch.cat([part.values for part in parts]),
-            positions=torch.cat([part.positions for part in parts]),
-            cu_seqlens=torch.cat([*cu_seqlens, ends[-1:]]).int(),
-            num_heads=parts[0].num_heads,
-            scores=torch.cat([part.scores for part in parts if part.scores is not None]),
-        )
+        self.packed = PackedPairs.joined([layer.packed for layer in layers])
 
     @classmethod
     def of(cls, layers: Sequence[RaggedLayer]) -> PairPool:
@@ -59,31 +49,20 @@ class PairPool:
         known = isinstance(pool, cls) and all(layer.packed.pool is pool for layer in layers)
         return pool if known else cls(layers)
 
-    def evict(
-        self,
-        layers: Sequence[RaggedLayer],
-        due: torch.Tensor,
-        *,
-        budget: int,
-        window_size: int,
-        allocation: str,
-    ) -> None:
-        """Merges the layers' tails into the pool and cuts rows to their budget, their protected pairs included.
+    def evict(self, layers: Sequence[RaggedLayer], due: torch.Tensor, *, policy: Policy, window_size: int) -> None:
+        """Merges the layers' tails into the pool and cuts rows as a policy says, their protected pairs included.
 
-        The first tokens that no head has lost stay, and the last ``window_size`` as far as the budget goes; of the rest
-        the best of a row ("global"), of each of its layers ("layer") or of each of its heads ("head"), those of equal
-        score by lower position, then layer, then head. The tails are empty afterwards.
+        The first tokens that no head has lost stay, and the last ``window_size``; of the rest those that win under the
+        policy, which are exactly those that a prefill would keep of the same scores. The tails are empty afterwards.
 
         Args:
             layers: The layers that the pool was made of, with the tokens since.
             due: Bool ``[batch]``, the rows that are cut.
-            budget: Tokens' worth of pairs that a row keeps: ``budget * heads`` of each layer on average.
+            policy: How much a row keeps, all that it holds counted, and how its pairs compete.
             window_size: Last tokens that every head keeps.
-            allocation: One of ``ALLOCATIONS``.
 
         Raises:
             CacheMismatchError: A token of a tail has no score.
-            InvalidArgumentError: The protected first tokens leave no room.
         """
         tails = [layer.tail for layer in layers]
         scores = torch.stack([tail.scores for tail in tails if tail.scores is not None]).flatten(0, 1)
@@ -93,103 +72,92 @@ class PairPool:
                 "expected every token since the context to be read inside `with press(model):`, which scores it, got "
                 "some that were read outside of it"
             )
-        room = budget - max(layers[0].n_protected)
-        if room < 1:
-            raise InvalidArgumentError(
-                f"expected a budget of more than the {max(layers[0].n_protected)} protected first tokens, got {budget}"
-            )
-        kept = _Selection(self, layers[0].n_protected, ends, min(window_size, room - 1)).keep(
-            scores, positions, valid, due, budget, allocation
-        )
-        n_packed = self.packed.keys.shape[0]
+        pairs = self._all_pairs(scores, valid, positions)
+        kept = pairs.alive.clone()
+        for row in due.nonzero()[:, 0].tolist():
+            safe = (layers[0].n_protected[row], int(ends[row]) - window_size)
+            pairs.cut(kept, row, safe, policy)
         keys, values = (
             torch.stack([getattr(tail, name) for tail in tails]).flatten(0, 1) for name in ("keys", "values")
         )
-        every = positions.repeat(self.num_layers, 1)
+        every, n_packed = positions.repeat(self.num_layers, 1), self.packed.positions.numel()
         self._put(self.packed.merge(keys, values, every, kept[n_packed:].view_as(scores), kept[:n_packed], scores))
-        self._hand_out(layers, positions.shape[1], ends)
+        self._hand_out(layers)
 
-    def _put(self, new: PackedPairs) -> None:
-        """Takes the new pairs, in the storage that is there where they fit it."""
-        old = self.packed
-        if new.keys.shape != old.keys.shape:
-            self.packed = new
-            return
-        assert new.scores is not None and old.scores is not None
-        for place, tensor in zip((*old.tensors, old.scores), (*new.tensors, new.scores), strict=True):
-            place.copy_(tensor)
-
-    def _hand_out(self, layers: Sequence[RaggedLayer], n_columns: int, ends: torch.Tensor) -> None:
-        packed = self.packed
+    def _all_pairs(self, scores: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor) -> _Pairs:
+        """The packed pairs, and behind them the columns of all tails ``[rows, heads, n]``."""
+        packed, shape = self.packed, scores.shape
         assert packed.scores is not None
-        n_segments = self.batch_size * packed.num_heads
-        bounds = packed.cu_seqlens[::n_segments].tolist()
-        segments = packed.cu_seqlens.unfold(0, n_segments + 1, n_segments)
-        segments = segments - segments[:, :1]
-        context_ends = tuple(ends.tolist())
-        for layer, start, stop, cu_seqlens in zip(layers, bounds, bounds[1:], segments, strict=False):
-            whole = layer.tail.padding is None
-            layer.packed = PackedPairs(
-                packed.keys[start:stop], packed.values[start:stop], packed.positions[start:stop], cu_seqlens,
-                packed.num_heads, packed.scores[start:stop], self,
-            )  # fmt: skip
-            layer.n_context += n_columns
-            layer.context_ends = context_ends
-            layer.n_padding = layer.n_padding if whole else (-1,) * self.batch_size
-            layer.tail.truncate(0)
-
-
-class _Selection:
-    """Which pairs of a pool and of the tails behind it stay; all are in one row, the pool's first."""
-
-    def __init__(self, pool: PairPool, n_protected: tuple[int, ...], ends: torch.Tensor, window_size: int) -> None:
-        self.pool, self.ends, self.window_size = pool, ends, window_size
-        self.n_protected = torch.tensor(n_protected, device=ends.device)
-
-    def keep(
-        self,
-        scores: torch.Tensor,
-        positions: torch.Tensor,
-        valid: torch.Tensor,
-        due: torch.Tensor,
-        budget: int,
-        allocation: str,
-    ) -> torch.Tensor:
-        """Bool ``[pairs]``."""
-        packed, heads = self.pool.packed, self.pool.packed.num_heads
-        assert packed.scores is not None
-        n_columns = scores.shape[-1]
-        of_segments = torch.arange(scores.shape[0] * heads, device=scores.device)
-        lengths = packed.cu_seqlens.diff().long()
-        segment = torch.cat([
-            of_segments.repeat_interleave(lengths, output_size=packed.keys.shape[0]),
-            of_segments.repeat_interleave(n_columns),
-        ])  # fmt: skip
-        row = segment // heads % self.pool.batch_size
+        segments = torch.arange(shape[0] * packed.num_heads, device=scores.device)
+        own = segments.repeat_interleave(packed.cu_seqlens.diff().long(), output_size=packed.positions.numel())
 
         def of_tails(columns: torch.Tensor) -> torch.Tensor:
-            return columns.repeat(self.pool.num_layers, 1).unsqueeze(1).expand(-1, heads, -1).flatten()
+            return columns.repeat(self.num_layers, 1).unsqueeze(1).expand(shape).flatten()
 
-        position = torch.cat([packed.positions, of_tails(positions)]).long()
-        alive = torch.cat([torch.ones_like(packed.positions, dtype=torch.bool), of_tails(valid)])
-        protected = (position < self.n_protected[row]) | (position >= self.ends[row] - self.window_size)
-        value = torch.cat([packed.scores, scores.flatten()])
-        value = value.masked_fill(protected, torch.inf).masked_fill(~alive, -torch.inf)
-        layer = segment // (heads * self.pool.batch_size)
-        pools = {"global": row, "layer": layer * self.pool.batch_size + row, "head": segment}[allocation]
-        size = budget * heads * {"global": self.pool.num_layers, "layer": 1, "head": 0}[allocation] or budget
-        return alive & (protected | ~due[row] | (_rank(pools, value, position) < size))
+        return _Pairs(
+            segment=torch.cat([own, segments.repeat_interleave(shape[2])]),
+            position=torch.cat([packed.positions, of_tails(positions)]),
+            score=torch.cat([packed.scores, scores.flatten()]),
+            alive=torch.cat([torch.ones_like(packed.positions, dtype=torch.bool), of_tails(valid)]),
+            shape=(self.num_layers, self.batch_size, packed.num_heads),
+        )
+
+    def _put(self, new: PackedPairs) -> None:
+        """Takes the new pairs, in the memory that is there where they fit it."""
+        old = self.packed
+        if new.positions.shape != old.positions.shape:
+            self.packed = new
+            return
+        for place, tensor in zip(old.tensors, new.tensors, strict=True):
+            place.copy_(tensor)
+
+    def _hand_out(self, layers: Sequence[RaggedLayer]) -> None:
+        n_segments = self.batch_size * self.packed.num_heads
+        bounds = self.packed.cu_seqlens[::n_segments].tolist()
+        segments = self.packed.cu_seqlens.unfold(0, n_segments + 1, n_segments)
+        segments = segments - segments[:, :1]
+        for layer, start, stop, cu_seqlens in zip(layers, bounds, bounds[1:], segments, strict=False):
+            layer.take(self.packed.rows_between(start, stop, cu_seqlens, self))
 
 
-def _rank(pools: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The place of each pair among those of its pool, from 0: by higher value, then lower position, then as given."""
-    order = positions.argsort(stable=True)
-    order = order[values[order].argsort(descending=True, stable=True)]
-    order = order[pools[order].argsort(stable=True)]
-    sizes = torch.bincount(pools)
-    before = sizes.cumsum(0) - sizes
-    rank = torch.empty_like(order)
-    return rank.scatter_(0, order, torch.arange(len(order), device=order.device) - before[pools[order]])
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs one after another, however they are stored.
+
+    Attributes:
+        segment: int64 ``[pairs]``, which (layer, row, head) each belongs to.
+        position: int32.
+        score: fp32.
+        alive: Bool, False at padding.
+        shape: Layers, rows, heads.
+    """
+
+    segment: torch.Tensor
+    position: torch.Tensor
+    score: torch.Tensor
+    alive: torch.Tensor
+    shape: tuple[int, int, int]
+
+    def cut(self, kept: torch.Tensor, row: int, safe: tuple[int, int], policy: Policy) -> None:
+        """Marks in ``kept`` what one row keeps, of which positions before ``safe[0]`` and from ``safe[1]`` on stay.
+
+        The pairs are laid out as the scores of a span are, with a column for each position that any head holds, so that
+        the code that spends a prefill's budget spends this one.
+        """
+        layers, batch, heads = self.shape
+        mine = ((self.segment // heads % batch == row) & self.alive).nonzero()[:, 0]
+        segment = self.segment[mine]
+        head = segment // (heads * batch) * heads + segment % heads
+        columns, column = self.position[mine].unique(return_inverse=True)
+        size = (layers * heads, columns.numel())
+        values = self.score.new_zeros(size).index_put_((head, column), self.score[mine])
+        alive = torch.zeros_like(values, dtype=torch.bool).index_put_((head, column), self.alive[mine])
+        protected = ((columns < safe[0]) | (columns >= safe[1]))[None]
+        spans = [x.view(layers, 1, heads, -1) for x in (values, alive)]
+        scores, among = (dict(enumerate(span)) for span in spans)
+        every = torch.ones_like(protected)
+        keep = select(Scores(scores, protected, policy, protected_count=True), every, among=among)
+        kept[mine] = torch.stack(list(keep.values())).view(size)[head, column]
 
 
 def _columns(layer: RaggedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -203,13 +171,12 @@ def _columns(layer: RaggedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 def _check(layers: Sequence[RaggedLayer]) -> None:
     def shape(layer: RaggedLayer) -> tuple[Any, ...]:
-        packed = layer.packed
-        return packed.num_rows, packed.num_heads, packed.keys.shape[1], packed.values.shape[1], packed.keys.device
+        return layer.packed.num_rows, layer.packed.num_heads, layer.packed.storage, layer.packed.device
 
     if any(layer.packed.scores is None for layer in layers):
         raise CacheMismatchError(
             "expected pairs that carry scores, to be evicted while the model writes: a cache that a press with "
-            "decoding=True has compressed, in memory ever since, got one without scores"
+            "decoding=True has compressed, got one without scores"
         )
     if len({shape(layer) for layer in layers}) > 1 or any(layer.row_index is not None for layer in layers):
         raise UnsupportedCacheError(
@@ -223,10 +190,3 @@ def held_tokens(layers: Sequence[RaggedLayer]) -> torch.Tensor:
     packed = torch.stack([layer.packed.seqlens for layer in layers]).long().sum(dim=(0, 2))
     heads = len(layers) * layers[0].packed.num_heads
     return (packed + heads - 1) // heads + layers[0].n_tail_tokens
-
-
-def give_back_room(layers: Sequence[RaggedLayer], n_tokens: int) -> None:
-    """Frees the buffers of empty tails that hold more than ``n_tokens`` need."""
-    for layer in layers:
-        if layer.tail.tensors and layer.tail.tensors[0].shape[2] > -(-n_tokens // BLOCK) * BLOCK:
-            layer.tail = Tail(scored=True)

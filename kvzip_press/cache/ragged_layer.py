@@ -15,8 +15,7 @@ from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.tail import Tail
 from kvzip_press.cache.tail_mask import tail_mask
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
-from kvzip_press.kernels.ragged_attention import ragged_attention
-from kvzip_press.model.structure import layer_fingerprint
+from kvzip_press.model.identity import layer_fingerprint
 
 
 class RaggedLayer(compat.CacheLayerMixin):
@@ -30,6 +29,7 @@ class RaggedLayer(compat.CacheLayerMixin):
             elsewhere, so that layers which do not know it (sliding ones) cannot be asked about the row.
         context_ends: For each packed row, the position after its context.
         module: The attention module that made the keys and values; the layer refuses any other.
+        row_index: Batch row -> packed row, int64 ``[batch]``; None for the identity.
     """
 
     is_sliding = False
@@ -46,12 +46,13 @@ class RaggedLayer(compat.CacheLayerMixin):
         n_padding: tuple[int, ...],
         context_ends: tuple[int, ...],
         module: nn.Module,
+        row_index: torch.Tensor | None = None,
     ) -> None:
         self.packed = packed
         self.n_context = n_context
         self.n_protected, self.n_padding, self.context_ends = n_protected, n_padding, context_ends
         self.tail = Tail(scored=packed.scores is not None)
-        self.row_index: torch.Tensor | None = None  # batch row -> packed row; None is the identity
+        self.row_index = row_index
         self.fingerprint = layer_fingerprint(module)
         self._known_module = weakref.ref(module)
 
@@ -85,7 +86,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         """What :meth:`update` does, for new tokens whose first ``padding`` ``[batch]`` columns are padding."""
         if self.get_seq_length() == 0:
             self._empty(key_states.shape[0])  # by reset(): any batch may begin
-        expected = (self.batch_size, self.packed.num_heads, self.packed.keys.dtype, self.packed.keys.device)
+        expected = (self.batch_size, self.packed.num_heads, self.packed.storage.dtype, self.packed.device)
         given = (key_states.shape[0], key_states.shape[1], key_states.dtype, key_states.device)
         if given != expected:
             raise CacheMismatchError(f"expected keys with (batch, heads, dtype, device) = {expected}, got {given}")
@@ -126,12 +127,12 @@ class RaggedLayer(compat.CacheLayerMixin):
         self.n_context, self.tail = 0, Tail(scored=self.packed.scores is not None)
 
     def _empty(self, num_rows: int) -> None:
-        self.packed, self.row_index = _empty_like(self.packed, num_rows), None
+        self.packed, self.row_index = self.packed.emptied(num_rows), None
         self.n_protected = self.n_padding = self.context_ends = (0,) * num_rows
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search: batch row i goes on as row ``beam_idx[i]`` did. The packed context is shared, not copied."""
-        index = beam_idx.to(self.packed.keys.device)
+        index = beam_idx.to(self.packed.device)
         self.row_index = self._rows()[index]
         self.tail.select_rows(index)
 
@@ -141,7 +142,7 @@ class RaggedLayer(compat.CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps only the given batch rows, and frees the context of the others."""
-        rows = self._rows()[indices.to(self.packed.keys.device)].tolist()
+        rows = self._rows()[indices.to(self.packed.device)].tolist()
         self.n_protected = tuple(self.n_protected[row] for row in rows)
         self.n_padding = tuple(self.n_padding[row] for row in rows)
         self.context_ends = tuple(self.context_ends[row] for row in rows)
@@ -162,6 +163,16 @@ class RaggedLayer(compat.CacheLayerMixin):
         return self.packed.num_rows if self.row_index is None else self.row_index.numel()
 
     max_batch_size = batch_size
+
+    @property
+    def blank_token(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A key and a value of every row and head, ``[batch, num_heads, 1, head_dim]``, of any content."""
+        packed, size = self.packed, (self.batch_size, self.packed.num_heads, 1)
+        keys, values = (
+            torch.empty(1, 1, 1, dim, dtype=packed.storage.dtype, device=packed.device).expand(*size, -1)
+            for dim in (packed.storage.head_dim, packed.storage.v_head_dim)
+        )
+        return keys, values
 
     @property
     def next_positions(self) -> torch.Tensor:
@@ -185,7 +196,7 @@ class RaggedLayer(compat.CacheLayerMixin):
     @property
     def n_tail_tokens(self) -> torch.Tensor:
         """Tokens of each batch row since the context, int64 ``[batch]``."""
-        return torch.full((self.batch_size,), self.tail.length, device=self.packed.keys.device) - self._tail_padding
+        return torch.full((self.batch_size,), self.tail.length, device=self.packed.device) - self._tail_padding
 
     @property
     def _tail_padding(self) -> torch.Tensor | int:
@@ -193,7 +204,7 @@ class RaggedLayer(compat.CacheLayerMixin):
 
     def _by_batch_row(self, numbers: tuple[int, ...]) -> torch.Tensor:
         """Numbers of packed rows as int64 ``[batch]``, on the layer's device."""
-        return torch.tensor(numbers, device=self.packed.keys.device)[self._rows()]
+        return torch.tensor(numbers, device=self.packed.device)[self._rows()]
 
     def attend(
         self,
@@ -220,11 +231,8 @@ class RaggedLayer(compat.CacheLayerMixin):
         mask = tail_mask(
             attention_mask, query_length=query.shape[2], tail_length=self.tail.length, padding=self.tail.padding
         )
-        output = ragged_attention(
+        output = self.packed.attend(
             query,
-            self.packed.keys,
-            self.packed.values,
-            self.packed.cu_seqlens,
             self.tail.keys,
             self.tail.values,
             row_index=self.row_index,
@@ -246,6 +254,20 @@ class RaggedLayer(compat.CacheLayerMixin):
             )
         self._known_module = weakref.ref(module)
 
+    def take(self, packed: PackedPairs) -> None:
+        """Holds ``packed`` from now on, in the place of its pairs and of its tail, whose tokens are context now."""
+        whole = self.tail.padding is None
+        self.n_padding = self.n_padding if whole else (-1,) * self.batch_size
+        self.context_ends = tuple(self.next_positions.tolist())
+        self.n_context += self.tail.length
+        self.packed = packed
+        self.tail.truncate(0)
+
+    def move_to(self, device: torch.device) -> None:
+        """Moves everything that the layer holds; what forks share with it stays where it is."""
+        self.packed, self.tail = self.packed.to(device), self.tail.to(device)
+        self.row_index = None if self.row_index is None else self.row_index.to(device)
+
     def fork(self) -> RaggedLayer:
         """A layer that shares the packed context and has its own copy of the tail."""
         twin = copy.copy(self)
@@ -256,28 +278,15 @@ class RaggedLayer(compat.CacheLayerMixin):
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Every tensor the layer holds."""
-        scores = () if self.packed.scores is None else (self.packed.scores,)
-        return *self.packed.tensors, *scores, *self.tail.tensors
+        return *self.packed.tensors, *self.tail.tensors
 
     @property
     def dense_bytes(self) -> int:
         """Bytes that an uncompressed layer would hold for the tokens seen."""
-        per_token = self.packed.keys.shape[1] * self.packed.keys.element_size()
-        per_token += self.packed.values.shape[1] * self.packed.values.element_size()
-        return self.batch_size * self.packed.num_heads * self.get_seq_length() * per_token
+        pairs = self.batch_size * self.packed.num_heads * self.get_seq_length()
+        return pairs * self.packed.storage.dense_pair_bytes
 
     def _rows(self) -> torch.Tensor:
         if self.row_index is not None:
             return self.row_index
-        return torch.arange(self.packed.num_rows, device=self.packed.keys.device)
-
-
-def _empty_like(packed: PackedPairs, num_rows: int) -> PackedPairs:
-    return PackedPairs(
-        packed.keys.new_empty(0, packed.keys.shape[1]),
-        packed.values.new_empty(0, packed.values.shape[1]),
-        packed.positions.new_empty(0),
-        packed.cu_seqlens.new_zeros(num_rows * packed.num_heads + 1),
-        packed.num_heads,
-        None if packed.scores is None else packed.scores.new_empty(0),
-    )
+        return torch.arange(self.packed.num_rows, device=self.packed.device)

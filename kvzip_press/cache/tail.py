@@ -78,6 +78,18 @@ class Tail:
             self.padding = padding if self.padding is None else self.padding + padding
         self.length = end
 
+    def put_scores(self, scores: torch.Tensor, first: int, where: torch.Tensor | None = None) -> None:
+        """Gives tokens their scores.
+
+        Args:
+            scores: fp32 ``[batch, num_heads, n]``.
+            first: The column of the first of them.
+            where: Bool, of a shape that broadcasts to theirs, False where what is there stays; None for nowhere.
+        """
+        assert self.scores is not None
+        place = self.scores[:, :, first : first + scores.shape[2]]
+        place.copy_(scores if where is None else torch.where(where, scores, place))
+
     def reserve(self, n_tokens: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Makes room for ``n_tokens`` more tokens at once, so that nothing moves while they are written.
 
@@ -117,6 +129,19 @@ class Tail:
             grown[:, :, : self.length] = buffer[:, :, : self.length]
         return grown
 
+    def wrote(self, n_tokens: int) -> None:
+        """Counts tokens that somebody else has written behind what is there: see :meth:`reserve`."""
+        self.length += n_tokens
+
+    def give_back_room(self, n_tokens: int) -> None:
+        """Frees the buffers of an empty tail that hold more than ``n_tokens`` need."""
+        if not self.length and self._keys is not None and self._keys.shape[2] > -(-n_tokens // BLOCK) * BLOCK:
+            self._keys = self._values = self._scores = None
+
+    def to(self, device: torch.device) -> Tail:
+        """The tail on a device, its live tokens without the room behind them; itself where it is there already."""
+        return self if all(tensor.device == device for tensor in self.tensors) else self._copied(device)
+
     def truncate(self, length: int) -> None:
         """Forgets every column from ``length`` on; the buffer stays."""
         self.length = min(self.length, length)
@@ -155,10 +180,14 @@ class Tail:
 
     def copy(self) -> Tail:
         """An independent tail with the same content."""
+        return self._copied(None)
+
+    def _copied(self, device: torch.device | None) -> Tail:
+        """On a device; None for where it is."""
         tail = Tail(scored=self.scored)
         if self.keys is not None and self.values is not None and self.length:
-            tail.append(self.keys, self.values)
+            tail.append(self.keys.to(device), self.values.to(device))
             if tail.scores is not None and self.scores is not None:
                 tail.scores.copy_(self.scores)
-        tail.padding = self.padding
+        tail.padding = self.padding if self.padding is None else self.padding.to(device)
         return tail

@@ -181,7 +181,7 @@ def _print_answers(
     from rich.progress import track
     from rich.table import Table
 
-    from kvzip_press.decoding.generation import answer
+    from kvzip_press.decoding.answering import answer
 
     table = Table("question", *caches, show_lines=True)
     for question in track(questions, description="answering", transient=True):

@@ -1,53 +1,101 @@
 """Eviction while a model writes: the cache stays within a budget however long the answer is.
 
-Hidden states of the tokens read are buffered; once a buffer is full their pairs are scored. When the cache exceeds its
-budget by a buffer, the worst pairs of all go (Fast KVzip, https://arxiv.org/abs/2601.17668), and survivors keep the
-score they got. Scores stay with the cache's layers; what is here is of the forwards that run, one cache at a time.
+Two parts that know nothing of each other are composed: a scorer says what pairs are worth
+(:mod:`kvzip_press.decoding.scorer`), a schedule when a row is cut, and to how much. Scores stay with the cache's
+layers; what is here is of the forwards that run, one cache at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
+from kvzip_press.budget.allocators import Allocation
+from kvzip_press.budget.amount import Tokens
+from kvzip_press.budget.policy import Policy
 from kvzip_press.cache.padded_block import BlockLayer
-from kvzip_press.cache.padding import visible_columns
-from kvzip_press.cache.pair_pool import PairPool, give_back_room, held_tokens
+from kvzip_press.cache.pair_pool import PairPool, held_tokens
 from kvzip_press.cache.ragged_layer import RaggedLayer
-from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
+from kvzip_press.decoding.scorer import DecodeScorer, Layers
+from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.model.structure import text_decoder
 
-Score = Callable[[int, torch.Tensor], torch.Tensor]
-"""``(layer_idx, hidden_states [batch, n, hidden_size]) -> [batch, num_key_value_heads, n]``, fp32."""
 
-
-class DecodeEviction:
-    """Keeps caches within a budget while forwards read one token or more.
+@dataclass(frozen=True)
+class Schedule:
+    """When a row is cut, and to how much.
 
     A row that comes to hold ``budget + buffer`` tokens' worth of pairs (on average over its heads) is cut to
     ``budget``, whatever the other rows hold; it holds more only while a forward of several tokens runs.
 
     Args:
-        score: Scores the pairs of some tokens.
-        budget: Tokens' worth of pairs that stay.
-        buffer: Tokens between two evictions; the last so many stay in every head.
-        allocation: How pairs compete, see :class:`kvzip_press.cache.pair_pool.PairPool`.
+        budget: Tokens' worth of pairs that stay, more than the buffer.
+        buffer: Tokens between two evictions; the last so many stay in every head, as far as the budget goes.
+
+    Raises:
+        InvalidArgumentError: A budget or a buffer out of range.
     """
 
-    def __init__(self, score: Score, *, budget: int, buffer: int, allocation: str) -> None:
-        self.score, self.budget, self.buffer, self.allocation = score, budget, buffer, allocation
+    budget: int
+    buffer: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.buffer < self.budget:
+            raise InvalidArgumentError(
+                f"expected a buffer of 1 or more tokens and a budget of more, got buffer={self.buffer} and "
+                f"budget={self.budget}"
+            )
+
+    @property
+    def limit(self) -> int:
+        """Tokens' worth of pairs at which a row is cut."""
+        return self.budget + self.buffer
+
+    def window(self, n_protected: int) -> int:
+        """Last tokens that every head keeps, where the first ``n_protected`` stay anyway.
+
+        Raises:
+            InvalidArgumentError: These leave no room.
+        """
+        room = self.budget - n_protected
+        if room < 1:
+            raise InvalidArgumentError(
+                f"expected a budget of more than the {n_protected} protected first tokens, got {self.budget}"
+            )
+        return min(self.buffer, room - 1)
+
+
+class DecodeEviction:
+    """Keeps caches within a budget while forwards read one token or more.
+
+    Args:
+        scorer: Scores the pairs that are written.
+        schedule: When pairs are evicted, and how many stay.
+        allocation: How pairs compete for the budget.
+    """
+
+    def __init__(self, scorer: DecodeScorer, schedule: Schedule, allocation: Allocation) -> None:
+        self.scorer, self.schedule = scorer, schedule
+        self.policy = Policy(Tokens(schedule.budget), allocation)
         self.in_static_step = False
         self._reading = 0  # tokens of the forward that runs
-        self._layers: dict[int, RaggedLayer] = {}  # of the cache that was read last
+        self._layers: Layers = {}  # of the cache that was read last
         self._padding: torch.Tensor | None = None  # of the block that is read
-        self._states: dict[int, torch.Tensor] = {}  # [batch, 1, hidden_size] of the token that is read
-        self._hidden: torch.Tensor | None = None  # [layers, batch, buffer, hidden_size] of tokens without a score
-        self._slot: torch.Tensor | None = None  # int64 [1], where the next one goes, on the device
-        self._first, self._n_pending = 0, 0  # the column of the first of them in the tail, and how many there are
         self._n_columns, self._n_left = 0, 0  # tokens behind the packed pairs, and those until pairs are evicted
-        self._block: dict[int, torch.Tensor] = {}  # scores of a forward of several tokens
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """While open, the model's forwards are seen, and decode steps of ours find this eviction by the model."""
+        with ExitStack() as stack:
+            stack.callback(self.finish)
+            stack.enter_context(self.scorer.watching(model))
+            stack.callback(text_decoder(model).register_forward_hook(self.leave, always_call=True).remove)
+            yield
 
     # What a forward does --------------------------------------------------------------------------------------------
 
@@ -60,84 +108,60 @@ class DecodeEviction:
                 f"writes, got one without ({len(layers)} compressed layers)"
             )
         self._follow(layers)
-        if n_tokens > 1 or next(iter(layers.values())).batch_size != self._batch_size:
-            self._flush()
-        self._reading, self._block = n_tokens, {}
-
-    def look(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
-        """Sees what enters the attention of a layer."""
-        if self._reading > 1:
-            self._block[layer_idx] = self.score(layer_idx, hidden_states)
-        elif self._reading or self.in_static_step:
-            self._states[layer_idx] = hidden_states
+        self._reading = n_tokens
+        self.scorer.begin(layers, n_tokens)
 
     def end(self) -> bool:
         """The forward is over. Returns whether pairs were evicted."""
         n_tokens, self._reading = self._reading, 0
         if n_tokens == 1:
-            self._advance()
+            self.scorer.seen()
             return self.written()
-        for layer_idx, scores in self._block.items():
-            columns = self._layers[layer_idx].tail.scores
-            assert columns is not None
-            old = columns[:, :, -n_tokens:]
-            token = torch.ones_like(scores, dtype=torch.bool)
-            if self._padding is not None:  # over a row's padding its earlier tokens have moved, with their scores
-                token &= visible_columns(self._padding.to(scores.device), n_tokens).unsqueeze(1)
-            old.copy_(torch.where(token, scores, old))
-        self._block = {}
+        self.scorer.read(self._layers, n_tokens, self._padding)
         self._n_left -= n_tokens
         return self._evict_if_due()
 
+    def leave(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        """Forgets a forward that raised before its end."""
+        if not self.in_static_step:
+            self.abandon()
+
     def abandon(self) -> None:
         """No forward runs; the last one may have raised."""
-        self._reading, self._block, self._states = 0, {}, {}
+        self._reading = 0
+        self.scorer.abandon()
 
     def finish(self) -> None:
         """Scores what is pending: nothing is lost when the model is no longer watched."""
         self.abandon()
         if self._layers:
-            self._forget_what_was_cut()
-            self._flush()
-
-    def _advance(self) -> None:
-        """Puts the hidden states of a token in the buffer, those of all layers at once, and moves on: on the device."""
-        states = torch.stack(list(self._states.values()))
-        layers, batch, _, hidden_size = states.shape
-        if self._hidden is None or self._hidden.shape[1] != batch:
-            self._hidden = states.new_empty(layers, batch, self.buffer, hidden_size)
-        if self._slot is None:
-            self._slot = torch.full((1,), self._n_pending, device=states.device)
-        self._hidden.index_copy_(2, self._slot, states)
-        self._slot.add_(1)
-        self._states = {}
+            self.scorer.cut_to(self._layers)
+            self.scorer.settle(self._layers)
 
     def written(self) -> bool:
-        """One more token is in the tails, its hidden states in the buffer. Returns whether pairs were evicted."""
-        if self._n_pending == 0:
-            self._first = self._length - 1
-        self._n_pending += 1
+        """One more token is in the tails, and the scorer has seen it. Returns whether pairs were evicted."""
+        self.scorer.written(self._layers)
         self._n_left -= 1
-        if self._n_pending == self.buffer or self._n_left <= 0:
-            self._flush()
         return self._evict_if_due()
 
     # Static steps ---------------------------------------------------------------------------------------------------
 
     @contextmanager
     def static_step(self) -> Iterator[None]:
-        """While open, a decode step of one token over static layers: it only writes hidden states."""
+        """While open, a decode step of one token over static layers runs, which only shows the scorer its token."""
         self.in_static_step = True
+        self.scorer.begin(self._layers, 1)
         try:
             yield
-            self._advance()
+            self.scorer.seen()
         finally:
+            self.scorer.abandon()
             self.in_static_step = False
 
     def restart_static_steps(self, cache: Any) -> None:
         """The next static step is the first behind ``cache``; what was run on trial did not count."""
         self._follow(_ragged_layers(cache)[0])
-        self._settle()
+        self.scorer.cut_to(self._layers)
 
     def tokens_to_eviction(self, cache: Any) -> int:
         """How many tokens can be read, one by one, until pairs are evicted."""
@@ -147,62 +171,45 @@ class DecodeEviction:
     # ----------------------------------------------------------------------------------------------------------------
 
     @property
-    def _any(self) -> RaggedLayer:
-        return next(iter(self._layers.values()))
-
-    @property
     def _length(self) -> int:
-        return self._any.tail.length
+        return next(iter(self._layers.values())).tail.length
 
-    @property
-    def _batch_size(self) -> int:
-        return self._any.batch_size if self._hidden is None else self._hidden.shape[1]
-
-    def _follow(self, layers: dict[int, RaggedLayer]) -> None:
+    def _follow(self, layers: Layers) -> None:
         """Turns to a cache; what is pending of another is scored first, what was cut off since is forgotten."""
         is_same = bool(self._layers) and all(layers.get(i) is layer for i, layer in self._layers.items())
         if self._layers and not is_same:
-            self._forget_what_was_cut()
-            self._flush()
-        if len(devices := {layer.packed.keys.device for layer in layers.values()}) > 1:
+            self.scorer.cut_to(self._layers)
+            self.scorer.settle(self._layers)
+        if len(devices := {layer.packed.device for layer in layers.values()}) > 1:
             raise UnsupportedCacheError(
                 f"expected a model on one device to evict while it writes, got layers on {sorted(map(str, devices))}"
             )
         self._layers = layers
         if is_same and self._length == self._n_columns:
             return
-        self._forget_what_was_cut()
-        self._n_left = max(self.budget + self.buffer - int(held_tokens(list(layers.values())).max()), 1)
-
-    def _forget_what_was_cut(self) -> None:
-        self._n_pending = max(min(self._n_pending, self._length - self._first), 0)
-        self._settle()
-
-    def _flush(self) -> None:
-        """Scores the tokens in the buffer."""
-        if self._n_pending:
-            columns = slice(self._first, self._first + self._n_pending)
-            assert self._hidden is not None
-            for hidden, (layer_idx, layer) in zip(self._hidden, self._layers.items(), strict=True):
-                assert layer.tail.scores is not None
-                layer.tail.scores[:, :, columns] = self.score(layer_idx, hidden[:, : self._n_pending])
-        self._n_pending = 0
-        self._settle()
-
-    def _settle(self) -> None:
-        if self._slot is not None:
-            self._slot.fill_(self._n_pending)
+        self.scorer.cut_to(layers)
+        self._n_left = max(self.schedule.limit - int(held_tokens(list(layers.values())).max()), 1)
 
     def _evict_if_due(self) -> bool:
         self._n_columns = self._length
         if self._n_left > 0:
             return False
-        layers: Sequence[RaggedLayer] = list(self._layers.values())
-        due = held_tokens(layers) >= self.budget + self.buffer
-        PairPool.of(layers).evict(layers, due, budget=self.budget, window_size=self.buffer, allocation=self.allocation)
-        give_back_room(layers, self.buffer)
-        self._n_columns, self._n_left = 0, self.budget + self.buffer - int(held_tokens(layers).max())
+        self.scorer.settle(self._layers)
+        layers = list(self._layers.values())
+        due = held_tokens(layers) >= self.schedule.limit
+        window_size = self.schedule.window(max(layers[0].n_protected))
+        PairPool.of(layers).evict(layers, due, policy=self.policy, window_size=window_size)
+        for layer in layers:
+            layer.tail.give_back_room(self.schedule.buffer)
+        self._n_columns, self._n_left = 0, self.schedule.limit - int(held_tokens(layers).max())
         return True
+
+
+def decode_eviction_in(model: nn.Module) -> DecodeEviction | None:
+    """What evicts while the model writes, inside ``with press(model):`` of a press that does; else None."""
+    hooks = text_decoder(model)._forward_hooks.values()  # noqa: SLF001  # torch has no public name for them
+    found = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((eviction for eviction in found if isinstance(eviction, DecodeEviction)), None)
 
 
 def _ragged_layers(cache: Any) -> tuple[dict[int, RaggedLayer], torch.Tensor | None]:

@@ -7,6 +7,7 @@ counts both up. The layers stand in for those of a cache during the capture only
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from kvzip_press.attention.stand_in_layer import ForwardLayer
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.padding import visible_columns
 from kvzip_press.cache.ragged_layer import RaggedLayer
-from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.kernels.tail_append import tail_append
 
 
@@ -109,11 +109,8 @@ class StaticLayer(ForwardLayer):
         softcap: float | None,
     ) -> torch.Tensor:
         """Attention of one token a row to all frozen pairs and all live rows of the buffer that are no padding."""
-        output = ragged_attention(
+        output = self.packed.attend(
             query,
-            self.packed.keys,
-            self.packed.values,
-            self.packed.cu_seqlens,
             self.keys,
             self.values,
             row_index=self.row_index,
@@ -151,14 +148,8 @@ class SlidingRing:
 
     def static_layer(self, place: Place) -> StaticLayer:
         """The layer of a decode step over the ring."""
-        batch, heads, _, head_dim = self.keys.shape
-        nothing = PackedPairs(
-            self.keys.new_empty(0, head_dim),
-            self.values.new_empty(0, self.values.shape[3]),
-            torch.empty(0, dtype=torch.int32, device=self.keys.device),
-            torch.zeros(batch * heads + 1, dtype=torch.int32, device=self.keys.device),
-            heads,
-        )
+        nobody = torch.zeros(self.keys.shape[:3], dtype=torch.bool, device=self.keys.device)
+        nothing = PackedPairs.pack(self.keys, self.values, nobody, nobody[:, 0].int())
         return StaticLayer(
             self.keys, self.values, place, nothing, row_index=None, n_seen=self.n_seen, visible=self.visible
         )
@@ -199,8 +190,7 @@ class StaticCache:
             self._rings.append(ring)
             return ring.static_layer(self._place(ring.n_seen, ring.size, ring.keys.device))
         packed = layer.packed if layer.packed.pool is None else self._in_pool(layer)
-        one = (x.new_empty(1, 1, 1, x.shape[1]).expand(layer.batch_size, packed.num_heads, 1, -1) for x in packed.pairs)
-        keys, values = layer.tail.reserve(n_tokens, *one)
+        keys, values = layer.tail.reserve(n_tokens, *layer.blank_token)
         place = self._place(layer.tail.length, None, keys.device)
         padding = layer.tail.padding
         visible = None if padding is None else visible_columns(padding, keys.shape[2])
@@ -211,7 +201,7 @@ class StaticCache:
         whole, n_segments = layer.packed.pool.packed, layer.packed.cu_seqlens.numel() - 1
         first = self._ragged.index(layer) * n_segments
         bounds = whole.cu_seqlens[first : first + n_segments + 1]
-        return PackedPairs(whole.keys, whole.values, whole.positions, bounds, whole.num_heads, pool=layer.packed.pool)
+        return replace(whole, cu_seqlens=bounds, pool=layer.packed.pool)
 
     def follows_eviction(self) -> bool:
         """Goes on behind tails that an eviction has emptied; False where it moved pairs to other memory."""
@@ -239,7 +229,7 @@ class StaticCache:
     def count(self, n_steps: int) -> None:
         """Tells the ragged layers that ``n_steps`` tokens were written into their tails."""
         for layer in self._ragged:
-            layer.tail.length += n_steps
+            layer.tail.wrote(n_steps)
 
     def write_back(self, n_steps: int) -> None:
         """Tells the sliding layers what ``n_steps`` steps wrote into their rings."""
@@ -260,7 +250,7 @@ def reason_against(cache: Any) -> str | None:
     ragged = [layer for layer in layers if isinstance(layer, RaggedLayer)]
     if not ragged:
         return "the cache has no ragged layer"
-    if len({(layer.tail.length, layer.packed.keys.device) for layer in ragged}) > 1:
+    if len({(layer.tail.length, layer.packed.device) for layer in ragged}) > 1:
         return "the ragged layers of the cache lie on several devices or differ in length"
     others = [layer for layer in layers if not isinstance(layer, RaggedLayer)]
     odd = next((layer for layer in others if type(layer) is not compat.DynamicSlidingWindowLayer), None)

@@ -16,12 +16,12 @@ import torch
 
 from kvzip_press import compat
 from kvzip_press.attention.implementation import attach, attention_forward, attention_replaced, masks_left_out
-from kvzip_press.decoding.eviction import DecodeEviction
+from kvzip_press.decoding.eviction import DecodeEviction, decode_eviction_in
 from kvzip_press.decoding.forward import forward, next_positions, read
 from kvzip_press.decoding.static_layers import StaticCache, reason_against
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model.structure import input_device, layer_index, text_decoder
-from kvzip_press.session import decode_eviction_in
+from kvzip_press.model.devices import input_device
+from kvzip_press.model.structure import layer_index, text_decoder
 
 if TYPE_CHECKING:
     from torch import nn

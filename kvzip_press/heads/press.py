@@ -10,10 +10,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from kvzip_press.budget.allocators import Decided
+from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
+from kvzip_press.cache.compressible import compressible_layers, heads_and_device
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.heads.scores import HeadScores
-from kvzip_press.prefilling.eviction import compressible_layers, heads_and_device
 from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import Press
 
@@ -72,6 +74,10 @@ class HeadPress(Press):
         assert isinstance(self.scores, HeadScores)
         return self.scores.check(model)
 
+    def requires(self, model: nn.Module) -> None:
+        """Raises InvalidArgumentError where there are no scores for a model, or they do not fit it."""
+        self.head_scores(model)
+
     def score(self, prefill: Prefill) -> Scores:
         """Decided counts: all of the row for a head that is kept, the ends for the others, whose pairs come first.
 
@@ -88,7 +94,7 @@ class HeadPress(Press):
             assert heads == len(kept), "HeadScores.check has compared them"
             layers[layer_idx] = ends.to(device, torch.float32).unsqueeze(1).expand(-1, heads, -1)
             counts[layer_idx] = torch.where(kept.to(free.device), n_free, n_ends).to(device)
-        return Scores(layers, protected, self.compression_ratio, "head", counts=counts)
+        return Scores(layers, protected, Policy(self.amount, Decided(per_head=counts)))
 
     def _ends(self, prefill: Prefill) -> torch.Tensor:
         """``[batch, span]``, bool: the first and the last tokens of each row, wherever its padding is."""

@@ -1,7 +1,8 @@
-"""What ties files made for a model (scores of heads, gates) to it: its shape, and a sketch of its weights."""
+"""What ties caches and files to the model that they were made for: its shape, and a sample of its weights."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvzip_press.errors import UnsupportedModelError
 from kvzip_press.model.structure import full_attention_layers, text_config
 
 SHAPE = ("model_type", "num_hidden_layers", "num_key_value_heads", "hidden_size", "vocab_size")
@@ -72,3 +74,36 @@ def _key_norm(module: nn.Module) -> torch.Tensor:
         if isinstance(weight, torch.Tensor) and weight.is_floating_point():
             return torch.linalg.vector_norm(weight, dtype=torch.float32)
     return torch.stack([p.detach().float().norm() for p in module.parameters()]).norm()
+
+
+def layer_fingerprint(module: nn.Module) -> str:
+    """A short digest of an attention module's place, shape and a sample of its weights.
+
+    Keys and values only make sense to the weights that made them, so a cache is tied to this, not to the config alone.
+    Quantized weights count as they are stored, scales and packed buffers among them.
+
+    Raises:
+        UnsupportedModelError: Weights that are nowhere to be read.
+    """
+    digest = hashlib.sha256(f"{type(module).__name__}:{module.layer_idx}".encode())
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            sample = _in_memory(module, name, tensor).detach().reshape(-1)[:64]
+            if sample.element_size() == 1:  # fp8, int8 and packed weights: bytes, whatever they stand for
+                sample = sample.view(torch.uint8)
+            digest.update(f"{name}:{tuple(tensor.shape)}".encode() + sample.to(torch.float32).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _in_memory(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A weight's values, also where accelerate has put them away and left a tensor on "meta" in their place."""
+    if tensor.device.type != "meta":
+        return tensor
+    owner, _, leaf = name.rpartition(".")
+    offloaded: Any = getattr(getattr(module.get_submodule(owner), "_hf_hook", None), "weights_map", None)
+    if offloaded is None:
+        raise UnsupportedModelError(
+            f"expected weights in memory, or offloaded by accelerate, got {type(module).__name__}.{name} on meta"
+        )
+    values: torch.Tensor = offloaded[leaf]
+    return values

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from kvzip_press.errors import UnsupportedModelError
+from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
 
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -93,20 +91,6 @@ def text_config(model: nn.Module) -> Any:
     return text_decoder(model).config
 
 
-def input_device(model: Any) -> torch.device:
-    """Where a model's token ids go: the device that its embedding computes on, wherever its weights rest."""
-    return execution_device(model.get_input_embeddings())
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """The device that a module computes on: what its offloading hook says (accelerate), or where its weights are."""
-    for part in module.modules():
-        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(chain(module.parameters(), module.buffers())).device  # packed weights are buffers
-
-
 def dense_weight(linear: Any, like: torch.Tensor) -> torch.Tensor:
     """The matrix that a linear layer multiplies with, fp32 ``[out_features, in_features]``, whatever it is stored as.
 
@@ -123,39 +107,6 @@ def dense_weight(linear: Any, like: torch.Tensor) -> torch.Tensor:
     little = torch.full_like(unit[:1], 2.0**-14)
     columns: torch.Tensor = linear(unit + little) - linear(little)  # without the bias
     return columns.float().T
-
-
-def layer_fingerprint(module: nn.Module) -> str:
-    """A short digest of an attention module's place, shape and a sample of its weights.
-
-    Keys and values only make sense to the weights that made them, so a cache is tied to this, not to the config alone.
-    Quantized weights count as they are stored, scales and packed buffers among them.
-
-    Raises:
-        UnsupportedModelError: Weights that are nowhere to be read.
-    """
-    digest = hashlib.sha256(f"{type(module).__name__}:{module.layer_idx}".encode())
-    for name, tensor in module.state_dict().items():
-        if isinstance(tensor, torch.Tensor):
-            sample = _in_memory(module, name, tensor).detach().reshape(-1)[:64]
-            if sample.element_size() == 1:  # fp8, int8 and packed weights: bytes, whatever they stand for
-                sample = sample.view(torch.uint8)
-            digest.update(f"{name}:{tuple(tensor.shape)}".encode() + sample.to(torch.float32).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _in_memory(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A weight's values, also where accelerate has put them away and left a tensor on "meta" in their place."""
-    if tensor.device.type != "meta":
-        return tensor
-    owner, _, leaf = name.rpartition(".")
-    offloaded: Any = getattr(getattr(module.get_submodule(owner), "_hf_hook", None), "weights_map", None)
-    if offloaded is None:
-        raise UnsupportedModelError(
-            f"expected weights in memory, or offloaded by accelerate, got {type(module).__name__}.{name} on meta"
-        )
-    values: torch.Tensor = offloaded[leaf]
-    return values
 
 
 def _attention_of(layer: nn.Module) -> nn.Module | None:
@@ -182,3 +133,16 @@ def _sliding_window(module: nn.Module) -> int | None:
     if window is None or window >= config.max_position_embeddings:
         return None
     return int(window)
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """How many positions a model was made for; None where its config names no limit."""
+    limit: int | None = getattr(text_config(model), "max_position_embeddings", None)
+    return limit
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Raises InvalidArgumentError for a context longer than the model's positions."""
+    limit = max_positions(model)
+    if limit is not None and length > limit:
+        raise InvalidArgumentError(f"expected a context within the model's {limit} positions, got {length} tokens")

@@ -7,6 +7,7 @@ at the end the whole is cut to its budget. So the cache never holds more than th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,13 +21,12 @@ from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import Context, chat_frame, context_rows
-from kvzip_press.model.structure import input_device, text_config
-from kvzip_press.prefilling.eviction import evicted_layers
-from kvzip_press.prefilling.whole import Prefill, check_length, compress, run_prefill
-from kvzip_press.press import Press
+from kvzip_press.model.devices import input_device
+from kvzip_press.model.structure import check_length, text_config
+from kvzip_press.prefilling.eviction import Span, evicted_layers
+from kvzip_press.prefilling.whole import Prefill, Scorer, compress, run_prefill
 
 CHUNK_SIZE, WINDOW_SIZE = 16384, 4096
-_POLICY = ("compression_ratio", "allocation", "budget", "layer_ratios", "safeguard", "min_kept_per_head")
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def compress_in_chunks(
     model: nn.Module,
     tokenizer: Any,
     context: Context,
-    press: Press,
+    press: Scorer,
     *,
     chunk_size: int = CHUNK_SIZE,
     window_size: int = WINDOW_SIZE,
@@ -67,7 +67,7 @@ def compress_in_chunks(
     if len(rows) != 1:
         raise InvalidArgumentError(f"expected one context to read in chunks, got {len(rows)}")
     ids = torch.tensor([[*frame.prefix, *rows[0]]], device=input_device(model))
-    check_length(text_config(model), ids.shape[1])
+    check_length(model, ids.shape[1])
     if ids.shape[1] <= chunk_size:
         return compress(model, tokenizer, rows[0], press)
     cache = compat.DynamicCache(config=text_config(model))
@@ -92,7 +92,7 @@ class _Reading:
     """
 
     model: nn.Module
-    press: Press
+    press: Scorer
     window_size: int
     rerank: bool
     cache: Any
@@ -116,7 +116,7 @@ class _Reading:
         asked = self._asked(new, is_last=is_last)
         seen = torch.ones_like(asked.protected)
         self.alive = select(asked, seen, among=self.alive, of_all=True)
-        self._evict(done)
+        self._evict(done, new.layers if new.carried else None)
 
     def _add(self, new: Scores) -> None:
         n = new.protected.shape[1]
@@ -143,11 +143,10 @@ class _Reading:
             0 if self.rerank else start - self.window_size
         )  # nothing more is evicted of what had left the window
         decided = (columns < n_decided) & ~self.sink
-        policy = {name: getattr(new, name) for name in _POLICY}
         protected = self.sink | recent | decided
-        return Scores(self.scores, protected, protected_count=charged | decided, **policy)
+        return Scores(self.scores, protected, new.policy, protected_count=charged | decided)
 
-    def _evict(self, done: Prefill) -> None:
+    def _evict(self, done: Prefill, carried: Mapping[int, torch.Tensor] | None) -> None:
         assert self.sink is not None
         start = done.start
         earlier = {
@@ -156,7 +155,8 @@ class _Reading:
             if isinstance(layer, RaggedLayer)
         }
         keep = {i: alive[:, :, start:] for i, alive in self.alive.items()}
-        for layer_idx, layer in evicted_layers(done, keep, self.sink[:, start:], earlier=earlier):
+        span = Span(done.valid, done.positions, self.sink[:, start:])
+        for layer_idx, layer in evicted_layers(self.model, self.cache, span, keep, earlier=earlier, scores=carried):
             self.cache.layers[layer_idx] = layer
 
 
@@ -172,5 +172,5 @@ def _leading(mask: torch.Tensor) -> torch.Tensor:
 def _of_pairs(layer: RaggedLayer, alive: torch.Tensor) -> torch.Tensor:
     """Bool ``[total]``: which of the packed pairs of the one row of a layer are among ``alive`` ``[1, heads, n]``."""
     packed = layer.packed
-    heads = torch.arange(packed.num_heads, device=packed.keys.device).repeat_interleave(packed.seqlens[0])
+    heads = torch.arange(packed.num_heads, device=packed.device).repeat_interleave(packed.seqlens[0])
     return alive[0, heads, packed.positions.long()]

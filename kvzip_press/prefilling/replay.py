@@ -19,11 +19,11 @@ from torch import nn
 from kvzip_press import compat
 from kvzip_press.attention.implementation import CacheView
 from kvzip_press.attention.stand_in_layer import ForwardLayer
+from kvzip_press.cache.compressible import compressible_layers
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
-from kvzip_press.kernels.ragged_attention import ragged_attention
-from kvzip_press.model.structure import attention_layers, text_decoder
-from kvzip_press.prefilling.eviction import compressible_layers, sliding_copy
+from kvzip_press.model.structure import attention_layers, max_positions, text_decoder
+from kvzip_press.prefilling.eviction import sliding_copy
 from kvzip_press.prefilling.mlp_slices import mlps_in_slices
 
 if TYPE_CHECKING:
@@ -57,17 +57,15 @@ class LayerSpan:
     visible: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, layer: Any, prefill: Prefill, row: int, n_sink: int) -> LayerSpan:
+    def of(cls, layer_idx: int, prefill: Prefill, row: int, n_sink: int) -> LayerSpan:
         """The span of a prefill in one layer; for a later turn the sink is that of the packed context."""
         columns = prefill.valid[row].nonzero()[:, 0]
         first, end = int(columns[0]), int(columns[-1]) + 1
+        keys, values = (x[row : row + 1, :, first:end] for x in prefill.pairs(layer_idx))
+        layer = prefill.cache.layers[layer_idx]
         if not isinstance(layer, RaggedLayer):
-            keys, values = (x[row : row + 1, :, first:end] for x in (layer.keys, layer.values))
             return cls(keys, values, keys[:, :, :n_sink], values[:, :, :n_sink])
-        tail_keys, tail_values = layer.tail.keys, layer.tail.values
-        assert tail_keys is not None and tail_values is not None
-        offset = tail_keys.shape[2] - prefill.valid.shape[1]
-        keys, values = (x[row : row + 1, :, offset + first : offset + end] for x in (tail_keys, tail_values))
+        offset = layer.tail.length - prefill.valid.shape[1]
         visible = torch.nn.functional.pad(prefill.valid[row].to(keys.device), (offset, 0), value=True)[None, None, None]
         if n_sink:
             return cls(keys, values, keys[:, :, :n_sink], values[:, :, :n_sink], layer, row, visible)
@@ -83,11 +81,8 @@ class LayerSpan:
         tail_keys, tail_values = layer.tail.keys, layer.tail.values
         assert tail_keys is not None and tail_values is not None
         assert self.visible is not None
-        attended = ragged_attention(
+        attended = layer.packed.attend(
             query,
-            layer.packed.keys,
-            layer.packed.values,
-            layer.packed.cu_seqlens,
             tail_keys[self.row : self.row + 1],
             tail_values[self.row : self.row + 1],
             row_index=index if layer.row_index is None else layer.row_index[index],
@@ -207,11 +202,11 @@ class Replay:
         self._look = look
         self._n_seen = prefill.start + prefill.valid.shape[1] - _left_padding(prefill, row)
         self._next_position = int(prefill.positions[row][prefill.valid[row]][-1]) + 1
-        self._limit = getattr(self._decoder.config, "max_position_embeddings", None)
+        self._limit = max_positions(prefill.model)
         self._device = prefill.valid.device
         layers = prefill.cache.layers
         compressible = compressible_layers(prefill.model, prefill.cache)
-        self._spans = {idx: LayerSpan.of(layers[idx], prefill, row, n_sink) for idx in compressible}
+        self._spans = {idx: LayerSpan.of(idx, prefill, row, n_sink) for idx in compressible}
         by_idx = {layer.layer_idx: layer for layer in attention_layers(prefill.model)}
         self._dense = {
             idx: _row_of(sliding_copy(layer, by_idx.get(idx)), row, self._n_seen)

@@ -3,30 +3,54 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from kvzip_press import compat
 from kvzip_press.attention.implementation import attach, attention_watched
+from kvzip_press.budget.allocators import Allocation
+from kvzip_press.budget.amount import Tokens
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
+from kvzip_press.cache.compressible import check_not_evicted, compressible_layers, heads_and_device, last_pairs
 from kvzip_press.cache.padding import left_padded
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.sliding_windows import windows_only
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import Context, chat_frame, context_rows
-from kvzip_press.model.structure import input_device, text_config, text_decoder
-from kvzip_press.prefilling.eviction import check_not_evicted, compressible_layers, evicted_layers, heads_and_device
+from kvzip_press.model.devices import input_device, synchronize
+from kvzip_press.model.structure import check_length, text_config, text_decoder
+from kvzip_press.prefilling.eviction import Span, evicted_layers
 from kvzip_press.prefilling.self_check import SelfCheck
-from kvzip_press.press import Observer, Press
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+class Observer(Protocol):
+    """Looks at one prefill forward as it runs, without touching it, and scores from what it saw."""
+
+    def __enter__(self) -> Observer: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def scores(self, prefill: Prefill) -> Scores:
+        """The scores of the prefill that was observed."""
+
+
+class Scorer(Protocol):
+    """What reading a context has to know of a press; hashable."""
+
+    def observer(self, model: nn.Module) -> Observer | None:
+        """What watches the prefill run, for a scorer that needs to see it; None otherwise."""
+
+    def score(self, prefill: Prefill) -> Scores:
+        """The scores of every pair of the prefill's span."""
 
 
 @dataclass
@@ -55,7 +79,7 @@ class Prefill:
     prefix_length: int | None = None
     tokenizer: Any = None
     seconds: float = 0.0
-    observers: dict[Press, Observer] = field(default_factory=dict)
+    observers: dict[Scorer, Observer] = field(default_factory=dict)
 
     @property
     def dense_bytes(self) -> int:
@@ -70,6 +94,20 @@ class Prefill:
             for heads, device in [heads_and_device(self.cache.layers[layer_idx])]
         }
 
+    def pairs(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the span in a layer that can be compressed: views, which must not be changed.
+
+        For a first turn, a later one and a chunk alike; what stands at padding is of any content.
+
+        Returns:
+            ``[batch, num_key_value_heads, span, head_dim]`` and ``[batch, num_key_value_heads, span, v_head_dim]``, in
+            the model's dtype, keys after RoPE.
+
+        Raises:
+            UnsupportedCacheError: They were evicted, in place.
+        """
+        return last_pairs(self.cache.layers[layer_idx], self.valid.shape[1])
+
     def protected(self, n_sink: int) -> torch.Tensor:
         """``[batch, span]``, bool: the chat-template prefix where it is known, the first ``n_sink`` tokens elsewhere.
 
@@ -79,7 +117,7 @@ class Prefill:
         rank = self.valid.long().cumsum(dim=-1) - 1
         return self.valid & (rank < n_protected)
 
-    def observed(self, press: Press) -> Observer:
+    def observed(self, press: Scorer) -> Observer:
         """The observer of a press: the one that watched, or a new one that watches the same tokens run again.
 
         Raises:
@@ -101,7 +139,7 @@ class Prefill:
             ``layer_idx -> [batch, num_key_value_heads]``, int64, protected pairs counted where ``scores`` count them;
             empty without such a budget, and for a first turn.
         """
-        if scores.budget is None or not self.start:
+        if not isinstance(scores.policy.amount, Tokens) or not self.start:
             return {}
         layers = {i: layer for i in scores.layers if isinstance(layer := self.cache.layers[i], RaggedLayer)}
         held = {}
@@ -117,7 +155,7 @@ class Prefill:
         self,
         scores: Scores,
         compression_ratio: float | None = None,
-        allocation: str | None = None,
+        allocation: str | Allocation | None = None,
         *,
         budget: int | None = None,
     ) -> RaggedCache:
@@ -126,7 +164,8 @@ class Prefill:
         Args:
             scores: What ``press.score(prefill)`` returned.
             compression_ratio: Fraction of pairs removed, in [0, 1); default the press's own.
-            allocation: "global", "layer", "head" or "adakv"; default the press's own.
+            allocation: "global", "layer", "head", "adakv" or an :class:`kvzip_press.budget.allocators.Allocation`;
+                default the press's own.
             budget: Instead of a ratio: tokens' worth of pairs kept, see :class:`kvzip_press.press.Press`.
 
         Raises:
@@ -136,14 +175,17 @@ class Prefill:
         """
         asked = self._checked(scores).asked_for(compression_ratio, allocation, budget)
         keep = select(asked, self.valid, held=self.held_pairs(asked))
-        layers = evicted_layers(self, keep, scores.protected, scores=_carried(scores))
-        return RaggedCache([layer for _, layer in layers])
+        return RaggedCache([layer for _, layer in self._evicted(asked, keep)])
 
     def evict_in_place(self, scores: Scores) -> None:
         """Replaces the layers of the cache itself, freeing each dense one before the next is packed."""
         keep = select(self._checked(scores), self.valid, held=self.held_pairs(scores))
-        for layer_idx, layer in evicted_layers(self, keep, scores.protected, scores=_carried(scores)):
+        for layer_idx, layer in self._evicted(scores, keep):
             self.cache.layers[layer_idx] = layer
+
+    def _evicted(self, scores: Scores, keep: Mapping[int, torch.Tensor]) -> Iterator[tuple[int, Any]]:
+        span = Span(self.valid, self.positions, scores.protected)
+        return evicted_layers(self.model, self.cache, span, keep, scores=scores.layers if scores.carried else None)
 
     def _checked(self, scores: Scores) -> Scores:
         expected = set(compressible_layers(self.model, self.cache))
@@ -156,12 +198,8 @@ class Prefill:
         return scores
 
 
-def _carried(scores: Scores) -> Mapping[int, torch.Tensor] | None:
-    return scores.layers if scores.carried else None
-
-
 def prefill(
-    model: nn.Module, tokenizer: Any, context: Context | Sequence[Context], *, observers: Sequence[Press] = ()
+    model: nn.Module, tokenizer: Any, context: Context | Sequence[Context], *, observers: Sequence[Scorer] = ()
 ) -> Prefill:
     """Reads a context once, framed by the model's chat template, ready for a question to follow it.
 
@@ -185,7 +223,7 @@ def prefill(
     return done
 
 
-def compress(model: nn.Module, tokenizer: Any, context: Context | Sequence[Context], press: Press) -> RaggedCache:
+def compress(model: nn.Module, tokenizer: Any, context: Context | Sequence[Context], press: Scorer) -> RaggedCache:
     """Reads a context and compresses it: a cache ready for many questions (see :func:`kvzip_press.answer`).
 
     Args:
@@ -205,7 +243,7 @@ def run_prefill(
     input_ids: torch.Tensor,
     valid: torch.Tensor,
     *,
-    observers: Sequence[Press] = (),
+    observers: Sequence[Scorer] = (),
     cache: Any = None,
 ) -> Prefill:
     """One forward of the decoder (no logits) over ``input_ids`` ``[batch, n]``, padding where not ``valid``.
@@ -215,7 +253,7 @@ def run_prefill(
     decoder, config = text_decoder(model), text_config(model)
     cache = compat.DynamicCache(config=config) if cache is None else cache
     start = int(cache.get_seq_length())
-    check_length(config, start + input_ids.shape[1])
+    check_length(model, start + input_ids.shape[1])
     attach(model)
     padded = not bool(valid.all())
     positions = start + (valid.long().cumsum(dim=-1) - 1).clamp(min=0)
@@ -238,16 +276,3 @@ def run_prefill(
     synchronize(input_ids.device)
     seconds = time.perf_counter() - begin
     return Prefill(model, cache, input_ids, valid, positions.int(), start, seconds=seconds, observers=watching)
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for a CUDA device, so that a wall clock tells the truth."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def check_length(config: Any, length: int) -> None:
-    """Raises InvalidArgumentError for a context longer than the model's positions."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise InvalidArgumentError(f"expected a context within the model's {limit} positions, got {length} tokens")

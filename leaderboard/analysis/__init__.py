@@ -1,1 +1,1 @@
-"""From rows to figures: pure functions."""
+"""Pure functions from rows to cells, comparisons, curves and maps."""

@@ -1,4 +1,4 @@
-"""One number a press: the area under its curve of accuracy over what is kept, and its score over the full cache's."""
+"""Summary numbers: the area under each press's accuracy curve, and scores relative to those of the full cache."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -30,14 +30,14 @@ class Areas:
 
 
 def areas_under_curves(cells: Sequence[Cell]) -> Areas | None:
-    """The area under each press's curve, over the range that all presses with all ratios were measured on.
+    """Returns the area under each press's curve, over the range shared by all presses that have every ratio.
 
-    A curve goes straight from each measured point to the next, and to the full cache, where there is one: a press that
-    removes nothing is the full cache. Nothing is extrapolated: the range begins at the largest of the presses' least
-    kept fractions and ends at the least of their largest. None where it is empty.
+    A curve joins measured points by straight lines and ends at the full cache, if there is one: a press that removes
+    nothing is the full cache. Nothing is extrapolated: the range begins at the largest of the presses' smallest kept
+    fractions and ends at the smallest of their largest. None if that range is empty.
 
     Args:
-        cells: Of one table, all tasks or one of them. Those whose kept fraction was not measured are left out.
+        cells: Cells of one table, for all tasks or for one. Those without a measured kept fraction are left out.
     """
     curves = _curves([cell for cell in cells if cell.kept_fraction is not None])
     most = max((len(points) for points in curves.values()), default=0)
@@ -50,7 +50,7 @@ def areas_under_curves(cells: Sequence[Cell]) -> Areas | None:
 
 
 def area_under_curve(points: Sequence[Point], low: float, high: float) -> float | None:
-    """The mean height of the curve through the points between `low` and `high`, by trapezoids.
+    """Returns the mean height between `low` and `high` of the curve through the points, by trapezoids.
 
     Args:
         points: Sorted, no two at the same place.
@@ -58,7 +58,7 @@ def area_under_curve(points: Sequence[Point], low: float, high: float) -> float 
         high: Where it ends.
 
     Returns:
-        None where the points do not reach over the range.
+        The mean height, or None if the points do not span the range.
 
     Raises:
         InvalidArgumentError: An empty range, or points that are not sorted.
@@ -76,13 +76,13 @@ def area_under_curve(points: Sequence[Point], low: float, high: float) -> float 
 
 
 def relative_performance(task_cells: Iterable[Cell]) -> dict[tuple[str, float], float]:
-    """For each press and ratio, the mean over tasks of its score over the full cache's.
+    """Returns, for each press and ratio, the mean over tasks of its score divided by the full cache's.
 
-    Tasks at which the full cache scores 0 are left out, as are presses and ratios that have no other task. Empty where
+    Tasks on which the full cache scores 0 are left out, as are presses and ratios that have no other task. Empty if
     there is no full cache.
 
     Args:
-        task_cells: Of one table, from `summarise_tasks`.
+        task_cells: Cells of one table, from `summarise_tasks`.
     """
     cells = list(task_cells)
     full = find_full(cells)
@@ -97,7 +97,7 @@ def relative_performance(task_cells: Iterable[Cell]) -> dict[tuple[str, float], 
 
 
 def _curves(cells: Sequence[Cell]) -> dict[str, list[Point]]:
-    """The points of each press but the full cache, whose point ends every curve; of equal places the better one."""
+    """Returns the points of each press but the full cache, whose point ends every curve; the best at equal places."""
     full = find_full(cells)
     ends = [(1.0, cell.accuracy) for cell in cells if cell.press == full]
     return {

@@ -1,4 +1,4 @@
-"""The two maps: what each head keeps, and where in a context of which length an answer is still found."""
+"""The two maps: how much each head keeps, and at which depths and context lengths an answer is still found."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
 
 N_DEPTHS = 10
-_SAME_LENGTH = 1.25  # contexts up to so many times as long as the shortest of their column stand in it
+_SAME_LENGTH = 1.25  # a column holds contexts up to this many times as long as its shortest
 
 
 @dataclass(frozen=True)
 class HeadMap:
-    """What each head keeps under a press at a ratio.
+    """The fraction that each head keeps under one press at one ratio.
 
     Attributes:
         press: The press's label.
         compression_ratio: Its ratio.
-        n_contexts: Over how many contexts the means are.
+        n_contexts: How many contexts the means are taken over.
         layers: The layers that were compressed.
         kept: ``[layer][kv head]``, mean kept fraction.
     """
@@ -40,7 +40,7 @@ class NeedleMap:
         task: The task.
         press: The press's label.
         compression_ratio: Its ratio.
-        lengths: Mean tokens of the contexts of each column; the columns are the same for all maps of a task.
+        lengths: Mean number of tokens of each column's contexts; all maps of a task have the same columns.
         scores: ``[tenth of the context][column]``, mean score; None where nothing was asked.
         counts: The questions behind each score.
     """
@@ -54,7 +54,7 @@ class NeedleMap:
 
 
 def head_maps(heads: Iterable[HeadBudgets]) -> list[HeadMap]:
-    """The map of each press and ratio, in the order of their first lines. Lines of one run."""
+    """Returns the map of each press and ratio, in the order of their first lines; all lines are from one run."""
     groups = split(heads, lambda budgets: (budgets.press, budgets.compression_ratio, budgets.layer_idx))
     return [
         HeadMap(
@@ -69,7 +69,7 @@ def head_maps(heads: Iterable[HeadBudgets]) -> list[HeadMap]:
 
 
 def needle_maps(rows: Iterable[Row]) -> list[NeedleMap]:
-    """The map of each task that says depths, each press and ratio. Rows of one table."""
+    """Returns a map for each press and ratio of each task that records depths; all rows are from one table."""
     return [
         needle_map
         for task in split((row for row in rows if _place(row) is not None), lambda row: row.task)
@@ -78,7 +78,7 @@ def needle_maps(rows: Iterable[Row]) -> list[NeedleMap]:
 
 
 def columns(lengths: Iterable[int]) -> list[int]:
-    """Lengths lie in clusters, about a wanted length each: the shortest of each."""
+    """Returns the shortest length of each cluster: lengths cluster around those that the run asked for."""
     starts: list[int] = []
     for length in sorted(lengths):
         if not starts or length > starts[-1] * _SAME_LENGTH:
@@ -110,7 +110,7 @@ def _maps_of_task(rows: Sequence[Row]) -> Iterator[NeedleMap]:
 
 
 def _place(row: Row) -> tuple[float, int] | None:
-    """The depth of what is asked for, in [0, 1], and the context's tokens; None for a row that does not say both."""
+    """Returns the needle's depth, in [0, 1], and the context's number of tokens; None if the row lacks either."""
     depth = row.tags.get("depth")
     if not isinstance(depth, int | float) or not 0 <= depth <= 1 or row.n_context_tokens is None:
         return None

@@ -1,4 +1,4 @@
-"""What every press is judged against, the full cache and KVzip, and the marks that tables and pages show of it."""
+"""Judges every press against the full cache and KVzip, and gives the marks that tables and pages show."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -22,11 +22,11 @@ _KVZIP = re.compile(
 
 @dataclass(frozen=True)
 class Judgement:
-    """How every cell of a table stands to the references.
+    """How every cell of a table compares with the references.
 
     Attributes:
-        full: The label of the full cache, None where the table has none.
-        kvzip: The label of KVzip, None where the table has none.
+        full: The label of the full cache, None if the table has none.
+        kvzip: The label of KVzip, None if the table has none.
         against_full: The comparisons with the full cache, by press and ratio.
         against_kvzip: The comparisons with KVzip at the same ratio.
     """
@@ -37,7 +37,7 @@ class Judgement:
     against_kvzip: Mapping[CellKey, Comparison] = field(default_factory=dict)
 
     def marks(self, press: str, compression_ratio: float) -> str:
-        """The marks of a cell, explained in `MARKS_CAPTION`; empty where nothing is significant."""
+        """Returns the marks of a cell, explained in `MARKS_CAPTION`; empty if nothing is significant."""
         key = press, compression_ratio
         full, kvzip = self.against_full.get(key), self.against_kvzip.get(key)
         below_full = full is not None and full.is_significant and full.difference < 0
@@ -46,10 +46,10 @@ class Judgement:
 
 
 def judge(rows: Iterable[Row], *, seed: int = 0, n_resamples: int = N_RESAMPLES) -> Judgement:
-    """Compare every cell of a table with the full cache and with KVzip.
+    """Compares every cell of a table with the full cache and with KVzip.
 
     Args:
-        rows: Of one table; those of one task for the judgement in that task.
+        rows: Rows of one table; only those of one task to judge the presses on that task.
         seed: As for `compare`.
         n_resamples: As for `compare`.
 
@@ -68,7 +68,7 @@ def judge(rows: Iterable[Row], *, seed: int = 0, n_resamples: int = N_RESAMPLES)
 
 
 def find_kvzip(rows: Iterable[Row]) -> str | None:
-    """The label of KVzip: "KVzip" itself, in any case, else the first of its variants ("KVzip (local replay)")."""
+    """Returns the label of KVzip: "KVzip" itself, case ignored, else its first variant ("KVzip (local replay)")."""
     labels = list(dict.fromkeys(row.press for row in rows))
     found = [label for label in labels if _KVZIP.match(label)]
     return next((label for label in found if label.lower() == "kvzip"), found[0] if found else None)

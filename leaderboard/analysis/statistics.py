@@ -1,9 +1,10 @@
-"""Is a press worse than the full cache, or is it luck? Paired comparisons over contexts. Pure functions of rows.
+"""Paired comparisons over contexts: is a press worse than the full cache, or is it chance? Pure functions of rows.
 
 The accuracy of a cell is a mean over tasks of a mean over contexts (`summary`). Two cells are compared on the questions
-that both answered: a number a context, the mean difference of its questions. The interval is from a bootstrap that
-draws contexts, each task's own; the p-value from changing the signs of the contexts' differences, which is exact
-however few there are (all sign patterns where they are fewer than the resamples). DESIGN.md says why.
+that both answered: each context gives one number, the mean difference over its questions. The interval comes from a
+bootstrap that draws contexts within each task; the p-value comes from flipping the signs of the contexts' differences,
+which is exact however few contexts there are (all sign patterns, if they are fewer than the resamples). DESIGN.md says
+why.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ N_RESAMPLES = 9999
 
 _Key = tuple[tuple[str, int, str], str]  # a context (its task first), and the id of a question about it
 _Scores = dict[_Key, float]
-_Differences = list[NDArray[np.float64]]  # a task each, one number a context
+_Differences = list[NDArray[np.float64]]  # one array per task, one number per context
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class Comparison:
         press: The press's label.
         compression_ratio: Its ratio.
         reference: The label of what it is compared with.
-        difference: Its accuracy less the reference's, over the questions that both answered.
-        interval: 95 % of the bootstrapped differences lie in it; None where a task has a single context.
-        p_value: Two-sided, of a difference at least so large if press and reference were as good.
-        adjusted_p_value: The same by Holm's method, over all comparisons that were made together.
+        difference: Its accuracy minus the reference's, over the questions that both answered.
+        interval: Holds 95 % of the bootstrapped differences; None if a task has a single context.
+        p_value: Two-sided, of a difference at least this large if press and reference were equally good.
+        adjusted_p_value: The same, adjusted by Holm's method for all comparisons that were made together.
         n_contexts: How many contexts both answered.
     """
 
@@ -52,24 +53,24 @@ class Comparison:
 
     @property
     def is_significant(self) -> bool:
-        """Whether the difference is no luck at 5 %, with all comparisons of the table counted."""
+        """Whether the difference is significant at 5 %, with all comparisons of the table counted."""
         return self.adjusted_p_value <= SIGNIFICANCE_LEVEL
 
 
 def compare(rows: Iterable[Row], reference: str, *, seed: int = 0, n_resamples: int = N_RESAMPLES) -> list[Comparison]:
-    """Every press at every ratio against the reference: at the same ratio, or at 0 where the reference removes nothing.
+    """Compares every press at every ratio with the reference at the same ratio, or at 0 if that removes nothing.
 
-    Cells that share no question with the reference are left out. The same rows give the same numbers, in any order and
-    beside any other cells.
+    Cells that share no question with the reference are left out. The same rows give the same numbers, whatever their
+    order and whichever other cells are there.
 
     Args:
-        rows: Of one table; those of one task for a comparison in that task.
+        rows: Rows of one table; only those of one task to compare presses on that task.
         reference: A press's label.
-        seed: Of the resampling.
-        n_resamples: Of bootstrap and of sign patterns.
+        seed: Seed of the resampling.
+        n_resamples: Number of bootstrap draws, and of sign patterns.
 
     Raises:
-        InvalidArgumentError: Rows of several tables, or the reference is none of their presses.
+        InvalidArgumentError: The rows are of several tables, or the reference is none of their presses.
         MissingDependencyError: scipy is absent.
     """
     cells = _scores_of_cells(one_table(rows))
@@ -91,7 +92,7 @@ def compare(rows: Iterable[Row], reference: str, *, seed: int = 0, n_resamples: 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment: the chance of any false mark among all of them stays below the level.
+    """Applies Holm's step-down adjustment, which keeps the chance of even one false mark below the level.
 
     The smallest of ``m`` values is multiplied by ``m``, the next by ``m - 1``, and so on; none becomes smaller than one
     before it, nor larger than 1.
@@ -105,10 +106,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def saturated_ratios(rows: Iterable[Row], *, seed: int = 0, n_resamples: int = N_RESAMPLES) -> list[float]:
-    """The ratios at which nothing tells the presses apart: no two of them differ, all pairs counted (Bonferroni).
+    """Returns the ratios at which nothing tells the presses apart: no two differ, all pairs counted (Bonferroni).
 
-    Either the presses are as good as each other there (the task is too easy, or too hard for all), or the contexts are
-    too few to see a difference. Ratio 0 and ratios with a single press are left out.
+    Either the presses are equally good there (the task is too easy, or too hard for all of them), or the contexts are
+    too few to show a difference. Ratio 0 and ratios with a single press are left out.
     """
     cells = _scores_of_cells(one_table(rows))
     return [
@@ -120,7 +121,7 @@ def saturated_ratios(rows: Iterable[Row], *, seed: int = 0, n_resamples: int = N
 
 
 def _all_tie(presses: Sequence[_Scores], seed: int, n_resamples: int) -> bool:
-    """The pairs that look most apart are tried first, so that a table that is not saturated costs one test a ratio."""
+    """Tests the pairs that look furthest apart first, so that an unsaturated ratio usually costs a single test."""
     pairs = [differences for one, other in combinations(presses, 2) if (differences := _differences(one, other))]
     pairs.sort(key=lambda differences: -abs(_mean(*differences)))
     return all(_p_value(pair, seed, n_resamples) * len(pairs) > SIGNIFICANCE_LEVEL for pair in pairs)
@@ -134,7 +135,7 @@ def _scores_of_cells(rows: Iterable[Row]) -> dict[tuple[str, float], _Scores]:
 
 
 def _differences(scores: Mapping[_Key, float], reference: Mapping[_Key, float]) -> _Differences:
-    """For each task, in a fixed order, the mean difference of each context's questions; none where none is shared."""
+    """Returns, per task in a fixed order, the mean difference of each context's questions; empty if none is shared."""
     shared = sorted(scores.keys() & reference.keys())
     tasks = split(split(shared, lambda key: key[0]), lambda context: context[0][0][0])
     return [
@@ -164,15 +165,15 @@ def _interval(differences: _Differences, seed: int, n_resamples: int) -> tuple[f
     rng = np.random.default_rng(seed)
     drawn = _scipy_stats().bootstrap(
         tuple(differences), _mean, n_resamples=n_resamples, batch=1000, method="percentile", rng=rng
-    )  # several samples are drawn each from itself: a stratum a task
+    )  # each sample is resampled from itself: one stratum per task
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
 def _p_value(differences: _Differences, seed: int, n_resamples: int) -> float:
-    """Of the sign test of the weighted differences: all tasks in one sample, a context weighted as in the mean."""
+    """Returns the sign test's p-value, for all tasks in one sample, each context weighted as it is in the mean."""
     weighted = np.concatenate([task / (len(task) * len(differences)) for task in differences])
     if len(weighted) < 2:
-        return 1.0  # both sign patterns are as far from zero
+        return 1.0  # both sign patterns are equally far from zero
     tested = _scipy_stats().permutation_test(
         (weighted,),
         np.sum,

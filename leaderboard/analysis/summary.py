@@ -1,4 +1,4 @@
-"""From rows to cells: what a table shows and a picture draws. Pure functions."""
+"""Pure functions from rows to cells, which tables show and pictures draw."""
 
 import math
 import statistics
@@ -15,12 +15,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Cell:
-    """One press at one ratio. Sizes and times are means over contexts, the answer's over questions.
+    """One press at one ratio. Sizes and times are means over contexts; those of answers are means over questions.
 
-    What no row says (rows of other programs know no sizes and times) is None.
+    A value that no row has is None (rows from other programs have no sizes and times).
 
     Attributes:
-        run_id: The run that its rows are of.
+        run_id: The run that its rows come from.
         model: The model's name.
         query_aware: Whether the questions were known when the contexts were compressed.
         task: The task, None for all of them.
@@ -29,11 +29,11 @@ class Cell:
         n_contexts: Contexts behind the numbers.
         n_questions: Answers behind the numbers.
         accuracy: Mean over the tasks of the mean over contexts of the mean over questions.
-        standard_error: Of the accuracy, from the spread between contexts, as questions of one context are not
-            independent; None where a task has a single context.
+        standard_error: Of the accuracy, from the spread between contexts, because questions about one context are not
+            independent; None if a task has a single context.
         kept_fraction: Measured.
         resident_bytes: Of the compressed cache.
-        prefill_seconds: The forward that all presses share.
+        prefill_seconds: The forward pass that all presses share.
         compress_seconds: Scoring and evicting.
         answer_seconds: Reading a question and writing its answer.
         ms_per_token: All answer seconds over all answer tokens, in milliseconds.
@@ -58,12 +58,12 @@ class Cell:
 
 
 def split_tables(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of each table: those of one run and one model, query-aware and query-agnostic ones apart."""
+    """Splits rows into tables: one per run and model, with query-aware and query-agnostic rows apart."""
     return split(rows, _table_of)
 
 
 def one_table(rows: Iterable[Row]) -> list[Row]:
-    """The rows as a list.
+    """Returns the rows as a list, once it is certain that they form one table.
 
     Raises:
         InvalidArgumentError: They belong to several tables (see `split_tables`), or a press answered the same question
@@ -83,10 +83,10 @@ def one_table(rows: Iterable[Row]) -> list[Row]:
 
 
 def summarise(rows: Iterable[Row]) -> list[Cell]:
-    """The cells of one table, presses in the order of their first row, ratios from small to large.
+    """Returns the cells of one table, presses in the order of their first row, ratios from small to large.
 
     Raises:
-        InvalidArgumentError: Rows of several tables, or repeated ones, see `one_table`.
+        InvalidArgumentError: The rows are of several tables, or some are repeated; see `one_table`.
     """
     rows = one_table(rows)
     order = {press: place for place, press in enumerate(dict.fromkeys(row.press for row in rows))}
@@ -98,7 +98,7 @@ def summarise(rows: Iterable[Row]) -> list[Cell]:
 
 
 def summarise_tasks(rows: Iterable[Row]) -> list[Cell]:
-    """The cells of each task alone, task by task in the order of their first rows. Raises as `summarise` does."""
+    """Returns the cells of each task alone, tasks in the order of their first rows. Raises as `summarise` does."""
     tasks = split(one_table(rows), lambda row: row.task)
     presses = dict.fromkeys(row.press for task in tasks for row in task)
     return [
@@ -112,7 +112,7 @@ def summarise_tasks(rows: Iterable[Row]) -> list[Cell]:
 
 
 def find_full(items: Iterable[Row] | Iterable[Cell]) -> str | None:
-    """The label that stands for the full cache: the first press that only has ratio 0. None where there is none."""
+    """Returns the label of the full cache: the first press that only has ratio 0. None if there is none."""
     ratios: dict[str, set[float]] = {}
     for item in items:
         ratios.setdefault(item.press, set()).add(item.compression_ratio)
@@ -120,18 +120,18 @@ def find_full(items: Iterable[Row] | Iterable[Cell]) -> str | None:
 
 
 def context_key(row: Row) -> tuple[str, int, str]:
-    """What names a context: questions of one context are not independent, and presses are compared on the same ones."""
+    """Identifies a row's context: questions about one context are not independent, and presses share contexts."""
     return row.task, row.seed, row.sample_id
 
 
 def stratified_mean(tasks: Sequence[Sequence[float]]) -> tuple[float, float | None]:
-    """The mean over tasks of the mean over contexts, and its standard error.
+    """Returns the mean over tasks of the mean over contexts, and its standard error.
 
-    The error is that of independent tasks, each with the variance of its contexts' mean: clustered by context. None
-    where a task has a single context.
+    The error treats tasks as independent, each with the variance of its contexts' mean: clustered by context. None if
+    a task has a single context.
 
     Args:
-        tasks: For each task a number a context.
+        tasks: For each task, one number per context.
     """
     variances = [statistics.variance(task) / len(task) if len(task) > 1 else math.nan for task in tasks]
     error = math.sqrt(sum(variances)) / len(variances)
@@ -139,7 +139,7 @@ def stratified_mean(tasks: Sequence[Sequence[float]]) -> tuple[float, float | No
 
 
 def split(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
-    """The items in groups of equal key, in the order of each key's first item."""
+    """Groups the items by key, in the order of each key's first item."""
     groups: dict[Hashable, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -147,7 +147,7 @@ def split(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
 
 
 def mean_of_known(values: Iterable[float | None]) -> float | None:
-    """The mean of those that are numbers; None where none is."""
+    """Returns the mean of the values that are not None; None if all are."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
 
@@ -162,7 +162,7 @@ def _cell(rows: Sequence[Row], task: str | None) -> Cell:
     accuracy, standard_error = stratified_mean(
         [[statistics.fmean(row.score for row in context) for context in contexts] for contexts in tasks]
     )
-    heads = [context[0] for context in contexts]  # what holds for a whole context is the same in all its rows
+    heads = [context[0] for context in contexts]  # values that belong to a whole context are the same in all its rows
     return Cell(
         run_id=rows[0].run_id,
         model=rows[0].model,

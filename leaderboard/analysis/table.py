@@ -1,4 +1,4 @@
-"""The table on the terminal: press x removed fraction."""
+"""The table on the terminal: one row per press and removed fraction."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,12 +15,12 @@ _CAPTION = (
 
 
 def results_table(cells: Sequence[Cell], title: str = "", marks: Mapping[CellKey, str] | None = None) -> Table:
-    """A table with a row a cell; without cells it has its head only, and says so below.
+    """Returns a table with one row per cell; without cells it is only a header, with a caption that says so.
 
     Args:
-        cells: From `summarise`, drawn in their order.
-        title: Stands above.
-        marks: What stands behind a cell's accuracy, by press and ratio, such as "†".
+        cells: From `summarise`, shown in their order.
+        title: Shown above the table.
+        marks: Shown behind a cell's accuracy, by press and ratio, such as "†".
     """
     marks = marks or {}
     caption = f"{_CAPTION} {MARKS_CAPTION}" if any(marks.values()) else _CAPTION
@@ -59,5 +59,5 @@ def _figures(cell: Cell, marks: str) -> tuple[str, ...]:
 
 
 def _figure(value: float | None, decimals: int = 2) -> str:
-    """A number, or a dash where no row says it."""
+    """Formats a number, or a dash if no row has it."""
     return "-" if value is None else f"{value:.{decimals}f}"

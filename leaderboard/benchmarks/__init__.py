@@ -1,1 +1,1 @@
-"""Measured ratios, both sides in one run. Run as ``python -m kvzip_press.leaderboard.benchmarks.<name>``."""
+"""Comparisons of two sides, both measured in one run: ``python -m kvzip_press.leaderboard.benchmarks.<name>``."""

@@ -1,8 +1,8 @@
-"""A decode step of the same model with a dense and with a compressed cache, side by side in one run.
+"""Times a decode step of one model with a dense and with a compressed cache, side by side in one run.
 
-``python -m kvzip_press.leaderboard.benchmarks.decode --tokens 4096 --removed 0.7``: checks first that nothing changes
-when nothing is removed, then alternates blocks of steps of both caches and of none (what the rest of the model costs),
-and prints the medians and their ratio.
+``python -m kvzip_press.leaderboard.benchmarks.decode --tokens 4096 --removed 0.7`` first checks that nothing changes
+when nothing is removed. It then alternates blocks of steps with either cache and with none (the cost of the rest of the
+model), and prints the medians and their ratio.
 """
 
 import statistics
@@ -16,11 +16,12 @@ from kvzip_press.attention.implementation import attach, detach
 from kvzip_press.compat import DynamicCache
 from kvzip_press.errors import KVzipPressError
 from kvzip_press.loading.by_name import load_model
+from kvzip_press.model.devices import synchronize
 from kvzip_press.model.structure import text_config
-from kvzip_press.prefilling.whole import Prefill, run_prefill, synchronize
+from kvzip_press.prefilling.whole import Prefill, run_prefill
 from kvzip_press.registry import get_press
 
-BLOCK = 10  # steps of one side before the other's turn
+BLOCK = 10  # steps of one side before it is the other's turn
 RAGGED_TOLERANCE = 2e-2  # of the largest logit: sums run in another order
 
 
@@ -55,12 +56,12 @@ def main(
 
 
 def _block(model: Any, cache: Any) -> list[float]:
-    """Seconds of a block of steps, after one that brings weights and cache back to where they were."""
+    """Times a block of steps, in seconds, after one untimed step that refills the processor's caches."""
     return [_step(model, cache)[1] for _ in range(BLOCK + 1)][1:]
 
 
 def _check_equal(model: Any, done: Prefill) -> None:
-    """Nothing removed: the same logits from both kinds of cache."""
+    """Checks that both kinds of cache give the same logits when nothing is removed."""
     none = get_press("none")
     ragged = _step(model, done.evict(none.score(done)))[0]
     detach(model)

@@ -1,9 +1,9 @@
-"""Gated KVzip beside KVzip and presses that cost as little, on the demo's tasks and on families nobody tuned for.
+"""Compares gated KVzip with KVzip and with equally cheap presses, on the demo's tasks and on held-out families.
 
-``python -m kvzip_press.leaderboard.benchmarks.gates --contexts 25`` (about 300 questions a row; ``--gate FILE`` for
-another gate than the package's). Every press meets every context and question. A family is held out when it is not one
-of the demo's: gates are trained on neither, but it was by the demo's that they were looked at. Errors are standard
-errors over contexts.
+``python -m kvzip_press.leaderboard.benchmarks.gates --contexts 25`` (about 300 questions per row; ``--gate FILE`` for a
+gate other than the package's). Every press gets every context and question. A family is held out if the demo does not
+use it: gates are trained on neither kind, but they were judged by the demo's tasks during development. Errors are
+standard errors over contexts.
 """
 
 from dataclasses import replace
@@ -17,13 +17,13 @@ from rich.table import Table
 from kvzip_press import load_model
 from kvzip_press.leaderboard.analysis.summary import Cell, summarise
 from kvzip_press.leaderboard.demo import GRID
-from kvzip_press.leaderboard.profile.grid import get_device
 from kvzip_press.leaderboard.progress import row_bar
 from kvzip_press.leaderboard.rows.results import Row, RowWriter
 from kvzip_press.leaderboard.running.grid import load_grid
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
 from kvzip_press.leaderboard.running.runner import execute
 from kvzip_press.leaderboard.tasks import TASKS, get_task
+from kvzip_press.model.devices import get_device
 
 REMOVED = (0.5, 0.7)
 PEERS = ("kvzip", "snapkv", "expected_attention", "knorm", "random")

@@ -1,14 +1,13 @@
-"""This harness beside the usual loop of an evaluation: one prefill a press and ratio, one question after the other.
+"""Compares this harness with the usual evaluation loop: one prefill per press and ratio, questions one by one.
 
 ``python -m kvzip_press.leaderboard.benchmarks.harness --contexts 4 --tokens 900``
 
 The loop is that of kvpress's evaluation: for every press and ratio it reads every context anew under kvpress's own
-press, then asks each question by a forward over its tokens and greedy steps, and cuts the cache back. Ours reads a
-context once. Both get the same token ids on the same model and machine; the last line says how often they give the same
-answer (sums in another order decide near ties).
+press, then asks each question with one forward pass over its tokens and greedy steps, and cuts the cache back. Ours
+reads a context once. Both get the same token ids on the same model and machine; the last line says how often they give
+the same answer (sums taken in another order can tip near ties).
 """
 
-import importlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,15 +20,15 @@ from rich.progress import Progress
 from rich.table import Table
 
 from kvzip_press import load_model
-from kvzip_press.decoding.generation import decoded, eos_ids, question_ids
-from kvzip_press.leaderboard.profile.grid import get_device
+from kvzip_press.decoding.answering import decoded, question_ids
+from kvzip_press.decoding.generation import eos_ids
 from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, Work, plan
 from kvzip_press.leaderboard.running.runner import execute
 from kvzip_press.leaderboard.samples.task import Question
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.model.chat import chat_frame, encode
-from kvzip_press.model.structure import input_device
+from kvzip_press.model.devices import get_device, input_device
 
 PRESSES = ("kvzip", "snapkv", "expected_attention", "adakv_expected_attention", "knorm", "tova")
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -55,7 +54,7 @@ def main(
     works = plan(run, tokenizer)
     small = replace(run, presses=run.presses[-1:], compression_ratios=RATIOS[:1])
     for warm in (_ours, _loop):
-        warm(small, works[:batch_size], loaded, tokenizer)  # of the shape that comes: kernels are compiled for it
+        warm(small, works[:batch_size], loaded, tokenizer)  # in the timed shape: kernels are compiled for it
     ours, ours_times = _timed(_ours, run, works, loaded, tokenizer)
     loop, loop_times = _timed(_loop, run, works, loaded, tokenizer)
     title = f"{len(works)} contexts, {len(ours)} answers, {len(names)} presses x {len(RATIOS)} ratios"
@@ -77,7 +76,8 @@ def _ours(run: Run, works: Sequence[Work], model: Any, tokenizer: Any) -> Answer
 
 
 def _loop(run: Run, works: Sequence[Work], model: Any, tokenizer: Any) -> Answers:
-    original = importlib.import_module(".original", "kvzip_press.presses.kvpress_adapter")
+    from kvzip_press.presses.kvpress_adapter import original
+
     answers: Answers = {}
     with Progress(transient=True) as shown:
         bar = shown.add_task("the usual loop", total=len(run.presses) * len(run.compression_ratios) * len(works))
@@ -97,7 +97,7 @@ def _loop(run: Run, works: Sequence[Work], model: Any, tokenizer: Any) -> Answer
 
 @torch.no_grad()
 def _ask(model: Any, tokenizer: Any, cache: Any, n_context: int, question: Question) -> str:
-    """One question, greedily, behind whatever kvpress left in the cache, which is cut back afterwards."""
+    """Answers one question greedily behind whatever kvpress left in the cache, then cuts the cache back."""
     held = [layer.keys.shape[2] for layer in cache.layers]
     ids = torch.tensor([question_ids(tokenizer, question.text, question.answer_prefix)], device=model.device)
     ended, said, position = eos_ids(model, tokenizer), [], n_context
@@ -116,7 +116,7 @@ def _ask(model: Any, tokenizer: Any, cache: Any, n_context: int, question: Quest
 
 
 def _timed(function: Any, *arguments: Any) -> tuple[Answers, tuple[float, float]]:
-    """The answers, and the seconds on the wall and of this process, which a busy machine distorts less."""
+    """Returns the answers with wall seconds and seconds of this process, which a busy machine distorts less."""
     wall, process = time.perf_counter(), time.process_time()
     answers: Answers = function(*arguments)
     return answers, (time.perf_counter() - wall, time.process_time() - process)

@@ -1,11 +1,11 @@
-"""Whole heads dropped: KVzip's scores, DuoAttention's and random ones, each with the same sink and window.
+"""Compares ways to choose whole heads to drop: by KVzip's scores, DuoAttention's, or at random; same sink and window.
 
 ``python -m kvzip_press.leaderboard.benchmarks.heads --contexts 13``
 
-The tasks are the demo's. Heads that are dropped keep the chat template's prefix, and in the second half of the table
-the last ``window`` tokens of the context besides; contexts as short as these feel both, so ratios come in pairs: the
-fraction of the heads that is dropped, and the one that leaves about that fraction of the bytes with a window of 16.
-Look at the measured fraction. Rows go to a JSONL file as they are made.
+The tasks are the demo's. Dropped heads keep the chat template's prefix and, in the second half of the table, also the
+last ``window`` tokens of the context. In contexts as short as these both matter, so ratios come in pairs: the fraction
+of heads that is dropped, and the one that leaves about that fraction of the bytes with a window of 16. Look at the
+measured fraction. Rows are written to a JSONL file as they are made.
 """
 
 from dataclasses import replace
@@ -20,17 +20,17 @@ from kvzip_press import load_model
 from kvzip_press.heads.scores import HeadScores
 from kvzip_press.leaderboard.analysis.summary import summarise
 from kvzip_press.leaderboard.analysis.table import results_table
-from kvzip_press.leaderboard.profile.grid import get_device
 from kvzip_press.leaderboard.progress import row_bar
 from kvzip_press.leaderboard.rows.results import RowWriter
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
 from kvzip_press.leaderboard.running.runner import execute
 from kvzip_press.leaderboard.tasks import get_task
+from kvzip_press.model.devices import get_device
 from kvzip_press.model.identity import num_kv_heads
 from kvzip_press.model.structure import full_attention_layers
 
 REMOVED = (0.4, 0.44, 0.5, 0.55)
-N_SINK = 4  # fewer than the chat template's prefix, so that all presses keep the prefix and no more
+N_SINK = 4  # fewer tokens than the chat template's prefix, so that all presses keep the prefix and no more
 
 
 def main(
@@ -58,7 +58,7 @@ def main(
     with RowWriter(out) as writer, row_bar(Console(), count_rows(run, works)) as on_row:
         for row in execute(run, works, loaded, tokenizer):
             writer.write(row)
-            press, _, draw = row.press.partition(" #")  # draws of random heads are averaged, as further questions
+            press, _, draw = row.press.partition(" #")  # random draws are averaged, as if they were more questions
             rows.append(replace(row, press=press, question_id=f"{row.question_id} {draw}".rstrip()))
             on_row(row)
     cells = summarise(rows)
@@ -67,7 +67,7 @@ def main(
 
 
 def head_presses(shape: tuple[int, int], window: int, draws: int) -> list[PressSpec]:
-    """The presses of the table, first without a window, as KVzip has it, then with one, as DuoAttention has it."""
+    """Returns the presses of the table: first without a window, as in KVzip, then with one, as in DuoAttention."""
     random = [torch.rand(shape, generator=torch.Generator().manual_seed(draw)) for draw in range(draws)]
     specs = []
     for size, label in ((0, ""), (window, f", window {window}")):

@@ -1,9 +1,9 @@
-"""KVzip with full and with local replay on the same contexts: accuracy, kept pairs in common, seconds of scoring.
+"""Compares KVzip's full and local replay on the same contexts: accuracy, kept pairs in common, scoring time.
 
 ``python -m kvzip_press.leaderboard.benchmarks.replay --contexts 8 --tokens 1200 --chunk-size 256``
 
-Chunks are small, so that a context of this length has several, as a long one has at the default of 2048. With a single
-chunk the two are the same.
+Chunks are small so that a context of this length has several of them, as a long one has at the default of 2048. With a
+single chunk the two replays are the same.
 """
 
 import statistics
@@ -69,8 +69,8 @@ def main(
 
 
 def _overlap(a: Scores, b: Scores, valid: torch.Tensor, ratio: float) -> float:
-    """Pairs that both keep, over the pairs that one keeps."""
-    kept = [select(scores.with_policy(ratio, None), valid) for scores in (a, b)]
+    """Returns the number of pairs that both keep, divided by the number that each keeps."""
+    kept = [select(scores.asked_for(ratio), valid) for scores in (a, b)]
     both = sum(int((kept[0][i] & kept[1][i]).sum()) for i in kept[0])
     return both / sum(int(mask.sum()) for mask in kept[0].values())
 

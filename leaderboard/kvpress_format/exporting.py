@@ -1,4 +1,4 @@
-"""Rows to folders."""
+"""Writes rows as folders of kvpress's leaderboard."""
 
 import csv
 import json
@@ -24,26 +24,26 @@ from kvzip_press.leaderboard.kvpress_format.layout import (
 )
 from kvzip_press.leaderboard.rows.results import Row
 
-_METRIC_NAMES = {"ruler": "string_match"}  # as kvpress's scorer of the data set calls it; "score" for all others
+_METRIC_NAMES = {"ruler": "string_match"}  # the name that kvpress's scorer of the data set uses; "score" for all others
 
 
 def export_rows(rows: Iterable[Row], folder: str | os.PathLike[str], *, data_dir: str | None = None) -> list[Path]:
-    """Write a folder for each task, model, press and ratio of the rows.
+    """Writes a folder for each task, model, press and ratio of the rows.
 
-    The full cache is called ``no_press``, as there; other labels are written as names, "KVzip (local replay)" as
-    ``kvzip_local_replay``. A row's tag "subset" is its line's task, as in RULER.
+    The full cache is called ``no_press``, as in kvpress; other labels become names, such as ``kvzip_local_replay`` for
+    "KVzip (local replay)". A row's tag "subset" becomes its line's task, as in RULER.
 
     Args:
         rows: At least one.
-        folder: Where the folders go; made where it is absent.
+        folder: Where the folders go; created if it does not exist.
         data_dir: The part of the data set that was asked, such as "4096" for RULER.
 
     Returns:
         The folders.
 
     Raises:
-        InvalidArgumentError: No rows; a folder of that name is there; or two of the rows' cells would share one (two
-            runs of one model, or ratios that are the same with two decimals).
+        InvalidArgumentError: There are no rows; a folder of that name exists; or two of the rows' cells would share one
+            (two runs of one model, or ratios that are equal to two decimals).
     """
     found = list(rows)
     if not found:
@@ -81,12 +81,12 @@ def _write(path: Path, folder: Folder, rows: Sequence[Row]) -> Path:
     (path / METRICS).write_text(json.dumps(_metrics(rows), indent=4, ensure_ascii=False), encoding="utf-8")
     (path / EXTRA).write_text(json.dumps(extra, indent=4, ensure_ascii=False), encoding="utf-8")
     text = load_yaml_package().safe_dump(_config(folder, rows[0]), sort_keys=False, allow_unicode=True)
-    (path / CONFIG).write_text(text, encoding="utf-8")  # last: a folder without it is no result
+    (path / CONFIG).write_text(text, encoding="utf-8")  # last: a folder without it does not count as a result
     return path
 
 
 def _config(folder: Folder, row: Row) -> dict[str, object]:
-    """Settings by kvpress's names; those that our runs do not have are left out."""
+    """Returns the settings under kvpress's names; those that our runs do not have are left out."""
     return {
         "dataset": folder.dataset,
         "data_dir": folder.data_dir,
@@ -106,7 +106,7 @@ def _line_of(row: Row) -> dict[str, object]:
 
 
 def _metrics(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """As kvpress's scorers of tasks give it: a mean over questions, not over contexts."""
+    """Returns the metrics as kvpress's scorers give them: means over questions, not over contexts."""
     name = _METRIC_NAMES.get(rows[0].task, "score")
     return {
         subset_of(task[0]): {name: round(100 * statistics.fmean(row.score for row in task), 2)}

@@ -1,4 +1,4 @@
-"""The files of a folder, read with errors that name them."""
+"""Reads the files of a folder; every error names its file."""
 
 import csv
 import json
@@ -14,9 +14,9 @@ _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
 def parse_answers(text: str) -> tuple[str, ...]:
-    """The references of a cell of the table: one plain text, or a list as Python or numpy prints it.
+    """Parses the references in a cell of the table: one plain text, or a list as Python or numpy prints it.
 
-    numpy puts no comma between its strings, which Python would read as one long string.
+    numpy puts no commas between strings, and Python would read such a list as one long string.
     """
     inner = text.strip()
     if not (inner.startswith("[") and inner.endswith("]")):
@@ -24,12 +24,12 @@ def parse_answers(text: str) -> tuple[str, ...]:
     found = _QUOTED.findall(inner)
     rest = _QUOTED.sub("", inner[1:-1])
     if rest.strip(" ,\n\r\t"):
-        return (text,)  # a text that happens to stand in brackets
+        return (text,)  # a text that happens to be in brackets
     return tuple(literal_eval(one) for one in found)
 
 
 def read_table(path: Path) -> Iterator[dict[str, str]]:
-    """The lines of a table in CSV, by column."""
+    """Reads the lines of a CSV table, by column."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             for line in csv.DictReader(file):
@@ -41,7 +41,7 @@ def read_table(path: Path) -> Iterator[dict[str, str]]:
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
-    """The settings of an evaluation."""
+    """Reads the settings of an evaluation."""
     yaml = load_yaml_package()
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """An object in JSON."""
+    """Reads a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -65,7 +65,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def load_yaml_package() -> Any:
-    """The package yaml, which only this format and grids need."""
+    """Imports the package yaml, which only this format and grids need."""
     try:
         import yaml
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Folders to rows: our own come back as they were, kvpress's with what it says."""
+"""Reads folders of kvpress's leaderboard as rows: ours come back unchanged, kvpress's with the fields it records."""
 
 import json
 import os
@@ -23,29 +23,29 @@ from kvzip_press.leaderboard.metrics.originals import ruler_all, ruler_any
 from kvzip_press.leaderboard.rows.results import Row, run_id
 
 Score = Callable[[str, Sequence[str], str], float]
-"""From a prediction, its references and the name of its task or subset to a score in [0, 1]."""
+"""Takes a prediction, its references and the name of its task or subset; returns a score in [0, 1]."""
 
 _FLOATS = {"score", "kept_fraction", "prefill_seconds", "score_seconds", "evict_seconds", "answer_seconds"}
 _INTS = {"seed", "n_context_tokens", "n_answer_tokens", "resident_bytes", "dense_bytes"}
-_UNKNOWN = (_FLOATS | _INTS) - {"seed", "score"}  # what results of kvpress do not say
-_SETTINGS = ("model", "fraction", "max_context_length", "model_kwargs", "fp8", "seed")  # those of one run are the same
+_UNKNOWN = (_FLOATS | _INTS) - {"seed", "score"}  # fields that kvpress's results do not have
+_SETTINGS = ("model", "fraction", "max_context_length", "model_kwargs", "fp8", "seed")  # equal throughout a run
 
 
 def import_rows(folder: str | os.PathLike[str], *, score: Score | None = None) -> list[Row]:
-    """The rows of a folder of results, or of all that stand in a folder.
+    """Reads the rows of one folder of results, or of all such folders inside a folder.
 
-    Rows that `export_rows` wrote come back as they were. Those of kvpress have no sizes, times and numbers of tokens
-    (None), and nothing says which questions shared a context: each line counts as a context of its own, the same for
-    all presses. Results of one model with the same settings form one run. Their scores are computed here, by RULER's
+    Rows that `export_rows` wrote come back as they were. Those of kvpress have no sizes, times or token counts (None),
+    and do not record which questions shared a context: each line counts as a context of its own, the same for all
+    presses. Results of one model with the same settings form one run. Their scores are computed here, by RULER's
     metric, and compared with metrics.json.
 
     Args:
         folder: A folder of results, or one that holds such folders at any depth.
-        score: The metric of data sets other than RULER; compared with those tasks that metrics.json names.
+        score: The metric for data sets other than RULER; compared only for the tasks that metrics.json names.
 
     Raises:
-        InvalidArgumentError: No results there, a file that is absent or broken, a metric that is not known, or
-            scores that do not agree with metrics.json.
+        InvalidArgumentError: There are no results, a file is missing or broken, the metric is not known, or the scores
+            do not agree with metrics.json.
     """
     found = sorted(Path(folder).rglob(CONFIG))
     if not found:
@@ -124,14 +124,14 @@ def _scorer(dataset: str, score: Score | None, path: Path) -> Score:
 
 
 def _check_scores(rows: Sequence[Row], metrics: Mapping[str, Any], path: Path, *, all_stated: bool) -> None:
-    """Scores that were computed here must be those that the folder states; a metric misread would be a wrong table."""
+    """Checks that the scores computed here agree with the folder's: a wrong metric would give a wrong table."""
     for task in split(rows, subset_of):
         stated = metrics.get(subset_of(task[0]))
         if stated is None and not all_stated:
             continue
         value = next(iter(stated.values()), None) if isinstance(stated, dict) else stated
         mean = 100 * statistics.fmean(row.score for row in task)
-        if not isinstance(value, int | float) or abs(value - mean) > 0.0101:  # two decimals, by either rule of rounding
+        if not isinstance(value, int | float) or abs(value - mean) > 0.0101:  # two decimals, rounded either way
             raise InvalidArgumentError(f"{path / METRICS}: expected {mean:.2f} for {subset_of(task[0])!r}, got {value}")
 
 

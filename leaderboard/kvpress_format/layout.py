@@ -1,4 +1,4 @@
-"""What stands where: the names of the folders, of their files and of the columns."""
+"""The names of the folders, of their files and of the columns."""
 
 from dataclasses import dataclass, fields
 
@@ -6,19 +6,19 @@ from kvzip_press.leaderboard.rows.results import Row
 
 PREDICTIONS, METRICS, CONFIG, EXTRA = "predictions.csv", "metrics.json", "config.yaml", "kvzip_press.json"
 NO_PRESS = "no_press"  # kvpress's name of the full cache
-THEIR_NAMES = {"prediction": "predicted_answer", "references": "answer"}  # columns that have another name there
+THEIR_NAMES = {"prediction": "predicted_answer", "references": "answer"}  # columns that kvpress calls by another name
 _IN_FILES = {"run_id", "model", "press", "compression_ratio", "query_aware", "provenance", "task"}
 COLUMNS = tuple(field.name for field in fields(Row) if field.name not in _IN_FILES)
-"""The fields of a row that each line of the table holds; the others hold for the whole folder, or for many lines."""
+"""The fields of a row that each line of the table holds; the others apply to the whole folder, or to many lines."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What the name of a folder says.
+    """The parts of a folder's name.
 
     Attributes:
         dataset: The data set; here a task's name.
-        data_dir: Its part, None for all of it.
+        data_dir: The part of the data set, None for all of it.
         model: The model.
         press_name: The press, as kvpress would name it.
         compression_ratio: Fraction removed.
@@ -41,10 +41,10 @@ class Folder:
 
 
 def subset_of(row: Row) -> str:
-    """What kvpress calls the task of a line: a part of the data set where the row names one, else the data set."""
+    """Returns kvpress's name for a line's task: the row's part of the data set if it names one, else the data set."""
     return str(row.tags.get("subset", row.task))
 
 
 def column_of(name: str) -> str:
-    """The column of a row's field."""
+    """Returns the name of the column for a row's field."""
     return THEIR_NAMES.get(name, name)

@@ -1,7 +1,7 @@
-"""Metrics. Each takes a prediction and the accepted answers, and gives a number in [0, 1].
+"""Metrics: each takes a prediction and the accepted answers, and returns a number in [0, 1].
 
-`words` are this project's own, of the generated tasks; `originals` are those of the benchmarks that come from the hub,
-`code` (RepoQA) and `mathematics` (AIME, MATH) among them.
+`words` holds this project's own metrics, for the generated tasks. `originals`, `code` (RepoQA) and `mathematics` (AIME,
+MATH) hold those of the benchmarks that come from the hub.
 """
 
 from kvzip_press.leaderboard.metrics.words import (

@@ -1,4 +1,4 @@
-"""RepoQA's metric (arXiv 2406.06025): is the function that was written the one that was asked for?"""
+"""RepoQA's metric (arXiv 2406.06025): whether the function in the answer is the one that was asked for."""
 
 import importlib
 import re
@@ -26,14 +26,14 @@ _FUNCTIONS = {
 
 
 def repoqa(prediction: str, functions: Sequence[str], language: str) -> float:
-    """1.0 where the function that was written is most like the first of ``functions``, and like it enough.
+    """Returns 1.0 if the written function is similar enough to ``functions[0]``, and no more similar to another.
 
-    Likeness is BLEU over words with smoothing method 4; enough is 0.8, as in SCBench's and KVzip's numbers.
+    Similarity is BLEU over words with smoothing method 4; enough is 0.8, as in SCBench's and KVzip's numbers.
 
     Args:
-        prediction: The answer; where it has a block of code, the first function in the first block that has one counts.
+        prediction: The answer; if it has blocks of code, the first function in the first block that has one counts.
         functions: The function that was asked for, then the others of the repository.
-        language: Of the code.
+        language: The programming language.
 
     Raises:
         InvalidArgumentError: A language that RepoQA does not have.
@@ -45,7 +45,7 @@ def repoqa(prediction: str, functions: Sequence[str], language: str) -> float:
 
 
 def written_function(prediction: str, language: str) -> str:
-    """The first function in the answer's blocks of code; the first block where none has one; else the whole answer."""
+    """Returns the first function in the answer's code blocks, else the first block, else the whole answer."""
     blocks = _BLOCK.findall(prediction.strip())
     functions = (_first_function(block, language) for block in blocks)
     return next((function for function in functions if function), blocks[0] if blocks else prediction.strip())

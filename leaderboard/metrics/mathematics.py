@@ -1,4 +1,4 @@
-"""Is a worked answer's result the right one? For AIME and MATH."""
+"""The metric of AIME and MATH: whether the result of a worked answer is right."""
 
 import re
 import threading
@@ -11,9 +11,9 @@ _NUMBER = re.compile(r"-?\d*\.?\d+")
 
 
 def result(answer: str) -> str:
-    r"""What a worked answer ends with: the last ``\boxed{}``, else what follows "he answer is", else the last number.
+    r"""Returns a worked answer's result: the last ``\boxed{}``, else what follows "he answer is", else the last number.
 
-    Empty where there is none of them.
+    Empty if it has none of them.
     """
     if "\\boxed" in answer:
         return _braced(answer.rpartition("\\boxed")[2])
@@ -24,10 +24,11 @@ def result(answer: str) -> str:
 
 
 def math_equal(answer: str, references: Sequence[str]) -> float:
-    """1.0 where the result of the answer is a reference: as text, as a number (also of a hundred), or as mathematics.
+    """Returns 1.0 if the answer's result equals a reference: as text, as a number (or percentage), or mathematically.
 
-    As mathematics by the package ``math-verify``, at most ten seconds a reference; what takes longer is wrong. The
-    limit is an alarm of the operating system, which only the main thread of a process can have; others have none.
+    Mathematical equality is decided by the package ``math-verify``, in at most ten seconds per reference; what takes
+    longer counts as wrong. The limit uses an alarm of the operating system, which only a process's main thread can set;
+    in other threads there is no limit.
 
     Raises:
         MissingDependencyError: ``math-verify`` is not installed.
@@ -69,7 +70,7 @@ def _verified(found: str, reference: str) -> bool:
 
 
 def _braced(text: str) -> str:
-    """What stands in the braces that a text begins with, or its first word where it begins with none."""
+    """Returns the content of the braces that a text begins with, or its first word if it begins with none."""
     if not text.startswith("{"):
         return text.strip().split("$")[0].split(" ")[0]
     depth = 0

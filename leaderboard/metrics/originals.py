@@ -1,7 +1,8 @@
-"""Metrics as the benchmarks and KVzip's evaluation define them, to be comparable with their numbers.
+"""Metrics as the benchmarks and KVzip's evaluation define them, for comparison with their numbers.
 
-They differ from those of `words`: a reference is looked for as characters, so "18" is found in "180". One thing is not
-taken over: a reference that is empty when normalised (such as "a") never matches; the original finds it in anything.
+They differ from those of `words`: a reference is looked for as characters, so "18" is found in "180". There is one
+deliberate difference: a reference that is empty when normalised (such as "a") never matches here; the original finds
+it in anything.
 """
 
 import difflib
@@ -23,56 +24,56 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def squad_normalise(text: str, *, digits: bool = False) -> str:
-    """Lower case, no punctuation, no articles, single spaces (SQuAD's own script).
+    """Normalises a text: lower case, no punctuation, no articles, single spaces (SQuAD's own script).
 
     Args:
         text: What to normalise.
-        digits: Whether the words zero to nine become digits at last, as in KVzip's evaluation.
+        digits: Whether the words zero to nine finally become digits, as in KVzip's evaluation.
     """
     text = " ".join(_ARTICLES.sub(" ", text.lower().translate(_DROP_PUNCTUATION)).split())
     return _NUMBER_WORDS.sub(lambda found: _DIGITS[found[0]], text) if digits else text
 
 
 def contains(prediction: str, references: Sequence[str]) -> float:
-    """1.0 where a reference is in the prediction, both normalised with digits (KVzip: SQuAD, NIAH and most others)."""
+    """Returns 1.0 if a reference is in the prediction, both normalised with digits (KVzip: SQuAD, NIAH and most)."""
     text = squad_normalise(prediction, digits=True)
     found = (squad_normalise(reference, digits=True) for reference in references)
     return float(any(reference and reference in text for reference in found))
 
 
 def contains_as_is(prediction: str, references: Sequence[str]) -> float:
-    """1.0 where a reference is in the prediction, character by character."""
+    """Returns 1.0 if a reference is in the prediction, character by character."""
     return float(any(reference and reference in prediction for reference in references))
 
 
 def part_contained(prediction: str, references: Sequence[str]) -> float:
-    """The part of the references that is in the prediction, character by character (KVzip: variable tracking)."""
+    """Returns the fraction of the references in the prediction, character by character (KVzip: variable tracking)."""
     return sum(contains_as_is(prediction, [reference]) for reference in references) / max(len(references), 1)
 
 
 def exactly(prediction: str, references: Sequence[str]) -> float:
-    """1.0 where the prediction is a reference, character by character (KVzip: Math.Find)."""
+    """Returns 1.0 if the prediction is a reference, character by character (KVzip: Math.Find)."""
     return float(prediction in references)
 
 
 def f1(prediction: str, references: Sequence[str], *, digits: bool = False) -> float:
-    """The best F1 over normalised words (LongBench; with digits as in KVzip's evaluation)."""
+    """Returns the best F1 over normalised words (LongBench; ``digits`` as in KVzip's evaluation)."""
     words = Counter(squad_normalise(prediction, digits=digits).split())
     return max((_f1(words, Counter(squad_normalise(r, digits=digits).split())) for r in references), default=0.0)
 
 
 def f1_or_contains(prediction: str, references: Sequence[str]) -> float:
-    """The better of the two (KVzip: En.QA)."""
+    """Returns the larger of `f1` with digits and `contains` (KVzip: En.QA)."""
     return max(f1(prediction, references, digits=True), contains(prediction, references))
 
 
 def first_line_contains(prediction: str, references: Sequence[str]) -> float:
-    """`contains` of the first line alone; an explanation behind it does not count (KVzip: En.MultiChoice)."""
+    """Applies `contains` to the first line alone; an explanation after it does not count (KVzip: En.MultiChoice)."""
     return contains(prediction.partition("\n")[0], references)
 
 
 def option(prediction: str, references: Sequence[str]) -> float:
-    """1.0 for the right option "(X) text": by letter where the prediction begins with a parenthesis, else by text."""
+    """Returns 1.0 for the right option "(X) text": by letter if the prediction begins with "(", else by text."""
     letters = {reference.partition(")")[0] for reference in references if reference.startswith("(")}
     if letters and prediction.startswith("("):
         return float(prediction.partition(")")[0] in letters)
@@ -80,26 +81,26 @@ def option(prediction: str, references: Sequence[str]) -> float:
 
 
 def last_answer(prediction: str, references: Sequence[str]) -> float:
-    """1.0 where the number is in what follows the last "the answer is" (KVzip: GSM8K)."""
+    """Returns 1.0 if the number is in what follows the last "the answer is" (KVzip: GSM8K)."""
     return contains_as_is(prediction.strip().lower().split("the answer is ")[-1], references)
 
 
 def ruler_all(prediction: str, references: Sequence[str]) -> float:
-    """The part of the references that is in the prediction, in any case (RULER: all tasks but QA)."""
+    """Returns the fraction of the references in the prediction, ignoring case (RULER: all tasks but QA)."""
     text = _CONTROL.sub("\n", prediction.strip()).strip().lower()
     return sum(reference.lower() in text for reference in references) / max(len(references), 1)
 
 
 def ruler_any(prediction: str, references: Sequence[str]) -> float:
-    """1.0 where a reference is in the prediction, in any case (RULER: QA)."""
+    """Returns 1.0 if a reference is in the prediction, ignoring case (RULER: QA)."""
     return max((ruler_all(prediction, [reference]) for reference in references), default=0.0)
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """The best ROUGE-L F1, by the package ``rouge-score`` without stemming.
+    """Returns the best ROUGE-L F1, by the package ``rouge-score`` without stemming.
 
-    The originals take the package ``rouge``, which is no longer maintained and counts the union of the common
-    subsequences of sentences; for one sentence and no repeated word the two agree.
+    The originals use the package ``rouge``, which is no longer maintained and counts the union of the common
+    subsequences of sentences; for one sentence without repeated words the two agree.
 
     Raises:
         MissingDependencyError: ``rouge-score`` is not installed.
@@ -113,27 +114,27 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
 
 def numbers_right(prediction: str, references: Sequence[str]) -> float:
-    """Of all numbers in the prediction the part that is the reference's last number (LongBench: counts, retrieval)."""
+    """Returns the fraction of the prediction's numbers that are the reference's last (LongBench: counts, retrieval)."""
     numbers = re.findall(r"\d+", prediction)
     wanted = {number for reference in references for number in re.findall(r"\d+", reference)[-1:]}
     return sum(number in wanted for number in numbers) / max(len(numbers), 1)
 
 
 def code_line(prediction: str, references: Sequence[str]) -> float:
-    """Likeness of the first line that is code, without backtick, # or // (LongBench: lcc, repobench-p)."""
+    """Returns the similarity of the first line of code: one without backtick, # or // (LongBench: lcc, repobench-p)."""
     lines = prediction.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
     return max((round(difflib.SequenceMatcher(None, line, r).ratio(), 2) for r in references), default=0.0)
 
 
 def right_class(prediction: str, references: Sequence[str], classes: Sequence[str]) -> float:
-    """1 / (classes named) where the right class is among them; a class that is part of the right one does not count."""
+    """Returns 1 / (classes named) if the right one is among them; names contained in the right one do not count."""
     named = [name for name in classes if name in prediction]
     return max((_right_class(named, reference) for reference in references), default=0.0)
 
 
 def mrcr(prediction: str, references: Sequence[str], prefix: str) -> float:
-    """0.0 unless the answer begins with ``prefix``; else the likeness of what follows it (`difflib`, as MRCR's own)."""
+    """Returns 0.0 unless the answer begins with ``prefix``, else the similarity of the rest (`difflib`, as in MRCR)."""
     if not prediction.startswith(prefix):
         return 0.0
     text = prediction.removeprefix(prefix)

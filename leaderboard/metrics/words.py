@@ -1,4 +1,4 @@
-"""Metrics of short answers by whole words: those of the generated tasks."""
+"""The generated tasks' metrics, which compare short answers by whole words."""
 
 import difflib
 import re
@@ -11,21 +11,21 @@ _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " ") | {"'": "", 
 
 
 def normalise(text: str) -> str:
-    """Lower case; punctuation becomes a space (an apostrophe nothing); articles and repeated spaces go.
+    """Normalises to lower case; punctuation becomes a space (an apostrophe vanishes); articles and extra spaces go.
 
-    As in the metric of SQuAD, save that punctuation parts words here, so that "red-brown" has the word "red".
+    As in SQuAD's metric, except that punctuation separates words here, so that "red-brown" has the word "red".
     """
     text = text.lower().translate(_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 where the prediction is one of the references, both normalised."""
+    """Returns 1.0 if the prediction is one of the references, both normalised."""
     return float(any(normalise(prediction) == normalise(reference) for reference in references))
 
 
 def substring_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 where the words of a reference appear in a row in the prediction, both normalised.
+    """Returns 1.0 if the words of a reference appear consecutively in the prediction, both normalised.
 
     Whole words only: "18" is not found in "180". A reference without words never matches.
     """
@@ -35,13 +35,13 @@ def substring_match(prediction: str, references: Sequence[str]) -> float:
 
 
 def fraction_found(prediction: str, references: Sequence[str]) -> float:
-    """The part of the references that `substring_match` finds; 0.0 without references."""
+    """Returns the fraction of the references that `substring_match` finds; 0.0 without references."""
     found = [substring_match(prediction, [reference]) for reference in references]
     return sum(found) / len(found) if found else 0.0
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
-    """The best harmonic mean of precision and recall over words, both normalised; 0.0 without references."""
+    """Returns the best F1 over words, both sides normalised; 0.0 without references."""
     return max(
         (_f1(normalise(prediction).split(), normalise(reference).split()) for reference in references), default=0.0
     )
@@ -56,9 +56,9 @@ def _f1(predicted: list[str], expected: list[str]) -> float:
 
 
 def words_in_order(prediction: str, references: Sequence[str]) -> float:
-    """The part of a reference's words that the prediction has in the same order, both normalised; of the best one.
+    """Returns the fraction of the best reference's words that the prediction has in the same order, both normalised.
 
-    The words are those in the matching blocks of `difflib.SequenceMatcher`; others between them cost nothing.
+    These are the words in the matching blocks of `difflib.SequenceMatcher`; other words between them cost nothing.
     """
     words = normalise(prediction).split()
     return max((_in_order(words, normalise(reference).split()) for reference in references), default=0.0)

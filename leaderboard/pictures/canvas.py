@@ -1,4 +1,4 @@
-"""A figure that is drawn without a screen and saved, and how presses look in it."""
+"""Figures that are drawn without a screen and saved, and the look of each press in them."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -12,12 +12,12 @@ from kvzip_press.errors import MissingDependencyError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, told apart by people with any kind of colour vision; the markers say the same once more.
-# There are seven of one and six of the other: 42 presses differ. The page (report/style.css, elements.js) has the same.
+# Okabe and Ito's colours, which people with any kind of colour vision can tell apart; markers tell presses apart too.
+# Seven colours and six markers distinguish 42 presses. The page (report/style.css, elements.js) uses the same.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP"
 _FULL_COLOUR = "#6B7280"
-HEAT = "Blues"  # one hue, from light to dark: reads in print and with any kind of colour vision
+HEAT = "Blues"  # one hue, from light to dark: readable in print and with any kind of colour vision
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Look:
 
 
 def looks(presses: Iterable[str], full: str | None) -> dict[str, Look]:
-    """How each press is drawn: the full cache grey, the others by their place among the rest."""
+    """Returns how each press is drawn: the full cache in grey, each other press by its place in the order."""
     others = [press for press in dict.fromkeys(presses) if press != full]
     found = {
         press: Look(_COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)])
@@ -40,15 +40,15 @@ def looks(presses: Iterable[str], full: str | None) -> dict[str, Look]:
 
 @contextmanager
 def canvas(path: str | os.PathLike[str], title: str, size: tuple[float, float]) -> Iterator["Axes"]:
-    """Axes to draw on; saved when the with statement ends, as PNG or what the suffix says.
+    """Gives axes to draw on, and saves them when the with statement ends, in the format of the path's suffix.
 
     Args:
-        path: The file; its directory is made where it is absent.
-        title: Stands above.
+        path: The file; its directory is created if it does not exist.
+        title: Shown above the axes.
         size: Width and height in inches.
 
     Raises:
-        MissingDependencyError: Matplotlib is absent.
+        MissingDependencyError: Matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -18,23 +18,24 @@ Map = TypeVar("Map", HeadMap, NeedleMap)
 
 
 def save_all(rows: Iterable[Row], heads: Iterable[HeadBudgets], folder: str | os.PathLike[str]) -> list[Path]:
-    """Save every picture of every table of the rows.
+    """Saves every picture of every table of the rows.
 
     For one table the files are ``pareto-kept.png``, ``pareto-time.png``, ``tasks.png``, ``heads.png`` and
-    ``needles-<task>.png``; for several each has a folder, named after model and run. Where a picture shows one press or
-    one ratio, that is KVzip (else the first press that removes anything) and the middle ratio; the page shows others.
+    ``needles-<task>.png``; with several tables each has a folder, named after model and run. A picture that shows a
+    single press shows KVzip (else the first press that removes anything), and one that shows a single ratio shows the
+    middle one; the page shows the others.
 
     Args:
-        rows: May be none: then there are empty axes.
-        heads: What the heads kept, of the same runs; without them there is no ``heads.png``.
-        folder: Made where it is absent.
+        rows: May be empty: the axes are then empty too.
+        heads: What the heads kept in the same runs; without it there is no ``heads.png``.
+        folder: Created if it does not exist.
 
     Returns:
         The files.
 
     Raises:
         InvalidArgumentError: A press answered a question of a run twice at the same ratio.
-        MissingDependencyError: Matplotlib is absent.
+        MissingDependencyError: Matplotlib is not installed.
     """
     heads, tables = list(heads), split_tables(rows) or [[]]
     return [
@@ -84,7 +85,7 @@ def _save_table(rows: Sequence[Row], heads: Sequence[HeadBudgets], folder: Path)
 
 
 def _telling(maps: Sequence[Map], press: str | None, ratio: float) -> list[Map]:
-    """The maps, first those of the press, of these first those of the ratio, last those that remove nothing."""
+    """Sorts maps: those of the press first, among them those of the ratio; those that remove nothing come last."""
     return sorted(
         maps, key=lambda one: (one.compression_ratio == 0, one.press != press, one.compression_ratio != ratio)
     )

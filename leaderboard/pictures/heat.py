@@ -1,4 +1,4 @@
-"""Heat maps: every task, what each head keeps, and needles by depth and length."""
+"""Heat maps: scores by press and task, what each head keeps, and needles by depth and length."""
 
 import math
 import os
@@ -20,16 +20,16 @@ Values = Sequence[Sequence[float | None]]
 def save_task_map(
     task_cells: Sequence[Cell], path: str | os.PathLike[str], compression_ratio: float, title: str = ""
 ) -> None:
-    """Presses by tasks at one ratio, the full cache above for comparison.
+    """Draws presses by tasks at one ratio, with the full cache on top for comparison.
 
     Args:
-        task_cells: Of one table, from `summarise_tasks`; may be empty.
-        path: The file; its directory is made where it is absent.
-        compression_ratio: Which cells are drawn.
-        title: Stands above.
+        task_cells: Cells of one table, from `summarise_tasks`; may be empty.
+        path: The file; its directory is created if it does not exist.
+        compression_ratio: The ratio whose cells are drawn.
+        title: Shown above the map.
 
     Raises:
-        MissingDependencyError: Matplotlib is absent.
+        MissingDependencyError: Matplotlib is not installed.
     """
     full = find_full(task_cells)
     shown = [cell for cell in task_cells if cell.press == full or cell.compression_ratio == compression_ratio]
@@ -41,7 +41,7 @@ def save_task_map(
 
 
 def save_head_map(head_map: HeadMap, path: str | os.PathLike[str], title: str = "") -> None:
-    """What each head keeps: KV heads by layers. Arguments and errors as for `save_task_map`."""
+    """Draws what each head keeps, KV heads by layers. Arguments and errors as for `save_task_map`."""
     layers = head_map.layers
     values = np.array(head_map.kept).T.tolist()
     with canvas(path, title, (max(5.0, 1.6 + 0.24 * len(layers)), 1.7 + 0.27 * len(values))) as axes:
@@ -52,7 +52,7 @@ def save_head_map(head_map: HeadMap, path: str | os.PathLike[str], title: str = 
 
 
 def save_needle_map(needle_map: NeedleMap, path: str | os.PathLike[str], title: str = "") -> None:
-    """Scores by depth and length of the context. Arguments and errors as for `save_task_map`."""
+    """Draws scores by depth and length of the context. Arguments and errors as for `save_task_map`."""
     depths = [f"{100 * tenth // N_DEPTHS}–{100 * (tenth + 1) // N_DEPTHS} %" for tenth in range(N_DEPTHS)]
     lengths = [f"{length:,}" for length in needle_map.lengths]
     with canvas(path, title, (max(5.0, 2.2 + 0.8 * len(lengths)), 5)) as axes:

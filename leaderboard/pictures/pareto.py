@@ -1,4 +1,4 @@
-"""Pareto pictures: accuracy against a cost, a line a press over its ratios."""
+"""Pareto pictures: accuracy against a cost, with one line per press over its ratios."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -11,17 +11,17 @@ from kvzip_press.leaderboard.pictures.canvas import Look, canvas, looks
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LABEL_GAP = 0.055  # least distance of two labels, in units of accuracy
+_LABEL_GAP = 0.055  # smallest distance between two labels, in units of accuracy
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What accuracy is drawn against.
+    """A cost that accuracy is drawn against.
 
     Attributes:
-        label: Below the axis.
-        value: Of a cell; None where it was not measured.
-        halves: Whether the axis is logarithmic and says fractions: 1/8, 1/4, 1/2, 1.
+        label: The axis label.
+        value: Returns a cell's cost; None if it was not measured.
+        halves: Whether the axis is logarithmic with fractions as ticks: 1/8, 1/4, 1/2, 1.
     """
 
     label: str
@@ -34,19 +34,19 @@ TIME = Cost("ms a token of an answer, reading the question included", lambda cel
 
 
 def save_pareto(cells: Sequence[Cell], path: str | os.PathLike[str], title: str = "", *, cost: Cost = KEPT) -> None:
-    """Draw the cells and save them (PNG, or what the suffix says).
+    """Draws the cells and saves the picture in the format of the path's suffix.
 
     The full cache is a horizontal line, for reference; presses are lines over their ratios, labelled at their ends,
     with one standard error up and down where it is known.
 
     Args:
         cells: From `summarise`; may be empty. Those whose cost was not measured are left out.
-        path: The file; its directory is made where it is absent.
-        title: Stands above.
+        path: The file; its directory is created if it does not exist.
+        title: Shown above the axes.
         cost: What accuracy is drawn against.
 
     Raises:
-        MissingDependencyError: Matplotlib is absent.
+        MissingDependencyError: Matplotlib is not installed.
     """
     known = [cell for cell in cells if cost.value(cell) is not None]
     with canvas(path, title, (8, 5)) as axes:
@@ -84,7 +84,7 @@ def _draw(axes: "Axes", cells: Sequence[Cell], cost: Cost) -> None:
 
 
 def _label(axes: "Axes", ends: Sequence[tuple[Cell, Look, float]]) -> None:
-    """Write each press's name to the right, at the height of its last point or as near as the others leave room."""
+    """Writes each press's name on the right, at the height of its last point or as close to it as fits."""
     ends = sorted(ends, key=lambda end: end[0].accuracy)
     heights = spread([cell.accuracy for cell, _, _ in ends], _LABEL_GAP, highest=1.0)
     for (cell, look, place), height in zip(ends, heights, strict=True):
@@ -96,7 +96,7 @@ def _label(axes: "Axes", ends: Sequence[tuple[Cell, Look, float]]) -> None:
 
 
 def spread(heights: Sequence[float], gap: float, highest: float) -> list[float]:
-    """Sorted heights moved apart to at least `gap`: up, and where that goes above `highest`, down again."""
+    """Moves sorted heights at least `gap` apart: upwards, then down again where that exceeds `highest`."""
     found: list[float] = []
     for height in heights:
         found.append(max(height, found[-1] + gap) if found else height)

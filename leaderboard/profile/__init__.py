@@ -1,1 +1,1 @@
-"""``kvzip-press profile``: what compression gains on a model, from prefill to decode, and where the gain begins."""
+"""``kvzip-press profile``: measures what compression gains, from prefill to decode, and at which length it pays."""

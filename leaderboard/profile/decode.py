@@ -1,4 +1,4 @@
-"""Milliseconds of a decode step: eager, in a CUDA graph, compiled."""
+"""Times a decode step in milliseconds: eager, in a CUDA graph, and compiled."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from kvzip_press.cache.ragged_cache import RaggedCache
-from kvzip_press.prefilling.whole import synchronize
+from kvzip_press.model.devices import synchronize
 
 WARMUP_STEPS = 3
-TOKEN = 7  # which token is read does not change the time
+TOKEN = 7  # the time does not depend on which token is read
 
 
 def stepped_ms(model: Any, cache: RaggedCache, n_tokens: int, *, compiled: bool) -> dict[str, Any]:
@@ -21,13 +21,13 @@ def stepped_ms(model: Any, cache: RaggedCache, n_tokens: int, *, compiled: bool)
 
     Args:
         model: The model that made the cache.
-        cache: The cache, of one row; it stays as it is.
-        n_tokens: Steps timed, after `WARMUP_STEPS`.
+        cache: The cache, of one row; it is not changed.
+        n_tokens: Number of timed steps, after `WARMUP_STEPS` untimed ones.
         compiled: Whether the compiled step is timed too.
 
     Returns:
-        ``decode_ms_eager``, ``decode_ms_graph``, ``decode_ms_compiled``, and ``notes`` saying why one of the latter is
-        None, or why the compiled step was not in a CUDA graph.
+        ``decode_ms_eager``, ``decode_ms_graph``, ``decode_ms_compiled``, and ``notes``, which say why one of the last
+        two is None or why the compiled step was not in a CUDA graph.
     """
     notes: dict[str, str] = {}
     eager, _ = _timed(model, cache, n_tokens, graph=False)
@@ -48,7 +48,7 @@ def plain_ms(model: Any, cache: Any, n_tokens: int) -> float:
 
 
 def _attempt(name: str, notes: dict[str, str], measure: Callable[[], tuple[float | None, str | None]]) -> float | None:
-    """A figure that may be missing without the others: ``notes[name]`` says why."""
+    """Measures a figure that may fail without losing the others: ``notes[name]`` then says why."""
     try:
         milliseconds, reason = measure()
     except Exception as error:  # noqa: BLE001  # capture and compilers raise of all kinds; the eager figure stays
@@ -61,7 +61,7 @@ def _attempt(name: str, notes: dict[str, str], measure: Callable[[], tuple[float
 def _timed(
     model: Any, cache: RaggedCache, n_tokens: int, *, only_captured: bool = False, **options: Any
 ) -> tuple[float | None, str | None]:
-    """Milliseconds, and why the step is eager; no milliseconds where they would be those of an eager step again."""
+    """Returns milliseconds, and why the step was eager; with ``only_captured`` an eager step is not timed (None)."""
     from kvzip_press.decoding.step import DecodeStep
 
     token = torch.full((1,), TOKEN, device=model.device)
@@ -85,6 +85,6 @@ def _median_ms(step: Callable[[], Any], device: torch.device, n_tokens: int) -> 
 
 
 def one_line(error: BaseException) -> str:
-    """An error as a cell of a table can hold it."""
+    """Formats an error as one line, to fit a cell of a table."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

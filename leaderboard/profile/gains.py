@@ -1,4 +1,4 @@
-"""Where the gain begins, in sentences. A length without a gain is named, not left out."""
+"""Says in sentences where the gain begins. Lengths without a gain are named, not left out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kvzip_press.leaderboard.profile.rows import DENSE, KVPRESS, OURS, ProfileRow
 
-LEAST_GAIN = 0.02  # of the baseline's time; less is noise
+LEAST_GAIN = 0.02  # fraction of the baseline's time; anything less is noise
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Comparison:
 
     @property
     def gains(self) -> bool:
-        """Whether a step takes at least two per cent less time."""
+        """Whether a step takes at least 2 % less time."""
         return self.ms < self.baseline_ms * (1 - LEAST_GAIN)
 
     @property
     def tokens_to_pay_back(self) -> int | None:
-        """Decoded tokens until the time of compressing is won back; None where that time is not known apart.
+        """Decoded tokens until the time spent compressing is won back; None if that time was not measured separately.
 
         kvpress's own runs compress inside the prefill, in whole or in part.
         """
@@ -47,9 +47,9 @@ class Comparison:
 
 
 def sentences(rows: Sequence[ProfileRow]) -> list[str]:
-    """What the rows say: the baselines, each press at each ratio, errors, and once why there is no CUDA graph.
+    """Describes the rows: the baselines, each press at each ratio, errors, and (once) why there is no CUDA graph.
 
-    Presses of ours are compared with the ragged cache that keeps everything; kvpress's own runs with a DynamicCache.
+    Our presses are compared with the ragged cache that keeps everything, kvpress's own runs with a DynamicCache.
     """
     said = list(_about_baselines(rows))
     groups: dict[tuple[str, float], list[ProfileRow]] = {}
@@ -117,7 +117,7 @@ def _about_gains(gains: Sequence[Comparison]) -> str:
 
 
 def _beside_dense(comparison: Comparison, rows: Sequence[ProfileRow]) -> str:
-    """What the user has without us, at the longest length: empty where it was not measured."""
+    """Describes what a user has without us, at the longest length; empty if that was not measured."""
     dense = _baseline_of(comparison.row, rows, DENSE)
     if dense is None or dense.decode_ms_eager is None:
         return ""
@@ -140,7 +140,7 @@ def _compare(row: ProfileRow, baseline: ProfileRow | None) -> Comparison | None:
 
 
 def _baseline_of(row: ProfileRow, rows: Sequence[ProfileRow], engine: str) -> ProfileRow | None:
-    """The row of the same length that keeps everything, where it was measured."""
+    """Returns the row of the same length that keeps everything, if it was measured."""
     alike = [
         one
         for one in rows

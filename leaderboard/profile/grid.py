@@ -1,4 +1,4 @@
-"""What a profile measures, checked before a model is loaded."""
+"""The cases that a profile measures, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -8,21 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
-from kvzip_press.leaderboard.profile.measure import Case, original
+from kvzip_press.leaderboard.profile.measure import Case
 from kvzip_press.leaderboard.profile.rows import BASELINE, DENSE, KVPRESS, OURS
 from kvzip_press.registry import get_press
 
 PRESSES = ("kvzip", "kvzip_local", "snapkv")
 CONTEXT_LENGTHS = {"cuda": (4096, 16384, 65536), "cpu": (1024, 4096)}
 WARMUP_LENGTH = 4096
-DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -32,7 +24,7 @@ class Grid:
     Attributes:
         context_lengths: Ascending.
         presses: Registry names, without the baseline, which is always measured.
-        originals: Those of them that kvpress runs its own way too.
+        originals: Those presses that are also run by kvpress, its own way.
         compression_ratios: Fractions removed.
         decode_tokens: Steps timed for each figure.
         compile: Whether the compiled decode step is measured too.
@@ -46,7 +38,7 @@ class Grid:
     compile: bool = False
 
     def cases(self) -> Iterator[Case]:
-        """Length by length: the two that keep everything, then press by press and ratio by ratio."""
+        """Yields the cases of each length: the two that keep everything, then every press at every ratio."""
         for length in self.context_lengths:
             yield self._case(BASELINE, DENSE, 0.0, length)
             yield self._case(BASELINE, OURS, 0.0, length)
@@ -56,7 +48,7 @@ class Grid:
                         yield self._case(name, engine, ratio, length)
 
     def warmups(self) -> Iterator[Case]:
-        """Every way through the code once, over a short context."""
+        """Yields one short case for each press and engine, so that every code path runs once before it is timed."""
         length, seen = min(WARMUP_LENGTH, self.context_lengths[0]), set()
         for case in self.cases():
             if (case.press, case.engine) not in seen:
@@ -81,18 +73,18 @@ def make_grid(
     """Checks what was asked for and fills in the rest.
 
     Args:
-        device: Chooses the lengths where none are given.
-        context_lengths: Tokens.
+        device: Decides the lengths if none are given.
+        context_lengths: Lengths in tokens.
         presses: Registry names; by default those of `PRESSES` whose packages are installed.
         compression_ratios: Fractions removed, in [0, 1).
         decode_tokens: Steps timed.
         compile: Whether the compiled step is measured too.
-        kvpress: Whether kvpress's presses are also run its own way; by default where it is installed.
-        say: Is told what is left out, and why.
+        kvpress: Whether kvpress's presses are also run its own way; by default if it is installed.
+        say: Called with a message for each press that is left out; the message says why.
 
     Raises:
         InvalidArgumentError: A value out of range, or an unknown press.
-        MissingDependencyError: A press or kvpress was asked for by name, and its package is absent.
+        MissingDependencyError: A press or kvpress was asked for by name, and its package is not installed.
     """
     lengths = tuple(sorted(set(context_lengths))) or CONTEXT_LENGTHS.get(device.type, CONTEXT_LENGTHS["cpu"])
     if lengths[0] < 1 or decode_tokens < 1:
@@ -117,36 +109,11 @@ def make_grid(
 def _originals(names: Sequence[str], ratios: Sequence[float], wanted: bool | None) -> frozenset[str]:
     if wanted is False:
         return frozenset()
+    from kvzip_press.presses.kvpress_adapter.original import original_press
+
     try:
-        return frozenset(name for name in names if original().original_press(name, ratios[0]) is not None)
+        return frozenset(name for name in names if original_press(name, ratios[0]) is not None)
     except MissingDependencyError:
         if wanted:
             raise
         return frozenset()
-
-
-def get_device(name: str | None) -> torch.device:
-    """The device of a name, by default the GPU where there is one.
-
-    Raises:
-        InvalidArgumentError: No such device.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
-        have = "cpu, cuda or cuda:<index>" if torch.cuda.is_available() else "cpu (torch sees no GPU here)"
-        raise InvalidArgumentError(f"expected the device {have}, got {name!r}")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise InvalidArgumentError(f"expected the device cpu, cuda or cuda:<index>, got {name!r}") from error
-
-
-def get_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype of a name; None, for a default, stays None.
-
-    Raises:
-        InvalidArgumentError: No such dtype.
-    """
-    if name is not None and name not in DTYPES:
-        raise InvalidArgumentError(f"expected a dtype among {', '.join(DTYPES)}, got {name!r}")
-    return None if name is None else DTYPES[name]

@@ -1,8 +1,7 @@
-"""What one cache costs and gives: read a context, compress it, decode behind it."""
+"""Measures one cache: reads a context, compresses it, and decodes behind it."""
 
 from __future__ import annotations
 
-import importlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,9 @@ from kvzip_press.compat import DynamicCache
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.profile.decode import WARMUP_STEPS, plain_ms, stepped_ms
 from kvzip_press.leaderboard.profile.rows import DENSE, OURS
-from kvzip_press.model.structure import full_attention_layers, text_config, text_decoder
-from kvzip_press.prefilling.whole import run_prefill, synchronize
+from kvzip_press.model.devices import synchronize
+from kvzip_press.model.structure import full_attention_layers, max_positions, text_config, text_decoder
+from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.registry import get_press
 
 NO_GRAPH = "a DynamicCache makes new tensors at every step, which a CUDA graph cannot hold"
@@ -36,7 +36,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured, and the tokenizer of KVzip's prompts, None for random weights."""
+    """The model that is measured, and the tokenizer for KVzip's prompts (None with random weights)."""
 
     name: str
     model: Any
@@ -44,18 +44,18 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The model's device."""
         return torch.device(next(self.model.parameters()).device)
 
     def context(self, length: int, seed: int = 0) -> torch.Tensor:
-        """Random token ids ``[1, length]``, the same for every press: time does not depend on what a text says."""
+        """Returns random token ids ``[1, length]``, the same for every press: times do not depend on the text."""
         generator = torch.Generator().manual_seed(seed)
         vocab_size = text_config(self.model).vocab_size
         return torch.randint(3, vocab_size, (1, length), generator=generator).to(self.device)
 
 
 class Memory:
-    """GPU memory beyond what was allocated when this was made (the weights); None on a CPU."""
+    """Peak GPU memory beyond what was allocated (the weights) when this object was made; None on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -67,25 +67,20 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak(self) -> int | None:
-        """Most bytes since the last restart."""
+        """Returns the peak in bytes since the last restart."""
         if self._device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated(self._device) - self._base
 
 
-def original() -> Any:
-    """The module that runs kvpress's presses kvpress's way, found by name: the leaderboard knows no concrete press."""
-    return importlib.import_module(".original", "kvzip_press.presses.kvpress_adapter")
-
-
 def measure(subject: Subject, case: Case) -> dict[str, Any]:
-    """The figures of a case, by the names of `ProfileRow`.
+    """Measures a case; the figures have the names of `ProfileRow`'s fields.
 
     Raises:
         InvalidArgumentError: More tokens than the model has positions, or a press that refuses.
-        torch.OutOfMemoryError: And whatever else goes wrong; the caller makes it a row.
+        torch.OutOfMemoryError: Out of GPU memory. Any other error is passed on too; the caller turns it into a row.
     """
-    limit = getattr(text_config(subject.model), "max_position_embeddings", None)
+    limit = max_positions(subject.model)
     needed = case.context_length + WARMUP_STEPS + case.decode_tokens
     if limit is not None and needed > limit:
         raise InvalidArgumentError(f"expected context and decoded tokens within {limit} positions, got {needed}")
@@ -111,7 +106,7 @@ def _ours(subject: Subject, case: Case) -> dict[str, Any]:
     synchronize(subject.device)
     figures |= {"compress_seconds": time.perf_counter() - begin, "peak_compress_bytes": memory.peak()}
     cache = RaggedCache.of(done.cache)
-    del done  # what watched the prefill goes with it
+    del done  # frees what the press gathered during the prefill too
     figures |= {
         "resident_bytes": cache.resident_bytes,
         "dense_bytes": cache.dense_bytes,
@@ -122,7 +117,7 @@ def _ours(subject: Subject, case: Case) -> dict[str, Any]:
 
 @torch.no_grad()
 def _dense(subject: Subject, case: Case) -> dict[str, Any]:
-    """Hugging Face as it is: the model's own attention over a DynamicCache."""
+    """Measures plain Hugging Face: the model's own attention over a DynamicCache."""
     model, ids, decoder = subject.model, subject.context(case.context_length), text_decoder(subject.model)
     detach(model)
     memory = Memory(subject.device)
@@ -139,19 +134,21 @@ def _dense(subject: Subject, case: Case) -> dict[str, Any]:
 
 
 def _kvpress(subject: Subject, case: Case) -> dict[str, Any]:
-    """kvpress as it is. Its peak is that of reading and compressing together, which it does not keep apart."""
+    """Measures kvpress run its own way. It does not separate reading from compressing, so the peak covers both."""
     model, ids = subject.model, subject.context(case.context_length)
-    press = original().original_press(case.press, case.compression_ratio)
+    from kvzip_press.presses.kvpress_adapter.original import original_press, run_original
+
+    press = original_press(case.press, case.compression_ratio)
     if press is None:
         raise InvalidArgumentError(f"expected a press that kvpress has too, got {case.press!r}")
     memory = Memory(subject.device)
     memory.restart()
-    with original().run_original(press, model, ids, subject.tokenizer) as run:
+    with run_original(press, model, ids, subject.tokenizer) as run:
         return {
             "prefill_seconds": run.prefill_seconds,
             "compress_seconds": run.compress_seconds,
             "peak_compress_bytes": memory.peak(),
-            # not the storages: KVzip's replay leaves larger ones behind its views, which the first decode step lets go
+            # not the storages: KVzip's replay leaves views of larger ones, which the first decode step frees
             "resident_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in run.cache.layers),
             "dense_bytes": _dense_bytes(model, run.cache, case.context_length),
             "kept_fraction": run.kept_fraction,
@@ -161,7 +158,7 @@ def _kvpress(subject: Subject, case: Case) -> dict[str, Any]:
 
 
 def _dense_bytes(model: Any, cache: Any, n: int) -> int:
-    """Bytes of ``n`` tokens in the full-attention layers, and of what the other layers hold."""
+    """Returns the bytes of ``n`` tokens in the full-attention layers, plus what the other layers hold."""
     full = {layer.layer_idx for layer in full_attention_layers(model)}
     total = 0
     for layer_idx, layer in enumerate(cache.layers):

@@ -1,4 +1,4 @@
-"""The table of a profile on the terminal: context length x press."""
+"""The table of a profile on the terminal, by context length and press."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _CAPTION = (
 
 
 def profile_table(rows: Sequence[ProfileRow], title: str = "") -> Table:
-    """A table with a row a cache, grouped by context length.
+    """Returns a table with one row per cache, grouped by context length.
 
     Args:
-        rows: Drawn in their order.
-        title: Stands above.
+        rows: Shown in their order.
+        title: Shown above the table.
     """
     compiled = any(row.decode_ms_compiled is not None for row in rows)
     names = ["removed", "prefill\ns", "compress\ns", "compress/\nprefill", "decode ms\neager", "decode ms\ngraph"]

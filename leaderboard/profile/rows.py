@@ -19,7 +19,7 @@ BASELINE = "none"  # the press that everything is compared with
 
 @dataclass(frozen=True)
 class ProfileRow:
-    """What one cache cost and gave. Times are wall seconds or milliseconds, sizes bytes; None: not measured.
+    """The measurements of one cache. Times are wall seconds or milliseconds, sizes bytes; None if not measured.
 
     Attributes:
         model: The model's or the shape's name, as it was asked for.
@@ -28,7 +28,7 @@ class ProfileRow:
         compression_ratio: The fraction of pairs asked to be removed.
         context_length: Tokens of the context.
         decode_tokens: Decode steps that were timed.
-        prefill_seconds: The dense forward, with all that the press does while it runs.
+        prefill_seconds: The dense forward pass, with all that the press does while it runs.
         compress_seconds: Scoring and evicting after it.
         decode_ms_eager: Median milliseconds of a decode step of one row.
         decode_ms_graph: The same in a CUDA graph.
@@ -38,8 +38,8 @@ class ProfileRow:
         peak_prefill_bytes: Most GPU memory beyond the weights while the context was read.
         peak_compress_bytes: The same while it was compressed, the cache included.
         kept_fraction: Pairs kept over pairs seen, of the layers that can be compressed.
-        notes: Figure -> why it is absent.
-        error: Why the whole row is.
+        notes: Figure -> why it is missing.
+        error: Why the whole row has no figures.
         provenance: Versions, device, dtype, commit, date.
     """
 
@@ -65,7 +65,7 @@ class ProfileRow:
 
     @property
     def label(self) -> str:
-        """What a table calls it."""
+        """The name that tables use."""
         return {OURS: self.press, KVPRESS: f"{self.press} (kvpress)", DENSE: "DynamicCache"}[self.engine]
 
     @property
@@ -74,12 +74,12 @@ class ProfileRow:
         return self.engine == OURS and self.press == BASELINE
 
     def to_json(self) -> str:
-        """One line, without its end."""
+        """Returns the row as one line of JSON, without the newline."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str) -> Self:
-        """The row of a line; fields that a newer version may have added are left out.
+        """Reads the row from a line; fields that a newer version may have added are ignored.
 
         Raises:
             InvalidArgumentError: Not a JSON object, or fields are missing.
@@ -92,10 +92,10 @@ class ProfileRow:
 
 
 def read_profile(path: str | os.PathLike[str]) -> Iterator[ProfileRow]:
-    """The rows of a file in order, see :func:`kvzip_press.leaderboard.rows.results.read_lines`."""
+    """Yields the rows of a file in order, see :func:`kvzip_press.leaderboard.rows.results.read_lines`."""
     return read_lines(path, ProfileRow.from_json)
 
 
 def provenance(model: Any) -> dict[str, str]:
-    """What a measurement depends on beside its row: versions, device, dtype, commit, date."""
+    """Returns what a measurement depends on besides its row: versions, device, dtype, commit, date."""
     return {**leaderboard.provenance(model), "date": datetime.now(UTC).isoformat(timespec="seconds")}

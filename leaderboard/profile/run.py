@@ -1,4 +1,4 @@
-"""``kvzip-press profile``: the loop over the cases; every row is on disk the moment it is known."""
+"""``kvzip-press profile``: the loop over the cases; every row is written to disk as soon as it is known."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from rich.console import Console
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.profile.decode import one_line
 from kvzip_press.leaderboard.profile.gains import sentences
-from kvzip_press.leaderboard.profile.grid import Grid, get_device, get_dtype, make_grid
+from kvzip_press.leaderboard.profile.grid import Grid, make_grid
 from kvzip_press.leaderboard.profile.measure import Case, Subject, measure
 from kvzip_press.leaderboard.profile.report import profile_table
 from kvzip_press.leaderboard.profile.rows import ProfileRow, provenance
 from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
 from kvzip_press.leaderboard.rows.results import Row, RowWriter
 from kvzip_press.loading.by_name import load_model
+from kvzip_press.model.devices import get_device, get_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +37,20 @@ def run_profile(
     console: Console | None = None,
     **grid_options: Any,
 ) -> list[ProfileRow]:
-    """Measure caches of one model, print the table and where the gain begins, and append the rows to a file.
+    """Measures caches of one model, prints the table and where the gain begins, and appends the rows to a file.
 
     Args:
         output_dir: Gets ``profile.jsonl``; rows of earlier profiles stay in it.
-        model: As for `kvzip_press.load_model`.
-        shape: A name of `SHAPES`, for random weights. Exactly one of the two is given.
-        device: By default the GPU, where there is one.
+        model: As for `kvzip_press.load_model`. Exactly one of ``model`` and ``shape`` is given.
+        shape: A name from `SHAPES`, for random weights.
+        device: By default the GPU, if there is one.
         dtype: By default the checkpoint's; for a shape bf16 on a GPU and fp32 on a CPU.
         console: Where to print.
         **grid_options: See `make_grid`.
 
     Raises:
         InvalidArgumentError: Arguments out of range, before a model is loaded.
-        ModelNotFoundError: The model is not to be had.
+        ModelNotFoundError: The model is not available.
     """
     console = console or Console()
     if (model is None) == (shape is None):
@@ -111,10 +112,10 @@ def _row(subject: Subject, case: Case, about: dict[str, str]) -> ProfileRow:
 
 
 def _figures(subject: Subject, case: Case) -> dict[str, Any]:
-    """The figures of a case, or its error; the memory is free again afterwards."""
+    """Returns the figures of a case, or its error; its memory is freed afterwards."""
     try:
         return measure(subject, case)
-    except Exception as error:  # out of memory, a press that refuses: a row, and the run goes on
+    except Exception as error:  # out of memory, or a press that refuses: a row, and the run continues
         logger.debug("%s", case, exc_info=True)
         return {"error": one_line(error)}
     finally:

@@ -1,4 +1,4 @@
-"""Models of published shapes with random weights: time and memory do not depend on what the weights say."""
+"""Models of published shapes with random weights: time and memory do not depend on the weights' values."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class Shape:
 
     Attributes:
         model_type: transformers' name of the architecture.
-        sizes: Values of its config; what is not named is the architecture's default.
+        sizes: Values of its config; the architecture's defaults apply to the rest.
     """
 
     model_type: str
     sizes: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> Any:
-        """A transformers config."""
+        """Returns a transformers config."""
         from transformers import AutoConfig
 
         return AutoConfig.for_model(self.model_type, **self.sizes)
 
 
-#: Name -> sizes. Qwen3 publishes 40960 positions and stretches them to 131072 (YaRN), which costs no time: random
-#: weights are given all of them, so that every shape can be measured at every length.
+#: Name -> sizes. Qwen3 publishes 40960 positions and stretches them to 131072 (YaRN), which costs no time: the random
+#: model gets all 131072, so that every shape can be measured at every length.
 SHAPES: dict[str, Shape] = {
     "llama3.1-8b": Shape(
         "llama",
@@ -103,10 +103,10 @@ SHAPES: dict[str, Shape] = {
 
 
 def get_shape(name: str) -> Shape:
-    """The shape of a name.
+    """Returns the shape of that name.
 
     Raises:
-        InvalidArgumentError: No such name; the message has those that there are.
+        InvalidArgumentError: No such name; the message lists the known ones.
     """
     if name not in SHAPES:
         hint = did_you_mean(name, SHAPES)
@@ -115,13 +115,13 @@ def get_shape(name: str) -> Shape:
 
 
 def random_model(shape: Shape, device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> Any:
-    """A causal language model with random weights, in evaluation mode, made on its device: nothing is copied there.
+    """Makes a causal language model with random weights, in evaluation mode, directly on its device without a copy.
 
     Args:
-        shape: Its sizes.
+        shape: The model's sizes.
         device: Where it is made; the meta device gives shapes alone.
-        dtype: Of its weights.
-        seed: Of its weights.
+        dtype: Dtype of the weights.
+        seed: Seed of the weights.
     """
     from transformers import AutoModelForCausalLM
 

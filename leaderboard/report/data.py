@@ -1,4 +1,4 @@
-"""What the page knows: plain values for JSON, aggregated, so that a run of any length gives a page of a few MB."""
+"""The page's data: aggregated plain values for JSON, so that a run of any length gives a page of a few MB."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from kvzip_press.leaderboard.rows.results import Row
 
 
 def page_data(rows: Iterable[Row], heads: Iterable[HeadBudgets]) -> dict[str, Any]:
-    """The tables of the page, one a run, model and knowledge of the question, as values that JSON has."""
+    """Returns the page's tables as plain JSON values: one per run and model, query-aware and query-agnostic apart."""
     heads = list(heads)
     tables = [
         _table(table, [budgets for budgets in heads if budgets.run_id == table[0].run_id])
@@ -26,7 +26,7 @@ def page_data(rows: Iterable[Row], heads: Iterable[HeadBudgets]) -> dict[str, An
 
 
 def rounded(value: Any) -> Any:
-    """The value with every float in it at five significant digits: what a page shows, at a third of the bytes."""
+    """Rounds every float in a value to five significant digits: all that a page shows, in a third of the bytes."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
@@ -72,7 +72,7 @@ def _table(rows: Sequence[Row], heads: Sequence[HeadBudgets]) -> dict[str, Any]:
 def _cells(
     cells: Sequence[Cell], judgement: Judgement, relative: Mapping[tuple[str, float], float]
 ) -> list[dict[str, Any]]:
-    """The cells of all tasks or of one, each with its marks and its score over the full cache's."""
+    """Returns the cells of all tasks or of one, each with its marks and its score relative to the full cache's."""
     of_table = {"run_id", "model", "query_aware"}
     return [
         {name: value for name, value in asdict(cell).items() if name not in of_table}
@@ -98,7 +98,7 @@ def _comparison(comparison: Comparison | None) -> dict[str, Any] | None:
 
 
 def _provenance(rows: Sequence[Row]) -> dict[str, str]:
-    """What the rows were made with and of; several values of one name (a run that went on elsewhere) are all named."""
+    """Returns what the rows were made from and with; a name with several values (a run continued elsewhere) has all."""
     values: dict[str, list[str]] = {}
     for row in rows:
         for name, value in {**row.provenance, "seed": str(row.seed)}.items():

@@ -11,7 +11,7 @@ _MAX_CHARACTERS = 300
 
 
 def examples(rows: Sequence[Row], n: int = N_EXAMPLES) -> list[dict[str, Any]]:
-    """The `n` questions at most whose scores spread most, as many of each task, first come first of equal ones."""
+    """Returns up to `n` questions whose scores differ most between presses, equally many per task; ties by order."""
     tasks = [split(task, lambda row: (context_key(row), row.question_id)) for task in split(rows, lambda row: row.task)]
     each = -(-n // max(1, len(tasks)))
     chosen = [question for task in tasks for question in sorted(task, key=lambda found: -_spread(found))[:each]]

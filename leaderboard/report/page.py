@@ -27,21 +27,21 @@ def write_report(
     title: str | None = None,
     command: str = "",
 ) -> None:
-    """Write one HTML file that needs nothing else: no network, no other file, no server.
+    """Writes one HTML file that needs nothing else: no network, no other file, no server.
 
     Rows of several runs may be given; the page shows one run and model at a time, query-aware and query-agnostic rows
-    apart. The file holds aggregated numbers and a few examples, and appears whole or not at all.
+    apart. The file holds aggregated numbers and a few examples. It is written whole or not at all.
 
     Args:
-        rows: May be none.
-        heads: What the heads kept (`HeadBudgets`), of the same runs; may be none.
-        path: The file; its directory is made where it is absent.
-        title: Stands above; by default what every page is called.
-        command: What made the rows, shown at the bottom.
+        rows: May be empty.
+        heads: What the heads kept (`HeadBudgets`) in the same runs; may be empty.
+        path: The file; its directory is created if it does not exist.
+        title: Shown at the top; a standard title by default.
+        command: The command that made the rows, shown at the bottom.
 
     Raises:
         InvalidArgumentError: A press answered a question of a run twice at the same ratio.
-        MissingDependencyError: scipy is absent.
+        MissingDependencyError: scipy is not installed.
         CacheFileError: The file cannot be written.
     """
     page = render(page_data(rows, heads), title=title or _TITLE, command=command)
@@ -52,7 +52,7 @@ def write_report(
 
 
 def render(data: dict[str, Any], *, title: str, command: str) -> str:
-    """The text of the page. Whatever stands in title, command or data is shown as it is and never read as HTML."""
+    """Returns the text of the page. Title, command and data are shown literally and never parsed as HTML."""
     parts = {
         "title": html.escape(title),
         "style": _part("style.css"),
@@ -65,7 +65,7 @@ def render(data: dict[str, Any], *, title: str, command: str) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that may stand in a script element: no character in it can end the element or begin another."""
+    """Returns JSON that is safe in a script element: no character in it can end the element or begin another."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

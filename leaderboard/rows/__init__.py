@@ -1,1 +1,1 @@
-"""What a run writes."""
+"""The rows that a run writes, and their files."""

@@ -1,4 +1,4 @@
-"""What every head of a compressed cache kept: a line of JSON for each cache that answered."""
+"""What every head of a compressed cache kept: one line of JSON for each cache that answered."""
 
 import json
 import os
@@ -36,16 +36,16 @@ class HeadBudgets:
 
     @property
     def key(self) -> tuple[str, str, str, str, float]:
-        """Which of its run's caches it is about."""
+        """Identifies the cache within its run."""
         return self.task, self.sample_id, self.question_id, self.press, self.compression_ratio
 
     def to_json(self) -> str:
-        """One line, without its end; fractions with four decimals."""
+        """Returns one line of JSON, without the newline; fractions have four decimals."""
         return json.dumps({**asdict(self), "kept": [[round(part, 4) for part in heads] for heads in self.kept]})
 
     @classmethod
     def from_json(cls, line: str) -> Self:
-        """What a line says; fields that a newer version may have added are left out.
+        """Reads a line; fields that a newer version may have added are ignored.
 
         Raises:
             InvalidArgumentError: Not a JSON object, or fields are missing.
@@ -60,5 +60,5 @@ class HeadBudgets:
 
 
 def read_heads(path: str | os.PathLike[str]) -> Iterator[HeadBudgets]:
-    """The head budgets of a file in order, see :func:`kvzip_press.leaderboard.rows.results.read_lines`."""
+    """Yields the head budgets of a file in order, see :func:`kvzip_press.leaderboard.rows.results.read_lines`."""
     return read_lines(path, HeadBudgets.from_json)

@@ -1,4 +1,4 @@
-"""Rows: one line of JSON for each answer, on disk the moment it is known, and what reads and writes such lines."""
+"""Rows: one line of JSON per answer, on disk as soon as it is known; and functions to read and write such lines."""
 
 import hashlib
 import json
@@ -19,15 +19,15 @@ _Line = TypeVar("_Line")
 
 
 class Line(Protocol):
-    """What a JSONL file holds."""
+    """A line of a JSONL file."""
 
     def to_json(self) -> str:
-        """One line, without its end."""
+        """Returns one line of JSON, without the newline."""
         ...
 
 
 class RowKey(NamedTuple):
-    """What tells the rows of one run apart."""
+    """The fields that tell the rows of one run apart."""
 
     task: str
     sample_id: str
@@ -39,12 +39,12 @@ class RowKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One answer, with all that is needed to judge it. Times are wall seconds, sizes bytes of keys and values.
+    """One answer, with everything needed to judge it. Times are wall seconds, sizes bytes of keys and values.
 
-    Sizes, times and numbers of tokens are None in rows that were read from another program's results, which have none.
+    Sizes, times and token counts are None in rows that were read from another program's results, which have none.
 
     Attributes:
-        run_id: Which configuration made it, see `run_id`.
+        run_id: Identifies the configuration that made it, see `run_id`.
         task: The task's name.
         model: The model's name, as it was asked for.
         press: The press's label.
@@ -61,11 +61,11 @@ class Row:
         n_answer_tokens: Tokens that were generated.
         resident_bytes: What the compressed cache holds.
         dense_bytes: What the uncompressed cache holds.
-        prefill_seconds: The one forward over the context, shared by all presses, those that watch it included.
+        prefill_seconds: The one forward pass over the context, shared by all presses, including those that observe it.
         score_seconds: Scoring, shared by all ratios of a press.
         evict_seconds: Making the compressed cache from the scores.
-        answer_seconds: Reading the question and writing the answer; its share where several were asked at once.
-        tags: What the task says of this question beside the metric, such as its depth in the context.
+        answer_seconds: Reading the question and writing the answer; its share if several were asked at once.
+        tags: What the task records about this question besides the metric, such as its depth in the context.
         provenance: Versions, device, dtype and the like.
     """
 
@@ -95,16 +95,16 @@ class Row:
 
     @property
     def key(self) -> RowKey:
-        """Which of its run's rows it is."""
+        """Identifies the row within its run."""
         return RowKey(*(getattr(self, name) for name in RowKey._fields))
 
     def to_json(self) -> str:
-        """One line, without its end."""
+        """Returns the row as one line of JSON, without the newline."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str) -> Self:
-        """The row of a line; fields that a newer version may have added are left out.
+        """Reads the row from a line; fields that a newer version may have added are ignored.
 
         Raises:
             InvalidArgumentError: Not a JSON object, or fields are missing.
@@ -118,12 +118,12 @@ class Row:
 
 
 class RowWriter:
-    """Appends rows to a JSONL file; when `write` returns, the row is on the disk. A context manager.
+    """Appends rows to a JSONL file; when `write` returns, the row is on disk. Use it as a context manager.
 
-    Half a line at the end of the file, as a killed process leaves it, is cut off first, with a warning.
+    An incomplete line at the end of the file, as a killed process leaves it, is cut off first, with a warning.
 
     Args:
-        path: The file; it and its directory are made where they are absent.
+        path: The file; it and its directory are created if they do not exist.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -132,17 +132,17 @@ class RowWriter:
 
     def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("ab", buffering=0)  # what a failed write leaves in a buffer would come later
+        self._file = self._path.open("ab", buffering=0)  # a buffer would write the rest of a failed write later
         if torn := _torn_bytes(self._path):
             logger.warning("%s ended in half a row (%d bytes), which is cut off", self._path, torn)
             self._file.truncate(self._path.stat().st_size - torn)
         return self
 
     def write(self, row: Line) -> None:
-        """Append one row.
+        """Appends one row.
 
         Raises:
-            RunDirectoryError: The disk is full, say. The file ends with the row before.
+            RunDirectoryError: The write failed, for example on a full disk. The file ends with the previous row.
         """
         assert self._file is not None, "use RowWriter in a with statement"
         whole = self._file.seek(0, os.SEEK_END)
@@ -166,16 +166,16 @@ class RowWriter:
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
-    """The rows of a file in order, see :func:`read_lines`."""
+    """Yields the rows of a file in order, see :func:`read_lines`."""
     return read_lines(path, Row.from_json)
 
 
 def read_lines(path: str | os.PathLike[str], from_json: Callable[[str], _Line]) -> Iterator[_Line]:
-    """The rows of a file in order, of any kind. Half a line at its end is left out with a warning; it is no row yet.
+    """Yields the rows of a file, of any kind, in order. An incomplete last line is skipped with a warning.
 
     Args:
         path: A file that :class:`RowWriter` wrote.
-        from_json: Reads a line; raises InvalidArgumentError where it cannot.
+        from_json: Reads a line; raises InvalidArgumentError if it cannot.
 
     Raises:
         InvalidArgumentError: Any other line that is not a row; the message has its number.
@@ -193,13 +193,13 @@ def read_lines(path: str | os.PathLike[str], from_json: Callable[[str], _Line]) 
 
 
 def run_id(config: Mapping[str, Any]) -> str:
-    """A name for a configuration: 12 hexadecimal digits of the hash of its JSON form, in any order of keys."""
+    """Names a configuration: 12 hexadecimal digits of the hash of its JSON form, whatever the order of its keys."""
     text = json.dumps(config, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _write_all(file: IO[bytes], line: bytes) -> None:
-    """Writes a whole line: on a disk with little room left a call may take a part of it."""
+    """Writes a whole line: on a nearly full disk a single call may write only part of it."""
     while line:
         line = line[file.write(line) :]
 

@@ -1,1 +1,1 @@
-"""From a plan to rows: runs, and what they are made of."""
+"""Runs: from a plan of contexts to rows in a directory."""

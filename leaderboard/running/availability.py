@@ -1,4 +1,4 @@
-"""Which presses of a run can be had for a model."""
+"""Finds the presses of a run that are available for a model."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,20 +9,18 @@ from kvzip_press.leaderboard.running.plan import PressSpec
 
 
 def available(presses: Sequence[PressSpec], model: Any, say: Callable[[str], None]) -> tuple[PressSpec, ...]:
-    """The presses that are installed and have what they need for the model (gates, scores of heads).
+    """Returns the presses that are installed and have what they need for the model (gates, scores of heads).
 
     Args:
-        presses: All that are asked for.
+        presses: All presses that were asked for.
         model: The model.
-        say: Is told of each that is left out, and why.
+        say: Called with a message for each press that is left out; the message says why.
     """
     found = []
     for spec in presses:
         try:
             press = get_press(spec.name, compression_ratio=0.0, **spec.options)
-            press.observer(model)
-            if head_scores := getattr(press, "head_scores", None):
-                head_scores(model)
+            press.requires(model)
         except (MissingDependencyError, InvalidArgumentError) as error:
             say(f"left out: {spec.label} ({error})")
         else:

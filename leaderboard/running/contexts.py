@@ -1,15 +1,14 @@
-"""From a sample to what the model reads at once, and what is then asked of it."""
+"""Turns samples into contexts: the tokens that a model reads at once, and the questions that follow."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvzip_press.decoding.generation import question_ids
+from kvzip_press.decoding.answering import question_ids
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.running.plan import Run, Work
 from kvzip_press.leaderboard.samples.task import Question
 from kvzip_press.model.chat import chat_frame, encode
-from kvzip_press.model.structure import text_config
 
 
 @dataclass(frozen=True)
@@ -18,11 +17,11 @@ class Context:
 
     Attributes:
         work: The sample and its task.
-        ids: The context's tokens, without the chat template's; with the question where that is known beforehand. Empty
-            for a sample without a context, whose question is all that is read.
-        questions: What is asked.
-        texts: What of each question is left to ask: its text, or nothing where ``ids`` end with it.
-        tags: What rows say of it, beside the questions' own.
+        ids: The context's tokens, without the chat template's; in a query-aware run they end with the question. Empty
+            for a sample without a context, of which only the question is read.
+        questions: The questions to ask.
+        texts: What is left to ask of each question: its text, or nothing if ``ids`` already end with it.
+        tags: Tags for the context's rows, in addition to the questions' own.
     """
 
     work: Work
@@ -33,22 +32,22 @@ class Context:
 
     @property
     def name(self) -> str:
-        """How errors name it."""
+        """The name that errors use."""
         return f"{self.work.task.name}/{self.work.sample.sample_id}"
 
 
 def contexts_of(work: Work, run: Run, tokenizer: Any, limit: int | None) -> list[Context]:
-    """The contexts of a sample: one, or one a question in a query-aware run.
+    """Returns the contexts of a sample: a single one, or one per question in a query-aware run.
 
     Args:
         work: The sample.
-        run: Says whether it is query-aware, and whether a context that is too long is cut.
-        tokenizer: The model's.
-        limit: The model's positions; None where it has no limit.
+        run: Decides whether contexts include the question, and whether a context that is too long is cut.
+        tokenizer: The model's tokenizer.
+        limit: The number of the model's positions; None if it has no limit.
 
     Raises:
-        InvalidArgumentError: Context, question and answer exceed the positions, and the run does not truncate; the
-            question and its answer alone do; or a conversation in a query-aware run.
+        InvalidArgumentError: Context, question and answer exceed the positions, and the run does not truncate; question
+            and answer exceed them even without a context; or the sample is a conversation in a query-aware run.
     """
     sample = work.sample
     ids = encode(tokenizer, sample.context)
@@ -66,7 +65,7 @@ def contexts_of(work: Work, run: Run, tokenizer: Any, limit: int | None) -> list
 
 
 def batches(contexts: Iterable[Context], batch_size: int) -> Iterator[list[Context]]:
-    """Contexts of one task together, ``batch_size`` of them or what is left in the end; those without tokens alone."""
+    """Groups contexts of one task, ``batch_size`` at a time and the rest at the end; those without tokens go alone."""
     waiting: dict[str, list[Context]] = {}
     for context in contexts:
         group = waiting.setdefault(context.work.task.name, []) if context.ids else []
@@ -76,21 +75,15 @@ def batches(contexts: Iterable[Context], batch_size: int) -> Iterator[list[Conte
     yield from waiting.values()
 
 
-def positions_of(model: Any) -> int | None:
-    """How many tokens a model takes, None for as many as one likes."""
-    limit: int | None = getattr(text_config(model), "max_position_embeddings", None)
-    return limit
-
-
 def prompt_ids(tokenizer: Any, question: Question) -> list[int]:
-    """The whole prompt of a question without a context."""
+    """Returns the whole prompt of a question that has no context."""
     frame = chat_frame(tokenizer)
     text = encode(tokenizer, question.text.strip())
     return [*frame.prefix, *text, *frame.suffix, *encode(tokenizer, question.answer_prefix)]
 
 
 def _fitted(context: Context, run: Run, tokenizer: Any, limit: int | None) -> Context:
-    """The context, cut in its middle where it is too long and the run says so."""
+    """Returns the context, with its middle cut out if it is too long and the run truncates."""
     if limit is None:
         return context
     room = limit - len(chat_frame(tokenizer).prefix) - _tokens_after(context, tokenizer)
@@ -113,7 +106,7 @@ def _fitted(context: Context, run: Run, tokenizer: Any, limit: int | None) -> Co
 
 
 def _tokens_after(context: Context, tokenizer: Any) -> int:
-    """Tokens that may follow a context: those of one turn, or of all turns of a conversation."""
+    """Counts the tokens that may follow a context: those of one turn, or of all turns of a conversation."""
     conversation = context.work.sample.multi_turn
     asked = [
         len(question_ids(tokenizer, text, question.answer_prefix, is_first=not (conversation and number)))
@@ -124,6 +117,6 @@ def _tokens_after(context: Context, tokenizer: Any) -> int:
 
 
 def _with_question(context: Context, tokenizer: Any) -> Context:
-    """The question as the end of the context: what is left of the prompt is the end of the user's turn."""
+    """Moves the question into the context, as its end; only the end of the user's turn is left of the prompt."""
     question = encode(tokenizer, f"\n\n{context.texts[0].strip()}")
     return Context(context.work, context.ids + question, context.questions, ("",), context.tags)

@@ -1,4 +1,4 @@
-"""Samples without a context: what is compressed is the prompt and the answer itself, while it is written."""
+"""Runs samples without a context: the prompt and the answer are compressed while the answer is generated."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +10,14 @@ from kvzip_press.compat import DynamicCache
 from kvzip_press.decoding.generation import eos_ids, generate
 from kvzip_press.errors import BudgetMismatchError, InvalidArgumentError
 from kvzip_press.leaderboard.running.measured import Measured
-from kvzip_press.model.structure import input_device, text_config
+from kvzip_press.model.devices import input_device
+from kvzip_press.model.structure import text_config
 from kvzip_press.press import Press
 
 
 def check_decodes(label: str, press: Press, *, keeps_all: bool) -> None:
-    """Raises InvalidArgumentError for a press that evicts, and not while decoding."""
-    if not keeps_all and not getattr(press, "decoding", False):
+    """Raises InvalidArgumentError for a press that evicts pairs, but not while decoding."""
+    if not keeps_all and not press.evicts_while_decoding:
         raise InvalidArgumentError(
             f"expected presses that evict while decoding (`decoding: true`), or the full cache, for samples without a "
             f"context, got {label!r}"
@@ -26,10 +27,10 @@ def check_decodes(label: str, press: Press, *, keeps_all: bool) -> None:
 def generate_evicting(
     model: Any, tokenizer: Any, press: Press, prompt: Sequence[int], max_new_tokens: int
 ) -> tuple[list[int], RaggedCache]:
-    """Answers a prompt, greedily, in the press's own context.
+    """Answers a prompt greedily inside ``with press(model)``.
 
     Returns:
-        The answer's ids, without the one that ended it, and the cache as it is afterwards.
+        The answer's ids, without the end token, and the cache as it is afterwards.
     """
     ids = torch.tensor([list(prompt)], device=input_device(model))
     cache, ended = DynamicCache(config=text_config(model)), eos_ids(model, tokenizer)
@@ -44,11 +45,11 @@ def generate_evicting(
 
 
 def measure_grown(label: str, press: Press, cache: RaggedCache) -> Measured:
-    """What a cache of one row holds after an answer, tokens since the last eviction included.
+    """Measures a one-row cache after an answer, including the tokens since the last eviction.
 
     Raises:
-        BudgetMismatchError: More pairs than the press's budget, the buffer that it may fill between evictions, and the
-            protected first tokens.
+        BudgetMismatchError: The cache holds more pairs than the sum of the press's budget, the buffer that it may fill
+            between evictions, and the protected first tokens.
     """
     layers = dict(cache.ragged_layers())
     kept = {
@@ -57,7 +58,7 @@ def measure_grown(label: str, press: Press, cache: RaggedCache) -> Measured:
     }
     found = Measured(int(cache.get_seq_length()), kept, cache.resident_bytes, cache.dense_bytes)
     if press.budget is not None:
-        a_head = press.budget + getattr(press, "buffer", 0)
+        a_head = press.budget if press.schedule is None else press.schedule.limit
         most = sum((a_head + layer.n_protected[0]) * len(kept[layer_idx]) for layer_idx, layer in layers.items())
         if found.n_kept > most:
             raise BudgetMismatchError(

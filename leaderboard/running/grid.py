@@ -1,4 +1,4 @@
-"""Runs as YAML files. What is not understood is an error that names the key's path."""
+"""Reads runs from YAML files. Anything not understood is an error that names the key's path."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 
 from kvzip_press import get_press
-from kvzip_press.budget.policy import check_compression_ratio
+from kvzip_press.budget.amount import check_compression_ratio
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, did_you_mean
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec
 from kvzip_press.leaderboard.tasks import get_task
@@ -26,9 +26,9 @@ class Grid:
     """A grid file.
 
     Attributes:
-        name: Its name, without the suffix.
-        description: What it is for, a sentence.
-        run: What it runs.
+        name: The file's name, without the suffix.
+        description: A sentence that says what the grid is for.
+        run: The run that the file describes.
     """
 
     name: str
@@ -37,19 +37,19 @@ class Grid:
 
 
 def grid_names() -> list[str]:
-    """The grids that come with the package, sorted."""
+    """Returns the names of the grids that come with the package, sorted."""
     return sorted(path.stem for path in GRIDS.glob("*.yaml"))
 
 
 def load_grid(name: str) -> Grid:
-    """The grid of a name, or of a file.
+    """Loads a grid by its name, or from a file.
 
     Args:
         name: One of `grid_names`, or the path of a YAML file.
 
     Raises:
-        InvalidArgumentError: No such grid (the message suggests the nearest one), no YAML, an unknown key, task or
-            press, a value of the wrong kind or out of range. The message has the file and the key's path.
+        InvalidArgumentError: No such grid (the message suggests the nearest one), not a YAML file, an unknown key, task
+            or press, or a value of the wrong kind or out of range. The message has the file and the key's path.
     """
     path = GRIDS / f"{name}.yaml" if name in grid_names() else Path(name)
     if not path.is_file():
@@ -106,7 +106,7 @@ def _press(node: "_Node") -> PressSpec:
     def make() -> None:
         try:
             get_press(name, **options)
-        except MissingDependencyError:  # whoever runs the grid is told, or leaves the press out
+        except MissingDependencyError:  # the run reports this, or leaves the press out
             pass
         except TypeError as error:
             raise InvalidArgumentError(str(error)) from error
@@ -125,11 +125,11 @@ def _ratios(node: "_Node") -> tuple[float, ...]:
 
 
 class _Node:
-    """A mapping of the file: its keys are taken one by one, and `finish` says which nobody knows.
+    """A mapping in the file: its keys are taken one by one, and `finish` reports any that nobody took.
 
     Args:
-        path: Where it stands, for errors.
-        values: What YAML made of it.
+        path: The mapping's place in the file, for errors.
+        values: The parsed YAML.
     """
 
     def __init__(self, path: str, values: Any) -> None:
@@ -138,7 +138,7 @@ class _Node:
         self.taken: list[str] = []
 
     def take(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """The value of a key, which must be of that kind; the default, where there is one, stands for an absent one."""
+        """Returns the value of a key, which must be of that kind; a missing key gives the default, if there is one."""
         self.taken.append(key)
         if key in self.values:
             return self._of_kind(self._at(key), self.values[key], kind)
@@ -147,14 +147,14 @@ class _Node:
         return default
 
     def items(self, key: str) -> "list[_Node]":
-        """The mappings of a list of at least one."""
+        """Returns the mappings in a list, which must have at least one."""
         values: Sequence[Any] = self.take(key, list)
         if not values:
             raise InvalidArgumentError(f"{self._at(key)}: expected at least one, got none")
         return [_Node(f"{self._at(key)}[{index}]", value) for index, value in enumerate(values)]
 
     def checked(self, key: str, make: Any) -> Any:
-        """What ``make()`` returns; its error gets the key's path."""
+        """Returns ``make()``; if that raises, the error gets the key's path."""
         try:
             return make()
         except InvalidArgumentError as error:

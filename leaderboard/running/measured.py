@@ -1,4 +1,4 @@
-"""What a compressed cache really holds, and whether that is what was asked for."""
+"""Measures what a compressed cache really holds, and checks that it is what was asked for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kvzip_press.budget.allocators import Decided
 from kvzip_press.budget.scores import Scores
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.cache.ragged_layer import RaggedLayer
@@ -14,13 +15,13 @@ from kvzip_press.errors import BudgetMismatchError
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of a cache just after eviction, as it would be alone: padding of a batch counts nowhere.
+    """One row of a cache just after eviction, measured as if it were alone: the batch's padding is not counted.
 
     Attributes:
         n_tokens: Tokens of the row.
-        kept: ``layer_idx -> kept pairs of each KV head``, of the layers that can be compressed.
-        resident_bytes: Of its keys, values, positions and lengths, and of layers that stay dense.
-        dense_bytes: Of its keys and values without compression.
+        kept: ``layer_idx -> kept pairs of each KV head``, for the layers that can be compressed.
+        resident_bytes: Bytes of its keys, values, positions and lengths, and of the layers that stay dense.
+        dense_bytes: Bytes that its keys and values would take without compression.
     """
 
     n_tokens: int
@@ -30,12 +31,12 @@ class Measured:
 
     @property
     def n_kept(self) -> int:
-        """Kept pairs."""
+        """Number of kept pairs."""
         return sum(map(sum, self.kept.values()))
 
     @property
     def n_pairs(self) -> int:
-        """Pairs that were read."""
+        """Number of pairs that were read."""
         return self.n_tokens * sum(map(len, self.kept.values()))
 
     @property
@@ -50,7 +51,7 @@ class Measured:
 
 
 def measure(cache: RaggedCache, valid: torch.Tensor) -> list[Measured]:
-    """The rows of a cache that nothing was asked of yet.
+    """Measures the rows of a cache of which no question has been asked yet.
 
     Args:
         cache: From ``Prefill.evict``.
@@ -75,8 +76,8 @@ def _row(cache: RaggedCache, row: int, n_tokens: int) -> Measured:
     for layer_idx, layer in enumerate(cache.layers):
         if isinstance(layer, RaggedLayer):
             heads = kept[layer_idx] = layer.packed.seqlens[row].tolist()
-            resident += sum(heads) * _pair_bytes(layer) + (len(heads) + 1) * layer.packed.cu_seqlens.element_size()
-            dense += n_tokens * len(heads) * _dense_pair_bytes(layer)
+            resident += sum(heads) * layer.packed.pair_bytes + (len(heads) + 1) * layer.packed.cu_seqlens.element_size()
+            dense += n_tokens * len(heads) * layer.packed.storage.dense_pair_bytes
         else:
             held = _dense_row_bytes(layer, n_tokens)
             resident, dense = resident + held, dense + held
@@ -87,22 +88,11 @@ def _needed(layer: Any) -> int:
     if not isinstance(layer, RaggedLayer):
         return sum(tensor.nbytes for tensor in (layer.keys, layer.values))
     packed = layer.packed
-    return int(packed.cu_seqlens[-1]) * _pair_bytes(layer) + packed.cu_seqlens.nbytes
-
-
-def _pair_bytes(layer: RaggedLayer) -> int:
-    """Key, value, position, and the score where it is kept for later."""
-    packed = layer.packed
-    scores = 0 if packed.scores is None else packed.scores.element_size()
-    return _dense_pair_bytes(layer) + packed.positions.element_size() + scores
-
-
-def _dense_pair_bytes(layer: RaggedLayer) -> int:
-    return sum(tensor.shape[1] * tensor.element_size() for tensor in layer.packed.pairs)
+    return int(packed.cu_seqlens[-1]) * packed.pair_bytes + packed.cu_seqlens.nbytes
 
 
 def _dense_row_bytes(layer: Any, n_tokens: int) -> int:
-    """Of a sliding layer, whose rows hold the padding on their left too."""
+    """Returns the bytes of a sliding layer's row without the padding on its left, which the layer holds too."""
     columns = layer.keys.shape[2]
     row: int = (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[0]
     return row // columns * min(columns, n_tokens)
@@ -111,25 +101,24 @@ def _dense_row_bytes(layer: Any, n_tokens: int) -> int:
 def check_kept(label: str, compression_ratio: float, scores: Scores, rows: Sequence[Measured]) -> None:
     """Compares what rows keep with what was asked for.
 
-    A ratio is of all pairs but the protected ones that do not count in it; protected pairs stay in any case. A press
-    that decides its counts itself is held to these.
+    A ratio refers to all pairs except those protected pairs that do not count towards it; protected pairs always stay.
+    A press that decides its own counts is checked against those.
 
     Args:
-        label: The press's.
+        label: The press's label.
         compression_ratio: The fraction that the run asks to remove.
-        scores: What was evicted by, under the policy that was asked for.
-        rows: The cache's.
+        scores: The scores that decided the eviction, with the policy that was asked for.
+        rows: The cache's rows.
 
     Raises:
-        BudgetMismatchError: A row keeps another number of pairs, or all of them though some were to be removed.
+        BudgetMismatchError: A row keeps a different number of pairs, or keeps all though some were to be removed.
     """
-    pools = 1 if scores.allocation == "global" else sum(layer.shape[1] for layer in scores.layers.values())
-    slack = 0.0 if scores.is_decided else 0.5 * pools + len(scores.layers)  # rounding, and a pair for an empty layer
+    slack = 0 if scores.is_decided else len(scores.layers)  # one pair for each layer that would be left empty
     for row, found in enumerate(rows):
         asked = _asked_pairs(scores, row, found.n_tokens)
         if abs(found.n_kept - asked) > slack:
             raise BudgetMismatchError(
-                f"{label} at compression_ratio {compression_ratio}: expected {asked:.0f} of {found.n_pairs} pairs kept "
+                f"{label} at compression_ratio {compression_ratio}: expected {asked} of {found.n_pairs} pairs kept "
                 f"({asked / found.n_pairs:.4f}), got {found.n_kept} ({found.kept_fraction:.4f})"
             )
         if compression_ratio > 0 and found.n_kept >= found.n_pairs:
@@ -139,14 +128,17 @@ def check_kept(label: str, compression_ratio: float, scores: Scores, rows: Seque
             )
 
 
-def _asked_pairs(scores: Scores, row: int, n_tokens: int) -> float:
-    """How many pairs a row should keep, before rounding."""
+def _asked_pairs(scores: Scores, row: int, n_tokens: int) -> int:
+    """Returns the number of pairs that a row should keep."""
     protected, charged = int(scores.protected[row].sum()), int(scores.charged[row].sum())
-    outside = protected - charged
-    if scores.counts is not None:
-        return sum(int(counts[row].sum()) + counts.shape[1] * protected for counts in scores.counts.values())
-    total = 0.0
-    for layer_idx, layer in scores.layers.items():
-        share = (1 - scores.ratio_of(layer_idx)) * (n_tokens - outside) if scores.budget is None else scores.budget
-        total += layer.shape[1] * (outside + min(max(share, charged), n_tokens - outside))
+    policy, outside = scores.policy, protected - charged
+    if isinstance(policy.allocation, Decided):
+        decided = policy.allocation.per_head.values()
+        return sum(int(counts[row].sum()) + counts.shape[1] * protected for counts in decided)
+    heads, total = {i: layer.shape[1] for i, layer in scores.layers.items()}, 0
+    for pool in policy.allocation.pools(heads):
+        n_heads = sum(len(range(heads[i])[which]) for i, which in pool)
+        inside = n_heads * (n_tokens - outside)
+        asked = policy.allocation.asked(policy.amount, pool[0][0], inside, n_heads)
+        total += n_heads * outside + min(max(asked, n_heads * charged), inside)
     return total

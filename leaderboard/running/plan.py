@@ -1,4 +1,4 @@
-"""What a run is made of: tasks, presses, ratios and a seed; and the list of contexts that follows from them."""
+"""The configuration of a run (tasks, presses, ratios, a seed), and the list of contexts that follows from it."""
 
 import json
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from kvzip_press.budget.policy import check_compression_ratio
+from kvzip_press.budget.amount import check_compression_ratio
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.rows.results import run_id
 from kvzip_press.leaderboard.samples.task import Sample, Task
@@ -21,10 +21,10 @@ class PressSpec:
 
     Attributes:
         name: Its name in the registry.
-        label: What rows, table and picture call it.
-        options: Its further arguments.
-        compression_ratios: Fractions removed; None for the run's own. A reference such as "none", and a press whose
-            options say themselves how much is kept (``budget``, ``layer_ratios``), has ``(0.0,)``.
+        label: The name in rows, tables and pictures.
+        options: Further arguments of the press.
+        compression_ratios: Fractions removed; None for the run's own. It is ``(0.0,)`` for a reference such as "none",
+            and for a press whose options decide how much is kept (``budget``, ``layer_ratios``).
     """
 
     name: str
@@ -35,7 +35,7 @@ class PressSpec:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task of a run: how many contexts, and of how many tokens."""
+    """A task of a run, with the number of contexts and their length in tokens."""
 
     task: Task
     n_contexts: int
@@ -47,19 +47,19 @@ class Run:
     """A whole configuration.
 
     Attributes:
-        model_name: What the model was loaded as.
-        tasks: What is asked.
-        presses: Every one meets every context.
+        model_name: The name that the model was loaded by.
+        tasks: The tasks to ask.
+        presses: The presses; every press gets every context.
         compression_ratios: Fractions removed.
-        seed: Of the samples.
-        dtype: What the model was loaded in: "bf16", "fp16", "fp32", or "auto" for the checkpoint's.
-        query_aware: Whether a context is compressed together with its question: one prefill a question.
+        seed: Seed of the samples.
+        dtype: The dtype that the model was loaded in: "bf16", "fp16", "fp32", or "auto" for the checkpoint's.
+        query_aware: Whether a context is compressed together with its question, which takes one prefill per question.
         truncate: Whether a context that is too long for the model loses its middle, instead of being refused.
-        batch_size: Contexts of one task that are read in one padded forward. Rows do not depend on it but for times
-            and rounding.
+        batch_size: Contexts of one task that are read in one padded forward pass. Rows do not depend on it, except for
+            times and rounding.
 
     Raises:
-        InvalidArgumentError: A value out of range, or two presses of one label.
+        InvalidArgumentError: A value out of range, or two presses with the same label.
     """
 
     model_name: str
@@ -82,7 +82,7 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Everything above and this package's version, as plain JSON values."""
+        """Returns all attributes and this package's version, as plain JSON values."""
         tasks = [
             {**asdict(spec), "kind": type(spec.task).__name__, "data_revision": spec.task.data_revision}
             for spec in self.tasks
@@ -93,11 +93,11 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        """The hash of the configuration."""
+        """Hash of the configuration."""
         return run_id(self.config)
 
     def ratios(self, press: PressSpec) -> tuple[float, ...]:
-        """The fractions that one press removes."""
+        """Returns the fractions that one press removes."""
         return self.compression_ratios if press.compression_ratios is None else press.compression_ratios
 
 
@@ -110,12 +110,12 @@ class Work:
 
 
 def plan(run: Run, tokenizer: Any) -> list[Work]:
-    """All contexts of a run, their lengths counted by the model's tokenizer.
+    """Returns all contexts of a run, with lengths counted by the model's tokenizer.
 
     The tasks are mixed evenly, so that a run that is stopped has done about the same part of each.
 
     Raises:
-        InvalidArgumentError: A task without samples, a sample without questions, or two of one name.
+        InvalidArgumentError: A task without samples, a sample without questions, or two with the same name.
     """
 
     def count_tokens(text: str) -> int:
@@ -135,13 +135,13 @@ def plan(run: Run, tokenizer: Any) -> list[Work]:
 
 
 def count_rows(run: Run, works: Sequence[Work]) -> int:
-    """How many rows a run has."""
+    """Returns the number of rows that a run has."""
     cells = sum(len(run.ratios(press)) for press in run.presses)
     return cells * sum(len(work.sample.questions) for work in works)
 
 
 def shard(works: Sequence[T], index: int, count: int) -> list[T]:
-    """Every ``count``-th context from ``index`` on: the shards of a run are disjoint, and together the whole.
+    """Returns every ``count``-th context from ``index`` on: a run's shards are disjoint, and together they are all.
 
     Raises:
         InvalidArgumentError: ``index`` is not in 0..count-1.

@@ -1,4 +1,4 @@
-"""What a measurement depends on beside its configuration."""
+"""What a measurement depends on besides its configuration."""
 
 import hashlib
 import importlib.metadata
@@ -10,14 +10,15 @@ import torch
 
 from kvzip_press.compat import TRANSFORMERS_VERSION
 from kvzip_press.kernels.benchmarks.report import commit
-from kvzip_press.model.structure import full_attention_layers, layer_fingerprint
+from kvzip_press.model.identity import layer_fingerprint
+from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.version import __version__
 
 ABSENT = "-"
 
 
 def provenance(model: Any) -> dict[str, str]:
-    """Versions, commit ("-dirty" behind it where files were changed, "unknown" without git), device, dtype, model."""
+    """Returns versions, commit (with "-dirty" if files were changed, "unknown" without git), device, dtype, model."""
     parameter = next(model.parameters())
     return {
         "kvzip_press": __version__,
@@ -37,7 +38,7 @@ def provenance(model: Any) -> dict[str, str]:
 
 
 def model_revision(model: Any) -> str:
-    """The hub's commit of the model's files, or where there is none a digest of a sample of its weights."""
+    """Returns the hub's commit of the model's files, or, if there is none, a digest of a sample of its weights."""
     known = getattr(model.config, "_commit_hash", None)
     if known:
         return str(known)

@@ -1,4 +1,4 @@
-"""A run on several GPUs or machines: Ray hands contexts to workers, one process writes all rows."""
+"""Runs on several GPUs or machines: Ray hands contexts to workers, and one process writes all rows."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, WorkerError
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row, RowKey
-from kvzip_press.leaderboard.running.contexts import contexts_of, positions_of
+from kvzip_press.leaderboard.running.contexts import contexts_of
 from kvzip_press.leaderboard.running.plan import Run, count_rows, plan, shard
 from kvzip_press.leaderboard.running.run_directory import RunDirectory, RunRecord
 from kvzip_press.leaderboard.running.runner import execute
+from kvzip_press.model.structure import max_positions
 
 Load = Callable[[], tuple[Any, Any]]
 Found = tuple[list[Row], list[HeadBudgets]]
 
-MOST_LOSSES = 3  # workers that may die over the same contexts before the run does
+MOST_LOSSES = 3  # the run fails when this many workers have died over the same contexts
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Cluster:
     """Where a run is spread.
 
     Attributes:
-        workers: Processes, each with the model.
-        address: Of a Ray cluster; None for one on this machine, which ends with the run.
-        gpus_each: GPUs of a worker, 0 on a CPU; a fraction lets workers share one.
+        workers: Number of processes, each of which holds the model.
+        address: Address of a Ray cluster; None for one on this machine, which ends with the run.
+        gpus_each: GPUs per worker, 0 on a CPU; a fraction lets workers share one.
 
     Raises:
         InvalidArgumentError: A number out of range.
@@ -49,14 +50,14 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Group:
-    """Contexts of one task that are read together: their places in the run's list, and their names."""
+    """Contexts of one task that are read together: their indices in the run's list, and their names."""
 
     places: tuple[int, ...]
     samples: frozenset[tuple[str, str]]
 
 
 class Worker:
-    """One process: the model, and the list of contexts, which is the same in every worker."""
+    """One process, with the model and the run's list of contexts; every worker makes the same list."""
 
     def __init__(self, run: Run, load: Load) -> None:
         self.run = run
@@ -64,16 +65,16 @@ class Worker:
         self.works = plan(run, self.tokenizer)
 
     def describe(self, shard_of: tuple[int, int]) -> tuple[RunRecord, list[Group], int]:
-        """The run's record, the groups of a shard, and how many rows these have."""
-        limit = positions_of(self.model)
+        """Returns the run's record, the groups of a shard, and how many rows these have."""
+        limit = max_positions(self.model)
         places = shard(range(len(self.works)), *shard_of)
         for place in places:
-            contexts_of(self.works[place], self.run, self.tokenizer, limit)  # raises for one that does not fit
+            contexts_of(self.works[place], self.run, self.tokenizer, limit)  # raises if one does not fit
         record = RunRecord.of(self.run, self.model, count_rows(self.run, self.works))
         return record, list(self._groups(places)), count_rows(self.run, [self.works[place] for place in places])
 
     def rows(self, group: Group, done: Collection[RowKey]) -> Found:
-        """What is missing of a group."""
+        """Returns the missing rows of a group, and what its heads kept."""
         heads: list[HeadBudgets] = []
         works = [self.works[place] for place in group.places]
         rows = execute(self.run, works, self.model, self.tokenizer, done=done, on_heads=heads.append)
@@ -92,27 +93,27 @@ class Worker:
 
 @dataclass
 class _Pool:
-    """What every worker is at. One that dies is replaced, and its contexts are done again, whole."""
+    """The workers and what each is doing. A worker that dies is replaced, and its contexts are done again in full."""
 
     ray: Any
     begin: Callable[[], Any]
     done: Collection[RowKey]
     waiting: list[Group]
-    at: dict[Any, tuple[Any, Group]] = field(default_factory=dict)  # promised rows -> worker and contexts
+    at: dict[Any, tuple[Any, Group]] = field(default_factory=dict)  # future of rows -> worker and contexts
     losses: dict[Group, int] = field(default_factory=dict)
 
     def give(self, worker: Any) -> None:
-        """The next contexts to a worker that has nothing to do."""
+        """Gives the next contexts to an idle worker."""
         if self.waiting:
             group = self.waiting.pop(0)
             done = {key for key in self.done if (key.task, key.sample_id) in group.samples}
             self.at[worker.rows.remote(group, done)] = worker, group
 
     def take(self) -> Found:
-        """The rows that are finished first; none where their worker died.
+        """Waits for the next finished rows and returns them; none if their worker died.
 
         Raises:
-            WorkerError: Workers die over the same contexts again and again.
+            WorkerError: Workers keep dying over the same contexts.
         """
         [first], _ = self.ray.wait(list(self.at), num_returns=1)
         worker, group = self.at.pop(first)
@@ -144,21 +145,22 @@ def run_with_ray(
     force: bool = False,
     on_begin: Callable[[int], Callable[[Row], None]] | None = None,
 ) -> None:
-    """Runs what a directory lacks of a run, spread over workers; the rows are those of the serial run.
+    """Runs whatever a directory still lacks of a run, spread over workers; the rows equal those of a serial run.
 
     Args:
         run: The run.
         load: Makes model and tokenizer, in each worker.
         output: The run's directory, on this machine; workers write nothing.
-        cluster: Where.
-        shard_of: ``(index, count)``: only every count-th context.
-        force: Whether to begin again; what was there is kept aside.
-        on_begin: Is told how many rows are missing; what it returns is told of each once it is on the disk.
+        cluster: The workers to use.
+        shard_of: ``(index, count)``: only every count-th context, beginning with ``index``.
+        force: Whether to begin again; existing files are kept under other names.
+        on_begin: Called with the number of missing rows; returns a function that is called with each row once that is
+            on disk.
 
     Raises:
-        MissingDependencyError: Ray is absent.
-        WorkerError: Workers die over the same contexts again and again.
-        KVzipPressError: What a worker raises, and what `RunDirectory` does.
+        MissingDependencyError: Ray is not installed.
+        WorkerError: Workers keep dying over the same contexts.
+        KVzipPressError: Whatever a worker or `RunDirectory` raises.
     """
     with _ray(cluster) as ray:
         remote = ray.remote(num_cpus=1, num_gpus=cluster.gpus_each)(Worker)
@@ -183,8 +185,8 @@ def run_with_ray(
 
 @contextmanager
 def _ray(cluster: Cluster) -> Iterator[Any]:
-    """Ray, connected; ended afterwards where it was begun here."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports its use over the network unless this is set
+    """Connects to Ray, and shuts it down afterwards if it was started here."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray reports usage over the network
     try:
         import ray
     except ImportError as error:

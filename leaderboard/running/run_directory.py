@@ -1,4 +1,4 @@
-"""One directory a run: its configuration, its rows, what heads kept, and a lock."""
+"""The directory of a run: its configuration, its rows, what heads kept, and a lock."""
 
 import itertools
 import json
@@ -24,18 +24,18 @@ logger = logging.getLogger(__name__)
 
 RUN, ROWS, HEADS, LOCK = "run.json", "rows.jsonl", "heads.jsonl", "lock"
 
-_SAME_MODEL = ("model_revision", "dtype")  # of the provenance: rows of two models are not rows of one run
-_SHOWN = 6  # differing keys that an error names
+_SAME_MODEL = ("model_revision", "dtype")  # parts of the provenance: rows of two models are not rows of one run
+_SHOWN = 6  # how many differing keys an error names
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What ``run.json`` says.
+    """The contents of ``run.json``.
 
     Attributes:
         run_id: The hash of the configuration.
         config: The whole configuration.
-        provenance: What the run depends on beside it, where it was begun.
+        provenance: What the run depends on besides its configuration, recorded where it was begun.
         n_rows: How many rows the whole run has, all shards together.
     """
 
@@ -46,15 +46,15 @@ class RunRecord:
 
     @classmethod
     def of(cls, run: Run, model: Any, n_rows: int) -> Self:
-        """The record of a run that begins."""
+        """Makes the record of a run that begins."""
         return cls(run.run_id, run.config, provenance(model), n_rows)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """The record of a run directory.
+        """Reads the record of a run directory.
 
         Raises:
-            RunDirectoryError: There is none, or it cannot be read.
+            RunDirectoryError: There is no record, or it cannot be read.
         """
         file = Path(path) / RUN
         try:
@@ -65,7 +65,7 @@ class RunRecord:
             ) from error
 
     def differences(self, other: "RunRecord") -> list[str]:
-        """What tells two runs apart: ``key: mine, theirs``, in the order of the configuration."""
+        """Lists where two runs differ, as ``key: mine, theirs``, in the order of the configuration."""
         mine, theirs = (dict(_flat(record.config)) for record in (self, other))
         for name in _SAME_MODEL:
             mine[name], theirs[name] = (record.provenance.get(name) for record in (self, other))
@@ -75,20 +75,21 @@ class RunRecord:
 
 
 class RunDirectory:
-    """Appends to the directory of a run, and goes on where it was. A context manager, which holds the lock.
+    """Appends to the directory of a run, continuing where it stopped. A context manager, which holds the lock.
 
     A second process is refused. The lock is the operating system's, so a killed process leaves none behind.
 
     Args:
-        path: The directory; made where it is absent.
+        path: The directory; created if it does not exist.
         record: The run.
-        force: Whether to begin again: what is there is kept aside, under names with a number.
+        force: Whether to begin again; existing files are renamed, with a number in their names.
 
     Attributes:
-        done: Keys of the rows that are there.
+        done: Keys of the rows that are already there.
 
     Raises:
-        RunDirectoryError: When it is entered: in use, of another configuration or model, damaged, or not writable.
+        RunDirectoryError: On entering: the directory is in use, of another configuration or model, damaged, or not
+            writable.
     """
 
     def __init__(self, path: str | os.PathLike[str], record: RunRecord, *, force: bool = False) -> None:
@@ -115,17 +116,17 @@ class RunDirectory:
         return self
 
     def write(self, row: Row) -> None:
-        """Appends a row, unless it is there.
+        """Appends a row, unless it is already there.
 
         Raises:
-            RunDirectoryError: It cannot be written; what was before it is on the disk.
+            RunDirectoryError: The row cannot be written; the rows before it are on disk.
         """
         if row.key not in self.done:
             self._rows.write(row)
             self.done.add(row.key)
 
     def write_heads(self, heads: HeadBudgets) -> None:
-        """The same for what heads kept."""
+        """Appends what the heads of a cache kept, unless it is already there. Raises as `write` does."""
         if heads.key not in self._heads_done:
             self._heads.write(heads)
             self._heads_done.add(heads.key)
@@ -142,7 +143,7 @@ class RunDirectory:
             raise RunDirectoryError(f"expected to be alone in {self.path}, but another process writes to it") from error
 
     def _begin(self) -> None:
-        """Checks what is there against this run, or begins a new one."""
+        """Checks that an existing run is this one, or begins a new one."""
         file = self.path / RUN
         if self.force:
             _keep_aside(self.path)
@@ -161,7 +162,7 @@ class RunDirectory:
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """``a.b[0] -> value`` for every leaf."""
+    """Yields ``a.b[0] -> value`` for every leaf."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from _flat(item, f"{path}.{key}" if path else str(key))
@@ -178,7 +179,7 @@ def _listed(differences: list[str]) -> str:
 
 
 def _keep_aside(path: Path) -> None:
-    """Renames what is there to names with the first number that none of them has yet."""
+    """Renames the existing files, adding the first number that is free for all of them."""
     there = [path / name for name in (RUN, ROWS, HEADS) if (path / name).exists()]
     named = ([file.with_name(f"{file.stem}.{n}{file.suffix}") for file in there] for n in itertools.count(1))
     aside = next(files for files in named if not any(file.exists() for file in files))

@@ -1,4 +1,4 @@
-"""The loop: contexts are read once and scored once a press; every ratio is an eviction, every question a fork."""
+"""The loop over contexts: a prefill per context, a scoring per press, an eviction per ratio, a fork per question."""
 
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -9,18 +9,20 @@ from typing import Any, TypeVar, cast
 import torch
 
 from kvzip_press import get_press, prefill
+from kvzip_press.budget.amount import Ratio
 from kvzip_press.budget.scores import Scores
 from kvzip_press.cache.ragged_cache import RaggedCache
-from kvzip_press.decoding.generation import ASKED_AT_ONCE, answer_ids, decoded
+from kvzip_press.decoding.answering import ASKED_AT_ONCE, answer_ids, decoded
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row, RowKey
-from kvzip_press.leaderboard.running.contexts import Context, batches, contexts_of, positions_of, prompt_ids
+from kvzip_press.leaderboard.running.contexts import Context, batches, contexts_of, prompt_ids
 from kvzip_press.leaderboard.running.decode_phase import check_decodes, generate_evicting, measure_grown
 from kvzip_press.leaderboard.running.measured import Measured, check_kept, measure
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, Work
 from kvzip_press.leaderboard.running.provenance import provenance
-from kvzip_press.model.structure import input_device
-from kvzip_press.prefilling.whole import Prefill, synchronize
+from kvzip_press.model.devices import input_device, synchronize
+from kvzip_press.model.structure import max_positions
+from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import Press
 
 T = TypeVar("T")
@@ -28,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Cell:
-    """One compressed cache: contexts under a press and a ratio. Seconds are those of one context."""
+    """One compressed cache: contexts under a press and a ratio. Seconds are per context."""
 
     press: PressSpec
     compression_ratio: float
@@ -41,7 +43,7 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question of a context: the context's place in its batch, the question's in its context."""
+    """A question of a context: the context's index in its batch, and the question's in its context."""
 
     row: int
     number: int
@@ -61,19 +63,19 @@ def execute(
 
     Args:
         run: What to run.
-        works: Its contexts, from `plan`; may end early.
+        works: The run's contexts, from `plan`, all or some of them.
         model: The model that ``run.model_name`` names.
         tokenizer: Its tokenizer.
-        done: Rows that are there already. What is missing of a context is all that is done of it.
-        on_row: Is told of each row before it is yielded (for a progress bar).
-        on_heads: Is told what the heads of each compressed context kept, before its rows.
+        done: Keys of existing rows. Only a context's missing rows are computed.
+        on_row: Called with each row before it is yielded (for a progress bar).
+        on_heads: Called with what the heads of each compressed context kept, before its rows.
 
     Raises:
         InvalidArgumentError: An unknown press, or a context that does not fit the model.
-        BudgetMismatchError: A cache that does not hold what was asked for.
+        BudgetMismatchError: A cache does not hold what was asked for.
     """
     loop = _Loop(run, model, tokenizer, done, on_heads)
-    limit = positions_of(model)
+    limit = max_positions(model)
     contexts = (context for work in works for context in contexts_of(work, run, tokenizer, limit))
     for batch in batches(filter(loop.lacks, contexts), run.batch_size):
         for row in loop.rows(batch):
@@ -83,7 +85,7 @@ def execute(
 
 
 class _Loop:
-    """What stays the same over the contexts of a run. Presses hold no state of a run, so each is made once."""
+    """The state that all contexts of a run share. Presses hold no state of a run, so each is made once."""
 
     def __init__(
         self,
@@ -104,11 +106,11 @@ class _Loop:
         }
 
     def lacks(self, context: Context) -> bool:
-        """Whether any row of a context is missing."""
+        """Returns whether any row of a context is missing."""
         return bool(self._wanted([context]))
 
     def rows(self, batch: Sequence[Context]) -> Iterator[Row]:
-        """The missing rows of contexts that are read together."""
+        """Yields the missing rows of contexts that are read together."""
         wanted = self._wanted(batch)
         if not batch[0].ids:
             yield from self._written(batch[0], wanted)
@@ -144,7 +146,10 @@ class _Loop:
         )
 
     def _watching(self, wanted: Sequence[tuple[PressSpec, float]]) -> list[Press]:
-        """One press for every ratio where it only scores, else one a ratio: watching is cheaper than a forward."""
+        """Returns the presses that observe the prefill: one for all ratios if it only scores, else one per ratio.
+
+        Several observers of one forward pass are cheaper than several passes.
+        """
         watching = []
         for _, group in groupby(wanted, key=lambda cell: cell[0]):
             presses = [self.presses[spec.label, ratio] for spec, ratio in group]
@@ -159,7 +164,7 @@ class _Loop:
             scores, score_seconds = shared or self._timed(press.score, prefilled)
             if not scores.is_decided:
                 shared = scores, score_seconds
-                scores = scores if _amount_of_its_own(press) else scores.with_policy(ratio, None)
+                scores = scores.asked_for(ratio) if isinstance(press.amount, Ratio) else scores
             cache, evict_seconds = self._timed(prefilled.evict, scores)
             rows = measure(cache, prefilled.valid)
             check_kept(spec.label, ratio, scores, rows)
@@ -192,7 +197,7 @@ class _Loop:
             yield from self._asked_in_turn(batch[row], cell, row, {asked.number for asked in group})
 
     def _asked_at_once(self, batch: Sequence[Context], cell: _Cell, asked: Sequence[_Asked]) -> Iterator[Row]:
-        """Questions of any of the contexts as the rows of one batch, which share the packed contexts."""
+        """Asks questions of any of the contexts as the rows of one batch, which share the packed contexts."""
         questions = [batch[one.row].questions[one.number] for one in asked]
 
         def ask(cache: RaggedCache, bounds: Sequence[int]) -> list[list[int]]:
@@ -209,13 +214,13 @@ class _Loop:
         rows, shape = [one.row for one in asked], (len(batch), len(asked), max(bounds))
         if input_device(self.model).type == "cuda" and shape not in self.shapes_seen:
             self.shapes_seen.add(shape)
-            ask(_rows_of(cell.cache, rows), bounds)  # compiles kernels, those of the graph too: nobody's time
+            ask(_rows_of(cell.cache, rows), bounds)  # compiles kernels, the graph's too, outside the timing
         answers, seconds = self._timed(ask, _rows_of(cell.cache, rows), bounds)
         for one, ids in zip(asked, answers, strict=True):
             yield self._row(batch[one.row], one.number, cell, cell.rows[one.row], ids, seconds / len(asked))
 
     def _asked_in_turn(self, context: Context, cell: _Cell, row: int, missing: Container[int]) -> Iterator[Row]:
-        """A conversation, from its beginning; only rows that are missing are yielded."""
+        """Asks a whole conversation from its beginning; yields only the rows that are missing."""
         cache = _rows_of(cell.cache, [row])
         for number, question in enumerate(context.questions):
             (ids,), seconds = self._timed(
@@ -233,10 +238,10 @@ class _Loop:
                 yield self._row(context, number, cell, cell.rows[row], ids, seconds)
 
     def _written(self, context: Context, wanted: Sequence[tuple[PressSpec, float]]) -> Iterator[Row]:
-        """The questions of a sample without a context."""
+        """Asks the questions of a sample without a context."""
         for spec, ratio in wanted:
             press = self.presses[spec.label, ratio]
-            check_decodes(spec.label, press, keeps_all=ratio == 0 and not _amount_of_its_own(press))
+            check_decodes(spec.label, press, keeps_all=ratio == 0 and isinstance(press.amount, Ratio))
             for asked in self._missing([context], spec, ratio):
                 question = context.questions[asked.number]
                 prompt = prompt_ids(self.tokenizer, question)
@@ -284,12 +289,7 @@ class _Loop:
 
 
 def _rows_of(cache: RaggedCache, rows: Sequence[int]) -> RaggedCache:
-    """A fork whose batch rows go on from the given rows of the cache; they share the packed pairs."""
+    """Forks a cache so that its batch rows continue from the given rows; they share the packed pairs."""
     fork = cache.fork()
     fork.reorder_cache(cast("torch.LongTensor", torch.tensor(rows)))
     return fork
-
-
-def _amount_of_its_own(press: Press) -> bool:
-    """Whether the press says how much is kept in another way than by a ratio."""
-    return press.budget is not None or getattr(press, "layer_ratios", None) is not None

@@ -1,4 +1,4 @@
-"""A run, or a shard of it, into a directory; and the directories of shards into one."""
+"""Runs a shard (or all) of a run into a directory, and merges the directories of shards."""
 
 import logging
 import os
@@ -9,10 +9,11 @@ from typing import Any
 from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
 from kvzip_press.leaderboard.rows.head_budgets import read_heads
 from kvzip_press.leaderboard.rows.results import Row, read_rows
-from kvzip_press.leaderboard.running.contexts import contexts_of, positions_of
+from kvzip_press.leaderboard.running.contexts import contexts_of
 from kvzip_press.leaderboard.running.plan import Run, Work
 from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RunDirectory, RunRecord
 from kvzip_press.leaderboard.running.runner import execute
+from kvzip_press.model.structure import max_positions
 
 logger = logging.getLogger(__name__)
 
@@ -26,22 +27,22 @@ def run_shard(
     *,
     on_row: Callable[[Row], None] | None = None,
 ) -> None:
-    """Runs what the directory lacks of some contexts; every row is on the disk the moment it is known.
+    """Runs whatever the directory still lacks of some contexts; every row is written to disk as soon as it is known.
 
     Args:
         run: The run.
         works: Its contexts, or a shard of them (see `kvzip_press.leaderboard.running.plan.shard`).
         model: The model that ``run.model_name`` names.
         tokenizer: Its tokenizer.
-        directory: The run's, entered.
-        on_row: Is told of each row once it is on the disk.
+        directory: The run's directory, already entered.
+        on_row: Called with each row once it is on disk.
 
     Raises:
-        InvalidArgumentError: A context does not fit the model; before anything is run.
-        BudgetMismatchError: A cache that does not hold what was asked for.
+        InvalidArgumentError: A context does not fit the model; raised before anything is run.
+        BudgetMismatchError: A cache does not hold what was asked for.
         RunDirectoryError: A row cannot be written.
     """
-    limit = positions_of(model)
+    limit = max_positions(model)
     for work in works:
         contexts_of(work, run, tokenizer, limit)
     for row in execute(run, works, model, tokenizer, done=directory.done, on_heads=directory.write_heads):
@@ -54,11 +55,11 @@ def merge(shards: Sequence[str | os.PathLike[str]], output: str | os.PathLike[st
     """Joins the rows of several directories of one run; rows that are in more than one are taken once.
 
     Args:
-        shards: The directories; they stay as they are.
-        output: The directory to make, or to add to where it is of the same run.
+        shards: The directories; they are not changed.
+        output: The directory to create, or to add to if it is of the same run.
 
     Raises:
-        InvalidArgumentError: No directories.
+        InvalidArgumentError: No directories were given.
         RunDirectoryError: They are of different runs (the message names the first differing keys), or cannot be read.
     """
     if not shards:

@@ -16,7 +16,7 @@ class Haystack:
 
     Attributes:
         text: The context.
-        depths: See `needle_depths`; of each needle, in the order that they were given.
+        depths: The depth of each needle (see `needle_depths`), in the order in which the needles were given.
     """
 
     text: str
@@ -33,19 +33,19 @@ def bury(
     frame: Frame | None = None,
     in_order: bool = False,
 ) -> Haystack:
-    """Puts needles at random places of filler, and ends with a few idle words, so that the length is exact.
+    """Puts needles at random places in filler, and ends with a few idle words so that the length is exact.
 
     Args:
         needles: Units that are asked for.
-        filler: Units that are not; more than are needed.
+        filler: Units that are not asked for; must be more than fit.
         rng: Chooses the places.
-        length_tokens: Tokens of the context. Needles that alone are longer are given alone.
+        length_tokens: Tokens of the context. Needles that are longer than this get no filler.
         count_tokens: The model's counter.
-        frame: What stands around the units; None for sentences.
+        frame: The text around and between the units; None for sentences.
         in_order: Whether the needles keep their order.
 
     Returns:
-        The context. A vocabulary in which no word of the ending is a single token may leave it a token short.
+        The context. It may be one token short if no idle word is a single token in the model's vocabulary.
     """
     frame = frame or Frame()
     units = fill(needles, filler, frame, length_tokens, count_tokens)
@@ -64,16 +64,16 @@ def bury_list(
     frame: Frame,
     n_units: int = 0,
 ) -> Haystack:
-    """As `bury`, of a list: one as long as the context, or a short one somewhere in prose, which is easier.
+    """Does for a list what `bury` does: a list as long as the context, or a short one in prose, which is easier.
 
     Args:
         asked: Units of the list that are asked for.
-        others: Units that are not.
+        others: Units that are not asked for.
         rng: Chooses the places.
         length_tokens: Tokens of the context.
         count_tokens: The model's counter.
-        frame: What stands around the list and its units.
-        n_units: Of the list; 0 for as many as fit.
+        frame: The text around the list and between its units.
+        n_units: Number of units in the list; 0 for as many as fit.
     """
     if not n_units:
         return bury(asked, others, rng, length_tokens, count_tokens, frame=frame)
@@ -86,7 +86,7 @@ def bury_list(
 
 
 def needle_depths(text: str, starts: Sequence[int], count_tokens: TokenCounter) -> tuple[float, ...]:
-    """For each character index in ``starts``: the tokens before it, as a part of all, in [0, 1)."""
+    """Returns, for each character index in ``starts``, the fraction of the text's tokens before it, in [0, 1)."""
     n_tokens = max(count_tokens(text), 1)
     return tuple(count_tokens(text[:start].rstrip(" ")) / n_tokens for start in starts)
 
@@ -94,7 +94,7 @@ def needle_depths(text: str, starts: Sequence[int], count_tokens: TokenCounter) 
 def spread(
     needles: Sequence[str], filler: Sequence[str], rng: random.Random, *, in_order: bool = False
 ) -> tuple[list[str], list[int]]:
-    """Puts needles between filler units, never two in one gap while there are gaps enough.
+    """Puts needles between filler units, at most one in each gap if there are enough gaps.
 
     Returns:
         All units, and the index of each needle among them.
@@ -102,7 +102,7 @@ def spread(
     gaps = len(filler) + 1
     chosen = rng.sample(range(gaps), len(needles)) if gaps >= len(needles) else rng.choices(range(gaps), k=len(needles))
     chosen = sorted(chosen) if in_order else chosen
-    by_gap = sorted(range(len(needles)), key=lambda needle: chosen[needle])  # stable: in order inside a gap
+    by_gap = sorted(range(len(needles)), key=lambda needle: chosen[needle])  # stable: keeps the order within a gap
     merged: list[str] = []
     places = [0] * len(needles)
     done = 0

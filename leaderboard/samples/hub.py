@@ -1,4 +1,4 @@
-"""Rows of data sets from the Hugging Face hub, or of a local file with the same columns, through one loader."""
+"""Loads rows of data sets from the Hugging Face hub, or of a local file with the same columns."""
 
 import hashlib
 import re
@@ -16,12 +16,12 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class HubFiles:
-    """Which files of the hub.
+    """Files of a data set on the hub.
 
     Attributes:
         repo_id: The data set's name.
-        pattern: Their paths in it; ``*`` is any characters.
-        columns: Columns that are read; others may be there.
+        pattern: The files' paths in the data set; ``*`` stands for any characters.
+        columns: The columns that are read; the files may have others.
     """
 
     repo_id: str
@@ -30,10 +30,10 @@ class HubFiles:
 
 
 def file_revision(path: Path) -> str:
-    """``sha256:`` and the first 16 digits of a file's hash.
+    """Returns ``sha256:`` and the first 16 digits of a file's hash.
 
     Raises:
-        DataNotFoundError: It is no file.
+        DataNotFoundError: The path is not a file.
     """
     _check_file(path)
     with path.open("rb") as file:
@@ -41,14 +41,17 @@ def file_revision(path: Path) -> str:
 
 
 def fetch(files: HubFiles, revision: str) -> Path:
-    """The folder with the files, named by their commit; without a network, of what the cache holds of that revision.
+    """Downloads files, or without a network takes what the cache has of that revision.
 
     Args:
-        files: Which.
+        files: The files.
         revision: Commit, tag or branch.
 
+    Returns:
+        The folder that holds the files, named after their commit.
+
     Raises:
-        DataNotFoundError: They are neither in the cache nor reachable. The message says what to do.
+        DataNotFoundError: The files are neither in the cache nor reachable. The message says what to do.
         MissingDependencyError: The package ``huggingface_hub`` is not installed.
     """
     try:
@@ -61,7 +64,7 @@ def fetch(files: HubFiles, revision: str) -> Path:
                 files.repo_id, repo_type="dataset", revision=revision, allow_patterns=files.pattern, etag_timeout=30
             )
         )
-    except Exception as error:  # its errors come from several HTTP libraries
+    except Exception as error:  # the hub's errors come from several HTTP libraries
         raise _not_reached(files, revision, f"{type(error).__name__}: {error}") from error
     if not matching(folder, files.pattern):
         raise _not_reached(files, revision, f"commit {folder.name} has no such file, or the cache has not")
@@ -69,16 +72,16 @@ def fetch(files: HubFiles, revision: str) -> Path:
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
-    """The files of a folder whose paths in it are as the pattern says, in order."""
+    """Returns the files whose paths in the folder match the pattern, sorted."""
     return sorted(path for path in folder.rglob("*") if fnmatch(path.relative_to(folder).as_posix(), pattern))
 
 
 def load_rows(paths: Sequence[Path], columns: Sequence[str]) -> Sequence[Mapping[str, Any]]:
-    """The rows of files of one format, ``.parquet`` or ``.jsonl``.
+    """Reads the rows of files of one format, ``.parquet`` or ``.jsonl``.
 
     Raises:
-        DataNotFoundError: They are not there, or cannot be read.
-        InvalidArgumentError: No rows, a column missing, or a file of another format.
+        DataNotFoundError: The files do not exist or cannot be read.
+        InvalidArgumentError: No rows, a missing column, or a file of another format.
         MissingDependencyError: The package ``datasets`` is not installed.
     """
     try:
@@ -91,7 +94,7 @@ def load_rows(paths: Sequence[Path], columns: Sequence[str]) -> Sequence[Mapping
         raise InvalidArgumentError(f"expected a file of {', '.join(FORMATS)}, got {first}")
     try:
         rows = load_dataset(FORMATS[first.suffix], data_files=[str(path) for path in paths], split="train")
-    except Exception as error:  # those of two parsers
+    except Exception as error:  # the errors of two parsers
         raise DataNotFoundError(f"{first}: cannot be read ({type(error).__name__}: {error})") from error
     if not len(rows) or not set(columns) <= set(rows.column_names):
         raise InvalidArgumentError(

@@ -1,4 +1,4 @@
-"""Tasks whose data are on the hub."""
+"""Base classes of tasks whose data are on the hub."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +20,9 @@ class HubData(ABC):
     """Rows that are loaded when they are first needed.
 
     Attributes:
-        source: A local file with the same columns instead, ``.parquet`` or ``.jsonl``.
-        revision: Commit, tag or branch on the hub; tasks set a commit by default where one is on record. What is loaded
-            is the commit that it names when the task is first used; `data_revision` says which that is.
+        source: A local file with the same columns to use instead, ``.parquet`` or ``.jsonl``.
+        revision: Commit, tag or branch on the hub; tasks set a commit by default if one is on record. A tag or branch
+            is resolved to a commit when the task is first used; `data_revision` gives that commit.
     """
 
     presets: ClassVar[Presets] = {"default": {}}
@@ -34,14 +34,14 @@ class HubData(ABC):
     @property
     @abstractmethod
     def files(self) -> HubFiles:
-        """Which files of the hub."""
+        """The files on the hub."""
 
     @property
     def data_revision(self) -> str:
         """The commit on the hub, or the hash of the local file.
 
         Raises:
-            DataNotFoundError: The file is not there; or the hub is not reached and the cache does not have the data.
+            DataNotFoundError: The file does not exist; or the hub is out of reach and the data are not in the cache.
         """
         if self.source:
             return file_revision(Path(self.source))
@@ -49,7 +49,7 @@ class HubData(ABC):
 
     @cached_property
     def rows(self) -> Sequence[Row]:
-        """All rows; see `load_rows` for what it raises."""
+        """All rows. Raises as `load_rows` does."""
         paths = [Path(self.source)] if self.source else matching(self._folder, self.files.pattern)
         return load_rows(paths, self.files.columns)
 
@@ -59,7 +59,7 @@ class HubData(ABC):
 
     @abstractmethod
     def score(self, prediction: str, question: Question) -> float:
-        """How right an answer is, in [0, 1]."""
+        """Returns how right an answer is, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class HubTask(HubData, ABC):
         """Yields at most ``n`` samples whose contexts have at most ``length_tokens`` tokens; see `Task.samples`.
 
         Raises:
-            InvalidArgumentError: There is none.
+            InvalidArgumentError: No context is short enough.
         """
         documents = self._documents()
         order = list(range(len(documents)))
@@ -101,16 +101,16 @@ class HubTask(HubData, ABC):
             )
 
     def _documents(self) -> Sequence[Sequence[Row]]:
-        """Rows that share a context; here every row has its own."""
+        """Returns groups of rows that share a context; here every row is a group of its own."""
         return _Singles(self.rows)
 
     @abstractmethod
     def _sample(self, rows: Sequence[Row]) -> tuple[str, Sequence[Question]]:
-        """The context of these rows, and the questions about it."""
+        """Returns the context of these rows, and the questions about it."""
 
 
 def by_context(rows: Sequence[Row], column: str = "context") -> list[list[Row]]:
-    """Rows with the same context together, in the order in which the contexts first come."""
+    """Groups rows with the same context, in the order in which the contexts first appear."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row[column], []).append(row)
@@ -119,7 +119,7 @@ def by_context(rows: Sequence[Row], column: str = "context") -> list[list[Row]]:
 
 @dataclass(frozen=True)
 class _Singles(Sequence[Sequence[Row]]):
-    """Each row by itself, read when it is asked for: rows of a long-context data set are megabytes."""
+    """Each row as a group of its own, read only when asked for: rows of long-context data sets take megabytes."""
 
     rows: Sequence[Row]
 

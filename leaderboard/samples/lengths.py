@@ -1,4 +1,4 @@
-"""Texts of an exact length: as many units of filler as fit, then a few idle words."""
+"""Makes texts of an exact length: as many units of filler as fit, then a few idle words."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ _IDLE = ("And", "so", "it", "went", "on", "from", "day", "to", "day", "and", "no
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around and between the units (sentences, lines, paragraphs) of a context.
+    """The text around and between the units (sentences, lines, paragraphs) of a context.
 
     Attributes:
-        joiner: Between two units.
-        head: Before the first.
-        tail: After the last.
+        joiner: Text between two units.
+        head: Text before the first unit.
+        tail: Text after the last unit.
     """
 
     joiner: str = " "
@@ -24,20 +24,21 @@ class Frame:
     tail: str = ""
 
     def text(self, units: Sequence[str]) -> str:
-        """The context of these units."""
+        """Returns the context made of these units."""
         return f"{self.head}{self.joiner.join(units)}{self.tail}"
 
     def starts(self, units: Sequence[str], places: Sequence[int]) -> list[int]:
-        """The character of that context at which each of some units, by their index, begins."""
+        """Returns the character index in that context at which each of the units with these indices begins."""
         return [len(self.head) + sum(len(unit) + len(self.joiner) for unit in units[:place]) for place in places]
 
 
 def fill(
     needles: Sequence[str], filler: Iterator[str], frame: Frame, length_tokens: int, count_tokens: TokenCounter
 ) -> list[str]:
-    """As many filler units as fit beside the needles.
+    """Returns as many filler units as fit beside the needles.
 
-    The counts of the units do not quite add up to the count of the whole, so that is counted too, until nothing fits.
+    The units' token counts do not quite add up to that of the whole text, so the whole is counted again until no more
+    units fit.
     """
     units: list[str] = []
     while True:
@@ -52,7 +53,7 @@ def fill(
 
 
 def take(filler: Iterator[str], room: int, count_tokens: TokenCounter, joiner: str = " ") -> list[str]:
-    """Units up to the first that exceeds what is left of ``room`` tokens."""
+    """Takes units until the next one would exceed what is left of ``room`` tokens."""
     units: list[str] = []
     for unit in filler:
         room -= count_tokens(f"{joiner}{unit}")
@@ -63,15 +64,15 @@ def take(filler: Iterator[str], room: int, count_tokens: TokenCounter, joiner: s
 
 
 def lengthen(text: str, length_tokens: int, count_tokens: TokenCounter) -> str:
-    """Ends a text with idle words, a word at a time, until it has its length; a longer text stays as it is.
+    """Appends idle words, one at a time, until the text has its length; a longer text is returned unchanged.
 
-    Only the end of the text is counted again for each word: vocabularies part texts at spaces.
+    Only the end of the text is counted again for each word: tokenizers split texts at spaces.
     """
     end, ending = text[text.rfind(" ", 0, max(len(text) - 100, 0)) + 1 :], ""
     goal = count_tokens(end) + length_tokens - count_tokens(text)
     for word in itertools.cycle(_IDLE):
         size = count_tokens(end + ending)
-        steps = (f"{ending} {word}", f"{ending} I", f"{ending}.")  # smaller and smaller
+        steps = (f"{ending} {word}", f"{ending} I", f"{ending}.")  # from large to small
         step = next((step for step in steps if size < count_tokens(end + step) <= goal), None)
         if size >= goal or step is None:
             break

@@ -57,7 +57,7 @@ _PATTERNS = (
 
 
 def filler_sentences(rng: random.Random) -> Iterator[str]:
-    """Sentences without end; a pattern comes again after all others, a whole sentence after some thousand tokens."""
+    """Yields sentences without end; patterns repeat once all were used, whole sentences after a few thousand tokens."""
     while True:
         for pattern in rng.sample(_PATTERNS, len(_PATTERNS)):
             yield _fill(pattern, rng)

@@ -1,4 +1,4 @@
-"""What a task is: samples made from a seed, and a score for an answer."""
+"""The protocol of a task: samples made from a seed, and a score for an answer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from kvzip_press.leaderboard.metrics import substring_match
 
 TokenCounter = Callable[[str], int]
-"""How many tokens a text has; the generated contexts are made to a length in these."""
+"""Counts the tokens of a text; generated contexts get their length in these."""
 
 Presets = Mapping[str, Mapping[str, Any]]
-"""Difficulties that have a name -> the fields of the task that they set."""
+"""Name of a difficulty -> the fields of the task that it sets."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Question:
     Attributes:
         question_id: Unique inside its sample.
         text: The question, as it is put to the model.
-        references: The accepted answers, one of which is enough; or, of a task that says so, all that must be named.
-        answer_prefix: How the answer starts; the model goes on from there. May be empty.
-        max_new_tokens: The longest answer that is generated.
-        tags: What else rows say of it, such as ``{"depth": 0.25}``; a metric may need it too.
+        references: The accepted answers, any of which is enough; for tasks that say so, answers that must all be named.
+        answer_prefix: How the answer starts; the model continues from there. May be empty.
+        max_new_tokens: The most tokens that are generated.
+        tags: Further values for its rows, such as ``{"depth": 0.25}``; a metric may need them too.
     """
 
     question_id: str
@@ -44,8 +44,8 @@ class Sample:
         seed: The seed that the sample was made from.
         context: The text.
         questions: At least one.
-        multi_turn: Whether they are one conversation, each asked behind the questions and answers before it; otherwise
-            each is asked of the context alone.
+        multi_turn: Whether the questions form a conversation, each asked after the earlier questions and answers;
+            otherwise each is asked of the context alone.
     """
 
     sample_id: str
@@ -56,7 +56,7 @@ class Sample:
 
 
 def approximate_tokens(text: str) -> int:
-    """Tokens of English prose in a usual byte-pair vocabulary, guessed as 4.5 characters a token."""
+    """Estimates the tokens of English prose in a usual byte-pair vocabulary, at 4.5 characters per token."""
     return round(len(text) / 4.5)
 
 
@@ -71,30 +71,30 @@ class Task(Protocol):
 
     @property
     def data_revision(self) -> str:
-        """Which data the samples are from: a commit of a data set, "generated" for those made from a seed."""
+        """The data that samples are made of: a data set's commit, or "generated" if they are made from a seed."""
         ...
 
     def samples(
         self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens
     ) -> Iterator[Sample]:
-        """Yield `n` samples; sample ``i`` depends on the arguments and on ``i`` alone, so a larger `n` only adds.
+        """Yields `n` samples; sample ``i`` depends only on ``i`` and the other arguments, so a larger `n` only adds.
 
         Args:
             seed: Any integer.
-            n: How many contexts.
+            n: Number of contexts.
             length_tokens: Wanted length of a context, without the chat template. A task whose facts are longer makes
                 the shortest context that holds them.
-            count_tokens: The model's own counter where the length is to be exact.
+            count_tokens: Counts tokens; give the model's own counter if the length must be exact.
         """
         ...
 
     def score(self, prediction: str, question: Question) -> float:
-        """How right an answer is, in [0, 1]."""
+        """Returns how right an answer is, in [0, 1]."""
         ...
 
 
 class GeneratedTask(ABC):
-    """A task whose samples are made one by one from a seed, and asked for a value that stands in the context."""
+    """A task whose samples are made one by one from a seed, and ask for a value that is in the context."""
 
     name: str
     data_revision = "generated"
@@ -108,9 +108,9 @@ class GeneratedTask(ABC):
             yield self._sample(seed, index, length_tokens, count_tokens)
 
     def score(self, prediction: str, question: Question) -> float:
-        """1.0 where the value is in the answer."""
+        """Returns 1.0 if the value is in the answer."""
         return substring_match(prediction, question.references)
 
     @abstractmethod
     def _sample(self, seed: int, index: int, length_tokens: int, count_tokens: TokenCounter) -> Sample:
-        """Sample ``index``, which depends on these arguments alone."""
+        """Makes sample ``index``, which depends on these arguments alone."""

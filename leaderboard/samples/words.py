@@ -1,4 +1,4 @@
-"""Plain words for keys, lists and entries: two of them give some ten thousand names."""
+"""Plain words for keys, lists and entries; pairs of them give some fifteen thousand names."""
 
 import random
 from collections.abc import Iterator
@@ -34,10 +34,10 @@ NOUNS = (
 
 
 def word_pairs(rng: random.Random, joiner: str = "-") -> Iterator[str]:
-    """Names such as "amber-lantern", each once, in random order.
+    """Yields names such as "amber-lantern", each once, in random order.
 
     Raises:
-        InvalidArgumentError: After some fifteen thousand, when there are no more.
+        InvalidArgumentError: There are no more, after some fifteen thousand.
     """
     pairs = range(len(ADJECTIVES) * len(NOUNS))
     for pair in rng.sample(pairs, len(pairs)):
@@ -47,7 +47,7 @@ def word_pairs(rng: random.Random, joiner: str = "-") -> Iterator[str]:
 
 
 def hex_ids(rng: random.Random) -> Iterator[str]:
-    """Identifiers of the form of a UUID, without end; that two are equal is not to be expected."""
+    """Yields identifiers in the form of a UUID, without end; duplicates are not to be expected."""
     while True:
         digits = f"{rng.getrandbits(128):032x}"
         yield "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))

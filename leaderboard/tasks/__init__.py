@@ -1,4 +1,4 @@
-"""The tasks by name. A folder a task or a family of them; its module is imported when the task is asked for."""
+"""The tasks by name. Each task or family has a folder, whose module is imported when the task is asked for."""
 
 import importlib
 from typing import Any
@@ -45,20 +45,20 @@ FROM_HUB = {
     **{f"longbench_{part}": f"{_PACKAGE}.longbench.task:LongBenchTask" for part in _LONGBENCH},
     **{f"scbench_{part}": f"{_PACKAGE}.scbench.task:SCBenchTask" for part in _SCBENCH},
 }
-"""Tasks whose data are on the hub (extra ``tasks``): name -> ``module:Class``, which knows its part by the name."""
+"""Tasks whose data are on the hub (extra ``tasks``): name -> ``module:Class``, which takes its subset from the name."""
 
 TASKS = {**GENERATED, **FROM_HUB}
 """Name -> ``module:Class``."""
 
 
 def get_task(name: str, *, preset: str = "default", **options: Any) -> Task:
-    """The task of that name.
+    """Returns the task of that name.
 
     Args:
         name: A key of `TASKS`.
-        preset: A difficulty that the task has a name for: "default" is for models of some billion parameters,
-            "smollm2" (of the generated tasks) for one of 135 million.
-        options: Fields of the task's class; they go before the preset's.
+        preset: A named difficulty of the task: "default" is for models of several billion parameters, "smollm2"
+            (generated tasks only) for one of 135 million.
+        options: Fields of the task's class; they override the preset's.
 
     Raises:
         InvalidArgumentError: No such task, preset or option.

@@ -13,11 +13,11 @@ from kvzip_press.presses.duo_attention.pattern import import_duo
 
 @dataclass(frozen=True)
 class DuoAttentionPress(HeadPress):
-    """Keeps retrieval heads whole, and of streaming heads sink and recent tokens; see :class:`HeadPress`.
+    """Keeps retrieval heads whole, and only sink and recent tokens of streaming heads; see :class:`HeadPress`.
 
-    ``compression_ratio`` is DuoAttention's sparsity, the fraction of streaming heads. Sink and window are those that
-    its published patterns were trained with. Its streaming heads let go of older tokens while they decode; here the
-    window is that of the context's end, and what comes after it stays.
+    ``compression_ratio`` is DuoAttention's sparsity, the fraction of streaming heads. The default sink and window are
+    those that its published patterns were trained with. DuoAttention's streaming heads drop older tokens while
+    decoding; here the window is the end of the context, and tokens after the context are all kept.
     """
 
     n_sink: int = 128
@@ -27,10 +27,10 @@ class DuoAttentionPress(HeadPress):
 
     @classmethod
     def of_pattern(cls, folder: str | PathLike[str], compression_ratio: float = 0.0) -> DuoAttentionPress:
-        """The press of a pattern in DuoAttention's own format, with the sink and window that it names.
+        """Makes the press of a pattern in DuoAttention's own format, with the pattern's sink and window.
 
         Raises:
-            InvalidArgumentError: A file is missing, or not what it should be.
+            InvalidArgumentError: A file is missing or malformed.
         """
         scores, sink_size, recent_size = import_duo(folder)
         return cls(compression_ratio, scores, n_sink=sink_size, window_size=recent_size)

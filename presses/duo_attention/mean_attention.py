@@ -1,8 +1,8 @@
-"""Scores of DuoAttention's heads without training, by kvpress's method: what a head's mean query sees of mean keys.
+"""Scores heads for DuoAttention without training, by kvpress's method: how far back a head's mean query attends.
 
-DuoAttention trains a gate a head for hours. kvpress (`on_the_fly_scoring`) takes each head's mean query and mean key
-over a text before RoPE, puts the query at the end of ``length`` copies of the key, so that only their distance tells
-these apart, and scores the area under the cumulated attention: high where the head looks far back.
+DuoAttention trains one gate per head for hours. kvpress (`on_the_fly_scoring`) takes each head's mean query and mean
+key over a text, before RoPE. It puts the query at the end of ``length`` copies of the key, which differ only in their
+distance, and takes the area under the cumulated attention as the score: it is high if the head looks far back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import nn
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
 from kvzip_press.heads.scores import HeadScores, check_texts
 from kvzip_press.model.chat import encode
-from kvzip_press.model.structure import full_attention_layers, input_device, layer_index
+from kvzip_press.model.devices import input_device
+from kvzip_press.model.structure import full_attention_layers, layer_index
 from kvzip_press.prefilling.whole import run_prefill
 
 
@@ -29,18 +30,18 @@ def compute_head_scores(
     length: int = 500,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeadScores:
-    """Reads each text and takes the mean of the heads' areas over the texts.
+    """Reads each text and averages the heads' areas over the texts.
 
     Args:
         model: A causal language model whose attention has ``q_proj`` and ``k_proj``.
         tokenizer: Its tokenizer.
         texts: One text or more, each of at least ``length`` tokens; no chat template is put around them.
-        length: Keys that the mean query sees.
+        length: Number of keys that the mean query sees.
         progress: Called after every text with how many are done and how many there are.
 
     Raises:
-        InvalidArgumentError: No text, a shorter one, or one longer than the model's positions.
-        UnsupportedModelError: Attention of another build.
+        InvalidArgumentError: No text, a text that is too short, or one longer than the model's positions.
+        UnsupportedModelError: The model's attention is built differently.
     """
     rows = [encode(tokenizer, text) for text in check_texts(texts)]
     if length < 1 or min(len(ids) for ids in rows) < length:
@@ -61,12 +62,12 @@ def compute_head_scores(
 
 @contextmanager
 def _areas(model: nn.Module, length: int) -> Iterator[dict[int, torch.Tensor]]:
-    """While open, ``layer_idx -> [heads]``, fp32, of the row that a forward reads."""
+    """Collects ``layer_idx -> [heads]``, fp32, while open, for the row that a forward pass reads."""
     areas: dict[int, torch.Tensor] = {}
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        cos, sin = kwargs["position_embeddings"]  # of positions 0, 1, ..., as the copies of the mean key have them
+        cos, sin = kwargs["position_embeddings"]  # RoPE of positions 0, 1, ..., those of the copies of the mean key
         areas[layer_index(module)] = _area(module, hidden_states, cos[0, :length].float(), sin[0, :length].float())
 
     handles = [layer.module.register_forward_pre_hook(look, with_kwargs=True) for layer in full_attention_layers(model)]
@@ -78,7 +79,7 @@ def _areas(model: nn.Module, length: int) -> Iterator[dict[int, torch.Tensor]]:
 
 
 def _area(module: Any, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """``[heads]``, fp32, mean over the query heads of each group; ``cos`` and ``sin`` are ``[length, rotary_dim]``."""
+    """Returns the areas ``[heads]``, fp32, means over each group; ``cos`` and ``sin`` are ``[length, rotary_dim]``."""
     query, key = _mean(module, "q", hidden_states), _mean(module, "k", hidden_states)
     last = _rotated(query, cos[-1], sin[-1]).unflatten(0, (len(key), -1))
     keys = _rotated(key.unsqueeze(1), cos, sin)
@@ -88,7 +89,7 @@ def _area(module: Any, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torc
 
 
 def _mean(module: Any, kind: str, hidden_states: torch.Tensor) -> torch.Tensor:
-    """``[number of heads, head_dim]``, fp32: the mean over the tokens of what is projected, before RoPE."""
+    """Returns ``[number of heads, head_dim]``, fp32: the mean projection over the tokens, before RoPE."""
     projection, norm = (getattr(module, f"{kind}_{name}", None) for name in ("proj", "norm"))
     if not isinstance(projection, nn.Module):
         raise UnsupportedModelError(f"expected attention with q_proj and k_proj, got {type(module).__name__}")
@@ -98,7 +99,7 @@ def _mean(module: Any, kind: str, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE over the first ``rotary_dim`` of the last dimension."""
+    """Applies RoPE to the first ``rotary_dim`` elements of the last dimension."""
     turning, rest = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
     one, other = turning.chunk(2, dim=-1)
     turned = turning * cos + torch.cat([-other, one], dim=-1) * sin

@@ -1,8 +1,8 @@
-"""Scores of heads as a DuoAttention pattern (https://arxiv.org/abs/2410.10819), to use either's heads in the other.
+"""Reads and writes head scores as DuoAttention patterns (https://arxiv.org/abs/2410.10819), to share them both ways.
 
-A pattern is a folder: ``full_attention_heads.tsv``, a row a layer and a column a KV head, and ``config.json`` with
-``sink_size`` and ``recent_size``. DuoAttention's sparsity s makes the fraction s of the heads streaming: our
-``compression_ratio``.
+A pattern is a folder with ``full_attention_heads.tsv``, one row per layer and one column per KV head, and
+``config.json`` with ``sink_size`` and ``recent_size``. DuoAttention's sparsity s makes the fraction s of the heads
+streaming; it is our ``compression_ratio``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def export_duo(scores: HeadScores, folder: str | PathLike[str], sink_size: int =
 
     Args:
         scores: The scores.
-        folder: Made where it is missing; the two files in it are replaced.
+        folder: Created if it does not exist; the two files in it are replaced.
         sink_size: First tokens that a streaming head keeps.
         recent_size: Last tokens that a streaming head keeps.
 
@@ -45,10 +45,10 @@ def import_duo(folder: str | PathLike[str]) -> tuple[HeadScores, int, int]:
     """Reads a DuoAttention pattern.
 
     Returns:
-        The scores (clipped to [0, 1], as DuoAttention does: trained ones lie a little outside), sink and recent size.
+        The scores (clipped to [0, 1] as in DuoAttention: trained ones are a little outside), sink and recent size.
 
     Raises:
-        InvalidArgumentError: A file is missing, or not what it should be.
+        InvalidArgumentError: A file is missing or malformed.
     """
     source = Path(folder)
     try:

@@ -1,8 +1,8 @@
-"""What gates cost on a large model with random weights: in the prefill, and to train.
+"""Measures what gates cost on a large model with random weights: in the prefill, and to train.
 
 ``python -m kvzip_press.presses.fastkvzip.cost`` (the shape of Llama 3.1 8B, 65536 tokens) times prefills with and
-without gates watching, in turns, then KVzip's scoring of a document and the optimiser's steps, and says what a million
-tokens and the published 5000 steps would take. Times do not depend on what the weights say.
+without gates, alternately, then KVzip's scoring of a document and the optimiser's steps. It prints how long a million
+tokens and the published 5000 steps would take. Times do not depend on the weights' values.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvzip_press.model.structure import full_attention_layers, input_device, text_config
-from kvzip_press.prefilling.whole import run_prefill, synchronize
+from kvzip_press.model.devices import input_device, synchronize
+from kvzip_press.model.structure import full_attention_layers, text_config
+from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.presses.fastkvzip.fast_press import FastKVzipPress
 from kvzip_press.presses.fastkvzip.gate import LayerGate
 from kvzip_press.presses.fastkvzip.gates import Gates
@@ -42,7 +43,7 @@ def main(
     hidden_size: Annotated[int, typer.Option(help="Its heads have 128 dimensions, four share a KV head.")] = 4096,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default the GPU if any.")] = None,
 ) -> None:
-    """Times both and prints a table."""
+    """Times prefill and training, and prints a table."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = _random_model(hidden_size, layers, place)
     table = Table("measured", "value", title=f"{layers} layers of {hidden_size}, random weights, bf16, {place}")

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from kvzip_press.budget.scores import Scores
-from kvzip_press.cache.pair_pool import ALLOCATIONS
-from kvzip_press.decoding.eviction import DecodeEviction
+from kvzip_press.cache.compressible import compressible_layers
+from kvzip_press.decoding.eviction import DecodeEviction, Schedule
+from kvzip_press.decoding.scorer import HiddenStateScorer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.hidden_states import watching_hidden_states
-from kvzip_press.prefilling.eviction import compressible_layers
 from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import AllocatingPress, ObservingPress
 from kvzip_press.presses.fastkvzip.finding import gates_for
@@ -54,7 +54,7 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
         window_size: Most last tokens of a row that every head keeps.
         window_ratio: The same as a fraction of the row's tokens, in [0, 1]; the smaller of the two holds.
         n_sink: First tokens protected where the chat-template prefix is not known.
-        decoding: Whether to evict while the model writes; with a budget, and "global", "layer" or "head" allocation.
+        decoding: Whether to evict while the model writes; with a budget, under every allocation.
         buffer: Tokens between two such evictions (128 in the paper), fewer than the budget.
 
     Raises:
@@ -88,11 +88,6 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
                 "expected decoding=True with budget=TOKENS and a buffer of 1 or more and fewer tokens, got "
                 f"budget={self.budget} and buffer={self.buffer}"
             )
-        if self.allocation not in ALLOCATIONS or self.min_kept_per_head or self.layer_ratios is not None:
-            raise InvalidArgumentError(
-                f"expected decoding=True with an allocation among {ALLOCATIONS} and no floors, got "
-                f"{self.allocation!r} and min_kept_per_head={self.min_kept_per_head}"
-            )
 
     def decode_eviction(self, model: nn.Module) -> DecodeEviction | None:
         """What keeps caches within the budget while ``model`` writes; None without ``decoding``.
@@ -100,14 +95,24 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
         Raises:
             InvalidArgumentError: There are no gates for the model, or they do not fit it.
         """
-        if not self.decoding or self.budget is None:
+        schedule = self.schedule
+        if schedule is None:
             return None
         gates = self.gates(model)
 
         def score(layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
             return gates.scores(hidden_states, layer_idx)
 
-        return DecodeEviction(score, budget=self.budget, buffer=self.buffer, allocation=self.allocation)
+        return DecodeEviction(HiddenStateScorer(score, self.buffer), schedule, self.policy.allocation)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """Every ``buffer`` tokens back to ``budget``, with ``decoding``."""
+        return Schedule(self.budget, self.buffer) if self.decoding and self.budget is not None else None
+
+    def requires(self, model: nn.Module) -> None:
+        """Raises InvalidArgumentError where there are no gates for a model, or they do not fit it."""
+        self.gates(model)
 
     def observer(self, model: nn.Module) -> GateObserver:
         """What scores one prefill while it runs.
@@ -192,7 +197,7 @@ class GateObserver:
         window = self._press.window(valid) & ~prefix
         counted: bool | torch.Tensor = self._press.decoding or window  # a budget for all time holds everything
         return Scores(
-            layers, prefix | window, **self._press.policy, protected_count=counted, carried=self._press.decoding
+            layers, prefix | window, self._press.policy, protected_count=counted, carried=self._press.decoding
         )
 
     def _look(self, layer_idx: int, hidden_states: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The gates of a model: those that were named, else those that come with the package, else those on the hub."""
+"""Finds the gates of a model: those that were given, else those that come with the package, else those on the hub."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _found: weakref.WeakKeyDictionary[nn.Module, dict[str, Gates]] = weakref.WeakKey
 
 
 def gates_for(model: nn.Module, source: Gates | str | PathLike[str] | None) -> Gates:
-    """The gates of a model, looked up once a model.
+    """Returns the gates of a model; each model is looked up only once.
 
     Args:
         model: The model.
-        source: The gates; a file of them (``.safetensors`` of ours, ``.pt`` as published); a folder or a hub repository
-            laid out as Fast KVzip's; None for those that come with the package, or else in its repository.
+        source: The gates; a file of them (our ``.safetensors``, or ``.pt`` as published); a folder or a hub repository
+            laid out like Fast KVzip's; None for those that come with the package, else those in that repository.
 
     Raises:
         InvalidArgumentError: There are none, or they do not fit the model.
@@ -49,7 +49,7 @@ def _read(model: nn.Module, source: str | PathLike[str] | None) -> Gates:
 
 
 def shipped_gates(model: nn.Module) -> Gates | None:
-    """The gates that come with the package for a model's shape and weights, None where there are none."""
+    """Returns the gates that come with the package for a model's shape and weights, or None if there are none."""
     for path in sorted(_FOLDER.glob("*.safetensors")):
         facts = gate_file.read_header(path)
         if same_shape(facts, model) and same_weights(facts, model):
@@ -62,7 +62,7 @@ def _downloaded(model: Any) -> Gates:
     wanted = f"expected gates for {type(model).__name__} ({described}), got none in the package"
     advice = "make them with `kvzip-press gates train --model MODEL --out FILE` and pass gate=FILE"
     path = str(getattr(model.config, "name_or_path", "") or "")
-    if not path or Path(path).is_dir():  # the name of a folder is nobody's business, and no name of the repository's
+    if not path or Path(path).is_dir():  # a local folder's name stays private, and is no name in the repository
         raise InvalidArgumentError(f"{wanted}; {advice}, or pass gate={published.REPOSITORY!r} to look there by name")
     try:
         return Gates.load(published.download(model))

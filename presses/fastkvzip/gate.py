@@ -1,4 +1,4 @@
-"""The gate of one attention layer (Fast KVzip, https://arxiv.org/abs/2601.17668): KVzip's score, foreseen.
+"""The gate of one attention layer (Fast KVzip, https://arxiv.org/abs/2601.17668), which predicts KVzip's scores.
 
 For a token with hidden state x, KV head h and query head g of its group, in ``dim`` dimensions (16):
 
@@ -6,7 +6,7 @@ For a token with hidden state x, KV head h and query head g of its group, in ``d
     l = <q, k> / sqrt(dim) + b[h, g]  s_j = <q, sink_j[h]> / sqrt(dim)
     score[h] = mean over g of  e^l / (e^l + sum_j e^s_j)
 
-A token attends to itself against ``n_sink`` learned sinks: no other token and no position enters.
+A token's attention to itself competes with ``n_sink`` learned sinks: no other token and no position plays a part.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class LayerGate(nn.Module):
 
     The names of the parameters and their shapes are those of the published checkpoints. The norms, the logits and the
     scores are fp32 whatever the dtype of the projections; the authors' code rounds the normalised vectors to that dtype
-    in between. This is what is trained; ``Gates`` score by a kernel that gives the same.
+    in between. This module is used for training; ``Gates`` score with a kernel that gives the same results.
 
     Args:
-        hidden_size: Of the model.
+        hidden_size: The model's hidden size.
         num_key_value_heads: KV heads of the layer.
         num_key_value_groups: Query heads that share a KV head.
         dim: Dimensions of the gate's queries and keys.
         n_sink: Learned sinks.
-        dtype: Of the projections and ``b``; default torch's.
+        dtype: Dtype of the projections and ``b``; torch's default if None.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class LayerGate(nn.Module):
         return self.q_proj.in_features, heads, self.b.shape[2], dim, n_sink
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Scores ``[..., num_key_value_heads, n]``, fp32, in (0, 1), of hidden states ``[..., n, hidden_size]``."""
+        """Returns scores ``[..., num_key_value_heads, n]``, fp32 in (0, 1), of states ``[..., n, hidden_size]``."""
         logits, sinks = self.logits(hidden_states)
         return torch.sigmoid(logits - sinks.logsumexp(dim=-1)).mean(dim=-1).transpose(-1, -2)
 
     def logits(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``l`` as ``[..., n, heads, groups]`` and ``s`` as ``[..., n, heads, groups, n_sink]``, fp32."""
+        """Returns ``l`` as ``[..., n, heads, groups]`` and ``s`` as ``[..., n, heads, groups, n_sink]``, fp32."""
         heads, groups = self.b.shape[0], self.b.shape[2]
         queries = self.q_norm(self.q_proj(hidden_states).float().unflatten(-1, (heads, groups, self.dim)))
         keys = self.k_norm(self.k_proj(hidden_states).float().unflatten(-1, (heads, self.dim)))

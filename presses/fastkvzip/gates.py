@@ -1,4 +1,4 @@
-"""The gates of a model: one for each full-attention layer, with what is known of where they come from."""
+"""The gates of a model: one for each full-attention layer, with a record of where they come from."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Gates:
     """The gates of one model.
 
     Attributes:
-        layers: A gate a full-attention layer, in order.
-        layer_indices: The cache's index of each; empty where a published file does not say, and then they are the
+        layers: One gate per full-attention layer, in order.
+        layer_indices: Each layer's index in the cache; empty if a published file does not give them: then they are the
             model's full-attention layers in order.
         provenance: Where they come from: model and its shape, training data by SHA-256 and tokens, recipe, version.
 
     Raises:
-        InvalidArgumentError: No gates, gates of different shapes, or as many indices as there are not gates.
+        InvalidArgumentError: No gates, gates of different shapes, or a number of indices that is not that of the gates.
     """
 
     layers: Sequence[LayerGate]
     layer_indices: tuple[int, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
-    placed: dict[Any, PlacedGate] = field(default_factory=dict)  # copies where and as hidden states were
+    placed: dict[Any, PlacedGate] = field(default_factory=dict)  # copies by device and dtype of hidden states
 
     def __post_init__(self) -> None:
         shapes = {gate.shape for gate in self.layers}
@@ -64,19 +64,19 @@ class Gates:
         layer_indices: tuple[int, ...] = (),
         provenance: Mapping[str, str] | None = None,
     ) -> Gates:
-        """Gates from the state dict of each layer, whose dimensions follow from the shapes.
+        """Makes gates from the layers' state dicts; dimensions are inferred from the shapes.
 
         Raises:
-            InvalidArgumentError: Keys or shapes that are not those of a gate; the message says what was expected.
+            InvalidArgumentError: Keys or shapes are not those of a gate; the message says what was expected.
         """
         return cls([gate_of(state, row) for row, state in enumerate(states)], layer_indices, provenance or {})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Gates:
-        """Reads what :meth:`save` wrote, or (``.pt``) what Fast KVzip published. Reading either runs no code.
+        """Reads a file that :meth:`save` wrote or (``.pt``) that Fast KVzip published. Reading either runs no code.
 
         Raises:
-            InvalidArgumentError: There is no such file, or one of another kind.
+            InvalidArgumentError: The file does not exist, or is of another kind.
         """
         path = Path(path)
         if path.suffix == ".pt":
@@ -84,14 +84,14 @@ class Gates:
         return cls.of_state_dicts(*gate_file.read(path))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all; its folder is made where it is missing."""
+        """Writes a safetensors file, whole or not at all; its folder is created if it does not exist."""
         gate_file.write(Path(path), [gate.state_dict() for gate in self.layers], self.layer_indices, self.provenance)
 
     def check(self, model: nn.Module) -> Gates:
-        """These gates, if they fit a model's layers, heads, groups and hidden size; they know its layers then.
+        """Returns these gates with a model's layer indices, if they fit its layers, heads, groups and hidden size.
 
         Raises:
-            InvalidArgumentError: They do not.
+            InvalidArgumentError: They do not fit.
         """
         indices = tuple(layer.layer_idx for layer in full_attention_layers(model))
         config, heads = text_config(model), num_kv_heads(model)
@@ -108,18 +108,18 @@ class Gates:
 
     @torch.no_grad()
     def scores(self, hidden_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """One layer's scores.
+        """Scores one layer's pairs.
 
         Args:
-            hidden_states: ``[..., n, hidden_size]``, any floating dtype, any device: what enters the attention module,
+            hidden_states: ``[..., n, hidden_size]``, any floating dtype, any device: the input of the attention module,
                 after the layer's input norm.
-            layer_idx: The layer's index in the model (in order where these gates were not checked against one).
+            layer_idx: The layer's index in the model (its place in order, if the gates do not have indices).
 
         Returns:
-            ``[..., num_key_value_heads, n]``, fp32, in (0, 1), on that device.
+            ``[..., num_key_value_heads, n]``, fp32, in (0, 1), on the device of ``hidden_states``.
 
         Raises:
-            InvalidArgumentError: No gate of this layer, or another hidden size.
+            InvalidArgumentError: There is no gate for this layer, or the hidden size differs.
         """
         indices = self.layer_indices or tuple(range(len(self.layers)))
         if layer_idx not in indices:
@@ -131,7 +131,7 @@ class Gates:
         return self._placed(indices.index(layer_idx), hidden_states).scores(hidden_states)
 
     def _placed(self, row: int, like: torch.Tensor) -> PlacedGate:
-        """A layer's gate where and as the hidden states are; the first use copies it there."""
+        """Returns a layer's gate with the device and dtype of the hidden states; the first use makes that copy."""
         key = (row, like.device, like.dtype)
         if key not in self.placed:
             self.placed[key] = PlacedGate(self.layers[row], like.device, like.dtype)
@@ -139,7 +139,7 @@ class Gates:
 
 
 def gate_of(state: Mapping[str, torch.Tensor], row: int = 0) -> LayerGate:
-    """The gate of one state dict.
+    """Makes the gate of one state dict.
 
     Raises:
         InvalidArgumentError: Its keys or shapes are not those of a gate.

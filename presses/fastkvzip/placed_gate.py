@@ -1,4 +1,4 @@
-"""A gate where and as hidden states are: one matrix product and one kernel score a slice of tokens."""
+"""A gate on the device and in the dtype of hidden states: one matrix product and one kernel score a slice of tokens."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch.nn.functional import linear
 from kvzip_press.kernels.gate_scores import gate_scores
 from kvzip_press.presses.fastkvzip.gate import LayerGate
 
-# What lies between the product and the kernel takes num_key_value_heads * (groups + 1) * dim numbers a token: 21 MB for
-# the slice in bf16 on an 8B model, whatever the context; it stays in a GPU's L2 cache. At 4096 tokens the product is
-# too small for a GPU: 160 tiles of 128 x 128 on 132 multiprocessors leave the second round nearly empty.
+# The product's output takes num_key_value_heads * (groups + 1) * dim numbers per token: 21 MB for a slice in bf16 on an
+# 8B model, whatever the context, so it stays in a GPU's L2 cache. At 4096 tokens the product is too small for a GPU:
+# 160 tiles of 128 x 128 on 132 multiprocessors leave the second round nearly empty.
 TOKENS = 16384
 
 
 class PlacedGate:
-    """Copies of a gate's parameters, to score with: the same scores as :class:`LayerGate`'s, up to rounding.
+    """Copies of a gate's parameters, for scoring: gives the same scores as :class:`LayerGate`, up to rounding.
 
-    Both projections are one, so that the hidden states are read once. Norms, bias and sinks are fp32.
+    Both projections are merged, so that the hidden states are read once. Norms, bias and sinks are fp32.
 
     Args:
         gate: The gate.
-        device: Where the hidden states are.
-        dtype: What they are, and what the projection is done in.
+        device: The device of the hidden states.
+        dtype: The dtype of the hidden states and of the projection.
     """
 
     def __init__(self, gate: LayerGate, device: torch.device, dtype: torch.dtype) -> None:
@@ -35,7 +35,7 @@ class PlacedGate:
         self._rest = [tensor.to(device, torch.float32) for tensor in rest]
 
     def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Scores ``[..., num_key_value_heads, n]``, fp32, in (0, 1), of hidden states ``[..., n, hidden_size]``."""
+        """Returns scores ``[..., num_key_value_heads, n]``, fp32 in (0, 1), of states ``[..., n, hidden_size]``."""
         slices = hidden_states.flatten(0, -2).split(TOKENS)
         scores = torch.cat([self._scores(tokens) for tokens in slices], dim=1)
         return scores.unflatten(1, hidden_states.shape[:-1]).movedim(0, -2).float().contiguous()

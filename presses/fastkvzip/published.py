@@ -1,7 +1,7 @@
-"""The checkpoints that Fast KVzip published: their names, and reading them without running what is in them.
+"""The checkpoints that Fast KVzip published: how they are named, and how to read them without running their code.
 
-``{model, lower case}/q{groups}_dim16_sink16.pt`` in the hub repository :data:`REPOSITORY`. A file is a pickled dict:
-under "module" one state dict a layer, beside it curves of the training as numpy arrays.
+They are ``{model, lower case}/q{groups}_dim16_sink16.pt`` in the hub repository :data:`REPOSITORY`. A file is a pickled
+dict, with one state dict per layer under "module" and training curves as numpy arrays beside it.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ WANTED = 'a gate as Fast KVzip publishes it (a .pt of a dict whose "module" is a
 
 
 def file_name(model: Any) -> str:
-    """The name that a model's gate has in the repository."""
+    """Returns the name of a model's gate file in the repository."""
     groups = text_config(model).num_attention_heads // num_kv_heads(model)
     return f"{model_name(model)}/q{groups}_dim16_sink16.pt"
 
 
 def model_name(model: Any) -> str:
-    """The last part of the model's path or hub id, in lower case; empty where it has none."""
+    """Returns the last part of the model's path or hub id, in lower case; empty if it has neither."""
     return Path(str(getattr(model.config, "name_or_path", "") or "")).name.lower()
 
 
 def read(path: Path) -> list[dict[str, torch.Tensor]]:
-    """The state dicts of a published file.
+    """Reads the state dicts of a published file.
 
     Raises:
-        InvalidArgumentError: There is no such file, or it holds something else.
+        InvalidArgumentError: The file does not exist, or holds something else.
     """
     try:
         with torch.serialization.safe_globals(_numpy_arrays()):
@@ -53,7 +53,7 @@ def read(path: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def _numpy_arrays() -> list[Any]:
-    """What an array of floats is put together from, under the names of numpy 1 and 2, and nothing else."""
+    """Returns only the functions and types that unpickle an array of floats, by their names in numpy 1 and 2."""
     reconstruct = np.zeros(1).__reduce__()[0]
     names = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
     dtypes = (np.dtypes.Float64DType, np.dtypes.Float32DType)
@@ -61,10 +61,10 @@ def _numpy_arrays() -> list[Any]:
 
 
 def find(model: nn.Module, folder: Path) -> Path:
-    """A model's file in a folder that is laid out as the repository.
+    """Finds a model's file in a folder that is laid out like the repository.
 
     Raises:
-        InvalidArgumentError: It is not there.
+        InvalidArgumentError: The file is not there.
     """
     path = folder / file_name(model)
     if not path.is_file():
@@ -74,16 +74,16 @@ def find(model: nn.Module, folder: Path) -> Path:
 
 
 def download(model: nn.Module, repository: str = REPOSITORY) -> Path:
-    """A model's file from the hub, or from the hub's cache on this machine.
+    """Fetches a model's file from the hub, or from the hub's cache on this machine.
 
     Raises:
-        InvalidArgumentError: It is neither there nor here.
+        InvalidArgumentError: The file is in neither.
     """
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(repository, file_name(model)))
-    except (OSError, ValueError) as error:  # what the hub raises for whatever is missing, unreachable or misspelled
+    except (OSError, ValueError) as error:  # what the hub raises for anything missing, unreachable or misspelled
         cause = str(error).strip().partition("\n")[0]
         raise InvalidArgumentError(
             f"expected {file_name(model)} in the hub repository {repository}, got {type(error).__name__}: {cause}"

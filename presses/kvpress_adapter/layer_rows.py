@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
+from kvzip_press.cache.compressible import last_pairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.kvpress_adapter.keep_masks import kept_pairs
@@ -51,12 +52,12 @@ class LayerRow:
             issubclass(type(layer), compat.DynamicLayer) and layer.keys.shape[2] == n
         ):
             raise InvalidArgumentError(f"expected a dense cache layer of just the {n} tokens read, got {layer}")
-        dense: Any = layer.tail if isinstance(layer, RaggedLayer) else layer
+        every = last_pairs(layer, n)
         call = {**kwargs, "hidden_states": hidden_states}
         rows = []
         for row in range(batch):
             own = {**_row_of(call, row, batch), "cache_position": torch.arange(n, device=hidden_states.device)}
-            keys, values = dense.keys[row : row + 1, :, -n:], dense.values[row : row + 1, :, -n:]
+            keys, values = (x[row : row + 1] for x in every)
             rows.append(cls(module, keys, values, own, _row_of(output, row, batch)))
         return rows
 

@@ -7,27 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kvzip_press.errors import InvalidArgumentError, KVzipPressError
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import attention_layers, full_attention_layers, text_decoder
 from kvzip_press.presses.kvpress_adapter.layer_rows import LayerRow
 from kvzip_press.presses.kvpress_adapter.module_state import presses_in
+from kvzip_press.presses.kvpress_adapter.refused import as_ours, later_turn
 
 if TYPE_CHECKING:
     from kvzip_press.budget.scores import Scores
     from kvzip_press.prefilling.whole import Prefill
-    from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress
-
-#: What presses raise for a model or an input that they do not take (OSError: no tokenizer or weights to be had).
-REFUSALS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    TypeError,
-    ValueError,
-)
+    from kvzip_press.presses.kvpress_adapter.wrapped import WrappedPress
 
 
 class KvpressObserver:
@@ -41,7 +30,7 @@ class KvpressObserver:
         model: The model to watch.
     """
 
-    def __init__(self, press: RaggedPress, model: nn.Module) -> None:
+    def __init__(self, press: WrappedPress, model: nn.Module) -> None:
         self._press, self._model = press, model
         self._handles: list[Any] = []
         self._rows: dict[int, list[torch.Tensor]] = {}
@@ -87,7 +76,7 @@ class KvpressObserver:
         """Refuses a later turn before anything of it is in the cache."""
         cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
         if cache is not None and (seen := cache.get_seq_length()) and not self._press.scores_any_span:
-            raise InvalidArgumentError(later_turn(self._press, seen))
+            raise InvalidArgumentError(later_turn(repr(self._press), seen))
 
     @torch.no_grad()
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -102,28 +91,13 @@ class KvpressObserver:
                 look(row, run, self._rotary_emb) for row, run in zip(rows, self._runs, strict=True)
             ]
         except Exception as error:  # noqa: BLE001  # kept for rows(): half a forward would leave half a cache
-            self._failure = as_ours(self._press, error, f" in layer {layer_idx}").with_traceback(None)
+            self._failure = as_ours(repr(self._press), error, f" in layer {layer_idx}").with_traceback(None)
 
     def _new_run(self) -> Any:
         run = self._press.prepared(self._model)
         if self._press.is_scorer:
             watch_ratio(run, self._ratio_reads)
         return run
-
-
-def as_ours(press: RaggedPress, error: Exception, where: str = "") -> Exception:
-    """A refusal of kvpress's own as an error of ours, with its message; any other error as it is."""
-    if isinstance(error, KVzipPressError) or not isinstance(error, REFUSALS):
-        return error
-    return InvalidArgumentError(f"{press!r} refused{where}: {type(error).__name__}: {error}")
-
-
-def later_turn(press: RaggedPress, seen: int) -> str:
-    """Why a kvpress press does not go on where a cache ends."""
-    return (
-        f"{press!r} compresses a context that is read in one forward into an empty cache, but this cache has seen "
-        f"{seen} tokens: end `with press(model):` before the next turn (the compressed cache goes on without it)"
-    )
 
 
 def watch_ratio(press: Any, reads: list[str]) -> None:

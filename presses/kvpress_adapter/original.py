@@ -19,8 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvzip_press import compat
 from kvzip_press.attention.implementation import detach
+from kvzip_press.model.devices import synchronize
 from kvzip_press.model.structure import attention_layers, text_decoder
-from kvzip_press.prefilling.whole import synchronize
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
 from kvzip_press.presses.kvpress_adapter.module_state import fresh_copy, untouched_model
 from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress

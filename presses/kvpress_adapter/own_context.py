@@ -17,15 +17,15 @@ from kvzip_press.model.structure import attention_layers, full_attention_layers,
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
 from kvzip_press.presses.kvpress_adapter.keep_masks import Pairs, kept_pairs
 from kvzip_press.presses.kvpress_adapter.module_state import untouched_model
-from kvzip_press.presses.kvpress_adapter.observing import REFUSALS, as_ours
+from kvzip_press.presses.kvpress_adapter.refused import REFUSALS, as_ours
 
 if TYPE_CHECKING:
-    from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress
+    from kvzip_press.presses.kvpress_adapter.wrapped import WrappedPress
 
 
 @torch.no_grad()
 def run_native(
-    press: RaggedPress, model: nn.Module, input_ids: torch.Tensor, tokenizer: Any
+    press: WrappedPress, model: nn.Module, input_ids: torch.Tensor, tokenizer: Any
 ) -> dict[int, list[torch.Tensor]]:
     """Reads a context under the press, in a cache that is thrown away.
 
@@ -55,7 +55,7 @@ def run_native(
             with press.prepared(model)(model):
                 decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
         except REFUSALS as error:
-            raise as_ours(press, error) from error
+            raise as_ours(repr(press), error) from error
         if isinstance(press.press, kvpress().KVComposePress):
             _forget_replay(cache, input_ids.shape[1])
         return {
@@ -64,7 +64,7 @@ def run_native(
         }
 
 
-def _kept(module: nn.Module, dense: Pairs, layer: Any, press: RaggedPress) -> torch.Tensor:
+def _kept(module: nn.Module, dense: Pairs, layer: Any, press: WrappedPress) -> torch.Tensor:
     masked = getattr(module, "masked_key_indices", None)
     return kept_pairs(dense, (layer.keys, layer.values), masked, type(press.press).__name__)
 

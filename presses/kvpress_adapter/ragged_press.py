@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from kvzip_press.budget.allocation import check_compression_ratio
+from kvzip_press.budget.amount import Amount, Ratio, check_compression_ratio
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling.whole import Prefill, run_prefill
 from kvzip_press.press import Press
-from kvzip_press.presses.kvpress_adapter.head_scores import HeadScores, keep_scores
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
+from kvzip_press.presses.kvpress_adapter.kvpress_scores import keep_scores, ratio_scores
 from kvzip_press.presses.kvpress_adapter.module_state import fresh_copy
-from kvzip_press.presses.kvpress_adapter.observing import REFUSALS, KvpressObserver, as_ours, later_turn
+from kvzip_press.presses.kvpress_adapter.observing import KvpressObserver
 from kvzip_press.presses.kvpress_adapter.own_context import run_native
-from kvzip_press.presses.kvpress_adapter.refused import check_supported
-from kvzip_press.presses.kvpress_adapter.spans import scores_any_span
+from kvzip_press.presses.kvpress_adapter.refused import REFUSALS, as_ours, check_supported, later_turn, scores_any_span
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,6 +81,11 @@ class RaggedPress(Press):
         return math.nan if ratio is None else ratio
 
     @property
+    def amount(self) -> Amount:
+        """The ratio above; 0.0 where it is not known yet."""
+        return Ratio(_nominal_ratio(self.press) or 0.0)
+
+    @property
     def scores_any_span(self) -> bool:
         """Whether the press can score tokens behind a context: a later turn, or a chunk of a long context."""
         return scores_any_span(self.press)
@@ -98,7 +102,7 @@ class RaggedPress(Press):
                 has to be run again, or input that the press refuses (too short a context, no weights for the model).
         """
         if prefill.start and not self.scores_any_span:
-            raise InvalidArgumentError(later_turn(self, prefill.start))
+            raise InvalidArgumentError(later_turn(repr(self), prefill.start))
         if self.is_native:
             alone = [run_native(self, prefill.model, ids, prefill.tokenizer) for ids in self._ids_of_rows(prefill)]
             return keep_scores(prefill, _joined(alone), self.compression_ratio)
@@ -109,7 +113,7 @@ class RaggedPress(Press):
         rows = _joined([observer.rows() for observer in observers])
         if self.is_scorer:
             any_ratio = all(observer.any_ratio for observer in observers)
-            return HeadScores.of(prefill, rows, self.compression_ratio, any_ratio=any_ratio)
+            return ratio_scores(prefill, rows, self.compression_ratio, any_ratio=any_ratio)
         return keep_scores(prefill, rows, self.compression_ratio)
 
     def prepared(self, model: nn.Module) -> Any:
@@ -122,7 +126,7 @@ class RaggedPress(Press):
         try:
             press.post_init_from_model(model)
         except REFUSALS as error:
-            raise as_ours(self, error) from error
+            raise as_ours(repr(self), error) from error
         self._by_model[model] = fresh_copy(press)  # so that weights are loaded once
         return press
 

@@ -1,10 +1,10 @@
-"""kvpress presses that do not evict pairs at the end of a prefill, or not only that."""
+"""What kvpress presses cannot do, and what they refuse."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 from kvzip_press.presses.kvpress_adapter.module_state import presses_in
 
 _WHILE_DECODING = "it evicts while tokens are generated, and the adapter compresses when a prefill ends"
@@ -20,6 +20,24 @@ REFUSED = {
     "PrefillDecodingPress": f"{_WHILE_DECODING}; wrap its prefilling_press",
     "RestoreKVPress": "it adds learned pairs to the cache that no token of the context has",
 }
+
+
+#: What presses raise for a model or an input that they do not take (OSError: no tokenizer or weights to be had).
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+)
+
+#: Presses that can score a span of tokens by itself, behind a context that was evicted already: they look at the
+#: span's own keys, values, hidden states and position embeddings. Others expect the beginning of a sequence: Expected
+#: Attention counts positions from 0, StreamingLLM keeps the first tokens that it is given.
+_ANY_SPAN = {"KeyDiffPress", "KnormPress", "SnapKVPress", "TOVAPress"}
 
 
 def check_supported(press: Any, base: Any) -> None:
@@ -40,3 +58,23 @@ def check_supported(press: Any, base: Any) -> None:
             raise InvalidArgumentError(
                 f"{name} inside {type(press).__name__} would do nothing: it acts in its own context, never entered"
             )
+
+
+def as_ours(press: str, error: Exception, where: str = "") -> Exception:
+    """A refusal of kvpress's own as an error of ours, with its message; any other error as it is."""
+    if isinstance(error, KVzipPressError) or not isinstance(error, REFUSALS):
+        return error
+    return InvalidArgumentError(f"{press} refused{where}: {type(error).__name__}: {error}")
+
+
+def later_turn(press: str, seen: int) -> str:
+    """Why a kvpress press does not go on where a cache ends."""
+    return (
+        f"{press} compresses a context that is read in one forward into an empty cache, but this cache has seen "
+        f"{seen} tokens: end `with press(model):` before the next turn (the compressed cache goes on without it)"
+    )
+
+
+def scores_any_span(press: Any) -> bool:
+    """Whether a kvpress press scores any span of tokens."""
+    return type(press).__name__ in _ANY_SPAN and type(press).__module__.startswith("kvpress.")

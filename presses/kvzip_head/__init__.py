@@ -1,4 +1,4 @@
-"""Context-independent KVzip (https://arxiv.org/abs/2505.23416): whole heads are dropped, scored once a model."""
+"""Context-independent KVzip (https://arxiv.org/abs/2505.23416): drops whole heads, which are scored once per model."""
 
 from kvzip_press.presses.kvzip_head.builtin_texts import builtin_texts
 from kvzip_press.presses.kvzip_head.head_press import KVzipHeadPress

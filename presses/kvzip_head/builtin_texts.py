@@ -1,4 +1,4 @@
-"""The texts that scores of heads are made of where none are given."""
+"""The texts from which head scores are computed if none are given."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ _FOLDER = Path(__file__).parent / "texts"
 
 
 def builtin_texts() -> dict[str, str]:
-    """Name -> text: pages of prose, code, dialogue, records, instructions and argument, written for this package.
+    """Returns name -> text: pages of prose, code, dialogue, records, instructions, argument, written for this package.
 
-    Behind the pages each half of them again as one text, three times as long: heads that look far back show there.
+    Two longer texts follow, each half of the pages joined into one, three times as long: they show which heads look far
+    back.
     """
     pages = {path.stem: path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.txt"))}
     texts, half = list(pages.values()), len(pages) // 2

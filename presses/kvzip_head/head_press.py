@@ -15,12 +15,12 @@ from kvzip_press.heads.press import HeadPress
 
 @dataclass(frozen=True)
 class KVzipHeadPress(HeadPress):
-    """Keeps the heads that KVzip finds important whole, and of the others the prefix; see :class:`HeadPress`.
+    """Keeps whole the heads that KVzip finds important, and only the prefix of the others; see :class:`HeadPress`.
 
-    The paper advises a ratio of 0.4. Its code keeps what lies strictly above a threshold, which drops every head that
-    ties with it: of scores with many ones (a head whose best pair gets all attention) it can keep none at all. Here the
-    number is exact. A window is not in the paper, it is DuoAttention's (https://arxiv.org/abs/2410.10819);
-    ``window_size=0`` is the paper.
+    The paper advises a ratio of 0.4. Its code keeps heads strictly above a threshold, and so drops every head that ties
+    with it: if many scores are 1 (a head whose best pair gets all attention) it may keep no head at all. Here the
+    number is exact. The window is not in the paper but comes from DuoAttention (https://arxiv.org/abs/2410.10819);
+    ``window_size=0`` is the paper's method.
     """
 
     shipped: ClassVar[Path] = Path(__file__).parent / "data"

@@ -1,4 +1,4 @@
-"""Scores of heads by KVzip: of the scores of their pairs over texts, the best ones."""
+"""Scores heads with KVzip: by the best scores of their pairs, over texts."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def compute_head_scores(
     n_best: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeadScores:
-    """Reads each text, scores its pairs with KVzip, and takes the mean of each head's best pairs and over the texts.
+    """Reads each text, scores its pairs with KVzip, and averages each head's best pairs, then averages over the texts.
 
-    With one text, ``n_best=1`` and ``n_last=0`` that is the paper, which takes the maximum over one long text; KVzip
-    merges the scores of several texts by their maximum too. One outlier decides a maximum. On SmolLM2 the mean of 16
-    kept more answers with half of the heads gone (0.89 beside 0.83; 280 questions).
+    With one text, ``n_best=1`` and ``n_last=0`` this is the paper's method, the maximum over one long text; KVzip also
+    merges the scores of several texts by their maximum. But a single outlier decides a maximum. On SmolLM2 the mean of
+    16 kept more answers with half of the heads dropped (0.89 against 0.83; 280 questions).
 
-    The last tokens of a text are left out. The replay's prompt follows directly upon them, so heads that only look at
-    what was just read give them high scores too, and those would be their maximum; what a head is asked here is
-    whether it looks back at the context. Measured on SmolLM2: see the decision on heads in ``kvzip_press/DESIGN.md``.
+    The last tokens of a text are left out. The replay's prompt follows directly after them, so heads that only look at
+    what was just read give them high scores too, which would become those heads' maximum; the question here is whether
+    a head looks back at the context. Measured on SmolLM2: see the decision on heads in ``kvzip_press/DESIGN.md``.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        texts: One text of a kind that the model will see, or several; each of at least ``n_last + n_best`` tokens.
+        texts: One or several texts of the kind that the model will see, each of at least ``n_last + n_best`` tokens.
         chunk_size: Context tokens replayed at a time.
-        n_last: Last tokens of each text that are left out; 0 is KVzip.
-        n_best: Best pairs of a head in each text whose mean is its score; 1 is KVzip.
-        progress: Called after every forward with how many are done and how many there are.
+        n_last: Number of last tokens of each text that are left out; KVzip's is 0.
+        n_best: Number of a head's best pairs in each text whose mean is its score; KVzip's is 1.
+        progress: Called after every forward pass with how many are done and how many there are.
 
     Raises:
         InvalidArgumentError: No text, one of fewer than ``n_last + n_best`` tokens, or one longer than the model's
@@ -66,7 +66,7 @@ def compute_head_scores(
 
 
 def _of_text(model: nn.Module, tokenizer: Any, text: str, press: Press, n_last: int, n_best: int) -> torch.Tensor:
-    """``[full_attention_layers, num_key_value_heads]``: each head's best pairs between prefix and last tokens."""
+    """Returns ``[full_attention_layers, num_key_value_heads]``, of the best pairs between prefix and last tokens."""
     done = prefill(model, tokenizer, text)
     scores = press.score(done)
     first, end = int(scores.protected.sum()), done.valid.shape[1] - n_last
@@ -76,7 +76,7 @@ def _of_text(model: nn.Module, tokenizer: Any, text: str, press: Press, n_last: 
 
 @contextmanager
 def _counting(model: nn.Module, say: Callable[[int], object]) -> Iterator[None]:
-    """While open, says after each forward how many there were."""
+    """While open, calls ``say`` after each forward pass with how many there were."""
     done = 0
 
     def count(*_: Any) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from kvzip_press import KVzipPress, RaggedCache, RandomPress
+from kvzip_press import KVzipPress, RaggedCache, RandomPress, Scores, compress, compress_in_chunks
 from kvzip_press.attention.implementation import is_attached
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, UnsupportedCacheError, UnsupportedModelError
 from kvzip_press.prefilling.whole import run_prefill
+from kvzip_press.press import AllocatingPress
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 N = 50
@@ -275,3 +277,53 @@ def test_compressed_caches_are_freed() -> None:
     del cache, layer
     gc.collect()
     assert not any(id(o) == pointer and type(o).__name__ == "RaggedLayer" for o in gc.get_objects())
+
+
+@dataclass(frozen=True)
+class LoudPress(AllocatingPress):
+    """The press of the notebook, as a user would write it."""
+
+    n_sink: int = 4
+
+    def score(self, prefill):
+        scores = {}
+        for layer_idx in prefill.blank_scores():
+            keys, values = prefill.pairs(layer_idx)
+            scores[layer_idx] = values.float().norm(dim=-1) / keys.float().norm(dim=-1)
+        return Scores(scores, prefill.protected(self.n_sink), self.policy)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_a_press_of_a_user_s_own_works_in_chunks_and_in_a_second_turn(architecture) -> None:
+    """`Prefill.pairs` gives those of the span wherever they lie."""
+    model, tokenizer = tiny_model(architecture), ByteTokenizer()
+    ids, press = token_ids(1, 90)[0].tolist(), LoudPress(0.5)
+    whole = compress(model, tokenizer, ids, press)
+    chunked = compress_in_chunks(model, tokenizer, ids, press, chunk_size=40, window_size=0)
+    n_pairs = {name: sum(int(x.packed.seqlens.sum()) for _, x in c.ragged_layers())
+               for name, c in {"whole": whole, "chunked": chunked}.items()}  # fmt: skip
+    assert n_pairs["whole"] == n_pairs["chunked"]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), press(model):
+        model(token_ids(1, 40), past_key_values=cache)
+        model(token_ids(1, 30, seed=1), past_key_values=cache)
+    layers = dict(RaggedCache.of(cache).ragged_layers())
+    assert sum(int(x.packed.seqlens.sum()) for x in layers.values()) == len(layers) * 2 * (4 + (36 + 30) // 2)
+
+
+def test_the_pairs_of_a_span_are_those_that_the_model_left() -> None:
+    """Dense, behind a context, and refused once they were evicted."""
+    model, ids = tiny_model(), token_ids(2, 50)
+    first = run_prefill(model, ids[:, :30], torch.ones(2, 30, dtype=torch.bool))
+    for layer_idx in first.blank_scores():
+        layer = first.cache.layers[layer_idx]
+        assert all(torch.equal(*pair) for pair in zip(first.pairs(layer_idx), (layer.keys, layer.values), strict=True))
+    first.evict_in_place(RandomPress(0.5).score(first))
+    later = run_prefill(model, ids[:, 30:], torch.ones(2, 20, dtype=torch.bool), cache=first.cache)
+    for layer_idx in later.blank_scores():
+        tail = later.cache.layers[layer_idx].tail
+        assert all(torch.equal(*pair) for pair in zip(later.pairs(layer_idx), (tail.keys, tail.values), strict=True))
+        assert later.pairs(layer_idx)[0].shape == (2, 2, 20, 16)
+    later.evict_in_place(RandomPress(0.5).score(later))
+    with pytest.raises(UnsupportedCacheError, match="evicted already"):
+        later.pairs(0)

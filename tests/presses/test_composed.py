@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from kvzip_press import ComposedPress, KVzipPress, RaggedCache, RandomPress, Scores, compress
+from kvzip_press.budget.allocators import Decided
+from kvzip_press.budget.amount import Ratio
+from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.selection import select
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import text_decoder
@@ -142,7 +145,7 @@ def test_another_ratio_is_refused() -> None:
     """The result is decided: asking for another budget raises."""
     done = prefilled()
     scores = ComposedPress([RandomPress(0.5), RandomPress(0.5, seed=1)]).score(done)
-    assert scores.compression_ratio == 0.75
+    assert scores.policy.compression_ratio == 0.75
     for asked in ({"compression_ratio": 0.5}, {"budget": 9}, {"allocation": "head"}):
         with pytest.raises(InvalidArgumentError, match="decides its own budget"):
             done.evict(scores, **asked)
@@ -205,7 +208,7 @@ class _Watch:
 
     def scores(self, prefill) -> Scores:
         layers = {i: zeros + self._norms[:, None] for i, zeros in prefill.blank_scores().items()}
-        return Scores(layers, prefill.protected(0), self._press.compression_ratio, "head")
+        return Scores(layers, prefill.protected(0), Policy.of(self._press.compression_ratio, "head"))
 
 
 def test_observers_of_presses_watch_the_one_forward() -> None:
@@ -266,7 +269,7 @@ class Deciding(RandomPress):
     def score(self, prefill) -> Scores:
         layers = prefill.blank_scores()
         counts = {i: torch.full(values.shape[:2], 10) for i, values in layers.items()}
-        return Scores(layers, prefill.protected(0), 0.5, counts=counts)
+        return Scores(layers, prefill.protected(0), Policy(Ratio(0.5), Decided(per_head=counts)))
 
 
 class SaysSo(Deciding):

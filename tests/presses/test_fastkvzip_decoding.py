@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any
+
 import pytest
 import torch
 from transformers import DynamicCache
 
-from kvzip_press import RaggedCache, answer, compress, get_press
+from kvzip_press import RaggedCache, answer, compress, compress_in_chunks, get_press
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding import step as decoding
 from kvzip_press.decoding.generation import generate
@@ -102,9 +106,11 @@ class Oracle:
 
     def _evict(self) -> None:
         layers = sorted({layer for layer, _ in self.alive})
+        of_layers = [[key for key in self.alive if key[0] == layer] for layer in layers]
         pools = {
             "global": [list(self.alive)],
-            "layer": [[key for key in self.alive if key[0] == layer] for layer in layers],
+            "layer": of_layers,
+            "adakv": of_layers,
             "head": [[key] for key in self.alive],
         }[self.press.allocation]
         for pool in pools:
@@ -114,18 +120,34 @@ class Oracle:
                 (pair for pair in pairs if pair not in safe),
                 key=lambda pair: (-self.scores[pair[0], pair[1]][pair[2]], pair[2], pair[0], pair[1]),
             )
-            stay = safe | set(rest[: self.press.budget * len(pool) - len(safe)])
+            budget = self.press.budget * len(pool) - len(safe)
+            stay = safe | set((self._in_turns(pool, rest, budget) + rest)[:budget])
+            stay |= set([pair for pair in rest if pair not in stay][: self.press.budget * len(pool) - len(stay)])
             for layer, head in pool:
                 self.alive[layer, head] = [p for p in self.alive[layer, head] if (layer, head, p) in stay]
 
+    def _in_turns(self, pool: list[Any], rest: list[Any], budget: int) -> list[Any]:
+        """What heads take in turns, each with its best pair left, before the best of the rest win."""
+        floors = sum(min(self.press.min_kept_per_head, sum(pair[:2] == head for pair in rest)) for head in pool)
+        share = int(self.press.safeguard * budget) if self.press.allocation == "adakv" else 0
+        by_head = [[pair for pair in rest if pair[:2] == head] for head in pool]  # the best first
+        turns = [pair for turn in zip_longest(*by_head) for pair in sorted(filter(None, turn), key=rest.index)]
+        return turns[: min(max(floors, share), budget)]
 
-@pytest.mark.parametrize("allocation", ["global", "layer", "head"])
+
+@pytest.mark.parametrize("policy", [
+    {"allocation": "global"},
+    {"allocation": "layer"},
+    {"allocation": "head"},
+    {"allocation": "adakv", "safeguard": 0.5},
+    {"allocation": "global", "min_kept_per_head": 24},
+])  # fmt: skip
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_what_is_kept_is_what_an_oracle_keeps(architecture, allocation) -> None:
+def test_what_is_kept_is_what_an_oracle_keeps(architecture, policy) -> None:
     """Prompt, single tokens, a question of several, single tokens again; the scores given first are the last word."""
     model = tiny_model(architecture, vocab_size=300)
     no_twice = 3 + torch.randperm(297, generator=torch.Generator().manual_seed(0))[None]  # equal tokens tie in layer 0
-    press = press_for(model, allocation=allocation)
+    press = press_for(model, **policy)
     cache, oracle = DynamicCache(config=model.config), Oracle(model, press, n_sink=3)
     with press(model), watching_hidden_states(model, oracle.look):
         step(model, cache, no_twice[:, :70])
@@ -193,7 +215,7 @@ def assert_static_steps_evict_as_eager_steps(model, length: int) -> None:
     assert kept(cache) == kept(other)
     for one, two in zip(cache.layers, other.layers, strict=True):
         if isinstance(one, RaggedLayer):
-            torch.testing.assert_close(two.packed.keys, one.packed.keys, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(two.packed.columns["keys"], one.packed.columns["keys"], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(two.packed.scores, one.packed.scores, atol=1e-4, rtol=1e-4)
 
 
@@ -260,13 +282,15 @@ def test_questions_that_are_not_kept_leave_the_cache_as_it_was() -> None:
     model = tiny_model()
     press = press_for(model)
     cache = compress(model, TOKENIZER, "some text to be compressed, of more than forty bytes", press)
-    before, tensors = kept(cache), [layer.packed.keys.clone() for layer in cache.layers]
+    before, tensors = kept(cache), [layer.packed.columns["keys"].clone() for layer in cache.layers]
     with press(model):
         first = answer(model, TOKENIZER, cache, "What is it?", max_new_tokens=100)
         answer(model, TOKENIZER, cache, "Something else, entirely?", max_new_tokens=50)
         assert answer(model, TOKENIZER, cache, "What is it?", max_new_tokens=100) == first
     assert kept(cache) == before
-    assert all(torch.equal(layer.packed.keys, keys) for layer, keys in zip(cache.layers, tensors, strict=True))
+    assert all(
+        torch.equal(layer.packed.columns["keys"], keys) for layer, keys in zip(cache.layers, tensors, strict=True)
+    )
 
 
 def test_two_caches_in_turns_give_what_each_gives_alone() -> None:
@@ -303,11 +327,13 @@ def test_a_fork_keeps_its_pairs_while_the_other_goes_on() -> None:
         for _ in range(40):
             token = step(model, cache, token[:, None]).argmax(-1)
         fork = RaggedCache.of(cache).fork()
-        held, keys = kept(fork), [layer.packed.keys.clone() for layer in fork.layers]
+        held, keys = kept(fork), [layer.packed.columns["keys"].clone() for layer in fork.layers]
         for _ in range(40):
             token = step(model, cache, token[:, None]).argmax(-1)
     assert kept(fork) == held != kept(cache)
-    assert all(torch.equal(layer.packed.keys, tensor) for layer, tensor in zip(fork.layers, keys, strict=True))
+    assert all(
+        torch.equal(layer.packed.columns["keys"], tensor) for layer, tensor in zip(fork.layers, keys, strict=True)
+    )
 
 
 def test_a_conversation_goes_on_in_another_context() -> None:
@@ -326,6 +352,69 @@ def test_a_conversation_goes_on_in_another_context() -> None:
     with press(model), pytest.raises(CacheMismatchError, match="read outside"):
         for _ in range(20):
             step(model, cache, token_ids(1, 1))
+
+
+def moved(cache, model, path):
+    """Through a device that is not the model's and back; "meta" drops contents, so a clone stands in for the way."""
+    for layer in cache.layers:
+        layer.packed = replace(layer.packed, columns={n: x.clone() for n, x in layer.packed.columns.items()}, pool=None)
+        layer.tail = layer.tail.copy()
+    return cache
+
+
+def saved(cache, model, path):
+    RaggedCache.of(cache).save(path / "cache.safetensors")
+    return RaggedCache.load(path / "cache.safetensors", model)
+
+
+@pytest.mark.parametrize("way", [moved, saved])
+def test_a_cache_that_was_away_goes_on_as_one_that_was_not(way, tmp_path) -> None:
+    """Scores travel with their pairs, those of the tail too: the next evictions are the same."""
+    model = tiny_model()
+    press = press_for(model)
+
+    def written(away: bool):
+        cache = DynamicCache(config=model.config)
+        with press(model):
+            step(model, cache, token_ids(1, 60))
+            for i in range(21):
+                step(model, cache, token_ids(1, 1, seed=i))
+        cache = way(cache, model, tmp_path) if away else cache
+        with press(model):
+            for i in range(40):
+                logits = step(model, cache, token_ids(1, 1, seed=50 + i))
+        return kept(cache), logits
+
+    (pairs, logits), (expected_pairs, expected_logits) = written(away=True), written(away=False)
+    assert pairs == expected_pairs
+    assert torch.equal(logits, expected_logits)
+
+
+def test_a_move_takes_all_columns_and_the_tail_s_scores() -> None:
+    """Nothing is left behind, nothing is forgotten."""
+    model = tiny_model()
+    cache = DynamicCache(config=model.config)
+    with press_for(model)(model):
+        for length in (60, 3, 1):
+            step(model, cache, token_ids(1, length))
+    shapes = [[(x.dtype, x.shape) for x in layer.packed.tensors] for layer in cache.layers]
+    RaggedCache.of(cache).move_to("meta")
+    for layer, held in zip(cache.layers, shapes, strict=True):
+        assert {x.device.type for x in layer.tensors} == {"meta"}
+        assert [(x.dtype, x.shape) for x in layer.packed.tensors] == held
+        assert layer.tail.scores is not None and layer.tail.scores.shape == (1, HEADS, 4)
+
+
+def test_what_was_read_in_chunks_goes_on_as_well() -> None:
+    """The pairs of all chunks carry the scores that they got, so that they can be evicted while the model writes."""
+    model = tiny_model()
+    press = press_for(model)
+    cache = compress_in_chunks(model, TOKENIZER, token_ids(1, 120)[0].tolist(), press, chunk_size=32, window_size=8)
+    assert all(layer.packed.scores is not None for _, layer in cache.ragged_layers())
+    with press(model):
+        for i in range(40):
+            step(model, cache, token_ids(1, 1, seed=i))
+            assert n_pairs(cache)[0] < 56 * n_heads(cache)
 
 
 def test_tokens_that_are_cut_off_are_forgotten() -> None:
@@ -367,8 +456,6 @@ def test_a_cache_without_scores_is_refused() -> None:
         {"budget": None},
         {"budget": 16, "buffer": 16},
         {"buffer": 0},
-        {"allocation": "adakv"},
-        {"min_kept_per_head": 2},
     ],
 )
 def test_a_policy_that_cannot_be_kept_is_refused(options) -> None:

@@ -70,7 +70,7 @@ def test_the_command_makes_duo_attention_scores_too(invoke, tmp_path) -> None:
 
 def test_a_device_or_dtype_that_is_not_there_is_refused(invoke, tmp_path) -> None:
     out = tmp_path / "scores.safetensors"
-    with pytest.raises(InvalidArgumentError, match=r"expected --device .* got 'cuda:99'"):
+    with pytest.raises(InvalidArgumentError, match=r"expected the device .* got 'cuda:99'"):
         invoke("compute", "--model", "llama", "--out", out, "--device", "cuda:99")
-    with pytest.raises(InvalidArgumentError, match=r"expected --dtype .* got 'int8'"):
+    with pytest.raises(InvalidArgumentError, match=r"expected a dtype among .*bf16.* got 'int8'"):
         invoke("compute", "--model", "llama", "--out", out, "--dtype", "int8")

@@ -237,7 +237,7 @@ def test_compress_equals_prefill_score_evict() -> None:
     done = prefill(model, TOKENIZER, context)
     two = done.evict(press.score(done))
     for layer_idx, layer in one.ragged_layers():
-        assert torch.equal(layer.packed.keys, two.layers[layer_idx].packed.keys)
+        assert torch.equal(layer.packed.columns["keys"], two.layers[layer_idx].packed.columns["keys"])
         assert torch.equal(layer.packed.positions, two.layers[layer_idx].packed.positions)
 
 

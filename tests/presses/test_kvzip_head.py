@@ -187,7 +187,7 @@ def last_token_best(press, done) -> Scores:
     layers = {layer_idx: torch.full_like(values, 0.25) for layer_idx, values in done.blank_scores().items()}
     for values in layers.values():
         values[..., -1] = 1.0
-    return Scores(layers, done.protected(4), **press.policy)
+    return Scores(layers, done.protected(4), press.policy)
 
 
 def test_scores_of_several_files_are_merged_by_their_maximum_as_kvzip_does() -> None:

@@ -12,27 +12,22 @@ from torch import nn
 from kvzip_press import compat
 from kvzip_press.cache.file.record import (
     DTYPES,
+    NAMES,
     CacheRecord,
     LayerRecord,
-    digest_of,
-    digest_of_tensor,
     live_tokens,
-    opened,
+    opened_cache,
     record_in,
     settings_of,
-    to_json,
 )
-from kvzip_press.cache.packed_pairs import PackedPairs
+from kvzip_press.cache.packed_pairs import POSITIONS, SCORES, PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cache.storage import ModelDtype
 from kvzip_press.errors import CacheFileError, CacheMismatchError
-from kvzip_press.model.structure import (
-    AttentionLayer,
-    attention_layers,
-    execution_device,
-    layer_fingerprint,
-    text_config,
-    text_decoder,
-)
+from kvzip_press.files import digest_of, digest_of_tensor, to_json
+from kvzip_press.model.devices import execution_device
+from kvzip_press.model.identity import layer_fingerprint
+from kvzip_press.model.structure import AttentionLayer, attention_layers, text_config, text_decoder
 
 
 def load_layers(
@@ -51,7 +46,7 @@ def load_layers(
         CacheFileError: No such file, a torn or changed one, or none of ours. Names the path.
         CacheMismatchError: Another model made the cache, or it is loaded in another dtype.
     """
-    with opened(path) as file:
+    with opened_cache(path) as file:
         record = record_in(file)
         modules = _check_model(record, model)
         tensors = _Tensors(file, record, verify=verify)
@@ -71,7 +66,7 @@ def read_record(path: Path) -> CacheRecord:
     Raises:
         CacheFileError: No such file, a torn or changed one, or none of ours. Names the path.
     """
-    with opened(path) as file:
+    with opened_cache(path) as file:
         return record_in(file)
 
 
@@ -146,12 +141,17 @@ class _Tensors:
 def _part_names(layer: LayerRecord, record: CacheRecord) -> list[str]:
     if layer.kind != "ragged":
         return ["keys", "values"]
-    tail = ["tail_keys", "tail_values"] if record.n_seen > record.n_context else []
-    return ["keys", "values", "positions", "cu_seqlens", *tail, *(["row_index"] if layer.has_row_index else [])]
+    names = ["keys", "values", "scores"] if layer.has_scores else ["keys", "values"]
+    tail = [f"tail_{name}" for name in names] if record.n_seen > record.n_context else []
+    return [*names, "positions", "cu_seqlens", *tail, *(["row_index"] if layer.has_row_index else [])]
 
 
 def _ragged(index: int, record: CacheRecord, tensors: _Tensors, module: nn.Module, device: torch.device) -> RaggedLayer:
     layer = record.layers[index]
+    row_index = None
+    if layer.has_row_index:
+        row_index = tensors.read(f"{index}.row_index", "I64", (record.batch_size,), device)
+        _check_range(row_index, len(layer.n_protected), f"{index}.row_index")
     restored = RaggedLayer(
         _packed(index, record, tensors, device),
         n_context=record.n_context,
@@ -159,16 +159,16 @@ def _ragged(index: int, record: CacheRecord, tensors: _Tensors, module: nn.Modul
         n_padding=layer.n_padding,
         context_ends=layer.context_ends,
         module=module,
+        row_index=row_index,
     )
-    if layer.has_row_index:
-        restored.row_index = tensors.read(f"{index}.row_index", "I64", (record.batch_size,), device)
-        _check_range(restored.row_index, len(layer.n_protected), f"{index}.row_index")
     if record.n_seen > record.n_context:
         shape = (record.batch_size, layer.num_heads, record.n_seen - record.n_context)
         keys = tensors.read(f"{index}.tail_keys", record.dtype, (*shape, layer.head_dim), device)
         values = tensors.read(f"{index}.tail_values", record.dtype, (*shape, layer.v_head_dim), device)
         padding = torch.tensor(record.tail_padding, device=device) if any(record.tail_padding) else None
         restored.tail.append(keys, values, padding)
+        if layer.has_scores:
+            restored.tail.put_scores(tensors.read(f"{index}.tail_scores", "F32", shape, device), 0)
     return restored
 
 
@@ -181,9 +181,15 @@ def _packed(index: int, record: CacheRecord, tensors: _Tensors, device: torch.de
         raise CacheFileError(f"expected '{index}.cu_seqlens' to ascend from 0, got {reprlib.repr(cu_seqlens.tolist())}")
     positions = tensors.read(f"{index}.positions", "I32", (total,), device)
     _check_range(positions, record.n_positions, f"{index}.positions")
-    keys = tensors.read(f"{index}.keys", record.dtype, (total, layer.head_dim), device)
-    values = tensors.read(f"{index}.values", record.dtype, (total, layer.v_head_dim), device)
-    return PackedPairs(keys, values, positions, cu_seqlens, layer.num_heads)
+    storage = ModelDtype(layer.head_dim, layer.v_head_dim, DTYPES[record.dtype])
+    columns = {
+        name: tensors.read(f"{index}.{name}", NAMES[dtype], (total, *shape), device)
+        for name, (dtype, shape) in storage.column_shapes().items()
+    }
+    columns[POSITIONS] = positions
+    if layer.has_scores:
+        columns[SCORES] = tensors.read(f"{index}.{SCORES}", "F32", (total,), device)
+    return PackedPairs(columns, cu_seqlens, layer.num_heads, storage)
 
 
 def _dense(index: int, record: CacheRecord, tensors: _Tensors, device: torch.device) -> Any:

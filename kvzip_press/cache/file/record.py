@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -13,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from kvzip_press.errors import CacheFileError
+from kvzip_press.files import check_seal, digest_of, opened, to_json
 
 FORMAT = 1
-TEXT, DIGEST = "kvzip_press", "sha256"  # the two entries of the safetensors metadata
+TEXT = "kvzip_press"  # the entry of the safetensors metadata; its seal stands beside it
 _LIMIT = 2**31  # no length, count or position of a cache reaches it: positions are int32
 _MAXTEXT = 4_000_000
+_EXPECTED = "expected a cache that kvzip-press saved, whole"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -49,6 +49,7 @@ class LayerRecord:
         context_ends: Of a ragged layer, by packed row.
         has_row_index: Whether batch rows point to packed rows.
         sliding_window: Of a sliding layer; 0 for the others.
+        has_scores: Whether the pairs of a ragged layer carry scores; files that do not say it have none.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class LayerRecord:
     context_ends: tuple[int, ...] = ()
     has_row_index: bool = False
     sliding_window: int = 0
+    has_scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,38 +133,23 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | bool) else str(value)
 
 
-def to_json(value: Any) -> str:
-    """JSON of which equal values have equal texts."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def digest_of(data: Any) -> str:
-    """SHA-256 of bytes, in hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def digest_of_tensor(tensor: torch.Tensor) -> str:
-    """SHA-256 of a CPU tensor's bytes."""
-    return digest_of(tensor.reshape(-1).view(torch.uint8).numpy())
-
-
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def opened_cache(path: Path) -> Iterator[Any]:
     """The file, mapped into memory. Whatever is wrong with it in here becomes a CacheFileError with its path."""
     try:
         _check_is_file(path)
-        with safe_open(path, framework="pt") as file:
+        with opened(path, CacheFileError, _EXPECTED) as file:
             yield file
     except CacheFileError as error:
         raise CacheFileError(f"{path}: {error}") from error
-    except (OSError, SafetensorError, UnicodeError) as error:
-        raise CacheFileError(
-            f"{path}: expected a cache that kvzip-press saved, whole, got {type(error).__name__}: {error}"
-        ) from error
 
 
 def _check_is_file(path: Path) -> None:
-    if not path.is_file():  # a folder, or a pipe, which would be waited for
+    try:
+        is_file = path.is_file()  # a folder is none, nor a pipe, which would be waited for
+    except OSError as error:
+        raise CacheFileError(f"{_EXPECTED}, got {type(error).__name__}: {error}") from error
+    if not is_file:
         raise CacheFileError("expected a file, got nothing or something else of that name")
 
 
@@ -176,8 +163,7 @@ def record_in(file: Any) -> CacheRecord:
     text = metadata.get(TEXT, "")
     if not 0 < len(text) <= _MAXTEXT:
         raise CacheFileError(f"expected metadata {TEXT!r} of 1 to {_MAXTEXT} characters, got {len(text)}")
-    if digest_of(text.encode()) != metadata.get(DIGEST):
-        raise CacheFileError("expected metadata with the SHA-256 beside them, got another: the file was changed")
+    check_seal(metadata, TEXT, CacheFileError)
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -193,7 +179,7 @@ def record_in(file: Any) -> CacheRecord:
 
 def _layer_record(data: Any) -> LayerRecord:
     rows = {name: _integers(data, name) for name in ("n_protected", "n_padding", "context_ends")}
-    record: LayerRecord = _checked(LayerRecord, {**data, **rows})
+    record: LayerRecord = _checked(LayerRecord, {"has_scores": False, **data, **rows})
     if (
         record.kind not in ("ragged", "sliding", "dense")
         or min(record.num_heads, record.head_dim, record.v_head_dim) < 1
@@ -244,7 +230,7 @@ def _check_record(record: CacheRecord) -> None:
     _check_turns(record)
     for layer in record.layers:
         _check_rows(layer, record)
-        ragged_only = (layer.fingerprint, layer.n_protected, layer.has_row_index) != ("", (), False)
+        ragged_only = any((layer.fingerprint, layer.n_protected, layer.has_row_index, layer.has_scores))
         if (layer.sliding_window > 1) != (layer.kind == "sliding") or (ragged_only and layer.kind != "ragged"):
             raise CacheFileError(f"expected entries that go with a {layer.kind} layer, got {reprlib.repr(layer)}")
 

@@ -1,7 +1,8 @@
 """A compressed cache on disk: a safetensors file, so that reading one runs no code.
 
 Tensors are named ``<layer>.<part>``: keys, values, positions, cu_seqlens, tail_keys, tail_values (live tokens only) and
-row_index of a ragged layer; keys and values of a layer that stayed dense. All else is one JSON text in the metadata,
+row_index of a ragged layer, scores and tail_scores where its pairs carry them; keys and values of a layer that stayed
+dense. All else is one JSON text in the metadata,
 with the SHA-256 of every tensor's bytes; the SHA-256 of that text stands beside it. So a byte that changed is noticed,
 and the shapes that the file must have are known before any tensor is read.
 """
@@ -14,26 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from kvzip_press import compat
 from kvzip_press.cache.file.reading import load_layers, read_record
 from kvzip_press.cache.file.record import (
-    DIGEST,
     FORMAT,
     NAMES,
     TEXT,
     CacheRecord,
     LayerRecord,
-    digest_of,
-    digest_of_tensor,
     live_tokens,
     settings_of,
-    to_json,
 )
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
-from kvzip_press.files import replacing
+from kvzip_press.files import digest_of, digest_of_tensor, to_json, write_tensors
 from kvzip_press.version import __version__
 
 __all__ = ["load_layers", "read_record", "save_layers"]
@@ -81,16 +77,23 @@ def save_layers(
     )
     if record.dtype not in ("BF16", "F16", "F32"):
         raise UnsupportedCacheError(f"expected a cache in bf16, fp16 or fp32, got {record.dtype}")
-    text = to_json(asdict(record))
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={TEXT: text, DIGEST: digest_of(text.encode())})
+    write_tensors(path, tensors, {TEXT: to_json(asdict(record))}, seal=TEXT)
 
 
 def _record_of(layer: Any) -> LayerRecord:
     if isinstance(layer, RaggedLayer):
-        heads, dims = layer.packed.num_heads, (layer.packed.keys.shape[1], layer.packed.values.shape[1])
+        heads, storage = layer.packed.num_heads, layer.packed.storage
         rows = (layer.n_protected, layer.n_padding, layer.context_ends)
-        return LayerRecord("ragged", heads, *dims, layer.fingerprint, *rows, layer.row_index is not None)
+        return LayerRecord(
+            "ragged",
+            heads,
+            storage.head_dim,
+            storage.v_head_dim,
+            layer.fingerprint,
+            *rows,
+            has_row_index=layer.row_index is not None,
+            has_scores=layer.packed.scores is not None,
+        )
     kinds: dict[type, str] = {compat.DynamicLayer: "dense", compat.DynamicSlidingWindowLayer: "sliding"}
     if type(layer) not in kinds or not isinstance(layer.keys, torch.Tensor) or layer.keys.dim() != 4:
         raise UnsupportedCacheError(
@@ -105,11 +108,12 @@ def _parts_of(layer: Any) -> dict[str, torch.Tensor]:
     if not isinstance(layer, RaggedLayer):
         live = live_tokens(int(layer.get_seq_length()), int(getattr(layer, "sliding_window", 0) or 0))
         return {"keys": layer.keys[:, :, -live:], "values": layer.values[:, :, -live:]}
-    parts = dict(zip(("keys", "values", "positions", "cu_seqlens"), layer.packed.tensors, strict=True))
+    parts = {**layer.packed.columns, "cu_seqlens": layer.packed.cu_seqlens}
     if layer.row_index is not None:
         parts["row_index"] = layer.row_index.long()
     if layer.tail.keys is not None and layer.tail.values is not None and layer.tail.length:
         parts |= {"tail_keys": layer.tail.keys, "tail_values": layer.tail.values}
+        parts |= {} if layer.tail.scores is None else {"tail_scores": layer.tail.scores}
     return parts
 
 

@@ -1,1 +1,1 @@
-"""The commonest words of a long list."""
+"""Find the most common words of a long list."""

@@ -1,4 +1,4 @@
-"""A long list of words, some of which are common, as RULER's common words (arXiv 2404.06654, section 3)."""
+"""A long list of words, some of which come often, like RULER's common words (arXiv 2404.06654, section 3)."""
 
 import random
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from kvzip_press.leaderboard.samples.words import word_pairs
 
 @dataclass(frozen=True)
 class CommonWordsTask(GeneratedTask):
-    """The list is shuffled; asked for are the words that come most often.
+    """A shuffled list of words; the question asks for those that come most often.
 
     Attributes:
-        n_common: Common words, all asked for.
-        common_times: How often each of them comes.
-        other_times: How often each other word comes; there are as many as fit.
+        n_common: Number of common words, all of which are asked for.
+        common_times: How often each common word comes.
+        other_times: How often each other word comes; there are as many other words as fit.
     """
 
     presets: ClassVar[Presets] = {"default": {}, "smollm2": {"n_common": 2, "common_times": 12, "other_times": 1}}
@@ -37,7 +37,7 @@ class CommonWordsTask(GeneratedTask):
         )
 
     def score(self, prediction: str, question: Question) -> float:
-        """The part of the common words that is in the answer."""
+        """Returns the fraction of the common words that is in the answer."""
         return fraction_found(prediction, question.references)
 
     def _sample(self, seed: int, index: int, length_tokens: int, count_tokens: TokenCounter) -> Sample:

@@ -18,9 +18,9 @@ class GSM8KTask(HubTask):
     """Word problems; all but the last sentence is the context.
 
     Attributes:
-        min_characters: Problems whose context is shorter are left out: KVzip leaves out those below 72 tokens, which
-            are counted as 4.5 characters each here, so that every model gets the same problems.
-        max_new_tokens: Bound of an answer, reasoning included.
+        min_characters: Problems with a shorter context are left out. KVzip leaves out those below 72 tokens; here a
+            token counts as 4.5 characters, so that every model gets the same problems.
+        max_new_tokens: The most tokens of an answer, reasoning included.
     """
 
     in_order: bool = True
@@ -35,7 +35,7 @@ class GSM8KTask(HubTask):
         return HubFiles("openai/gsm8k", "main/test-*.parquet", ("question", "answer"))
 
     def score(self, prediction: str, question: Question) -> float:
-        """1.0 where the number follows the last "the answer is"."""
+        """Returns 1.0 if the right number follows the last "the answer is"."""
         return last_answer(prediction, question.references)
 
     def _documents(self) -> list[list[Row]]:
@@ -48,6 +48,6 @@ class GSM8KTask(HubTask):
 
 
 def _parts(row: Row) -> tuple[str, str]:
-    """The context and the question."""
+    """Splits a row's problem into context and question."""
     context, _, asked = row["question"].rpartition(". ")
     return f"{context.strip()}.", asked.strip()

@@ -1,4 +1,4 @@
-"""Facts of one form, hidden in prose; each is asked for."""
+"""Facts of one form, hidden in prose; each is asked for in a question."""
 
 import random
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class HiddenFactsTask(GeneratedTask):
     """``n_keys`` sentences of the form "The phone number of Vera is 47." at random places in prose, all asked for.
 
     Attributes:
-        n_keys: Facts, and questions, a context (1..24). Each fact is a distractor of the others.
+        n_keys: Facts (and questions) per context (1..24). Each fact is a distractor for the others.
         n_digits: Digits of a number (2..9); more are harder to keep and to copy.
-        max_new_tokens: Bound of an answer; two digits are three tokens in many vocabularies, with the space.
+        max_new_tokens: The most tokens of an answer; in many vocabularies two digits with their space are three tokens.
     """
 
     n_keys: int = 4

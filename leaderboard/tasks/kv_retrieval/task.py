@@ -1,4 +1,4 @@
-"""A long JSON object of keys and values that say nothing, as Retr.KV of SCBench (arXiv 2412.10319)."""
+"""A long JSON object of meaningless keys and values, like Retr.KV of SCBench (arXiv 2412.10319)."""
 
 import random
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ _FRAME = Frame(joiner=",\n", head="The table:\n{\n", tail="\n}\n\nThat is all.")
 
 @dataclass(frozen=True)
 class KVRetrievalTask(GeneratedTask):
-    """Some of the keys are asked for; the others fill the context.
+    """A table of which some keys are asked for; the others fill the context.
 
     Attributes:
-        n_questions: Questions a context, each for the value of one key.
-        n_pairs: Keys in the table, which then stands somewhere in prose; 0 for as many as fit into the context.
-        ids: What keys and values are: "hex" (of the form of a UUID) or "words" (two words).
+        n_questions: Questions per context, each for the value of one key.
+        n_pairs: Keys in the table, which then sits somewhere in prose; 0 for a table that fills the context.
+        ids: The form of keys and values: "hex" (like a UUID) or "words" (two words).
     """
 
     presets: ClassVar[Presets] = {"default": {}, "smollm2": {"ids": "words", "n_pairs": 4}}

@@ -1,1 +1,1 @@
-"""Passages that are copied word for word."""
+"""Copy passages word for word."""

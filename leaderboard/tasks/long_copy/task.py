@@ -14,16 +14,16 @@ from kvzip_press.leaderboard.samples.prose import filler_sentences
 from kvzip_press.leaderboard.samples.task import GeneratedTask, Presets, Question, Sample, TokenCounter
 from kvzip_press.leaderboard.samples.words import word_pairs
 
-_GIVEN_WORDS = 4  # of a note, with which the answer begins: small models start over and over again without
+_GIVEN_WORDS = 4  # first words of a note, given as the answer's beginning: without them small models keep starting over
 
 
 @dataclass(frozen=True)
 class LongCopyTask(GeneratedTask):
-    """All notes are of one form and one length in sentences.
+    """Notes of one form, all with the same number of sentences.
 
     Attributes:
-        n_questions: Notes to copy, a question each.
-        n_sentences: Sentences a note, some fifteen words each.
+        n_questions: Number of notes to copy, one per question.
+        n_sentences: Sentences per note, each of some fifteen words.
     """
 
     presets: ClassVar[Presets] = {"default": {}, "smollm2": {"n_sentences": 2}}
@@ -36,7 +36,7 @@ class LongCopyTask(GeneratedTask):
         check_between(n_questions=(self.n_questions, 1, 1000), n_sentences=(self.n_sentences, 1, 1000))
 
     def score(self, prediction: str, question: Question) -> float:
-        """The part of the note's words that is copied in order."""
+        """Returns the fraction of the note's words that is copied in order."""
         return words_in_order(prediction, question.references)
 
     def _sample(self, seed: int, index: int, length_tokens: int, count_tokens: TokenCounter) -> Sample:

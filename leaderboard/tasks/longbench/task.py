@@ -31,7 +31,7 @@ _FIRST_LINE = {"samsum", "trec", "triviaqa"}  # few-shot prompts: what follows a
 
 @dataclass(frozen=True)
 class LongBenchTask(HubTask):
-    """One of its sets, which the name says: "longbench_qasper"."""
+    """One of LongBench's sets, given by the task's name, such as "longbench_qasper"."""
 
     name: str = "longbench_qasper"
     revision: str = "2e9ade51ebf45d98942056c0716234f9d5d257d5"
@@ -41,7 +41,7 @@ class LongBenchTask(HubTask):
 
     @property
     def subset(self) -> str:
-        """LongBench's own name of the set."""
+        """LongBench's own name for the set."""
         return self.name.removeprefix("longbench_")
 
     @property
@@ -51,7 +51,7 @@ class LongBenchTask(HubTask):
         return HubFiles("Xnhyacinth/LongBench", f"{self.subset}/test-*.parquet", columns)
 
     def score(self, prediction: str, question: Question) -> float:
-        """The set's own metric, of the best reference."""
+        """Returns the set's own metric, for the best reference."""
         if self.subset in _FIRST_LINE:
             prediction = prediction.lstrip().partition("\n")[0]
         if self.subset == "trec":

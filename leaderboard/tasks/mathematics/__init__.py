@@ -1,1 +1,1 @@
-"""AIME 2024 and MATH-500: problems that are worked out, for presses that evict while decoding."""
+"""AIME 2024 and MATH-500: problems with long worked answers, for presses that evict while decoding."""

@@ -18,16 +18,16 @@ _PROMPT = (
 
 @dataclass(frozen=True)
 class MathematicsTask(HubTask, ABC):
-    """What both share.
+    """The base class of both tasks.
 
     Attributes:
-        max_new_tokens: Bound of an answer, reasoning included.
+        max_new_tokens: The most tokens of an answer, reasoning included.
     """
 
     max_new_tokens: int = 16384
 
     def score(self, prediction: str, question: Question) -> float:
-        """1.0 where the result is right."""
+        """Returns 1.0 if the result is right."""
         return math_equal(prediction, question.references)
 
     def _sample(self, rows: Sequence[Row]) -> tuple[str, list[Question]]:
@@ -52,7 +52,7 @@ class AIME24Task(MathematicsTask):
 
 @dataclass(frozen=True)
 class MATH500Task(MathematicsTask):
-    """Five hundred problems of MATH's test part; answers are expressions."""
+    """Five hundred problems of MATH's test split; answers are expressions."""
 
     name: str = "math500"
     revision: str = "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"

@@ -1,1 +1,1 @@
-"""Multi-round coreference: one answer out of a long conversation, given again."""
+"""Multi-round coreference: repeat one answer out of a long conversation."""

@@ -1,4 +1,4 @@
-"""OpenAI's MRCR: the n-th answer to a request that came several times is to be given again."""
+"""OpenAI's MRCR: repeat the n-th answer to a request that was made several times."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class MRCRTask(HubTask):
     """Long conversations as one text; the last message is the question.
 
     Attributes:
-        max_new_tokens: Bound of an answer.
+        max_new_tokens: The most tokens of an answer.
     """
 
     max_new_tokens: int = 512
@@ -28,7 +28,7 @@ class MRCRTask(HubTask):
         return HubFiles("openai/mrcr", "*needle*.parquet", ("prompt", "answer", "random_string_to_prepend"))
 
     def score(self, prediction: str, question: Question) -> float:
-        """How like the answer is to the right one; 0.0 unless it begins with the string that was asked for."""
+        """Returns the answer's similarity to the right one; 0.0 unless it begins with the string that was asked for."""
         return mrcr(prediction, question.references, str(question.tags["prefix"]))
 
     def _sample(self, rows: Sequence[Row]) -> tuple[str, list[Question]]:

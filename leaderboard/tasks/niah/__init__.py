@@ -1,1 +1,1 @@
-"""Needles in a haystack: single, many keys, many values, many keys a question."""
+"""Needles in a haystack: single, many keys, many values per key, many keys per question."""

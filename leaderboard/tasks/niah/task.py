@@ -1,4 +1,4 @@
-"""Needles in a haystack, as RULER parts them (arXiv 2404.06654, section 3): sentences that give a number to a key."""
+"""Needles in a haystack, in RULER's variants (arXiv 2404.06654, section 3): sentences that give a number to a key."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ _SMALL = {"n_digits": 2, "extra_tokens": 0}
 
 @dataclass(frozen=True)
 class _Needle:
-    """What one key has, a sentence a value."""
+    """A key with its values; each value has a sentence of its own."""
 
     kind: str
     key: str
@@ -38,17 +38,17 @@ class _Needle:
 
 @dataclass(frozen=True)
 class NeedleTask(GeneratedTask):
-    """What the four tasks share; each is a choice of these numbers.
+    """The base class of the four tasks, which differ only in these numbers.
 
     Attributes:
-        n_questions: Questions a context.
+        n_questions: Questions per context.
         n_keys: Keys in the context, asked for or not (at least ``n_questions * n_queried``).
-        n_kinds: Kinds of numbers, in turn over the questions: where each has its own, no needle looks like another.
-        n_values: Values a key, each in a sentence of its own; all are asked for.
-        n_queried: Keys a question.
+        n_kinds: Kinds of numbers, which the questions take in turn: if each has its own, no needle looks like another.
+        n_values: Values per key, each in a sentence of its own; all are asked for.
+        n_queried: Keys per question.
         n_digits: Digits of a value (2..9).
-        haystack: "prose", or "needles": the filler are needles too, of the same kinds.
-        extra_tokens: Of an answer beyond the values: larger models like to set them in bold type or in a sentence.
+        haystack: "prose", or "needles": then the filler consists of needles too, of the same kinds.
+        extra_tokens: Tokens of an answer beyond the values: larger models like to set them in bold or in a sentence.
     """
 
     n_questions: int = 4
@@ -74,7 +74,7 @@ class NeedleTask(GeneratedTask):
         check_between(n_keys=(self.n_keys, self.n_questions * self.n_queried, most))
 
     def score(self, prediction: str, question: Question) -> float:
-        """The part of the values that is in the answer."""
+        """Returns the fraction of the values that is in the answer."""
         return fraction_found(prediction, question.references)
 
     def _sample(self, seed: int, index: int, length_tokens: int, count_tokens: TokenCounter) -> Sample:
@@ -84,7 +84,7 @@ class NeedleTask(GeneratedTask):
         sentences = [sentence for needle in needles for sentence in needle.sentences()]
         filler = filler_sentences(rng) if self.haystack == "prose" else self._distractors(rng, kinds, keys)
         made = bury(sentences, filler, rng, length_tokens, count_tokens)
-        n_asked = self.n_queried * self.n_values  # sentences a question
+        n_asked = self.n_queried * self.n_values  # sentences per question
         questions = (
             self._question(
                 needles[i * self.n_queried : (i + 1) * self.n_queried],
@@ -125,7 +125,7 @@ class NeedleTask(GeneratedTask):
 
 @dataclass(frozen=True)
 class SingleTask(NeedleTask):
-    """One needle a question, of a form that no other needle has."""
+    """One needle per question, of a form that no other needle has."""
 
     presets: ClassVar[Presets] = {"default": {}, "smollm2": {**_SMALL}}
 
@@ -135,7 +135,7 @@ class SingleTask(NeedleTask):
 
 @dataclass(frozen=True)
 class MultikeyTask(NeedleTask):
-    """Needles of one form; those that are not asked for distract."""
+    """Needles of one form; those that are not asked for are distractors."""
 
     presets: ClassVar[Presets] = {
         "default": {},
@@ -149,7 +149,7 @@ class MultikeyTask(NeedleTask):
 
 @dataclass(frozen=True)
 class MultivalueTask(NeedleTask):
-    """Several values a key, all of them wanted."""
+    """Several values per key, all of them wanted."""
 
     presets: ClassVar[Presets] = {"default": {}, "smollm2": {**_SMALL, "n_values": 2}}
 
@@ -160,7 +160,7 @@ class MultivalueTask(NeedleTask):
 
 @dataclass(frozen=True)
 class MultiqueryTask(NeedleTask):
-    """Several keys a question, the value of each wanted."""
+    """Several keys per question; the value of each is wanted."""
 
     presets: ClassVar[Presets] = {"default": {}, "smollm2": {**_SMALL, "n_keys": 4, "n_queried": 2}}
 

@@ -20,10 +20,10 @@ DEPTHS = 11  # 0, 10 ... 100 percent
 
 @dataclass(frozen=True)
 class EssaysTask(HubData):
-    """Sample ``i`` has the needle at a depth of ``10 * (i % 11)`` percent, at the end of the sentence before.
+    """Essays with a needle: sample ``i`` has it at a depth of ``10 * (i % 11)`` percent, behind the last full stop.
 
     Attributes:
-        max_new_tokens: Bound of the answer.
+        max_new_tokens: The most tokens of an answer.
     """
 
     max_new_tokens: int = 48
@@ -37,9 +37,9 @@ class EssaysTask(HubData):
     def samples(
         self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens
     ) -> Iterator[Sample]:
-        """Yields ``n`` samples of ``length_tokens`` tokens, up to a few that a word more would exceed.
+        """Yields ``n`` samples of at most ``length_tokens`` tokens, a few short where one more word would not fit.
 
-        Every eleven samples the essays begin a sixteenth of their length later, so that they are others.
+        After every eleven samples the essays begin a sixteenth of their length later, so that the text differs.
         """
         for index in range(n):
             begin = len(self._essays) * (index // DEPTHS % 16) // 16
@@ -52,7 +52,7 @@ class EssaysTask(HubData):
             yield Sample(f"{index:05d}", seed, context, (asked,))
 
     def score(self, prediction: str, question: Question) -> float:
-        """1.0 where the answer has the sentence's end."""
+        """Returns 1.0 if the answer has the sentence's end."""
         return contains(prediction, question.references)
 
     @cached_property
@@ -61,7 +61,7 @@ class EssaysTask(HubData):
 
 
 def _longest(essays: str, length_tokens: int, count_tokens: TokenCounter) -> str:
-    """As many words of the essays as leave room for the needle; they are repeated where they are too short."""
+    """Returns as many words of the essays as leave room for the needle; essays that are too short are repeated."""
     room = length_tokens - count_tokens(NEEDLE)
     while count_tokens(essays) < room:
         essays += f"\n\n{essays}"
@@ -71,5 +71,5 @@ def _longest(essays: str, length_tokens: int, count_tokens: TokenCounter) -> str
 
 
 def _sentence_end(text: str, part: float) -> int:
-    """Behind the last full stop in that part of the text's characters."""
+    """Returns the index behind the last full stop in the first ``part`` (a fraction) of the text's characters."""
     return len(text) if part == 1 else text.rfind(".", 0, int(len(text) * part)) + 1

@@ -1,1 +1,1 @@
-"""The entry that begins and ends as asked."""
+"""Find the entry with a given beginning and end."""

@@ -1,4 +1,4 @@
-"""A long list of entries that are found by beginning and end, as Retr.Prefix-Suffix of SCBench (arXiv 2412.10319)."""
+"""A long list of entries, found by their beginning and end, like Retr.Prefix-Suffix of SCBench (arXiv 2412.10319)."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -17,13 +17,13 @@ _FRAME = Frame(joiner="\n", head="The entries:\n", tail="\n\nThat is all.")
 
 @dataclass(frozen=True)
 class PrefixSuffixTask(GeneratedTask):
-    """Each entry is some parts with hyphens between; the answer is what stands behind the first.
+    """Entries made of parts joined by hyphens; the answer is everything behind the first part.
 
     Attributes:
-        n_questions: Questions a context.
-        n_entries: Entries of the list, which then stands somewhere in prose; 0 for as many as fit into the context.
+        n_questions: Questions per context.
+        n_entries: Entries of the list, which then sits somewhere in prose; 0 for a list that fills the context.
         n_parts: Parts of an entry (3..20): the first and the last are in the question.
-        n_siblings: For each entry that is asked for, so many others with its beginning and so many with its end.
+        n_siblings: For each entry asked for, this many others share its beginning, and this many its end.
         parts: "hex" (six digits) or "words".
     """
 

@@ -1,1 +1,1 @@
-"""A page about invented people."""
+"""Questions about a page on invented people."""

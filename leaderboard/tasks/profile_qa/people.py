@@ -10,14 +10,14 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Attribute:
-    """One thing that is told about a person.
+    """One thing that the page tells about a person.
 
     Attributes:
-        key: Its name in question ids.
-        sentence: How the page says it; has ``{name}`` and ``{value}``.
-        question: How it is asked; has ``{name}``.
+        key: The attribute's name in question ids.
+        sentence: The sentence on the page; has ``{name}`` and ``{value}``.
+        question: The question; has ``{name}``.
         answer_prefix: How the answer starts; has ``{name}``.
-        values: What it can be.
+        values: The possible values.
     """
 
     key: str

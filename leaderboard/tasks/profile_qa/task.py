@@ -14,11 +14,11 @@ class ProfileQATask(GeneratedTask):
     """A page about ``n_people`` invented people with ``n_attributes`` facts each; every fact is asked for.
 
     Attributes:
-        n_people: People a page (1..10), a paragraph each; nobody shares a value with another.
-        n_attributes: Facts a person (1..10).
-        max_new_tokens: Bound of an answer; it is one word or name.
-        multi_turn: Whether the questions are one conversation: only the first of a person names them, the others ask
-            about "this person", so that the earlier turns are needed too.
+        n_people: People per page (1..10), each with a paragraph; no two share a value.
+        n_attributes: Facts per person (1..10).
+        max_new_tokens: The most tokens of an answer, which is one word or name.
+        multi_turn: Whether the questions form one conversation: only the first about a person names them, the others
+            ask about "this person", so that the earlier turns are needed too.
     """
 
     n_people: int = 2
@@ -61,14 +61,14 @@ class ProfileQATask(GeneratedTask):
 
 @dataclass(frozen=True)
 class ProfileTurnsTask(ProfileQATask):
-    """The same as one conversation."""
+    """`ProfileQATask` as one conversation."""
 
     multi_turn: bool = True
     name: str = "profile_qa_turns"
 
 
 def _pad(paragraphs: list[list[str]], rng: random.Random, length_tokens: int, count_tokens: TokenCounter) -> None:
-    """Put filler sentences between the facts, paragraph by paragraph, until the page has its length."""
+    """Puts filler sentences between the facts, paragraph by paragraph, until the page has its length."""
     room = length_tokens - sum(count_tokens(f" {sentence}") for paragraph in paragraphs for sentence in paragraph)
     for turn, sentence in enumerate(filler_sentences(rng)):
         room -= count_tokens(f" {sentence}")

@@ -18,10 +18,10 @@ SUBSETS = (
 
 @dataclass(frozen=True)
 class RULERTask(HubTask):
-    """All thirteen subsets, or one of them; a question's tag "subset" says which it is of.
+    """All thirteen subsets, or one of them; a question's tag "subset" names the one that it is from.
 
     Attributes:
-        data_dir: The folder of the data set: contexts of so many tokens of Llama 3, "4096", "8192" or "16384".
+        data_dir: The folder of the data set: the length of its contexts in Llama 3 tokens, "4096", "8192" or "16384".
         subset: One of `SUBSETS`, or "" for all.
     """
 
@@ -43,7 +43,7 @@ class RULERTask(HubTask):
         return HubFiles("simonjegou/ruler", f"{self.data_dir}/test-*.parquet", columns)
 
     def score(self, prediction: str, question: Question) -> float:
-        """The part of the references that is in the answer; of the QA subsets whether one is."""
+        """Returns the fraction of the references in the answer; in the QA subsets, 1.0 if any is."""
         metric = ruler_any if str(question.tags["subset"]).startswith("qa") else ruler_all
         return metric(prediction, question.references)
 

@@ -23,7 +23,7 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "summary": originals.rouge_l,
     "vt": originals.part_contained,
 }
-"""Kind of question -> metric; "repoqa", which needs the language too, is the one beside them."""
+"""Kind of question -> metric; only "repoqa" is missing, because its metric needs the language too."""
 
 MAX_NEW_TOKENS = {"mf": 32, "repoqa": 512, "repoqa_and_kv": 512, "summary": 256, "summary_with_needles": 256}
 SUBSETS = (*(kind for kind in METRICS if kind != "passkey"), "repoqa", "repoqa_and_kv", "summary_with_needles")
@@ -33,10 +33,10 @@ ONE_SIZE = ("choice_eng", "qa_eng", "vt")
 
 @dataclass(frozen=True)
 class SCBenchTask(HubTask):
-    """One of its sets, which the name says: "scbench_kv".
+    """One of SCBench's sets, given by the task's name, such as "scbench_kv".
 
     Attributes:
-        size: "" for contexts of about 26 to 170 thousand tokens, "tiny" (8), "short" (20) or "mid" (60).
+        size: "" for contexts of about 26 to 170 thousand tokens, else "tiny" (8 thousand), "short" (20) or "mid" (60).
     """
 
     presets: ClassVar[Presets] = {"default": {}, **{size: {"size": size} for size in SIZES[1:]}}
@@ -65,7 +65,7 @@ class SCBenchTask(HubTask):
         return HubFiles("Jang-Hyun/SCBench-preprocessed", file, columns)
 
     def score(self, prediction: str, question: Question) -> float:
-        """The metric of the question's kind; see README.md."""
+        """Returns the metric of the question's kind; see README.md."""
         if question.tags["kind"] == "repoqa":
             return repoqa(prediction, question.references, str(question.tags["language"]))
         return METRICS[str(question.tags["kind"])](prediction, question.references)
@@ -91,14 +91,14 @@ class SCBenchTask(HubTask):
 
 
 def _kind(task: str) -> str:
-    """The kind of a question of the two mixed sets."""
+    """Returns the kind of a question in the two mixed sets."""
     return next((kind for kind in ("repoqa", "summary", "kv") if kind in task), "passkey")
 
 
 def _references(kind: str, asked: str, gold: Any, functions: Sequence[str]) -> tuple[str, ...]:
-    """The references, as KVzip's evaluation has them."""
+    """Returns the references as in KVzip's evaluation."""
     text = ", ".join(gold) if isinstance(gold, list) else str(gold)
-    if kind == "repoqa":  # the right function first, then those that it could be taken for
+    if kind == "repoqa":  # the right function first, then those it could be confused with
         return (text, *(function for function in functions if function != text))
     if kind == "many_shot":  # the gold is a letter; the reference is the whole line of the option
         return tuple(line.strip() for line in asked.split("\n") if f"({text})" in line)[:1] or (text,)

@@ -15,7 +15,7 @@ class SQuADTask(HubTask):
 
     Attributes:
         split: "train", as in KVzip's evaluation, or "validation".
-        max_new_tokens: Bound of an answer.
+        max_new_tokens: The most tokens of an answer.
     """
 
     in_order: bool = True
@@ -30,7 +30,7 @@ class SQuADTask(HubTask):
         return HubFiles("rajpurkar/squad", f"plain_text/{self.split}-*.parquet", ("context", "question", "answers"))
 
     def score(self, prediction: str, question: Question) -> float:
-        """1.0 where the answer has a reference."""
+        """Returns 1.0 if the answer contains a reference."""
         return contains(prediction, question.references)
 
     def _documents(self) -> list[list[Row]]:

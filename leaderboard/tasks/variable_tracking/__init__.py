@@ -1,1 +1,1 @@
-"""Chains of variables that hand on a value."""
+"""Follow chains of variables that pass on a value."""

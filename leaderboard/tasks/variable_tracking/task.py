@@ -1,4 +1,4 @@
-"""Chains of assignments in prose, as RULER's variable tracking (arXiv 2404.06654, section 3)."""
+"""Chains of assignments in prose, like RULER's variable tracking (arXiv 2404.06654, section 3)."""
 
 import random
 import string
@@ -14,11 +14,11 @@ from kvzip_press.leaderboard.samples.task import GeneratedTask, Presets, Questio
 
 @dataclass(frozen=True)
 class VariableTrackingTask(GeneratedTask):
-    """Each chain begins with a number and hands it on; asked for are all variables that have the number.
+    """Chains of variables that pass on a number; each question asks for all variables that have one chain's number.
 
     Attributes:
-        n_chains: Chains, and questions, a context.
-        n_hops: How often a chain hands its number on (0..25); it has one variable more.
+        n_chains: Chains (and questions) per context.
+        n_hops: How often a chain passes its number on (0..25); it has one variable more than that.
         n_letters: Capital letters of a variable's name (2..8).
         n_digits: Digits of the numbers (2..9).
     """
@@ -40,7 +40,7 @@ class VariableTrackingTask(GeneratedTask):
         )
 
     def score(self, prediction: str, question: Question) -> float:
-        """The part of the variables that is in the answer."""
+        """Returns the fraction of the variables that is in the answer."""
         return fraction_found(prediction, question.references)
 
     def _sample(self, seed: int, index: int, length_tokens: int, count_tokens: TokenCounter) -> Sample:
@@ -49,7 +49,7 @@ class VariableTrackingTask(GeneratedTask):
         numbers = rng.sample(range(10 ** (self.n_digits - 1), 10**self.n_digits), self.n_chains)
         chains = dict(zip(numbers, zip(*[iter(names)] * (self.n_hops + 1), strict=True), strict=True))
         turns = [number for number in numbers for _ in chains[number]]
-        rng.shuffle(turns)  # whose chain goes on
+        rng.shuffle(turns)  # which chain continues next
         ahead = {number: iter(_assignments(number, chain)) for number, chain in chains.items()}
         units = [next(ahead[number]) for number in turns]
         made = bury(units, filler_sentences(rng), rng, length_tokens, count_tokens, in_order=True)

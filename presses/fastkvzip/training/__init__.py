@@ -1,4 +1,4 @@
-"""Training gates: KVzip as the teacher, features on disk, all layers at once."""
+"""Trains gates with KVzip as the teacher: features are kept on disk, and all layers learn at once."""
 
 from kvzip_press.presses.fastkvzip.training.evaluation import Agreement, evaluate
 from kvzip_press.presses.fastkvzip.training.recipe import Recipe

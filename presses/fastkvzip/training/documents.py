@@ -1,4 +1,4 @@
-"""What gates are trained on: documents as token ids, whole ones held out for the evaluation."""
+"""The documents that gates are trained on, as token ids; some documents are held out for the evaluation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from kvzip_press.errors import DataNotFoundError, InvalidArgumentError, MissingD
 from kvzip_press.model.chat import encode
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
-CONFIGS = {FINEWEB: "sample-10BT"}  # of hub data sets that have several
-SHORTEST = 32  # tokens; less says nothing of what a context needs
-HELD_OUT = 8  # every so many documents one is held out
+CONFIGS = {FINEWEB: "sample-10BT"}  # the configuration to load, for hub data sets with several
+SHORTEST = 32  # tokens; a shorter text does not show what a context needs
+HELD_OUT = 8  # one document in this many is held out
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Piece:
     """A document, or as much of one as the model reads at a time.
 
     Attributes:
-        document: The number of the document; pieces of one are all trained on or all held out.
+        document: The document's number; its pieces are either all trained on or all held out.
         ids: Its token ids.
     """
 
@@ -34,7 +34,7 @@ class Piece:
 
 
 def pieces(documents: Iterable[Sequence[int]], longest: int) -> Iterator[Piece]:
-    """Documents cut to pieces of at most ``longest`` tokens; what is shorter than :data:`SHORTEST` is left out."""
+    """Cuts documents into pieces of at most ``longest`` tokens; pieces shorter than :data:`SHORTEST` are left out."""
     for number, ids in enumerate(documents):
         for start in range(0, len(ids), longest):
             piece = list(ids[start : start + longest])
@@ -43,12 +43,12 @@ def pieces(documents: Iterable[Sequence[int]], longest: int) -> Iterator[Piece]:
 
 
 def split(all_pieces: Iterable[Piece], tokens: int, held_out_tokens: int) -> tuple[list[Piece], list[Piece]]:
-    """Takes pieces until there are so many tokens to train on and to evaluate with; the last piece is cut to fit.
+    """Takes pieces until there are enough tokens to train on and to evaluate with; the last piece is cut to fit.
 
-    Every so many documents one is held out, until there are enough of them; no document is in both parts.
+    At regular intervals a document is held out, until enough tokens are; no document is in both parts.
 
     Raises:
-        InvalidArgumentError: There are not enough documents for both.
+        InvalidArgumentError: There are not enough documents for both parts.
     """
     taken: dict[bool, list[Piece]] = {False: [], True: []}
     left = {False: tokens, True: held_out_tokens}
@@ -72,11 +72,11 @@ def split(all_pieces: Iterable[Piece], tokens: int, held_out_tokens: int) -> tup
 
 
 def read_texts(sources: Sequence[str]) -> Iterator[str]:
-    """The texts of files (a text each), JSONL files (a text a line, under "text") and hub data sets, in order.
+    """Yields the texts of files (one each), JSONL files (one per line, under "text") and hub data sets, in order.
 
     Raises:
         InvalidArgumentError: A line without a text, or something that is neither a file nor the name of a data set.
-        MissingDependencyError: A data set without the package ``datasets``.
+        MissingDependencyError: A data set is named, but the package ``datasets`` is not installed.
     """
     for source in sources:
         path = Path(source)
@@ -123,12 +123,12 @@ def _data_set(name: str) -> Iterator[str]:
 
 
 def tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """The ids of each text."""
+    """Yields the token ids of each text."""
     return (list(encode(tokenizer, text)) for text in texts)
 
 
 def digest(some: Sequence[Piece]) -> str:
-    """SHA-256 of token ids, piece by piece."""
+    """Returns the SHA-256 of the pieces' token ids."""
     sha = hashlib.sha256()
     for piece in some:
         sha.update(torch.tensor([len(piece.ids), *piece.ids]).numpy().tobytes())

@@ -1,4 +1,4 @@
-"""How well gates foresee KVzip, on documents that they were not trained on."""
+"""Measures how well gates predict KVzip's scores, on documents that they were not trained on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
 from kvzip_press.prefilling.whole import prefill
@@ -22,15 +23,15 @@ KEPT = (0.3, 0.5)
 
 @dataclass(frozen=True)
 class Agreement:
-    """Gates beside KVzip, means over documents weighted by their tokens.
+    """How well gates agree with KVzip: means over documents, weighted by their tokens.
 
     Attributes:
-        layer_indices: The layers of the first three.
+        layer_indices: The layers to which ``loss``, ``agreement`` and ``rank_correlation`` refer.
         loss: The training's loss.
-        agreement: Part of the scores on the same side of 0.05.
+        agreement: Fraction of the scores on the same side of 0.05.
         rank_correlation: Spearman's, over the pairs of a layer.
-        overlap: Kept fraction -> pairs that both keep, over the pairs that one keeps, one budget for all layers.
-        tokens: Tokens looked at.
+        overlap: Kept fraction -> pairs that both keep, over the pairs that one keeps, with one budget for all layers.
+        tokens: Number of tokens that were scored.
     """
 
     layer_indices: tuple[int, ...]
@@ -42,7 +43,7 @@ class Agreement:
 
     @property
     def summary(self) -> dict[str, float]:
-        """The means over layers, and the overlaps."""
+        """Returns the means over layers, and the overlaps."""
 
         def mean(values: Sequence[float]) -> float:
             return round(sum(values) / len(values), 4)
@@ -55,10 +56,10 @@ class Agreement:
 def evaluate(
     press: Press, model: nn.Module, tokenizer: Any, documents: Sequence[list[int]], progress: Progress | None = None
 ) -> Agreement:
-    """Reads documents, scores each by the press and by KVzip, and compares.
+    """Reads documents, scores each with the press and with KVzip, and compares the scores.
 
     Args:
-        press: Of gates, without a window.
+        press: A press with gates and without a window.
         model: The model.
         tokenizer: Its tokenizer.
         documents: Token ids, at least one document.
@@ -68,7 +69,7 @@ def evaluate(
     for number, ids in enumerate(documents):
         done = prefill(model, tokenizer, ids, observers=[press])
         scores = press.score(done)
-        teacher = Scores(teacher_scores(done), scores.protected, 0.0)
+        teacher = Scores(teacher_scores(done), scores.protected, Policy())
         free = ~scores.protected[0]
         ours, theirs = (
             torch.stack([layer[0, :, free.to(layer.device)].cpu() for layer in one.layers.values()])
@@ -87,15 +88,15 @@ def evaluate(
 
 
 def _overlap(a: Scores, b: Scores, valid: torch.Tensor, kept: float) -> float:
-    """Unprotected pairs that both keep, over those that one keeps."""
-    masks = [select(scores.asked_for(1 - kept, "global", None), valid) for scores in (a, b)]
+    """Returns the number of unprotected pairs that both keep, divided by the number that each keeps."""
+    masks = [select(scores.asked_for(1 - kept, "global"), valid) for scores in (a, b)]
     free = ~a.protected.unsqueeze(1)
     both = sum(int((masks[0][i] & masks[1][i] & free.to(masks[0][i].device)).sum()) for i in masks[0])
     return both / max(sum(int((mask & free.to(mask.device)).sum()) for mask in masks[0].values()), 1)
 
 
 def _spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Rank correlation of each layer ``[layers, heads, n]``, over its pairs."""
+    """Returns each layer's rank correlation over its pairs, for scores ``[layers, heads, n]``."""
     ranks = [one.flatten(1).argsort(dim=1).argsort(dim=1).double() for one in (a, b)]
     centred = [one - one.mean(dim=1, keepdim=True) for one in ranks]
     norms = centred[0].norm(dim=1) * centred[1].norm(dim=1)

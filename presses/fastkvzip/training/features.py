@@ -1,4 +1,4 @@
-"""What gates are trained with: the hidden states of a document as it is read, and KVzip's scores of it."""
+"""The features that gates are trained with: a document's hidden states as it is read, and KVzip's scores of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Layers = dict[int, torch.Tensor]
 
 
 def features_of(model: nn.Module, tokenizer: Any, ids: list[int]) -> tuple[Layers, Layers]:
-    """One document's features, without the chat template's prefix, on the CPU.
+    """Computes one document's features, without the chat template's prefix, on the CPU.
 
     Returns:
         ``layer_idx -> [n, hidden_size]`` and ``layer_idx -> [num_key_value_heads, n]``, KVzip's scores in fp32.
@@ -33,10 +33,10 @@ def features_of(model: nn.Module, tokenizer: Any, ids: list[int]) -> tuple[Layer
 
 
 def teacher_scores(done: Prefill) -> Layers:
-    """KVzip's scores ``layer_idx -> [1, num_key_value_heads, n]``, by full replay: what gates are to foresee."""
+    """Returns KVzip's scores ``layer_idx -> [1, num_key_value_heads, n]``, by full replay: the gates' target."""
     return dict(get_press("kvzip").score(done).layers)
 
 
 def layer_indices(model: nn.Module) -> tuple[int, ...]:
-    """The layers that have gates."""
+    """Returns the indices of the layers that have gates."""
     return tuple(layer.layer_idx for layer in full_attention_layers(model))

@@ -1,7 +1,7 @@
 """How self-generated texts begin: the first words of letters, lists, records, code and so on, with invented details.
 
-A small model writes fluent prose by itself, but few names and numbers, and those are what a cache is asked for later.
-So each text begins with some, drawn from a seed, and the model goes on in that form.
+By itself a small model writes fluent prose with few names and numbers, but those are what a cache is asked for later.
+So each text begins with some, drawn from a seed, and the model continues in that form.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def opening(rng: random.Random) -> str:
-    """The first words of a text; the same generator state gives the same words."""
+    """Returns the first words of a text; the same generator state gives the same words."""
     pattern = rng.choice(_OPENINGS)
     return _SLOT.sub(lambda slot: _detail(slot[1], rng), pattern).replace("{{", "{").replace("}}", "}")
 

@@ -1,4 +1,4 @@
-"""Gates learn from features: all layers at once, each from its own, on the same random tokens."""
+"""Trains gates on features: all layers at once, each on its own features, on the same random tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch.nn.functional import binary_cross_entropy
 from kvzip_press.presses.fastkvzip.gate import LayerGate
 from kvzip_press.presses.fastkvzip.training.recipe import Progress, Recipe
 
-NOTABLE = 0.05  # a score from here on is one of the few that count; "agreement" is about being there
-Stacked = dict[str, torch.Tensor]  # a gate's parameters, with a dimension more for the layers
+NOTABLE = 0.05  # scores from here up are the few that matter; "agreement" compares which are
+Stacked = dict[str, torch.Tensor]  # a gate's parameters, with an extra dimension for the layers
 
 
 def initial(shape: tuple[int, int, int, int, int], n_layers: int, seed: int) -> Stacked:
-    """Parameters of new gates in fp32 on the CPU.
+    """Returns the parameters of new gates, in fp32 on the CPU.
 
-    The sinks are drawn apart from each other: all zero, as published, they get one gradient, and stay one sink.
+    The sinks are drawn at random, each different: if all are zero, as published, they get the same gradient and remain
+    a single sink.
     """
     hidden_size, heads, groups, dim, n_sink = shape
     generator = torch.Generator().manual_seed(seed)
@@ -40,13 +41,13 @@ def initial(shape: tuple[int, int, int, int, int], n_layers: int, seed: int) -> 
 
 
 class Optimiser:
-    """Trains gates of one shape, layer by layer independently, in one loop.
+    """Trains gates of one shape in one loop; layers do not influence each other.
 
     Args:
         recipe: The recipe.
-        parameters: Their parameters.
+        parameters: The gates' parameters.
         device: Where to train.
-        state: What :attr:`state` was after an earlier round; None at the start.
+        state: The value of :attr:`state` after an earlier round; None at the start.
     """
 
     def __init__(self, recipe: Recipe, parameters: Stacked, device: torch.device, state: Stacked | None = None) -> None:
@@ -73,13 +74,13 @@ class Optimiser:
         steps: range,
         progress: Progress | None = None,
     ) -> None:
-        """Steps over one round's features.
+        """Takes optimiser steps on one round's features.
 
         Args:
             hidden: For each layer ``[tokens, hidden_size]``.
             scores: For each layer ``[tokens, num_key_value_heads]``.
-            steps: Numbers of the steps; a step's tokens depend on the seed and its number alone.
-            progress: Called now and then.
+            steps: Numbers of the steps; a step's tokens depend only on the seed and its number.
+            progress: Called every 20 steps and after the last.
         """
         for step in steps:
             generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
@@ -107,7 +108,7 @@ class Optimiser:
 
 
 def soft_bce(predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The loss of each layer: cross entropy to the teacher's scores, mean over tokens, sum over heads.
+    """Returns the loss of each layer: cross entropy with the teacher's scores, mean over tokens, sum over heads.
 
     Args:
         predicted: ``[layers, heads, n]``, in (0, 1).
@@ -117,7 +118,7 @@ def soft_bce(predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def agreement(predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Of each layer ``[layers, heads, n]`` the part of its scores that both see on one side of :data:`NOTABLE`."""
+    """Returns, per layer of ``[layers, heads, n]``, the fraction of scores on the same side of :data:`NOTABLE`."""
     return ((predicted >= NOTABLE) == (wanted >= NOTABLE)).float().mean(dim=(1, 2))
 
 

@@ -1,4 +1,4 @@
-"""How gates are trained."""
+"""The recipe by which gates are trained."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from dataclasses import dataclass
 
 from kvzip_press.errors import InvalidArgumentError
 
-#: Called with what is being done, how much of it is done, how much there is, and a remark.
+#: Called with the name of the current work, how much of it is done, how much there is, and a remark.
 Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The hyper-parameters of a training; the published ones by default.
+    """The hyper-parameters of a training; by default the published ones.
 
-    SGD with momentum 0.9. The rate warms up over 50 steps to its full height (the authors' stops at a half and jumps),
-    and is halved at a half and at three quarters of the steps.
+    The optimiser is SGD with momentum 0.9. The rate warms up over 50 steps to its full height (the authors' warm-up
+    stops at half of it and then jumps), and is halved after half and after three quarters of the steps.
 
     Args:
         tokens: Tokens to train on.
         held_out_tokens: Tokens of other documents to evaluate with.
         steps: Optimiser steps, over all rounds.
-        batch_size: Tokens a step, the same for all layers.
+        batch_size: Tokens per step, the same for all layers.
         lr: Learning rate.
         dim: Dimensions of a gate's queries and keys.
         n_sink: Learned sinks of a gate.
-        seed: Of everything that is drawn.
-        piece_tokens: Most tokens of a document that are read at a time.
-        disk_bytes: Most bytes of features on disk; what does not fit is trained on in several rounds.
+        seed: Seed of everything that is drawn.
+        piece_tokens: The most tokens of a document that are read at a time.
+        disk_bytes: The most bytes of features on disk; if not all fit, training takes several rounds.
 
     Raises:
         InvalidArgumentError: A value out of range.
@@ -59,6 +59,6 @@ class Recipe:
             raise InvalidArgumentError(f"expected steps, batch_size, dim, n_sink and lr above 0, got {self}")
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step."""
+        """Returns the learning rate of a step."""
         part = step / self.steps
         return self.lr * min(1.0, (step + 1) / 50) * (1.0 if part < 0.5 else 0.5 if part < 0.75 else 0.25)

@@ -1,7 +1,7 @@
-"""One training from documents to gates, in a folder of its own, where a run that was killed goes on.
+"""Runs one training, from documents to gates, in a folder of its own, from which a killed run can continue.
 
-Rounds of two steps: features of as many tokens as fit on the disk, then the optimiser's share of steps over them. Each
-is deterministic and leaves its result in a file before the next begins, so it does not matter where a run was killed.
+A round has two parts: features of as many tokens as fit on the disk, then the round's share of optimiser steps on them.
+Each part is deterministic and writes its result to a file before the next begins, so a run may be killed anywhere.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import nn
 
 from kvzip_press.errors import DiskFullError, InvalidArgumentError
 from kvzip_press.files import replacing
+from kvzip_press.model.devices import input_device
 from kvzip_press.model.identity import facts_of, num_kv_heads
-from kvzip_press.model.structure import input_device, text_config
+from kvzip_press.model.structure import text_config
 from kvzip_press.presses.fastkvzip.fast_press import FastKVzipPress
 from kvzip_press.presses.fastkvzip.gates import Gates
 from kvzip_press.presses.fastkvzip.training.documents import Piece, digest
@@ -39,14 +40,14 @@ class Training:
     Args:
         model: A causal language model; it is only read.
         tokenizer: Its tokenizer.
-        recipe: How.
-        data: Pieces to train on, pieces to evaluate with.
-        source: What the pieces are, in words; it is kept in the gates' file.
+        recipe: The hyper-parameters.
+        data: Pieces to train on, and pieces to evaluate with.
+        source: A description of the pieces, which is stored in the gates' file.
         folder: Where features and states are kept until the end.
-        progress: Called as the training goes on.
+        progress: Called as the training proceeds.
 
     Raises:
-        InvalidArgumentError: The folder holds another training.
+        InvalidArgumentError: The folder holds a different training.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Training:
         self._claim_folder()
 
     def run(self) -> tuple[Gates, Agreement]:
-        """The gates, and how well they do on held-out documents, which is in their provenance too."""
+        """Trains the gates; returns them and their agreement on held-out documents, which their provenance has too."""
         for number, pieces in enumerate(self.rounds):
             if not self._state_path(number).exists():
                 shards = self._features(number, pieces)
@@ -86,7 +87,7 @@ class Training:
         return self._gates(parameters, said), found
 
     def _rounds(self) -> list[list[Piece]]:
-        """The pieces of each round, about equally many tokens, none more than the disk takes."""
+        """Returns the pieces of each round, with about the same number of tokens, and no more than the disk takes."""
         total = sum(len(piece.ids) for piece in self.train)
         longest = max(len(piece.ids) for piece in self.train)
         room = self.recipe.disk_bytes // self._shards(0).token_bytes - longest
@@ -119,7 +120,7 @@ class Training:
         return shards
 
     def _no_room(self, shards: Shards, pieces: Sequence[Piece], error: OSError) -> OSError:
-        """What a write that failed is to the user; a full disk gets its room back."""
+        """Returns the error to raise for a failed write; if the disk is full, the round's files are removed."""
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return error
         shutil.rmtree(shards.folder)
@@ -158,7 +159,7 @@ class Training:
         )
 
     def _gates(self, parameters: Stacked, provenance: dict[str, str]) -> Gates:
-        """Projections and b in bf16, norms and sinks in fp32, as published."""
+        """Makes gates with projections and b in bf16, norms and sinks in fp32, as published."""
         exact = ("q_norm.weight", "k_norm.weight", "k_base")
         states = [
             {name: stack[i] if name in exact else stack[i].bfloat16() for name, stack in parameters.items()}
@@ -183,7 +184,7 @@ class Training:
         }
 
     def _claim_folder(self) -> None:
-        """Writes down what is trained here, or compares it with what was."""
+        """Records which training the folder holds, or checks that the existing record is the same."""
         path = self.folder / "training.json"
         if path.exists():
             known = json.loads(path.read_text(encoding="utf-8"))

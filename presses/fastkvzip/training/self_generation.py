@@ -1,7 +1,7 @@
-"""Text sampled from the model itself, for who has none: nothing is downloaded, and its licence is the model's output.
+"""Samples training text from the model itself: nothing is downloaded, and its licence is that of the model's output.
 
-Batches of continuations of random openings (``openings.py``), put together to documents of several lengths. A batch
-depends on the seed and on its number alone, and is kept in a file, so that a run that was killed goes on.
+Batches of continuations of random openings (``openings.py``) are joined into documents of several lengths. A batch
+depends only on the seed and on its number, and is kept in a file, so that a killed run can continue.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvzip_press.model.chat import encode
 from kvzip_press.model.structure import text_config
 from kvzip_press.presses.fastkvzip.training.openings import opening
 
-_STEP = 8  # openings are cut to multiples of so many tokens, so that rows of one length fill a batch
+_STEP = 8  # openings are cut to multiples of this many tokens, so that rows of one length fill a batch
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class SelfGeneration:
     """How text is sampled.
 
     Attributes:
-        seed: Of openings, samples and lengths.
-        batch_size: Continuations sampled at a time; on a GPU several hundred cost as much as one.
-        new_tokens: Most tokens of a continuation.
-        temperature: Of the sampling.
-        top_k: Of the sampling.
+        seed: Seed of openings, samples and lengths.
+        batch_size: Continuations sampled at a time; on a GPU several hundred take as long as one.
+        new_tokens: The most tokens of a continuation.
+        temperature: Sampling temperature.
+        top_k: Number of most likely tokens to sample from.
         lengths: Tokens of a document, drawn log-uniformly between these two.
     """
 
@@ -48,7 +48,7 @@ class SelfGeneration:
     lengths: tuple[int, int] = (128, 2048)
 
     def documents(self, model: nn.Module, tokenizer: Any, folder: Path) -> Iterator[list[int]]:
-        """Documents without end, as token ids. Batches that are in the folder are not sampled again."""
+        """Yields documents without end, as token ids. Batches that are in the folder are not sampled again."""
         batch = 0
         while True:
             path = folder / f"batch-{batch:05}.json"
@@ -77,7 +77,7 @@ class SelfGeneration:
         return list(self._joined(pieces, encode(tokenizer, "\n\n"), rng))
 
     def _openings(self, tokenizer: Any, rng: random.Random) -> list[list[int]]:
-        """As many openings of one length as fill a batch."""
+        """Returns openings of one length, enough to fill a batch."""
         by_length: dict[int, list[list[int]]] = {}
         while True:
             ids = list(encode(tokenizer, opening(rng)))

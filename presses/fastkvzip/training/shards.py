@@ -1,4 +1,4 @@
-"""Hidden states and scores on disk, a file a layer, read back as memory maps. A run that was killed goes on."""
+"""Hidden states and scores on disk, one file per layer, read back as memory maps. A killed run can continue."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 
 from kvzip_press.files import replacing
 
-FEATURE_DTYPE = torch.bfloat16  # what gates read is in the model's dtype, and this is near enough to any
+FEATURE_DTYPE = torch.bfloat16  # gates read the model's dtype, whichever it is; bf16 is close enough
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The features of one round: for each layer tokens' hidden states and KVzip's scores of them.
+    """The features of one round: for each layer, the tokens' hidden states and KVzip's scores.
 
     Attributes:
-        folder: Where they are.
+        folder: The folder of the files.
         layer_indices: The layers.
-        hidden_size: Of the model.
-        num_key_value_heads: Of each layer.
+        hidden_size: The model's hidden size.
+        num_key_value_heads: KV heads of each layer.
     """
 
     folder: Path
@@ -37,7 +37,7 @@ class Shards:
 
     @property
     def done(self) -> tuple[int, int]:
-        """How many pieces and tokens are here, whole."""
+        """Number of pieces and tokens that are completely on disk."""
         path = self.folder / "done.json"
         if not path.exists():
             return 0, 0
@@ -61,7 +61,7 @@ class Shards:
             temporary.write_text(json.dumps([n_pieces + 1, n_tokens + length]), encoding="utf-8")
 
     def read(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """For each layer ``[tokens, hidden_size]`` in bf16, and ``[tokens, num_key_value_heads]`` in fp32: maps."""
+        """Maps, for each layer, ``[tokens, hidden_size]`` in bf16 and ``[tokens, num_key_value_heads]`` in fp32."""
         _, n = self.done
         shapes = {"hidden": (n, self.hidden_size), "scores": (n, self.num_key_value_heads)}
         dtypes = {"hidden": FEATURE_DTYPE, "scores": torch.float32}
@@ -78,9 +78,9 @@ class Shards:
 
 
 def _write(path: Path, row: int, values: torch.Tensor) -> None:
-    """Writes rows from row ``row`` on, over what a killed run may have left there."""
+    """Writes values from row ``row`` on, overwriting whatever a killed run may have left there."""
     values = values.cpu()
     with path.open("r+b" if path.exists() else "w+b") as file:
         file.seek(row * values.shape[1] * values.element_size())
-        file.write(values.reshape(-1).contiguous().view(torch.uint8).numpy().data)  # flat: strides of size 1 may be any
+        file.write(values.reshape(-1).contiguous().view(torch.uint8).numpy().data)  # flat: size 1 allows any stride
         file.truncate()

@@ -1,4 +1,4 @@
-"""Where the documents of a training come from: files, data sets, or the model itself."""
+"""The sources of a training's documents: files, data sets, or the model itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kvzip_press.model.structure import input_device
+from kvzip_press.model.devices import input_device
 from kvzip_press.presses.fastkvzip.training.documents import Piece, pieces, read_texts, split, tokenised
 from kvzip_press.presses.fastkvzip.training.recipe import Progress, Recipe
 from kvzip_press.presses.fastkvzip.training.self_generation import SelfGeneration
@@ -17,7 +17,7 @@ Data = tuple[list[Piece], list[Piece]]
 
 
 def texts_of(sources: Sequence[str], tokenizer: Any, recipe: Recipe) -> tuple[Data, str]:
-    """Pieces of texts to train on and to evaluate with, and what they are, in words.
+    """Returns pieces of texts to train on and to evaluate with, and a description of them.
 
     Raises:
         InvalidArgumentError: Not enough documents, or a source that cannot be read.
@@ -37,13 +37,13 @@ def self_generated(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Data, str]:
-    """Pieces of text sampled from the model, and what they are, in words.
+    """Returns pieces of text sampled from the model, and a description of them.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        recipe: How many tokens, and the seed.
-        folder: Where samples are kept, so that a run that was killed goes on.
+        recipe: Gives the number of tokens and the seed.
+        folder: Where samples are kept, so that a killed run can continue.
         batch_size: Texts sampled at a time; default 512 on a GPU, 32 on a CPU.
         progress: Called as texts are sampled.
     """
@@ -56,7 +56,7 @@ def self_generated(
 
 
 def counted(documents: Iterator[list[int]], recipe: Recipe, progress: Progress | None) -> Iterator[list[int]]:
-    """The documents, their tokens told to ``progress``."""
+    """Yields the documents, and reports their tokens to ``progress``."""
     total, done = recipe.tokens + recipe.held_out_tokens, 0
     for ids in documents:
         done += len(ids)

@@ -14,16 +14,21 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from kvzip_press import KVzipPress, Press, RaggedCache, RandomPress
-from kvzip_press.budget.allocation import ALLOCATIONS, allocate, check_compression_ratio, top_counts
+from kvzip_press.budget.allocation import allocate
+from kvzip_press.budget.allocators import ALLOCATIONS as CLASSES
+from kvzip_press.budget.allocators import Decided
+from kvzip_press.budget.amount import Ratio, check_compression_ratio
+from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select, top_mask
-from kvzip_press.budget.spending import kth_largest, kth_largest_by_bits
+from kvzip_press.budget.spending import kth_largest, kth_largest_by_bits, top_counts
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.testing import tiny_model
 
 laws = settings(deadline=None, max_examples=60, derandomize=True)
 ratios = st.floats(0, 1, exclude_max=True, allow_nan=False)
+ALLOCATIONS = tuple(CLASSES)
 
 
 def make_scores(seed, ratio, allocation, *, batch=1, layers=3, heads=2, n=20, n_sink=0, levels=None) -> Scores:
@@ -33,7 +38,7 @@ def make_scores(seed, ratio, allocation, *, batch=1, layers=3, heads=2, n=20, n_
     values = values if levels is None else (values * levels).floor() / levels
     protected = torch.zeros(batch, n, dtype=torch.bool)
     protected[:, :n_sink] = True
-    return Scores({2 * i: values[i] for i in range(layers)}, protected, ratio, allocation)
+    return Scores({2 * i: values[i] for i in range(layers)}, protected, Policy.of(ratio, allocation))
 
 
 def pools(scores: Scores, allocation: str, kept: torch.Tensor) -> torch.Tensor:
@@ -93,7 +98,9 @@ def test_rows_have_their_own_budget_and_padding_is_never_kept(allocation) -> Non
     valid[1, :7] = False
     together = select(scores, valid)
     alone = select(
-        Scores({i: v[1:, :, 7:] for i, v in scores.layers.items()}, scores.protected[1:, 7:], 0.6, allocation),
+        Scores(
+            {i: v[1:, :, 7:] for i, v in scores.layers.items()}, scores.protected[1:, 7:], Policy.of(0.6, allocation)
+        ),
         valid[1:, 7:],
     )
     for layer_idx, mask in together.items():
@@ -124,7 +131,7 @@ def test_top_counts_equal_a_stable_sort(seed, budget, levels) -> None:
 def test_protected_pairs_count_inside_the_budget_when_the_paper_says_so() -> None:
     """With protected_count a pool keeps round((1 - ratio) * all) in total."""
     free = make_scores(0, 0.5, "head", n_sink=4)
-    scores = Scores(free.layers, free.protected, 0.5, "head", protected_count=True)
+    scores = Scores(free.layers, free.protected, Policy.of(0.5, "head"), protected_count=True)
     keep = select(scores, torch.ones(1, 20, dtype=torch.bool))
     assert all((mask.sum(-1) == 10).all() and mask[..., :4].all() for mask in keep.values())
 
@@ -133,10 +140,10 @@ def test_a_press_with_its_own_counts_keeps_them() -> None:
     """Counts given by a press are spent as they are, and another ratio is refused."""
     free = make_scores(0, 0.5, "global")
     counts = {i: torch.tensor([[3, 7]]) for i in free.layers}
-    scores = Scores(free.layers, free.protected, 0.5, counts=counts)
+    scores = Scores(free.layers, free.protected, Policy(Ratio(0.5), Decided(per_head=counts)))
     assert allocate(scores, torch.ones(1, 20, dtype=torch.bool))[0].tolist() == [[3, 7]]
     with pytest.raises(InvalidArgumentError, match="decides its own budget"):
-        scores.with_policy(0.7, None)
+        scores.asked_for(0.7)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, math.nan, math.inf, "0.5", None, True])
@@ -150,11 +157,13 @@ def test_scores_that_are_not_numbers_are_refused() -> None:
     """NaN scores, and scores of the wrong shape, raise at construction."""
     protected = torch.zeros(1, 4, dtype=torch.bool)
     with pytest.raises(InvalidArgumentError, match="finite"):
-        Scores({0: torch.full((1, 2, 4), torch.nan)}, protected, 0.5)
+        Scores({0: torch.full((1, 2, 4), torch.nan)}, protected, Policy.of(0.5))
     with pytest.raises(InvalidArgumentError, match="expected scores"):
-        Scores({0: torch.zeros(1, 2, 5)}, protected, 0.5)
+        Scores({0: torch.zeros(1, 2, 5)}, protected, Policy.of(0.5))
     with pytest.raises(InvalidArgumentError, match="allocation"):
-        allocate(Scores({0: torch.zeros(1, 2, 4)}, protected, 0.5, "heads"), ~protected)
+        Scores({0: torch.zeros(1, 2, 4)}, protected, Policy.of(0.5, "heads"))
+    with pytest.raises(InvalidArgumentError, match="expected a Policy"):
+        Scores({0: torch.zeros(1, 2, 4)}, protected, 0.5)
 
 
 budgets = st.integers(1, 70)
@@ -162,7 +171,20 @@ ONE_ROW = {n: torch.ones(1, n, dtype=torch.bool) for n in range(1, 65)}
 
 
 def policy(scores: Scores, **changes) -> Scores:
-    return replace(scores, **{"compression_ratio": 0.0, **changes})
+    """The scores under another policy; what is not named stays as it is, but for the ratio, which goes."""
+    inside = changes.pop("protected_count", scores.protected_count)
+    own, allocation = scores.policy.allocation, scores.policy.allocation
+    names = {cls: name for name, cls in CLASSES.items()}
+    now = {
+        "allocation": names[type(own)],
+        "safeguard": own.safeguard,
+        "min_kept_per_head": allocation.min_kept_per_head,
+    }
+    return replace(scores, policy=Policy.of(**{**now, **changes}), protected_count=inside)
+
+
+def same_ratio(scores: Scores, **changes) -> Scores:
+    return policy(scores, compression_ratio=scores.policy.compression_ratio, **changes)
 
 
 def kept_per_head(scores: Scores) -> torch.Tensor:
@@ -222,8 +244,8 @@ def test_larger_budget_in_tokens_keeps_a_superset(seed, amounts, allocation, n, 
 def test_a_safeguard_that_moves_by_one_pair_takes_nothing_back(seed, step, safeguard) -> None:
     """With four heads of very different scores, one pair more in the budget is one pair more kept."""
     values = torch.rand(1, 4, 64, generator=torch.Generator().manual_seed(seed)) - 10.0 * torch.arange(4)[None, :, None]
-    scores = Scores({0: values}, ~ONE_ROW[64], 0.0, "adakv", safeguard=safeguard)
-    few, more = (select(replace(scores, compression_ratio=1 - (step + d) / 256), ONE_ROW[64])[0] for d in (0, 1))
+    scores = Scores({0: values}, ~ONE_ROW[64], Policy.of(0.0, "adakv", safeguard=safeguard))
+    few, more = (select(scores.asked_for(1 - (step + d) / 256), ONE_ROW[64])[0] for d in (0, 1))
     assert int((few & ~more).sum()) == 0 and int(more.sum() - few.sum()) == 1
 
 
@@ -239,22 +261,22 @@ def test_adakv_safeguards_a_part_of_the_equal_share(seed, ratio, n, safeguard, l
     """Each head keeps at least that part, rounded down; without a safeguard it is a layer's competition."""
     scores = make_scores(seed, ratio, "adakv", n=n, levels=levels, heads=4)
     scores.layers[0][:, 0] -= 5  # a head that would lose everything
-    kept = kept_per_head(replace(scores, safeguard=safeguard))
+    kept = kept_per_head(same_ratio(scores, safeguard=safeguard))
     budget = max(round((1 - ratio) * 4 * n), 1)
     assert (kept.sum(1) == budget).all()
     assert (kept >= math.floor(Fraction(str(safeguard)) * budget / 4)).all()
     assert torch.equal(
-        kept_per_head(replace(scores, safeguard=0.0)), kept_per_head(replace(scores, allocation="layer"))
+        kept_per_head(same_ratio(scores, safeguard=0.0)), kept_per_head(same_ratio(scores, allocation="layer"))
     )
 
 
 def test_adakv_by_hand() -> None:
     """Two heads, 10 of 20 pairs, alpha 0.4: the weak head gets its two, the strong one the other eight."""
     strong, weak = torch.arange(10, 20).float(), torch.arange(10).float()
-    scores = Scores({0: torch.stack([strong, weak])[None]}, ~ONE_ROW[10], 0.5, "adakv", safeguard=0.4)
+    scores = Scores({0: torch.stack([strong, weak])[None]}, ~ONE_ROW[10], Policy.of(0.5, "adakv", safeguard=0.4))
     assert kept_per_head(scores).tolist() == [[8, 2]]
-    assert kept_per_head(replace(scores, safeguard=1.0)).tolist() == [[5, 5]]
-    assert kept_per_head(replace(scores, safeguard=0.0)).tolist() == [[10, 0]]
+    assert kept_per_head(same_ratio(scores, safeguard=1.0)).tolist() == [[5, 5]]
+    assert kept_per_head(same_ratio(scores, safeguard=0.0)).tolist() == [[10, 0]]
 
 
 @laws
@@ -270,7 +292,7 @@ def test_every_head_keeps_its_floor_inside_the_budget(seed, ratio, allocation, m
     scores = make_scores(seed, ratio, allocation, n=n)
     for values in scores.layers.values():
         values[:, 0] -= 5
-    floored = kept_per_head(replace(scores, min_kept_per_head=min_kept))
+    floored = kept_per_head(same_ratio(scores, min_kept_per_head=min_kept))
     free = kept_per_head(scores)
     assert torch.equal(pools(scores, allocation, floored[:, None]), pools(scores, allocation, free[:, None]))
     size = {"global": 6, "layer": 2, "head": 1, "adakv": 2}[allocation]
@@ -290,7 +312,7 @@ def test_each_layer_keeps_its_own_ratio(seed, per_layer, n, allocation) -> None:
     scores = make_scores(seed, 0.0, allocation, n=n)
     own = select(policy(scores, layer_ratios=dict(zip((0, 2, 4), per_layer, strict=True))), ONE_ROW[n])
     for layer_idx, ratio in zip((0, 2, 4), per_layer, strict=True):
-        assert torch.equal(own[layer_idx], select(replace(scores, compression_ratio=ratio), ONE_ROW[n])[layer_idx])
+        assert torch.equal(own[layer_idx], select(scores.asked_for(ratio), ONE_ROW[n])[layer_idx])
 
 
 def test_layer_ratios_that_do_not_fit_are_refused() -> None:
@@ -304,7 +326,7 @@ def test_layer_ratios_that_do_not_fit_are_refused() -> None:
         policy(scores, layer_ratios=ratios_of_all, allocation="global")
     with pytest.raises(InvalidArgumentError, match="only one of"):
         policy(scores, layer_ratios=ratios_of_all, budget=5)
-    assert scores.with_budget(5).with_policy(0.5, None).budget is None
+    assert scores.asked_for(budget=5).asked_for(0.5).policy.amount == Ratio(0.5)
 
 
 @laws
@@ -317,7 +339,7 @@ def test_layer_ratios_that_do_not_fit_are_refused() -> None:
 )
 def test_permuted_heads_have_permuted_counts(seed, ratio, allocation, order, min_kept) -> None:
     """No head is preferred for its place."""
-    scores = replace(make_scores(seed, ratio, allocation, heads=4), min_kept_per_head=min_kept)
+    scores = same_ratio(make_scores(seed, ratio, allocation, heads=4), min_kept_per_head=min_kept)
     moved = replace(scores, layers={i: values[:, list(order)] for i, values in scores.layers.items()})
     assert torch.equal(kept_per_head(scores)[:, list(order)], kept_per_head(moved))
 
@@ -331,7 +353,7 @@ def test_a_budget_is_spent_among_the_pairs_that_are_left(seed, ratio, allocation
         i: torch.rand(v.shape, generator=torch.Generator().manual_seed(seed + i)) < 0.4
         for i, v in scores.layers.items()
     }
-    keep = select(replace(scores, min_kept_per_head=min_kept), ONE_ROW[20], among=left)
+    keep = select(same_ratio(scores, min_kept_per_head=min_kept), ONE_ROW[20], among=left)
     assert all(
         (mask & ~left[i]).sum() == 0 and (left[i] & scores.protected[:, None] & ~mask).sum() == 0
         for i, mask in keep.items()
@@ -386,7 +408,7 @@ class Forgetful(Press):
     """A press that knows nothing of budgets."""
 
     def score(self, prefill) -> Scores:
-        return Scores(prefill.blank_scores(), prefill.protected(0), self.compression_ratio, "head")
+        return Scores(prefill.blank_scores(), prefill.protected(0), Policy.of(self.compression_ratio, "head"))
 
 
 def prefilled(n: int = 30):
@@ -407,7 +429,7 @@ def test_every_press_takes_a_budget() -> None:
     scores = RandomPress(0.5, n_sink=2).score(done)
     assert int(seqlens(done.evict(scores, budget=9)).sum()) == 6 * (9 + 2)
     assert (seqlens(done.evict(scores, allocation="head", budget=9)) == 11).all()
-    assert int(seqlens(done.evict(scores.with_budget(9), compression_ratio=0.5)).sum()) == 12 + round(0.5 * 6 * 28)
+    assert int(seqlens(done.evict(scores.asked_for(budget=9), compression_ratio=0.5)).sum()) == 12 + round(0.5 * 6 * 28)
     for wrong in ({"compression_ratio": 0.5, "budget": 9}, {"budget": 0}):
         with pytest.raises(InvalidArgumentError, match="expected"):
             done.evict(scores, **wrong)

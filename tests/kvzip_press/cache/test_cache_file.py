@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from kvzip_press import RaggedCache, RandomPress
-from kvzip_press.cache.file import writing as cache_file
 from kvzip_press.cache.file.writing import read_record
 from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.decoding.forward import read
 from kvzip_press.errors import CacheFileError, CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.testing import tiny_model
 
 N = 64
+DATA = Path(__file__).parent / "data"
 REFUSED = (CacheFileError, CacheMismatchError)
 
 
@@ -195,6 +196,31 @@ def test_a_loaded_cache_does_not_need_its_file(model, path) -> None:
     assert torch.equal(logits(model, loaded, token_ids(1, 4)), expected)
 
 
+def test_a_file_of_the_first_format_still_answers() -> None:
+    """Saved before pairs could carry scores: two rows of different length, a kept turn, and what came of one more."""
+    expected = load_file(DATA / "format_1_expected.safetensors")
+    weights = {name.removeprefix("weights."): x for name, x in expected.items() if name.startswith("weights.")}
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = tiny_model(num_layers=2, head_dim=8, **shape)
+    model.load_state_dict(weights)
+    cache = RaggedCache.load(DATA / "format_1.safetensors", model)
+    assert (cache.n_seen, cache.turn_starts) == ([52, 46], [35])
+    for layer_idx, layer in cache.ragged_layers():
+        assert torch.equal(layer.packed.positions, expected[f"positions.{layer_idx}"])
+    got = read(model, cache, torch.arange(3, 11).expand(2, -1))
+    torch.testing.assert_close(got, expected["logits"])
+
+
+def test_a_cache_that_has_no_scores_is_saved_as_it_was(model, path) -> None:
+    """But for the note that says so: older files and new ones are read alike."""
+    compressed(model).save(path)
+    with safe_open(path, framework="pt") as file:
+        parts = {name.partition(".")[2] for name in file.keys()}  # noqa: SIM118  # not a mapping
+        text = json.loads(file.metadata()["kvzip_press"])
+    assert parts == {"keys", "values", "positions", "cu_seqlens"}
+    assert text["format"] == 1 and not any(layer["has_scores"] for layer in text["layers"])
+
+
 # Saving -----------------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +234,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(model, path, monkeyp
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_file, "save_file", full_disk)
+    monkeypatch.setattr("kvzip_press.files.save_file", full_disk)
     with pytest.raises(CacheFileError, match=r"cache.safetensors.*No space left"):
         cache.save(path)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]

@@ -1,25 +1,45 @@
-"""The order in which pairs compete in a pool of all layers."""
+"""Which pairs of a pool win, against a sort of all of them in Python."""
 
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvzip_press.cache.pair_pool import _rank
+from kvzip_press.budget.policy import Policy
+from kvzip_press.cache.pair_pool import _Pairs
 
+LAYERS, ROWS, HEADS = 2, 2, 2
 PAIRS = st.lists(
-    st.tuples(st.integers(0, 2), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 4)), min_size=1, max_size=40
+    st.tuples(st.integers(0, LAYERS * ROWS * HEADS - 1), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 9)),
+    min_size=1,
+    max_size=40,
+    unique_by=lambda pair: (pair[0], pair[2]),
 )
 
 
-@given(PAIRS)
-def test_ranks_go_by_value_then_position_then_order_in_each_pool(pairs) -> None:
-    """Few values and positions, so that nearly all are tied."""
-    got = _rank(*(torch.tensor(column) for column in zip(*pairs, strict=True)))
-    order = sorted(range(len(pairs)), key=lambda i: (pairs[i][0], -pairs[i][1], pairs[i][2], i))
-    seen: dict[int, int] = {}
-    for i in order:
-        pool = pairs[i][0]
-        assert int(got[i]) == seen.get(pool, 0)
-        seen[pool] = seen.get(pool, 0) + 1
+@settings(deadline=None, derandomize=True)
+@given(PAIRS, st.integers(1, 6), st.sampled_from(["global", "layer", "head"]), st.integers(0, 3), st.integers(7, 10))
+def test_a_row_keeps_its_best_pairs_ties_by_position_then_layer_then_head(pairs, budget, allocation, first, last):
+    """Few values and positions, so that nearly all are tied; the other row is left alone."""
+    segment, score, position = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    every = _Pairs(segment, position.int(), score, torch.ones_like(segment, dtype=torch.bool), (LAYERS, ROWS, HEADS))
+    kept = every.alive.clone()
+    every.cut(kept, 1, (first, last), Policy.of(budget=budget, allocation=allocation))
+
+    def pool_of(pair) -> tuple[int, ...]:
+        layer, head = pair[0] // (ROWS * HEADS), pair[0] % HEADS
+        return {"global": (), "layer": (layer,), "head": (layer, head)}[allocation]
+
+    size = {"global": LAYERS * HEADS, "layer": HEADS, "head": 1}[allocation] * budget
+    mine = [pair for pair in pairs if pair[0] // HEADS % ROWS == 1]
+    expected = {pair for pair in pairs if pair not in mine}
+    for pool in {pool_of(pair) for pair in mine}:
+        members = [pair for pair in mine if pool_of(pair) == pool]
+        safe = {pair for pair in members if pair[2] < first or pair[2] >= last}
+        rest = sorted((p for p in members if p not in safe), key=lambda p: (-p[1], p[2], p[0]))
+        bare = {p[0] // (ROWS * HEADS) for p in rest} - {p[0] // (ROWS * HEADS) for p in safe}
+        best = [next(p for p in rest if p[0] // (ROWS * HEADS) == layer) for layer in sorted(bare)]
+        rest = best + [p for p in rest if p not in best]  # no layer is left empty
+        expected |= safe | set(rest[: max(size - len(safe), len(bare))])
+    assert {pair for pair, stays in zip(pairs, kept.tolist(), strict=True) if stays} == expected

@@ -80,7 +80,7 @@ def test_fork_shares_the_context_and_owns_its_tail() -> None:
     expected = logits(model, cache.fork(), token_ids(1, 4, seed=2))
     fork = cache.fork()
     logits(model, fork, token_ids(1, 40, seed=3))
-    assert fork.layers[1].packed.keys.data_ptr() == cache.layers[1].packed.keys.data_ptr()
+    assert fork.layers[1].packed.columns["keys"].data_ptr() == cache.layers[1].packed.columns["keys"].data_ptr()
     assert fork.get_seq_length() == N + 45 and cache.get_seq_length() == N + 5
     assert torch.equal(logits(model, cache, token_ids(1, 4, seed=2)), expected)
 
@@ -125,9 +125,9 @@ def test_batch_operations_share_the_context() -> None:
     assert cache.resident_bytes == resident
     rows = torch.tensor([1, 0, 0, 1])
     torch.testing.assert_close(logits(model, cache, question[rows]), expected[rows])
-    before = cache.layers[0].packed.keys.shape[0]
+    before = cache.layers[0].packed.columns["keys"].shape[0]
     cache.batch_select_indices(torch.tensor([0]))
-    assert cache.layers[0].packed.num_rows == 1 and cache.layers[0].packed.keys.shape[0] < before
+    assert cache.layers[0].packed.num_rows == 1 and cache.layers[0].packed.columns["keys"].shape[0] < before
     cache.truncate(N)
     torch.testing.assert_close(logits(model, cache, question[1:]), expected[1:])
 

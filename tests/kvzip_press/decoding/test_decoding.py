@@ -95,11 +95,11 @@ def test_static_steps_move_and_allocate_nothing() -> None:
     static = _StaticStep(model, cache, 100, None, torch.device("cpu"))
     layer = cache.layers[0]
     before = [tensor.data_ptr() for tensor in layer.tensors]
-    packed = copy.deepcopy(layer.packed.keys)
+    packed = copy.deepcopy(layer.packed.columns["keys"])
     run(static, token, 100)
     assert [tensor.data_ptr() for tensor in layer.tensors] == before
     assert layer.tail.length == N_QUESTION + 100
-    torch.testing.assert_close(layer.packed.keys, packed, rtol=0, atol=0)
+    torch.testing.assert_close(layer.packed.columns["keys"], packed, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])

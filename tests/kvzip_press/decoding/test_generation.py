@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kvzip_press import KVzipPress, RandomPress, answer, compress
-from kvzip_press.decoding.generation import answer_ids, generate, question_ids
+from kvzip_press.decoding.answering import answer_ids, question_ids
+from kvzip_press.decoding.generation import generate
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
 from kvzip_press.testing import ByteTokenizer, tiny_model
 

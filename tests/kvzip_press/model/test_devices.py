@@ -11,7 +11,8 @@ from transformers import DynamicCache
 
 from kvzip_press import HeadScores, KVzipHeadPress, KVzipPress, RaggedCache, RandomPress, answer, compress, prefill
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError, UnsupportedModelError
-from kvzip_press.model.structure import input_device, layer_fingerprint
+from kvzip_press.model.devices import input_device
+from kvzip_press.model.identity import layer_fingerprint
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 TEXT = "A context that is read by a model which does not lie in one place. " * 2
@@ -67,7 +68,7 @@ def test_offloaded_weights_change_nothing(architecture, kind, tmp_path) -> None:
     assert any(parameter.is_meta for parameter in model.parameters())
     assert conversation(model, tmp_path / "b.safetensors") == expected
     loaded = RaggedCache.load(tmp_path / "b.safetensors", tiny_model(architecture, num_layers=4))
-    assert loaded.layers[1].packed.keys.device.type == "cpu"
+    assert loaded.layers[1].packed.columns["keys"].device.type == "cpu"
 
 
 def test_an_offloaded_model_is_told_from_another(tmp_path) -> None:
@@ -188,10 +189,10 @@ def test_head_scores_and_moves_over_two_gpus() -> None:
     press = KVzipHeadPress(0.5, scores=HeadScores(torch.rand(4, 2, generator=torch.Generator().manual_seed(0))))
     cache = compress(model, TOKENIZER, TEXT, press)
     expected = answer(model, TOKENIZER, cache, "Where?", max_new_tokens=6)
-    devices = [layer.packed.keys.device for _, layer in cache.ragged_layers()]
+    devices = [layer.packed.columns["keys"].device for _, layer in cache.ragged_layers()]
     cache.move_to("cpu")
     with pytest.raises(CacheMismatchError, match="device"):
         answer(model, TOKENIZER, cache, "Where?", max_new_tokens=2)
     cache.move_to(model)
-    assert [layer.packed.keys.device for _, layer in cache.ragged_layers()] == devices
+    assert [layer.packed.columns["keys"].device for _, layer in cache.ragged_layers()] == devices
     assert answer(model, TOKENIZER, cache, "Where?", max_new_tokens=6) == expected

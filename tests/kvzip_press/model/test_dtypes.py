@@ -11,7 +11,8 @@ from transformers import DynamicCache
 
 from kvzip_press import KVzipPress, RaggedCache, RandomPress, answer, compress, prefill
 from kvzip_press.errors import CacheMismatchError
-from kvzip_press.model.structure import dense_weight, layer_fingerprint
+from kvzip_press.model.identity import layer_fingerprint
+from kvzip_press.model.structure import dense_weight
 from kvzip_press.testing import ARCHITECTURES, ByteTokenizer, evicted_keys_masked, tiny_model
 
 TEXT = "A context that is read once, in any precision that the model has."
@@ -36,7 +37,7 @@ def test_half_precision_errs_no_more_than_the_dense_model(architecture, dtype, k
         keep = keep_masks(cache, torch.ones(1, 48, dtype=torch.bool))
         ours = model(question, past_key_values=cache).logits.float()
         assert RaggedCache.of(cache).seqlens(1).sum() == keep[1].sum() < 0.6 * keep[1].numel()
-        assert next(RaggedCache.of(cache).ragged_layers())[1].packed.keys.dtype == dtype
+        assert next(RaggedCache.of(cache).ragged_layers())[1].packed.columns["keys"].dtype == dtype
         model = tiny_model(architecture, dtype=dtype, attn_implementation="eager")
         dense, exact = (masked_logits(model.to(kind), ids, question, keep) for kind in (dtype, torch.float32))
     assert (ours - exact).norm() <= 1.5 * (dense - exact).norm() + 1e-6 * exact.norm()
@@ -59,7 +60,7 @@ def test_kvzip_answers_saves_and_loads_in_half_precision(architecture, dtype, tm
 
 def check_whole_way(model, tokenizer, path, dtype) -> None:
     cache = compress(model, tokenizer, TEXT, KVzipPress(0.5, tokenizer=tokenizer))
-    assert {layer.packed.keys.dtype for _, layer in cache.ragged_layers()} == {dtype}
+    assert {layer.packed.columns["keys"].dtype for _, layer in cache.ragged_layers()} == {dtype}
     expected = answer(model, tokenizer, cache, "Which precision?", max_new_tokens=8)
     cache.save(path)
     loaded = RaggedCache.load(path, model)

@@ -63,7 +63,10 @@ def test_real_savings_on_three_full_layers(loaded) -> None:
     for press in (RandomPress(0.0), KVzipPress(0.7, tokenizer=tokenizer), RandomPress(0.7)):
         cache = done.evict(press.score(done))
         right[repr(press)] = sum(is_right(model, tokenizer, cache, name) for name in LOCKERS)
-        full = sum(layer.packed.keys.nbytes + layer.packed.values.nbytes for _, layer in cache.ragged_layers())
+        full = sum(
+            layer.packed.columns["keys"].nbytes + layer.packed.columns["values"].nbytes
+            for _, layer in cache.ragged_layers()
+        )
         saved = cache.dense_bytes - cache.resident_bytes
         print(f"{press!r}: {right[repr(press)]} of {len(LOCKERS)} right, full layers {full:,} of", end=" ")
         print(f"{3 * n_tokens * pair_bytes:,} bytes, whole cache {cache.resident_bytes:,} of {cache.dense_bytes:,}")

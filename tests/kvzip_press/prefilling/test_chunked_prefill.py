@@ -35,7 +35,7 @@ class NormPress(AllocatingPress):
             layers[layer_idx] = -keys[:, :, -n:].float().norm(dim=-1)
         sink = prefill.protected(2)
         window = torch.arange(n)[None] >= n - self.n_window
-        return Scores(layers, sink | window, **self.policy, protected_count=window & ~sink)
+        return Scores(layers, sink | window, self.policy, protected_count=window & ~sink)
 
 
 def context(n: int, seed: int = 0) -> list[int]:

@@ -123,10 +123,10 @@ def state_of(model: Any) -> dict[str, Any]:
 def keys_of(cache: Any, row: int) -> list[list[torch.Tensor]]:
     """``[layer][head] -> [kept, head_dim]``."""
     try:
-        layers = [layer.packed.row(row) for _, layer in RaggedCache.of(cache).ragged_layers()]
+        layers = [layer.packed.select_rows([row]) for _, layer in RaggedCache.of(cache).ragged_layers()]
     except KVzipPressError:
         return [list(layer.keys[row]) for layer in cache.layers]
-    return [list(packed.keys.split(packed.seqlens[0].tolist())) for packed in layers]
+    return [list(packed.columns["keys"].split(packed.seqlens[0].tolist())) for packed in layers]
 
 
 #: What each check says of kvpress.

@@ -140,7 +140,7 @@ def test_a_press_that_finds_its_ratio_as_it_goes_reports_it(tiny_model: Any, mak
     ragged = RaggedPress(make_press("DMSPress"))
     done = read(tiny_model(), context(), ragged)
     scores = ragged.score(done)
-    assert scores.compression_ratio == pytest.approx(1 - done.evict(scores).kept_fraction)
+    assert scores.policy.compression_ratio == pytest.approx(1 - done.evict(scores).kept_fraction)
 
 
 def test_it_is_its_own_key_and_survives_copies(kvpress: Any) -> None:

@@ -1,0 +1,175 @@
+"""Questions to a compressed cache, and their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, TypeVar, overload
+
+from kvzip_press.attention.implementation import attach
+from kvzip_press.cache.padding import left_padded, padding_in
+from kvzip_press.cache.ragged_cache import RaggedCache
+from kvzip_press.decoding.forward import read
+from kvzip_press.decoding.generation import eos_ids, generate
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.model.chat import chat_frame, encode, turn_break
+from kvzip_press.model.devices import input_device
+
+ASKED_AT_ONCE = 32  # questions that a long list of them is cut into: a batch shares its context, not its tails
+_T = TypeVar("_T")
+
+
+@overload
+def answer(
+    model: Any,
+    tokenizer: Any,
+    cache: RaggedCache,
+    question: str,
+    answer_prefix: str | Sequence[str] = "",
+    max_new_tokens: int | Sequence[int] = 64,
+    *,
+    keep: bool = False,
+) -> str: ...
+
+
+@overload
+def answer(
+    model: Any,
+    tokenizer: Any,
+    cache: RaggedCache,
+    question: Sequence[str],
+    answer_prefix: str | Sequence[str] = "",
+    max_new_tokens: int | Sequence[int] = 64,
+    *,
+    keep: bool = False,
+) -> list[str]: ...
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    cache: RaggedCache,
+    question: str | Sequence[str],
+    answer_prefix: str | Sequence[str] = "",
+    max_new_tokens: int | Sequence[int] = 64,
+    *,
+    keep: bool = False,
+) -> str | list[str]:
+    """Answers a question about a compressed context, greedily; or many at once, in one batch.
+
+    The cache is unchanged afterwards, unless question and answer are to be kept in it: then the next question, kept or
+    not, comes after them, framed as a new turn by the model's chat template.
+
+    A list of questions gets a list of answers: one question for each row of a cache that was made of several contexts,
+    or many questions about the one context of a cache of one row, which they share in memory. A single question goes
+    to all rows. Each row answers as it would alone.
+
+    Args:
+        model: The model that made the cache.
+        tokenizer: Its tokenizer.
+        cache: From ``compress``, ``Prefill.evict`` or ``RaggedCache.of``.
+        question: The question; it follows the context in the user's turn after an empty line. Or a list of questions.
+            An empty one adds nothing: the context ends with the question.
+        answer_prefix: How each answer begins; not part of what is returned. One for all, or a list of one a question.
+        max_new_tokens: Most tokens to generate. One bound for all, or a list of one a question.
+        keep: Whether the cache remembers this question and its answer. An error leaves it as it was.
+
+    Returns:
+        The answer as a text for one question and a cache of one row, else (for a cache of several rows also where the
+        question is a text, which type checkers cannot see) a list of answers.
+
+    Raises:
+        CacheMismatchError: The cache was made by another model.
+        InvalidArgumentError: Context, question and answer exceed the model's positions; another number of questions
+            than rows, or of prefixes or bounds than questions; several questions to keep in one row.
+    """
+    generated = answer_ids(model, tokenizer, cache, question, answer_prefix, max_new_tokens, keep=keep)
+    answers = [decoded(tokenizer, row) for row in generated]
+    return answers[0] if isinstance(question, str) and cache.batch_size == 1 else answers
+
+
+def answer_ids(
+    model: Any,
+    tokenizer: Any,
+    cache: RaggedCache,
+    question: str | Sequence[str],
+    answer_prefix: str | Sequence[str] = "",
+    max_new_tokens: int | Sequence[int] = 64,
+    *,
+    keep: bool = False,
+) -> list[list[int]]:
+    """The ids of the answers that :func:`answer` returns as texts, without those that ended them."""
+    batch_size = cache.batch_size
+    questions = [question] if isinstance(question, str) else list(question)
+    if len(questions) == 1:
+        questions *= batch_size
+    shared = batch_size == 1 and not keep  # one context for all questions
+    if not questions or (len(questions) != batch_size and not shared):
+        raise InvalidArgumentError(
+            f"expected one question or one for each of {batch_size} rows of the cache"
+            f"{' (an answer is kept in its own row)' if keep else ''}, got {len(questions)}"
+        )
+    prefixes = _one_each("answer_prefix", answer_prefix, str, len(questions))
+    bounds = _one_each("max_new_tokens", max_new_tokens, int, len(questions))
+    is_first = not cache.turn_starts
+    rows = [
+        question_ids(tokenizer, text, prefix, is_first=is_first)
+        for text, prefix in zip(questions, prefixes, strict=True)
+    ]
+    grown = cache.fork()
+    if len(rows) > batch_size:
+        grown.batch_repeat_interleave(len(rows))
+    generated = _generate_rows(model, grown, rows, max(bounds), eos_ids(model, tokenizer))
+    answers = [ids[:bound] for ids, bound in zip(generated, bounds, strict=True)]
+    if keep:
+        as_read = answers == generated  # not those of a lower bound, whose rows have read on
+        cache.adopt_turn(_after_turn(model, cache, grown if as_read else None, rows, answers))
+    return answers
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of an answer's ids."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _one_each(name: str, given: _T | Sequence[_T], kind: type[_T], n: int) -> list[_T]:
+    """``n`` values: the one given for all, or the ones of a list."""
+    values = [given] * n if isinstance(given, kind) else list(given)  # type: ignore[arg-type]
+    if len(values) != n:
+        raise InvalidArgumentError(f"expected {name} once, or one for each of {n} questions, got {len(values)}")
+    return values
+
+
+def question_ids(tokenizer: Any, question: str, answer_prefix: str = "", *, is_first: bool = True) -> list[int]:
+    """Ids of a question: the question, the end of the user's turn, the answer's beginning.
+
+    The first question follows the context in the user's turn; a later one begins a turn of its own, after an answer.
+    """
+    before = () if is_first else turn_break(tokenizer)
+    text = question.strip()
+    if is_first and text:
+        text = "\n\n" + text
+    return [*before, *encode(tokenizer, text), *chat_frame(tokenizer).suffix, *encode(tokenizer, answer_prefix)]
+
+
+def _generate_rows(
+    model: Any, cache: RaggedCache, rows: list[list[int]], max_new_tokens: int, ended: Collection[int]
+) -> list[list[int]]:
+    ids, valid = left_padded(rows, input_device(model))
+    return generate(model, cache, ids, max_new_tokens, attention_mask=valid, eos_ids=ended)
+
+
+def _after_turn(
+    model: Any, cache: RaggedCache, grown: RaggedCache | None, rows: list[list[int]], generated: list[list[int]]
+) -> RaggedCache:
+    """What ``cache`` becomes by a turn: questions and answers, most of which ``grown`` read while it wrote them."""
+    if grown is None or len({len(row) for row in generated}) > 1:  # rows that ended first have read on: all again
+        grown = cache.fork()
+        unread = [[*question, *answer] for question, answer in zip(rows, generated, strict=True)]
+    else:
+        n_read = max(len(row) for row in rows) + len(generated[0])
+        unread = [row[-1:] for row in generated] if grown.get_seq_length() - cache.get_seq_length() < n_read else []
+    if unread:
+        attach(model)
+        ids, valid = left_padded(unread, input_device(model))
+        read(model, grown, ids, padding=padding_in(valid, (ids.shape[0], ids.shape[1])))
+    return grown

@@ -1,0 +1,121 @@
+"""What a decoder was called with, however its arguments were passed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.prefilling.whole import Prefill, Scorer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class PrefillCall:
+    """The arguments of a decoder's forward, however they were passed."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.input_ids: torch.Tensor | None = arguments.get("input_ids")
+        self.embeds: torch.Tensor | None = arguments.get("inputs_embeds")
+        self.cache = arguments.get("past_key_values")
+        self.use_cache: bool | None = arguments.get("use_cache")
+        self.position_ids: torch.Tensor | None = arguments.get("position_ids")
+        self.attention_mask = arguments.get("attention_mask")
+        self.outer_ids: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PrefillCall:
+        """The call whose arguments a forward hook was given."""
+        names = list(inspect.signature(decoder.forward).parameters) if args else []
+        return cls({**dict(zip(names, args, strict=False)), **kwargs})
+
+    def within(self, outer: PrefillCall | None) -> PrefillCall:
+        """The call with what the model around the decoder was called with, where the decoder was given less."""
+        if outer is None or outer.input_ids is None or outer.input_ids.shape != self.shape:
+            return self
+        self.outer_ids = outer.input_ids
+        if isinstance(self.attention_mask, Mapping):
+            self.attention_mask = outer.attention_mask
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Batch size and query length."""
+        tokens = self.input_ids if self.input_ids is not None else self.embeds
+        if tokens is None:
+            raise InvalidArgumentError("expected input_ids or inputs_embeds, got neither")
+        return tokens.shape[0], tokens.shape[1]
+
+    @property
+    def query_length(self) -> int:
+        """Tokens that are read."""
+        return self.shape[1]
+
+    @property
+    def n_seen(self) -> int:
+        """Tokens that the cache has seen before."""
+        return 0 if self.cache is None else int(self.cache.get_seq_length())
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether a span is read that a press compresses, and not a single token behind a context."""
+        return self.n_seen == 0 or self.query_length > 1
+
+    def valid(self) -> torch.Tensor:
+        """Bool ``[batch, query_length]``, False at padding.
+
+        Raises:
+            InvalidArgumentError: A mask that is not 2-D, or whose padding is not at one end (or both) of a row.
+        """
+        batch, length = self.shape
+        mask = self.attention_mask
+        if mask is None:
+            tokens = self.input_ids if self.input_ids is not None else self.embeds
+            assert tokens is not None
+            return torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            shape = tuple(mask.shape) if hasattr(mask, "shape") else type(mask).__name__
+            raise InvalidArgumentError(f"expected a 2-D attention mask [batch, tokens] under a press, got {shape}")
+        valid = mask[:, -length:].bool()
+        runs = (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1) + valid[:, 0]
+        if bool((runs > 1).any()):
+            raise InvalidArgumentError("expected padding at the ends of a row only, got an attention mask with holes")
+        if not bool(valid.any(dim=1).all()):
+            raise InvalidArgumentError("expected at least one token in every row, got a row of padding only")
+        return valid
+
+    def positions(self, start: int, valid: torch.Tensor) -> torch.Tensor:
+        """int32 ``[batch, query_length]``, the position of each token in its row.
+
+        Raises:
+            InvalidArgumentError: Tokens with several positions that differ (M-RoPE: images and video).
+        """
+        positions = self.position_ids
+        if positions is None:
+            positions = start + torch.arange(self.query_length, device=valid.device)[None]
+        if positions.dim() == 3 and bool((positions == positions[:1]).all()):
+            positions = positions[0]  # text alone has the same position on every axis
+        if positions.dim() != 2:
+            raise InvalidArgumentError(
+                f"expected one position a token under a press, got position_ids {tuple(positions.shape)} that differ "
+                "along the first dimension (M-RoPE): images and video cannot be compressed with such a model"
+            )
+        return positions.expand(valid.shape[0], -1).int()
+
+    def _ids_read(self, model: Any) -> torch.Tensor | None:
+        """The token ids that were read; None where there are none, as for images: their ids are placeholders."""
+        if self.input_ids is not None or self.outer_ids is None:
+            return self.input_ids
+        embeds = model.get_input_embeddings()(self.outer_ids)
+        same = self.embeds is not None and torch.equal(embeds, self.embeds.to(embeds.device))
+        return self.outer_ids if same else None
+
+    def prefill(self, model: nn.Module, cache: Any, start: int, observers: dict[Scorer, Any]) -> Prefill:
+        """What was just read, as presses see it."""
+        valid = self.valid()
+        positions = self.positions(start, valid)
+        return Prefill(model, cache, self._ids_read(model), valid, positions, start=start, observers=observers)

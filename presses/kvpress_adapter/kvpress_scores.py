@@ -1,0 +1,76 @@
+"""From the rows that a kvpress press scored or kept to the core's Scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvzip_press.budget.allocators import Decided, PerHead
+from kvzip_press.budget.amount import Amount, Ratio
+from kvzip_press.budget.policy import Policy
+from kvzip_press.budget.scores import Scores
+from kvzip_press.presses.kvpress_adapter.importing import kvpress
+
+if TYPE_CHECKING:
+    from kvzip_press.prefilling.whole import Prefill
+
+Rows = Mapping[int, list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class KvpressPerHead(PerHead):
+    """Every head keeps as many pairs as kvpress would, at any ratio: it cuts where the core rounds."""
+
+    def asked(self, amount: Amount, layer_idx: int, n_pairs: int, n_heads: int, n_held: int = 0) -> int:
+        """kvpress's number for a head, where a ratio is asked for."""
+        if isinstance(amount, Ratio):
+            return int(kvpress().utils.compute_n_kept(n_pairs, amount.compression_ratio))
+        return super().asked(amount, layer_idx, n_pairs, n_heads, n_held)
+
+
+def ratio_scores(prefill: Prefill, rows: Rows, compression_ratio: float, *, any_ratio: bool) -> Scores:
+    """The scores of a press that only scores.
+
+    Args:
+        prefill: The prefill.
+        rows: ``layer_idx -> [row] -> [num_key_value_heads, n]``, fp32.
+        compression_ratio: The press's own.
+        any_ratio: Whether they are good for every ratio, or for the press's own alone.
+    """
+    layers, protected = _spread(prefill, rows), torch.zeros_like(prefill.valid)
+    scores = Scores(layers, protected, Policy(Ratio(compression_ratio), KvpressPerHead()))
+    if any_ratio:
+        return scores
+    lengths = prefill.valid.sum(dim=-1).tolist()
+    n_kept = torch.tensor([kvpress().utils.compute_n_kept(length, compression_ratio) for length in lengths])
+    counts = {i: n_kept[:, None].expand(-1, values.shape[1]).to(values.device) for i, values in layers.items()}
+    return Scores(layers, protected, Policy(scores.policy.amount, Decided(per_head=counts)))
+
+
+def keep_scores(prefill: Prefill, rows: Rows, compression_ratio: float) -> Scores:
+    """A decision that was taken: 1 for pairs that stay, 0 for the others, and just as many to keep.
+
+    Args:
+        prefill: The prefill.
+        rows: ``layer_idx -> [row] -> [num_key_value_heads, n]``, bool.
+        compression_ratio: The press's own; NaN for what it comes to.
+    """
+    layers = _spread(prefill, rows)
+    counts = {layer_idx: kept.sum(dim=-1).long() for layer_idx, kept in layers.items()}
+    if math.isnan(compression_ratio):
+        pairs = sum(row.numel() for layer in rows.values() for row in layer)
+        compression_ratio = 1 - sum(int(count.sum()) for count in counts.values()) / pairs
+    return Scores(layers, torch.zeros_like(prefill.valid), Policy(Ratio(compression_ratio), Decided(per_head=counts)))
+
+
+def _spread(prefill: Prefill, rows: Rows) -> dict[int, torch.Tensor]:
+    """``[batch, num_key_value_heads, span]``, fp32, each row at its own tokens and 0 at its padding."""
+    layers = prefill.blank_scores()
+    for layer_idx, layer in layers.items():
+        for row, valid in enumerate(prefill.valid):
+            layer[row, :, valid.to(layer.device)] = rows[layer_idx][row].to(layer)
+    return layers
