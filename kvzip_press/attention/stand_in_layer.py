@@ -9,7 +9,7 @@ import torch
 from kvzip_press import compat
 
 
-class ForwardLayer(compat.CacheLayerMixin):
+class StandInLayer(compat.CacheLayerMixin):
     """A cache layer for one kind of forward behind ``n_seen`` tokens; a subclass adds ``update`` and ``attend``."""
 
     is_sliding = False

@@ -15,7 +15,7 @@ from torch import nn
 
 from kvzip_press import compat
 from kvzip_press.attention.implementation import CacheView
-from kvzip_press.attention.stand_in_layer import ForwardLayer
+from kvzip_press.attention.stand_in_layer import StandInLayer
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.padding import visible_columns
 from kvzip_press.cache.ragged_layer import RaggedLayer
@@ -58,7 +58,7 @@ class Place:
         self.n_live.copy_(n_live if self._size is None else n_live.clamp(max=self._size))
 
 
-class StaticLayer(ForwardLayer):
+class StaticLayer(StandInLayer):
     """One layer of a decode step: frozen pairs and a buffer ``[batch, num_heads, room, head_dim]`` behind them.
 
     Args:

@@ -18,7 +18,7 @@ from torch import nn
 
 from kvzip_press import compat
 from kvzip_press.attention.implementation import CacheView
-from kvzip_press.attention.stand_in_layer import ForwardLayer
+from kvzip_press.attention.stand_in_layer import StandInLayer
 from kvzip_press.cache.compressible import compressible_layers
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
@@ -123,7 +123,7 @@ class ReplayedAttention:
     lse: torch.Tensor | None = None
 
 
-class ReplayLayer(ForwardLayer):
+class ReplayLayer(StandInLayer):
     """The cache layer of one replay forward; ``look`` sees what its attention computes with.
 
     Args:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Self
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.rows.results import read_lines
 from kvzip_press.leaderboard.running import provenance as leaderboard
 
 OURS, KVPRESS, DENSE = "ragged", "kvpress", "dense"
@@ -89,11 +86,6 @@ class ProfileRow:
             return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         except (ValueError, TypeError) as error:
             raise InvalidArgumentError(f"expected a row of a profile in JSON, got {line[:80]!r} ({error})") from error
-
-
-def read_profile(path: str | os.PathLike[str]) -> Iterator[ProfileRow]:
-    """Yields the rows of a file in order, see :func:`kvzip_press.leaderboard.rows.results.read_lines`."""
-    return read_lines(path, ProfileRow.from_json)
 
 
 def provenance(model: Any) -> dict[str, str]:
