@@ -42,6 +42,33 @@ def test_the_names_of_the_contract_are_public() -> None:
     assert set(CONTRACT) <= set(kvzip_press.__all__)
 
 
+def command_line(command: Any, path: str) -> dict[str, list[str]]:
+    """``command with its groups -> its options``, for all commands below one."""
+    if hasattr(command, "commands"):
+        return {k: v for name, one in command.commands.items() for k, v in command_line(one, f"{path} {name}").items()}
+    names = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    return {path: sorted(names - {"--help"})}
+
+
+def test_names_and_command_line_are_those_that_were_published(repo_root: Path) -> None:
+    """Whatever moves inside. A name or an option more is written down here; one less is a break for somebody."""
+    import typer
+
+    import kvzip_press
+    from kvzip_press.cli import main
+    from kvzip_press.leaderboard import cli
+    from kvzip_press.presses.fastkvzip import command
+
+    published = json.loads((repo_root / "tests" / "public_interface.json").read_text(encoding="utf-8"))
+    groups = {"kvzip-press leaderboard": cli.app, "kvzip-press gates": command.app}  # what main hands on to
+    found = command_line(typer.main.get_command(main.app), "kvzip-press")
+    for path, app in groups.items():
+        del found[path]
+        found |= command_line(typer.main.get_command(app), path)
+    assert sorted(kvzip_press.__all__) == published["names"]
+    assert found == published["commands"]
+
+
 def test_every_public_name_resolves() -> None:
     import kvzip_press
 

@@ -14,7 +14,9 @@ import typer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
 
-app = typer.Typer(no_args_is_help=True, help="Gates of a model's layers, for the press fastkvzip.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Gates of a model's layers, for the press fastkvzip."
+)
 
 
 @app.callback()
