@@ -1,6 +1,6 @@
-"""KV-cache compression presses for Hugging Face models, whose head-wise eviction is real.
+"""KV-cache compression presses for Hugging Face models, with head-wise eviction that really frees memory.
 
-Names are imported when they are first used, so that ``import kvzip_press`` is light and has no side effect.
+Names are imported when they are first used, so that ``import kvzip_press`` is fast and has no side effects.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 The differences that matter here:
 
-- up to 5.3 a cache layer is asked ``get_mask_sizes(cache_position)``, from 5.4 on ``get_mask_sizes(query_length)``;
-- ``Cache.crop(n)`` took the length to keep (or minus the number to drop); from 5.2x on only the latter;
+- up to 5.3 a cache layer is called with ``get_mask_sizes(cache_position)``, from 5.4 on with
+``get_mask_sizes(query_length)``;
+- ``Cache.crop(n)`` took the length to keep (or minus the number to drop); from 5.2x on it takes only the latter;
 - the flash-attention integration reads the name of the implementation back from the module's config.
 """
 
@@ -41,32 +42,35 @@ TRANSFORMERS_VERSION = Version(transformers.__version__)
 
 
 def query_length_of(argument: int | torch.Tensor) -> int:
-    """The query length behind the argument of ``get_mask_sizes``: itself, or the number of cache positions."""
+    """Returns the query length from the argument of ``get_mask_sizes``: itself, or the number of cache positions."""
     return argument.shape[0] if isinstance(argument, torch.Tensor) else int(argument)
 
 
 def length_after_crop(argument: int, n_seen: int) -> int:
-    """The tokens left after ``crop(argument)``: a negative argument drops that many, a positive one keeps that many.
+    """Returns the tokens left after ``crop(argument)``: a negative argument drops, a positive one keeps that many.
 
-    Zero drops nothing, which is what the newest transformers means; older ones never call it so.
+    Zero drops nothing, as in the newest transformers; older versions never pass it.
     """
     return n_seen + argument if argument <= 0 else min(argument, n_seen)
 
 
 def attention_function(name: str) -> Callable[..., Any] | None:
-    """The attention function registered as ``name``; None for "eager", which every modelling file defines itself."""
+    """Returns the attention function registered as ``name``.
+
+    None for "eager", which every modelling file defines itself.
+    """
     return None if name == "eager" else _working(ALL_ATTENTION_FUNCTIONS[name])
 
 
 def is_kvpress_wrapper(function: Callable[..., Any]) -> bool:
-    """Whether an attention function is kvpress's wrapper around another, which hides the keys that kvpress masked."""
+    """Returns whether an attention function is kvpress's wrapper, which hides the keys that kvpress masked."""
     return getattr(function, "__module__", None) == "kvpress.attention_patch"
 
 
 def _working(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Steps over a wrapper that breaks what it wraps.
+    """Returns the function itself, or what it wraps if it is a wrapper that breaks that.
 
-    Importing kvpress wraps every attention function in one that hands ``dropout`` on as the sixth argument, where
+    Importing kvpress wraps every attention function in one that passes ``dropout`` as the sixth argument, where
     flex_attention takes its scaling. Functions that do take dropout there stay wrapped, as kvpress's presses need it.
     """
     if not is_kvpress_wrapper(function):
@@ -76,15 +80,15 @@ def _working(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def mask_function(name: str) -> Callable[..., Any] | None:
-    """The function that builds the mask for attention implementation ``name``; None when it takes no mask."""
+    """Returns the function that builds the mask for attention implementation ``name``; None if it takes no mask."""
     return _flex_mask if name == "flex_attention" else ALL_MASK_ATTENTION_FUNCTIONS.get(name, None)
 
 
 def _flex_mask(*args: Any, **kwargs: Any) -> Any:
-    """flex_attention's block mask, but a plain one for a ragged layer, which no flex kernel will see.
+    """Builds flex_attention's block mask, but a plain one for a ragged layer, which no flex kernel will see.
 
-    Only ragged layers have full attention over keys that begin at an offset. Compiling a block mask for them would
-    cost seconds, and torch's CPU backend cannot (padded keys at an offset: invalid C++, torch 2.13).
+    Only ragged layers have full attention over keys that begin at an offset. Compiling a block mask for them would cost
+    seconds, and torch's CPU backend cannot do it (padded keys at an offset: invalid C++, torch 2.13).
     """
     if kwargs.get("kv_offset", 0) and kwargs.get("local_size") is None:
         return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
@@ -93,7 +97,7 @@ def _flex_mask(*args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def attention_overridden(name: str, attention: Callable[..., Any]) -> Iterator[None]:
-    """While open, ``name`` stands for another attention function."""
+    """While open, ``name`` stands for the attention function ``attention``."""
     ALL_ATTENTION_FUNCTIONS[name] = attention
     try:
         yield
@@ -103,7 +107,7 @@ def attention_overridden(name: str, attention: Callable[..., Any]) -> Iterator[N
 
 @contextmanager
 def mask_overridden(name: str, mask: Callable[..., Any]) -> Iterator[None]:
-    """While open, ``name`` stands for another mask function."""
+    """While open, ``name`` stands for the mask function ``mask``."""
     ALL_MASK_ATTENTION_FUNCTIONS[name] = mask
     try:
         yield

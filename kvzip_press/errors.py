@@ -9,7 +9,7 @@ class KVzipPressError(Exception):
 
 
 class InvalidArgumentError(KVzipPressError, ValueError):
-    """A value outside its range, or of the wrong shape or dtype. The message names what was expected and what came."""
+    """A value is out of range, or of the wrong shape or dtype. The message says what was expected and what came."""
 
 
 class UnsupportedModelError(KVzipPressError, TypeError):
@@ -17,31 +17,31 @@ class UnsupportedModelError(KVzipPressError, TypeError):
 
 
 class UnsupportedCacheError(KVzipPressError, TypeError):
-    """The cache is of a kind that cannot be compressed (static, quantized, already ragged ...)."""
+    """The cache is of a kind that cannot be compressed (static, quantized, offloaded ...), or was already evicted."""
 
 
 class CacheMismatchError(KVzipPressError, RuntimeError):
-    """A ragged cache met a model or an attention function that it was not made for."""
+    """A ragged cache was used with a model or an attention function that it was not made for."""
 
 
 class CacheFileError(KVzipPressError):
-    """A file of a cache cannot be written, is absent, torn or changed, or is none of ours. The message has its path."""
+    """A file cannot be written, is missing, truncated or changed, or is not ours. The message names the path."""
 
 
 class RunDirectoryError(KVzipPressError, OSError):
-    """A run's directory is in use, of another run, damaged, or cannot be written. The message has its path."""
+    """A run's directory is in use, of another run, damaged, or cannot be written. The message names the path."""
 
 
 class BudgetMismatchError(KVzipPressError, RuntimeError):
-    """A cache holds more or less than its press was asked for: its rows would be a lie."""
+    """A cache holds more or less than its press was asked for, so that the figures about it would be false."""
 
 
 class NothingEvictedError(KVzipPressError, ValueError):
-    """A press was to be evaluated where it removes nothing: the figure would be the full cache's under its name."""
+    """A press was to be evaluated where it removes nothing: the full cache's figure would appear under its name."""
 
 
 class WorkerError(KVzipPressError, RuntimeError):
-    """Processes that share a run die over the same contexts again and again."""
+    """The processes that share a run die over the same contexts again and again."""
 
 
 class ModelNotFoundError(KVzipPressError, OSError):
@@ -53,14 +53,14 @@ class DataNotFoundError(KVzipPressError, OSError):
 
 
 class DiskFullError(KVzipPressError, OSError):
-    """There is no room on the disk for what has to be kept there."""
+    """The disk has no room for what has to be stored there."""
 
 
 class MissingDependencyError(KVzipPressError, ImportError):
-    """An optional package is needed, and is absent or of a version that does not work."""
+    """An optional package is needed, but is missing or of a version that does not work."""
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` with the known name nearest to ``given``; empty where none is near."""
+    """Returns ``; did you mean 'x'?`` with the known name closest to ``given``; an empty text if none is close."""
     near = difflib.get_close_matches(str(given), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""Files of ours: written whole or not at all, and read with an error of ours for whatever is wrong with one."""
+"""This package's files: written whole or not at all; whatever is wrong with one raises an error of this package."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from safetensors.torch import save_file
 
 from kvzip_press.errors import CacheFileError, KVzipPressError
 
-DIGEST = "sha256"  # the name under which the seal of a text stands beside it
+DIGEST = "sha256"  # metadata key of a text's seal, which is stored beside the text
 
 
 @contextmanager
 def replacing(path: Path, *, parents: bool = False) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place when all was written; on an error the old file stays.
+    """Yields a temporary file beside ``path`` that replaces it when all is written; after an error the old file stays.
 
-    With ``parents`` its folder is made where it is missing.
+    With ``parents``, its folder is created if it does not exist.
 
     Raises:
-        CacheFileError: The file cannot be written. Names the path and the cause.
+        CacheFileError: The file cannot be written. The message names the path and the cause.
     """
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # less what the umask takes
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # minus the umask
         mode = temporary.stat().st_mode & 0o777
         try:
             yield temporary
@@ -56,9 +56,10 @@ def replacing(path: Path, *, parents: bool = False) -> Iterator[Path]:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str], *, seal: str = "", parents: bool = False
 ) -> None:
-    """Writes tensors of any device, and texts that say what they are, as a safetensors file: whole or not at all.
+    """Writes tensors of any device, and texts that describe them, as a safetensors file: whole or not at all.
 
-    ``seal`` names the text whose SHA-256 is written too, for :func:`check_seal`; ``parents`` is :func:`replacing`'s.
+    ``seal`` names the text whose SHA-256 is stored, too, for :func:`check_seal`; ``parents`` is that of
+    :func:`replacing`.
 
     Raises:
         CacheFileError: The file cannot be written.
@@ -73,10 +74,11 @@ def write_tensors(
 def opened(
     path: Path, error: type[KVzipPressError], expected: str, *, malformed: tuple[type[Exception], ...] = ()
 ) -> Iterator[Any]:
-    """A safetensors file, mapped into memory. Whatever is wrong with it in here is raised as ``error``.
+    """Opens a safetensors file, mapped into memory. Whatever is wrong with it inside is raised as ``error``.
 
-    The message is ``expected`` and the cause; an error of ours says enough, and stays as it is. ``malformed`` is what
-    else contents raise that are not as written. Who checks them names none: a caller's mistakes are not the file's.
+    The message is ``expected`` and the cause; an error of this package says enough, and is raised as it is.
+    ``malformed`` are further exceptions that malformed contents cause inside the context. A caller that checks the
+    contents itself gives none, so that its own mistakes are not blamed on the file.
     """
     causes: tuple[type[Exception], ...] = (OSError, SafetensorError, UnicodeError, *malformed)
     try:
@@ -91,27 +93,30 @@ def opened(
 def check_format(
     got: object, known: object, file: Any, error: type[KVzipPressError], expected: str, *, n_named: int | None = None
 ) -> None:
-    """Raises ``error``, with the names of (the first ``n_named``) tensors, where a format mark is not the known one."""
+    """Raises ``error`` unless a format mark is the known one; the message names the file's first ``n_named`` tensors.
+
+    None names all of them.
+    """
     if got != known:
         raise error(f"{expected}, got the tensors {sorted(file.keys())[:n_named]}")
 
 
 def check_seal(texts: Mapping[str, str], name: str, error: type[KVzipPressError]) -> None:
-    """Raises ``error`` where the SHA-256 beside the text ``name`` is missing or another's."""
+    """Raises ``error`` if the SHA-256 stored beside the text ``name`` is missing or is not that of the text."""
     if digest_of(texts[name].encode()) != texts.get(DIGEST):
         raise error("expected metadata with the SHA-256 beside them, got another: the file was changed")
 
 
 def to_json(value: Any) -> str:
-    """JSON of which equal values have equal texts."""
+    """Returns JSON in which equal values have equal texts."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def digest_of(data: Any) -> str:
-    """SHA-256 of bytes, in hexadecimal."""
+    """Returns the SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def digest_of_tensor(tensor: torch.Tensor) -> str:
-    """SHA-256 of a CPU tensor's bytes."""
+    """Returns the SHA-256 of a CPU tensor's bytes, in hexadecimal."""
     return digest_of(tensor.reshape(-1).view(torch.uint8).numpy())

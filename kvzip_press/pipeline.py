@@ -31,12 +31,12 @@ TASK = "kvzip-press-text-generation"
 
 
 class KVzipPressTextGenerationPipeline(Pipeline):
-    """Answers questions about a context through a compressed cache; called as kvpress's pipeline is.
+    """Answers questions about a context through a compressed cache; called like kvpress's pipeline.
 
     ``pipe(context, question=None, questions=None, answer_prefix="", press=None, max_new_tokens=50,
-    max_context_length=None)``: one ``question`` (or none: the answer follows the context) returns ``{"answer": str}``,
-    a list of ``questions`` returns ``{"answers": [str, ...]}``; without a press nothing is removed. A context longer
-    than ``max_context_length`` tokens is cut at the end, with a warning.
+    max_context_length=None)``: with one ``question`` (or none: then the answer follows the context) it returns
+    ``{"answer": str}``, with a list of ``questions`` ``{"answers": [str, ...]}``. Without a press nothing is removed. A
+    context longer than ``max_context_length`` tokens is cut at its end, with a warning.
     """
 
     def _sanitize_parameters(
@@ -63,7 +63,7 @@ class KVzipPressTextGenerationPipeline(Pipeline):
         return {"max_context_length": max_context_length}, forward, {"single": questions is None}
 
     def preprocess(self, input_: Any, **parameters: Any) -> dict[str, Any]:
-        """The context's token ids."""
+        """Returns the context's token ids, cut to ``max_context_length``."""
         ids, max_context_length = encode(self.tokenizer, input_), parameters["max_context_length"]
         if max_context_length is not None and len(ids) > max_context_length:
             logger.warning("context cut from %d to max_context_length=%d tokens", len(ids), max_context_length)
@@ -89,7 +89,7 @@ class KVzipPressTextGenerationPipeline(Pipeline):
         return answers
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> dict[str, Any]:
-        """``{"answer": ...}`` for one question, ``{"answers": [...]}`` for a list."""
+        """Returns ``{"answer": ...}`` for one question, ``{"answers": [...]}`` for a list."""
         return {"answer": model_outputs[0]} if parameters["single"] else {"answers": model_outputs}
 
 

@@ -1,4 +1,4 @@
-"""Presses by name: what commands, grids and the leaderboard use. Nothing is imported before it is asked for."""
+"""Presses by name, as commands, grids and the leaderboard use them. Nothing is imported before it is asked for."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ _registered: dict[str, str] = {}
 
 
 def register_press(name: str, target: str) -> None:
-    """Makes a press of yours known by name.
+    """Registers a press of your own under a name.
 
     Args:
-        name: The name, not taken yet.
+        name: The name, which must not be taken yet.
         target: ``"package.module:Callable"``, called with ``compression_ratio`` and options, returning a Press.
+
+    Raises:
+        InvalidArgumentError: A press of that name exists.
     """
     if name in press_names():
         raise InvalidArgumentError(f"expected a new name, but a press named {name!r} exists")
@@ -24,7 +27,7 @@ def register_press(name: str, target: str) -> None:
 
 
 def press_names() -> list[str]:
-    """All names, sorted."""
+    """Returns all names, sorted."""
     return sorted(_table())
 
 
@@ -37,8 +40,8 @@ def get_press(name: str, compression_ratio: float = 0.0, **options: Any) -> Pres
         options: Further arguments of that press.
 
     Raises:
-        InvalidArgumentError: An unknown name (the message suggests the nearest one).
-        MissingDependencyError: The press needs a package that is not there.
+        InvalidArgumentError: The name is unknown (the message suggests the nearest one), or a value is refused.
+        MissingDependencyError: The press needs a package that is missing.
     """
     table = _table()
     if name not in table:

@@ -1,7 +1,7 @@
 """``with press(model):`` - hooks on the decoder that compress the cache when a prefill forward ends.
 
-A multimodal wrapper hands its text decoder embeddings and masks of its own making, so what the wrapper itself was
-called with is noted by two more.
+A multimodal wrapper passes its text decoder embeddings and masks that it made itself, so two more hooks record what the
+wrapper was called with.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class SessionPress(Scorer, Protocol):
-    """What a session has to know of a press."""
+    """The part of a press that a session needs."""
 
     def decode_eviction(self, model: nn.Module) -> DecodeEviction | None:
-        """What evicts while the model writes, for one session; None where nothing does."""
+        """Returns the object that evicts while the model generates, for one session; None if nothing does."""
 
 
 @contextmanager
@@ -37,9 +37,13 @@ def compressing(press: SessionPress, model: nn.Module) -> Iterator[None]:
     """The context manager behind ``with press(model):``.
 
     A forward over an empty cache, or over more than one token, is a prefill: when it ends, the new tokens' pairs are
-    compressed in place. With a press that evicts while the model writes, that is the first of them only: what is read
-    behind it counts as written. The model stays attached afterwards, so that the cache can be used; an error undoes
-    that too.
+    compressed in place. With a press that evicts while the model generates, only the first of them is: what is read
+    after it counts as generated. The model stays attached afterwards, so that the cache can be used; an error undoes
+    that, too, if it was not attached before.
+
+    Raises:
+        UnsupportedModelError: The model has no layer that can be compressed.
+        KVzipPressError: The model is already inside ``with press(model):``.
     """
     full_attention_layers(model)
     decoder = text_decoder(model)
@@ -79,17 +83,17 @@ class _Session:
         self.busy = False  # scoring runs forwards of its own
         self.start = 0
         self.outer: PrefillCall | None = None  # the model's own call, while it runs
-        self.watching = ExitStack()  # what looks at the forward that runs
+        self.watching = ExitStack()  # what watches the running forward
         self.check: SelfCheck | None = None
         self.observers: dict[Scorer, Any] = {}
         self.decode = press.decode_eviction(model)
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notes what the whole model is called with."""
+        """Records what the whole model is called with."""
         self.outer = PrefillCall.of(model, args, kwargs)
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Forgets it, also after a forward that raised."""
+        """Forgets the recorded call, also after a forward that raised."""
         self.outer = None
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -140,7 +144,7 @@ class _Session:
 
     @property
     def _is_ours(self) -> bool:
-        """Whether the forward is not the user's: a press scores, or a static decode step runs."""
+        """Whether the forward is not the user's, because a press scores or a static decode step runs."""
         return self.busy or (self.decode is not None and self.decode.in_static_step)
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""How a model comes to attend to a cache layer of ours."""
+"""Makes a model attend to the cache layers of this package."""

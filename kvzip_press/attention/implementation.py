@@ -1,10 +1,10 @@
-"""How a model comes to attend to a ragged cache: one more attention implementation, registered under its own name.
+"""Makes a model attend to ragged caches, through an attention implementation registered under a name of its own.
 
 ``attach(model)`` renames the implementation of the model's attention config from ``sdpa`` to ``ragged|sdpa`` (the same
-for eager, flash_attention_2, flex_attention ...). The function behind that name hands a layer of ours to its own
-``attend`` and everything else to the implementation the model had, so an attached model computes exactly what it did.
-A ragged layer's ``update`` returns :class:`CacheView` tensors that refuse every operation: an attention function that
-does not know them stops with an error instead of answering from a part of the cache.
+for eager, flash_attention_2, flex_attention ...). The function behind that name lets this package's cache layers attend
+themselves (``attend``) and passes every other call to the implementation that the model had before, so an attached
+model computes exactly what it did. A ragged layer's ``update`` returns :class:`CacheView` tensors that refuse every
+operation: an attention function that does not know them raises an error instead of answering from a part of the cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvzip_press.model.structure import attention_layers, text_decoder
 PREFIX = "ragged|"
 # Arguments of attention functions that would change the result and that ragged attention does not implement.
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices")
-# Who looks at the attention calls of the forward that runs now, in this thread; set for that forward only.
+# What watches the attention calls of the forward that is running in this thread; set for that forward only.
 _WATCH: ContextVar[AttentionWatch | None] = ContextVar("kvzip_press_watch", default=None)
 
 
@@ -41,11 +41,11 @@ class AttendingLayer(Protocol):
         scaling: float | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """Attention of ``query`` ``[batch, num_attention_heads, query_length, head_dim]``, in the same layout."""
+        """Returns attention for ``query`` ``[batch, num_attention_heads, query_length, head_dim]``, in that layout."""
 
 
 class AttentionWatch(Protocol):
-    """Sees what a model's own attention was called with and gave."""
+    """Receives the arguments and the output of each call of a model's own attention."""
 
     def __call__(
         self,
@@ -56,17 +56,17 @@ class AttentionWatch(Protocol):
         output: torch.Tensor,
         kwargs: dict[str, Any],
     ) -> None:
-        """Looks at a call; the arguments are those of the attention interface."""
+        """Inspects one call; the arguments are those of the attention interface."""
 
 
 class CacheView(torch.Tensor):
-    """What an attending layer's ``update`` returns: it has a shape and a dtype, and refuses to be computed with."""
+    """A tensor returned by an attending layer's ``update``: it has a shape and a dtype, but refuses every operation."""
 
     layer: AttendingLayer
 
     @classmethod
     def of(cls, layer: AttendingLayer, tensor: torch.Tensor) -> CacheView:
-        """A view of ``tensor`` that leads back to ``layer``."""
+        """Returns a view of ``tensor`` that refers back to ``layer``."""
         view = tensor.as_subclass(cls)
         view.layer = layer
         return view
@@ -102,6 +102,9 @@ def attach(model: nn.Module) -> bool:
 
     Returns:
         Whether anything had to be changed.
+
+    Raises:
+        UnsupportedModelError: The model has no such decoder.
     """
     renamed = False
     for config in _attention_configs(model):
@@ -114,19 +117,19 @@ def attach(model: nn.Module) -> bool:
 
 
 def detach(model: nn.Module) -> None:
-    """Gives the model its own attention implementation back; ragged caches then raise until it is attached again."""
+    """Restores the model's own attention implementation; ragged caches then raise until it is attached again."""
     for config in _attention_configs(model):
         config._attn_implementation = _implementation(config).removeprefix(PREFIX)
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Whether the model can attend to ragged caches now."""
+    """Returns whether the model can currently attend to ragged caches."""
     return all(_implementation(config).startswith(PREFIX) for config in _attention_configs(model))
 
 
 @contextmanager
 def attention_replaced(model: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """While open, an attached model calls ``function`` in the place of :func:`attention_forward`."""
+    """While open, an attached model calls ``function`` instead of :func:`attention_forward`."""
     with ExitStack() as stack:
         for name in {_implementation(config) for config in _attention_configs(model)}:
             stack.enter_context(compat.attention_overridden(name, function))
@@ -135,7 +138,10 @@ def attention_replaced(model: nn.Module, function: Callable[..., Any]) -> Iterat
 
 @contextmanager
 def masks_left_out(model: nn.Module) -> Iterator[None]:
-    """While open, an attached model builds no masks: every layer of its cache knows what a query sees."""
+    """While open, an attached model builds no masks.
+
+    For caches whose layers all know by themselves what a query can see.
+    """
     with ExitStack() as stack:
         for name in {_implementation(config) for config in _attention_configs(model)}:
             stack.enter_context(compat.mask_overridden(name, _no_mask))
@@ -163,13 +169,17 @@ def attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: Any,
-    dropout: float = 0.0,  # by position from wrappers around registered functions (kvpress's)
+    dropout: float = 0.0,  # wrappers around registered functions (kvpress's) pass it by position
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The registered attention function: a layer of ours attends by itself, all else goes to the model's own function.
+    """The registered attention function: lets this package's layers attend, and passes on all other calls.
 
-    Args and returns are those of transformers' attention interface: query, key, value
-    ``[batch, heads, length, head_dim]``; the output is ``[batch, query_length, num_attention_heads, head_dim]``.
+    Other calls go to the model's own function. Arguments and return values are those of transformers' attention
+    interface: query, key and value are ``[batch, heads, length, head_dim]``; the output is
+    ``[batch, query_length, num_attention_heads, head_dim]``.
+
+    Raises:
+        UnsupportedModelError: An argument for a layer of this package is one that ragged attention does not implement.
     """
     kwargs["dropout"] = dropout
     if not isinstance(key, CacheView):
@@ -184,9 +194,10 @@ def attention_forward(
 
 
 def softcap_of(module: nn.Module, kwargs: dict[str, Any]) -> float | None:
-    """The softcap that an attached model's own attention applies: transformers' sdpa function leaves it out (Gemma 2).
+    """Returns the softcap that an attached model's own attention applies; None if it applies none.
 
-    A compressed cache computes what the model computed.
+    A compressed cache has to compute what the model computed, and transformers' sdpa function ignores the softcap
+    (Gemma 2).
     """
     return None if _implementation(module.config) == PREFIX + "sdpa" else kwargs.get("softcap")
 
@@ -214,7 +225,10 @@ def _own_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.
 
 
 def _refuse_kvpress_masks(module: nn.Module, name: str, query: torch.Tensor, key: torch.Tensor) -> None:
-    """Without RaggedPress kvpress notes masked keys on the module, and only its own attention wrapper hides them."""
+    """Raises CacheMismatchError if kvpress masked keys that would stay visible here.
+
+    Without RaggedPress, kvpress notes masked keys on the module, and only its own attention wrapper hides them.
+    """
     if query.shape[2] != key.shape[2]:  # kvpress's own sign of a prefill, which clears the note
         raise CacheMismatchError(
             f"kvpress masked keys of {type(module).__name__} {module.layer_idx}, and {name} attention as it is called "
@@ -242,6 +256,6 @@ def _implementation(config: Any) -> str:
 
 
 def _attention_configs(model: nn.Module) -> list[Any]:
-    """The configs that the decoder's masks and attention modules read, each once."""
+    """Returns the configs that the decoder's masks and attention modules read, each once."""
     configs = [text_decoder(model).config, *(layer.module.config for layer in attention_layers(model))]
     return list({id(config): config for config in configs}.values())

@@ -1,4 +1,4 @@
-"""What cache layers have in common that stand in for others during a forward and attend by themselves."""
+"""The common part of cache layers that stand in for others during a forward and compute attention themselves."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from kvzip_press import compat
 
 
 class StandInLayer(compat.CacheLayerMixin):
-    """A cache layer for one kind of forward behind ``n_seen`` tokens; a subclass adds ``update`` and ``attend``."""
+    """A cache layer for one kind of forward after ``n_seen`` tokens; a subclass adds ``update`` and ``attend``."""
 
     is_sliding = False
     n_seen: int
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to initialise."""
+        """Does nothing: there is nothing to initialise."""
 
     def get_mask_sizes(self, cache_position: int | torch.Tensor) -> tuple[int, int]:
-        """Masks are about the new tokens alone."""
+        """Returns the length and the offset of the keys that masks cover: the new tokens only."""
         return compat.query_length_of(cache_position), self.n_seen
 
     def get_seq_length(self) -> int:
-        """Tokens seen before the forward."""
+        """Returns the number of tokens seen before the forward."""
         return self.n_seen
 
     def get_max_cache_shape(self) -> int:
-        """No maximum."""
+        """Returns -1: there is no maximum."""
         return -1
 
     get_max_length = get_max_cache_shape

@@ -1,1 +1,1 @@
-"""From scores to keep masks: knows no cache and no model."""
+"""Turns scores into keep masks, without knowing caches or models."""

@@ -1,4 +1,4 @@
-"""How pairs compete for a budget. One class an allocation; adding one is a class here, and a name where it has one."""
+"""How pairs compete for a budget: one class per allocation, and the short names of some."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ SAFEGUARD = 0.2
 class Allocation(ABC):
     """A rule that turns an amount into a number of pairs for each head.
 
-    In a pool the best pairs win, after those that heads take in turns because floors reserve them. Which pools there
-    are, and what is reserved, is all that most allocations differ in; one of another kind gives its own :meth:`counts`.
+    Within a pool, heads first take in turns the pairs that floors reserve, then the best of the remaining pairs win.
+    Most allocations differ only in their pools and in how much is reserved; one of another kind overrides
+    :meth:`counts`.
 
     Args:
-        min_kept_per_head: Unprotected pairs that every head keeps, inside the budget, as far as its pairs and the
-            budget go.
-        safeguard: Of :class:`AdaKV`, in [0, 1]; others carry it on for a caller who asks for "adakv" by name.
+        min_kept_per_head: Number of unprotected pairs that every head keeps at least. They are part of the budget; a
+            head with fewer pairs, or a budget too small for all floors, keeps fewer.
+        safeguard: AdaKV's alpha, in [0, 1]; only :class:`AdaKV` uses it. Other allocations carry it for a caller who
+            later asks for "adakv" by name.
 
     Raises:
-        InvalidArgumentError: A value out of range.
+        InvalidArgumentError: A value is out of range.
     """
 
     min_kept_per_head: int = 0
@@ -47,23 +49,23 @@ class Allocation(ABC):
 
     @abstractmethod
     def pools(self, heads: Mapping[int, int]) -> list[Pool]:
-        """The pools of a model, from ``layer_idx -> KV heads``."""
+        """Returns the pools of a model, given ``layer_idx -> number of KV heads``."""
 
     def asked(self, amount: Amount, layer_idx: int, n_pairs: int, n_heads: int, n_held: int = 0) -> int:
-        """Pairs that a pool is to keep; the arguments are those of :meth:`kvzip_press.budget.amount.Amount.pairs`."""
+        """Returns how many pairs a pool is to keep; arguments as in :meth:`kvzip_press.budget.amount.Amount.pairs`."""
         return amount.pairs(layer_idx, n_pairs, n_heads, n_held)
 
     def reserved(self, sizes: Sequence[int], budget: int) -> int:
-        """How much of a pool's budget goes to its heads in turns, at most all.
+        """Returns how much of a pool's budget its heads take in turns, at most all of it.
 
         Args:
-            sizes: Pairs that compete in each head.
-            budget: Pairs that the pool keeps of them.
+            sizes: Number of competing pairs in each head.
+            budget: Number of these pairs that the pool keeps.
         """
         return min(sum(min(size, self.min_kept_per_head) for size in sizes), budget)
 
     def counts(self, row: Candidates, amount: Amount) -> Counts:
-        """``layer_idx -> [heads]``, int64: unprotected pairs that each head of a row keeps."""
+        """Returns ``layer_idx -> [heads]``, int64: how many unprotected pairs each head of a row keeps."""
         counts = row.no_counts()
         for pool in self.pools(row.heads):
             sizes = row.sizes(pool)
@@ -82,43 +84,46 @@ class Global(Allocation):
     """All pairs of all layers and heads compete: "global" (KVzip)."""
 
     def pools(self, heads: Mapping[int, int]) -> list[Pool]:
-        """One, of everything."""
+        """Returns one pool with everything."""
         return [[(i, slice(None)) for i in heads]]
 
 
 @dataclass(frozen=True)
 class PerLayer(Allocation):
-    """Every layer keeps the same part, and its heads compete: "layer"."""
+    """Every layer keeps the same fraction, and its heads compete: "layer"."""
 
     def pools(self, heads: Mapping[int, int]) -> list[Pool]:
-        """One a layer."""
+        """Returns one pool per layer."""
         return [[(i, slice(None))] for i in heads]
 
 
 @dataclass(frozen=True)
 class PerHead(Allocation):
-    """Every head keeps the same part: "head" (SnapKV and most others)."""
+    """Every head keeps the same fraction: "head" (SnapKV and most others)."""
 
     def pools(self, heads: Mapping[int, int]) -> list[Pool]:
-        """One a head."""
+        """Returns one pool per head."""
         return [[(i, slice(head, head + 1))] for i, n_heads in heads.items() for head in range(n_heads)]
 
 
 @dataclass(frozen=True)
 class AdaKV(PerLayer):
-    """As "layer", but every head keeps a safeguarded part of its equal share: "adakv".
+    """Like "layer", but every head keeps a safeguarded fraction of its equal share: "adakv".
 
-    AdaKV, https://arxiv.org/abs/2407.11550. The share is the layer's unprotected pairs over its heads, rounded down.
+    AdaKV, https://arxiv.org/abs/2407.11550. The equal share is the layer's budget of unprotected pairs divided by its
+    number of heads; the safeguarded fraction of it is rounded down.
     """
 
     def reserved(self, sizes: Sequence[int], budget: int) -> int:
-        """The floors, or the safeguarded part of the budget where that is more."""
+        """Returns the floors or the safeguarded fraction of the budget, whichever is more."""
         return max(super().reserved(sizes, budget), int(Fraction(str(self.safeguard)) * budget))
 
 
 @dataclass(frozen=True, eq=False)
 class Decided(Allocation):
-    """What a press decided by itself: the amount is what it was made with, and no other can be asked for.
+    """Counts that a press decided itself.
+
+    The amount beside them in a policy is the one that the press was made with; no other can be asked for.
 
     Args:
         per_head: ``layer_idx -> [batch, heads]``, int64: unprotected pairs to keep.
@@ -130,11 +135,11 @@ class Decided(Allocation):
     __hash__ = object.__hash__
 
     def pools(self, heads: Mapping[int, int]) -> list[Pool]:
-        """None: nothing competes."""
+        """Returns no pools: nothing competes."""
         return []
 
     def counts(self, row: Candidates, amount: Amount) -> Counts:
-        """What was decided for the row."""
+        """Returns the counts that were decided for the row."""
         return {i: counts[row.row] for i, counts in self.per_head.items()}
 
 
@@ -148,10 +153,11 @@ ALLOCATIONS: dict[str, type[Allocation]] = {
 
 
 def allocation_of(given: str | Allocation, *, min_kept_per_head: int = 0, safeguard: float = SAFEGUARD) -> Allocation:
-    """The allocation of a short name with these floors, or the one that is given, which brings its own.
+    """Returns the allocation with this short name and these floors, or ``given`` itself, which has floors of its own.
 
     Raises:
-        InvalidArgumentError: No such allocation, floors out of range, or floors beside an allocation that is an object.
+        InvalidArgumentError: The name is unknown, a floor is out of range, or floors are given beside an allocation
+            object.
     """
     floors: dict[str, Any] = {"min_kept_per_head": min_kept_per_head, "safeguard": safeguard}
     if isinstance(given, Allocation):

@@ -16,30 +16,33 @@ class Amount(ABC):
 
     @property
     def compression_ratio(self) -> float:
-        """The fraction removed that it names; 0.0 where it names none."""
+        """The fraction removed, if the amount names one; 0.0 otherwise."""
         return 0.0
 
     @abstractmethod
     def pairs(self, layer_idx: int, n_pairs: int, n_heads: int, n_held: int) -> int:
-        """Pairs that a pool keeps, before it is cut to those that there are.
+        """Returns how many pairs a pool keeps, before that is limited to the pairs it has.
 
         Args:
-            layer_idx: The pool's layer; the first one where it has several.
-            n_pairs: Pairs that a ratio is of.
-            n_heads: Heads of the pool.
-            n_held: Pairs of earlier turns that a budget in tokens has to hold too.
+            layer_idx: The pool's layer; the first one if it has several.
+            n_pairs: Number of pairs that a ratio applies to.
+            n_heads: Number of heads in the pool.
+            n_held: Number of pairs of earlier turns that count towards a budget in tokens.
         """
 
     def check_layers(self, layers: Iterable[int]) -> None:  # noqa: B027  # most amounts are for any layers
-        """Raises InvalidArgumentError where the amount is for other layers than these."""
+        """Raises InvalidArgumentError if the amount is for other layers than these."""
 
 
 @dataclass(frozen=True)
 class Ratio(Amount):
-    """All but a fraction of the pairs, rounded.
+    """Keeps all but a fraction of the pairs, rounded.
 
     Args:
         compression_ratio: The fraction removed, in [0, 1).
+
+    Raises:
+        InvalidArgumentError: The ratio is out of range.
     """
 
     compression_ratio: float = 0.0
@@ -48,16 +51,19 @@ class Ratio(Amount):
         object.__setattr__(self, "compression_ratio", check_compression_ratio(self.compression_ratio))
 
     def pairs(self, layer_idx: int, n_pairs: int, n_heads: int, n_held: int) -> int:
-        """``round((1 - compression_ratio) * n_pairs)``."""
+        """Returns ``round((1 - compression_ratio) * n_pairs)``."""
         return round((1 - self.compression_ratio) * n_pairs)
 
 
 @dataclass(frozen=True)
 class Tokens(Amount):
-    """So many pairs a head, on average over a pool.
+    """Keeps a fixed number of pairs per head, on average over a pool.
 
     Args:
-        budget: The number, at least 1.
+        budget: The number of pairs, an int of at least 1.
+
+    Raises:
+        InvalidArgumentError: The budget is out of range.
     """
 
     budget: int
@@ -69,18 +75,18 @@ class Tokens(Amount):
             )
 
     def pairs(self, layer_idx: int, n_pairs: int, n_heads: int, n_held: int) -> int:
-        """``budget`` a head, less what is held already."""
+        """Returns ``budget`` pairs per head, less those already held."""
         return self.budget * n_heads - n_held
 
 
 class LayerRatios(Mapping[int, float], Amount):
-    """``layer_idx -> compression_ratio``, hashable, so that a press stays a value.
+    """A mapping ``layer_idx -> compression_ratio``, hashable so that a press stays a value.
 
     Args:
         ratios: A mapping, or a sequence whose i-th ratio is that of layer i.
 
     Raises:
-        InvalidArgumentError: Neither of them, or a ratio or an index out of range.
+        InvalidArgumentError: ``ratios`` is neither of these, or a ratio or an index is out of range.
     """
 
     def __init__(self, ratios: Mapping[int, float] | Sequence[float]) -> None:
@@ -105,7 +111,7 @@ class LayerRatios(Mapping[int, float], Amount):
         return repr(self._ratios)
 
     def pairs(self, layer_idx: int, n_pairs: int, n_heads: int, n_held: int) -> int:
-        """As a :class:`Ratio` of the layer's own."""
+        """Returns what a :class:`Ratio` with this layer's own ratio would."""
         return round((1 - self._ratios[layer_idx]) * n_pairs)
 
     def check_layers(self, layers: Iterable[int]) -> None:
@@ -121,11 +127,11 @@ def amount_of(
     budget: int | None = None,
     layer_ratios: Mapping[int, float] | Sequence[float] | None = None,
 ) -> Amount:
-    """The one amount that is given; a ratio of 0.0 where none is.
+    """Returns the one amount that is given; a ratio of 0.0 if none is.
 
     Raises:
-        InvalidArgumentError: A value out of range, or more than one. A ratio of 0.0, which removes nothing and is the
-            default of presses, does not count as one.
+        InvalidArgumentError: A value is out of range, or more than one is given. A ratio of 0.0, which removes nothing
+            and is the default of presses, does not count as given.
     """
     ratio = Ratio(0.0 if compression_ratio is None else compression_ratio)
     named = {
@@ -152,7 +158,7 @@ def check_compression_ratio(compression_ratio: float) -> float:
 
 
 def is_int(value: Any) -> bool:
-    """Whether a value is an integer, and not True or False."""
+    """Returns whether a value is an integer other than True and False."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,16 +20,16 @@ Pool = list[tuple[int, slice]]
 
 @dataclass(frozen=True)
 class Candidates:
-    """One row: scores, and numbers of pairs per head, all by layer index.
+    """The competing pairs of one row: scores, and numbers of pairs per head, all by layer index.
 
     Attributes:
         row: Its index in the batch.
-        values: ``[heads, span]``, fp32, the scores; -inf where nothing competes.
-        free: Pairs that compete.
-        protected: Pairs that stay in any case.
-        charged: Those of them that count inside a budget.
-        counted: Pairs that a ratio is of: all but the protected ones outside the budget.
-        held: Pairs of earlier turns that a budget in tokens has to hold too; empty without any.
+        values: ``[heads, span]``, fp32, the scores; -inf at pairs that do not compete.
+        free: Number of pairs that compete.
+        protected: Number of pairs that stay in any case.
+        charged: Number of protected pairs that count towards the budget.
+        counted: Number of pairs that a ratio applies to: all but the protected ones outside the budget.
+        held: Number of pairs of earlier turns that count towards a budget in tokens.
     """
 
     row: int
@@ -40,92 +41,98 @@ class Candidates:
     held: Numbers
 
     @classmethod
-    def of_row(
+    def of_rows(
         cls,
-        row: int,
         layers: Mapping[int, torch.Tensor],
         standing: Masks,
         base: Masks,
         protected: torch.Tensor,
         charged: torch.Tensor,
         held: Mapping[int, torch.Tensor],
-    ) -> Candidates:
-        """A row of a batch.
+    ) -> list[Candidates]:
+        """Builds the candidates of each row of a batch; all numbers are read from the device at once.
 
         Args:
-            row: Its index.
             layers: ``[batch, heads, span]``, scores.
             standing: ``[batch, heads, span]``, bool: the pairs that can be kept at all.
-            base: The same: the pairs that a ratio is of.
+            base: ``[batch, heads, span]``, bool: the pairs that a ratio applies to.
             protected: ``[batch, span]``, bool.
-            charged: ``[batch, span]``, bool, the protected positions that count inside the budget.
-            held: ``[batch, heads]``.
+            charged: ``[batch, span]``, bool, the protected positions that count towards the budget.
+            held: ``[batch, heads]``, pairs of earlier turns that count towards a budget in tokens.
         """
-        safe = {i: mask[row] & protected[row].to(mask.device) for i, mask in standing.items()}
-        free = {i: mask[row] & ~safe[i] for i, mask in standing.items()}
-        paid = {i: mask & charged[row].to(mask.device) for i, mask in safe.items()}
-        outside = protected[row] & ~charged[row]
-        return cls(
-            row,
-            {i: values[row].masked_fill(~free[i], -torch.inf) for i, values in layers.items()},
-            _numbers({i: mask.sum(dim=-1) for i, mask in free.items()}),
-            _numbers({i: mask.sum(dim=-1) for i, mask in safe.items()}),
-            _numbers({i: mask.sum(dim=-1) for i, mask in paid.items()}),
-            _numbers({i: (mask[row] & ~outside.to(mask.device)).sum(dim=-1) for i, mask in base.items()}),
-            _numbers({i: pairs[row] for i, pairs in held.items()}),
-        )
+        values, counts = {}, {}
+        for i, mask in standing.items():
+            safe, paid, outside = (x.to(mask.device).unsqueeze(1) for x in (protected, charged, protected & ~charged))
+            free = mask & ~safe
+            values[i] = layers[i].masked_fill(~free, -torch.inf)
+            none = torch.zeros(mask.shape[:2], dtype=torch.int64, device=mask.device)
+            parts = [part.sum(dim=-1) for part in (free, mask & safe, mask & paid, base[i] & ~outside)]
+            counts[i] = torch.stack([*parts, held[i].to(mask.device) if i in held else none], dim=1)
+        numbers = _numbers(counts)
+        return [
+            cls(
+                row,
+                {i: rows[row] for i, rows in values.items()},
+                *({i: by_row[row][kind] for i, by_row in numbers.items()} for kind in range(5)),
+            )
+            for row in range(len(protected))
+        ]
 
     @property
     def heads(self) -> dict[int, int]:
-        """KV heads of each layer."""
+        """Number of KV heads of each layer."""
         return {i: values.shape[0] for i, values in self.values.items()}
 
     def sizes(self, pool: Pool) -> list[int]:
-        """Pairs that compete in each head of a pool."""
+        """Returns how many pairs compete in each head of a pool."""
         return list(_of_pool(self.free, pool))
 
     def n_counted(self, pool: Pool) -> int:
-        """Pairs of a pool that a ratio is of."""
+        """Returns how many pairs of a pool a ratio applies to."""
         return sum(_of_pool(self.counted, pool))
 
     def n_held(self, pool: Pool) -> int:
-        """Pairs of earlier turns in a pool's heads."""
+        """Returns how many pairs of earlier turns a pool's heads hold."""
         return sum(_of_pool(self.held, pool))
 
     def to_spend(self, pool: Pool, total: int) -> int:
-        """Of ``total`` pairs that a pool is to keep, those that are not protected.
+        """Returns how many unprotected pairs a pool keeps if its budget is ``total`` pairs.
 
-        At least one a layer that would be left empty, at most as many as there are.
+        Protected pairs that count towards the budget are subtracted. The result is at least one for each layer that
+        would otherwise be left empty, and at most as many as compete.
         """
         return min(max(total - sum(_of_pool(self.charged, pool)), len(self._bare(pool))), sum(self.sizes(pool)))
 
     def best_first(self, pool: Pool) -> torch.Tensor:
-        """Scores of a pool, ``[heads of all its layers, span]``, +inf at the best pair of each layer left empty else.
+        """Returns the scores of a pool, ``[heads of all its layers, span]``, with +inf at pairs that stay in any case.
 
-        Lowest position, then head, among equals; every budget holds these pairs.
+        These are the best pairs of the layers that would otherwise be left empty, one per layer; among equals the one
+        with the lowest position, then head.
         """
-        bare = self._bare(pool) if len(pool) > 1 else []  # of one layer the best comes first anyway
+        bare = self._bare(pool) if len(pool) > 1 else []  # in a pool of one layer the best pair comes first anyway
         device = self.values[pool[0][0]].device
         parts = [(i, self.values[i][heads]) for i, heads in pool]
         return torch.cat([(with_best_marked(values) if i in bare else values).to(device) for i, values in parts])
 
     def no_counts(self) -> Counts:
-        """0 for every head: ``[heads]``, int64."""
+        """Returns 0 for every head: ``layer_idx -> [heads]``, int64."""
         return {i: torch.zeros(v.shape[0], dtype=torch.int64, device=v.device) for i, v in self.values.items()}
 
     def _bare(self, pool: Pool) -> list[int]:
-        """Layers of a pool that would be left empty: nothing of them is protected, and they have pairs."""
+        """Returns the layers of a pool that would be left empty: they have competing pairs, but no protected one."""
         return [i for i, heads in pool if not any(self.protected[i][heads]) and any(self.free[i][heads])]
 
 
 def _of_pool(per_head: Numbers, pool: Pool) -> Iterator[int]:
-    return (number for i, heads in pool if i in per_head for number in per_head[i][heads])
+    return (number for i, heads in pool for number in per_head[i][heads])
 
 
-def _numbers(per_head: Mapping[int, torch.Tensor]) -> dict[int, list[int]]:
-    """Lists of ``layer_idx -> [heads]`` tensors, read from the device at once."""
-    if not per_head:
+def _numbers(per_layer: Mapping[int, torch.Tensor]) -> dict[int, Any]:
+    """Returns ``layer_idx -> [...]`` integer tensors as nested lists, read from the device in one transfer."""
+    if not per_layer:
         return {}
-    device = next(iter(per_head.values())).device
-    numbers = iter(torch.cat([values.to(device) for values in per_head.values()]).tolist())
-    return {layer_idx: [next(numbers) for _ in values] for layer_idx, values in per_head.items()}
+    device = next(iter(per_layer.values())).device
+    sizes = [numbers.numel() for numbers in per_layer.values()]
+    together = torch.cat([numbers.flatten().to(device) for numbers in per_layer.values()]).cpu()
+    parts = zip(per_layer.items(), together.split(sizes), strict=True)
+    return {layer_idx: part.view(numbers.shape).tolist() for (layer_idx, numbers), part in parts}

@@ -1,4 +1,4 @@
-"""What is asked of a budget: how much is kept, and how pairs compete for it."""
+"""The policy of a press: how much is kept, and how pairs compete for it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from kvzip_press.errors import InvalidArgumentError
 
 @dataclass(frozen=True)
 class Policy:
-    """An amount and an allocation, a value.
+    """An amount and an allocation, as a frozen value.
 
     Args:
         amount: How much is kept.
         allocation: How pairs compete.
 
     Raises:
-        InvalidArgumentError: A ratio for each layer, and an allocation under which layers compete.
+        InvalidArgumentError: The values are not an Amount and an Allocation, or the amount has a ratio for each layer
+            and layers compete under the allocation.
     """
 
     amount: Amount = field(default_factory=Ratio)
@@ -47,25 +48,25 @@ class Policy:
         safeguard: float = SAFEGUARD,
         min_kept_per_head: int = 0,
     ) -> Policy:
-        """A policy from what presses have as fields.
+        """Makes a policy from the values that presses have as fields.
 
         Args:
             compression_ratio: Fraction of pairs removed, in [0, 1).
             allocation: "global", "layer", "head", "adakv", or an :class:`kvzip_press.budget.allocators.Allocation`.
-            budget: Instead of a ratio: tokens' worth of pairs kept.
-            layer_ratios: Instead of one ratio: each layer's own.
-            safeguard: Of "adakv".
-            min_kept_per_head: Unprotected pairs that every head keeps.
+            budget: Tokens' worth of pairs to keep, instead of a ratio.
+            layer_ratios: A ratio for each layer, instead of one for all.
+            safeguard: AdaKV's alpha, for "adakv", in [0, 1].
+            min_kept_per_head: Number of unprotected pairs that every head keeps at least.
 
         Raises:
-            InvalidArgumentError: A value out of range, or values that contradict each other.
+            InvalidArgumentError: A value is out of range, or values contradict each other.
         """
         allocation = allocation_of(allocation, min_kept_per_head=min_kept_per_head, safeguard=safeguard)
         return cls(amount_of(compression_ratio, budget, layer_ratios), allocation)
 
     @property
     def compression_ratio(self) -> float:
-        """The fraction removed that the amount names; 0.0 where it names none."""
+        """The fraction removed, if the amount names one; 0.0 otherwise."""
         return self.amount.compression_ratio
 
     def asked(
@@ -74,11 +75,11 @@ class Policy:
         allocation: str | Allocation | None = None,
         budget: int | None = None,
     ) -> Policy:
-        """The policy under what an eviction asks for; None for what it leaves as it is.
+        """Returns the policy with the values that an eviction asks for; None leaves a value as it is.
 
         Raises:
-            InvalidArgumentError: A value out of range, a ratio and a budget, or anything else than what a press has
-                decided by itself.
+            InvalidArgumentError: A value is out of range, both a ratio and a budget are given, or the press decided its
+                own counts and something else is asked for.
         """
         if compression_ratio is not None and budget is not None:
             raise InvalidArgumentError(
@@ -99,7 +100,7 @@ class Policy:
         return policy
 
     def _allocation(self, given: str | Allocation) -> Allocation:
-        """The one of a short name keeps the floors that there are."""
+        """Returns the allocation that is asked for; one given by its short name keeps the present floors."""
         if isinstance(given, Allocation):
             return given
         own = self.allocation

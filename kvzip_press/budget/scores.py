@@ -1,4 +1,4 @@
-"""What a scorer hands on: the importance of every key/value pair, and how the press would spend a budget on it."""
+"""The result of a scorer: the importance of every key/value pair, and how the press would spend a budget on it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Scores:
 
     Attributes:
         layers: ``layer_idx -> [batch, num_key_value_heads, span]``, fp32, higher is more important. Only layers that
-            can be compressed appear. What stands at protected or padded positions does not matter.
+            can be compressed appear. The values at protected or padded positions do not matter, but must be finite.
         protected: ``[batch, span]``, bool: positions that no head may lose (chat-template prefix, sink, window).
-        policy: How much the press would keep and how it would spend that. One that decides by itself how many pairs
-            each head keeps hands over a policy with :class:`kvzip_press.budget.allocators.Decided`.
-        protected_count: Whether protected pairs count inside the budget, as most papers have it (KVzip does not); a
-            mask ``[batch, span]``, bool, where those of some positions do (Fast KVzip: the window, not the prefix).
-        carried: Whether the pairs that stay carry their scores, for evictions while the model writes.
+        policy: How much the press would keep and how it would spend that. A press that decides itself how many pairs
+            each head keeps uses a policy with :class:`kvzip_press.budget.allocators.Decided`.
+        protected_count: Whether protected pairs count towards the budget, as in most papers (not in KVzip); or a mask
+            ``[batch, span]``, bool, if only those of some positions do (Fast KVzip: the window, not the prefix).
+        carried: Whether the pairs that stay carry their scores, for evictions while the model generates.
 
     Raises:
-        InvalidArgumentError: Scores that are not finite or not of one span, something else than a policy, or a policy
+        InvalidArgumentError: The scores are not finite or not of one span, ``policy`` is not a Policy, or the policy is
             for other layers than were scored.
     """
 
@@ -53,12 +53,12 @@ class Scores:
 
     @property
     def charged(self) -> torch.Tensor:
-        """``[batch, span]``, bool: the protected positions whose pairs count inside the budget."""
+        """``[batch, span]``, bool: the protected positions whose pairs count towards the budget."""
         return self.protected & self.protected_count
 
     @property
     def is_decided(self) -> bool:
-        """Whether the press spent its budget itself, so that no other ratio can be asked of these scores."""
+        """Whether the press decided the counts itself, so that no other ratio can be asked of these scores."""
         return isinstance(self.policy.allocation, Decided)
 
     def asked_for(
@@ -67,11 +67,11 @@ class Scores:
         allocation: str | Allocation | None = None,
         budget: int | None = None,
     ) -> Scores:
-        """The same scores under what an eviction asks for; None for what it leaves to them.
+        """Returns the same scores with the policy that an eviction asks for; None leaves a value as it is.
 
         Raises:
-            InvalidArgumentError: A value out of range, a ratio and a budget, or anything else than what a press has
-                decided by itself.
+            InvalidArgumentError: A value is out of range, both a ratio and a budget are given, or the press decided its
+                own counts and something else is asked for.
         """
         policy = self.policy.asked(compression_ratio, allocation, budget)
         return self if policy == self.policy else replace(self, policy=policy)

@@ -1,4 +1,4 @@
-"""From scores and counts to keep masks."""
+"""Turns scores and counts into keep masks."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ def select(
     of_all: bool = False,
     held: Mapping[int, torch.Tensor] | None = None,
 ) -> dict[int, torch.Tensor]:
-    """Which pairs stay.
+    """Selects the pairs that stay.
 
     Args:
         scores: Scores with their policy.
         valid: ``[batch, span]``, bool, False at padding, which is never kept.
         among: ``layer_idx -> [batch, heads, span]``, bool: the pairs that are left to choose from, as an earlier
             selection returned them; None for all.
-        of_all: Whether a ratio is of all pairs and not of those that are left.
-        held: Pairs of earlier turns inside a budget in tokens, see :func:`kvzip_press.budget.allocation.allocate`.
+        of_all: Whether a ratio applies to all pairs, rather than to those that are left.
+        held: Pairs of earlier turns that count towards a budget in tokens, see
+            :func:`kvzip_press.budget.allocation.allocate`.
 
     Returns:
         ``layer_idx -> [batch, num_key_value_heads, span]``, bool: every protected pair, and in each head the best
@@ -44,12 +45,15 @@ def select(
 
 
 def top_mask(values: torch.Tensor, counts: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
-    """The ``counts`` largest eligible entries of each head; equal entries go by lower position.
+    """Returns a mask of the ``counts`` largest eligible entries of each head; ties go to the lower position.
 
     Args:
         values: ``[batch, heads, span]``, no NaN, -inf where nothing can be kept.
-        counts: ``[batch, heads]``, int64, at most the entries of the head that can be kept.
+        counts: ``[batch, heads]``, int64, at most the number of entries of the head that can be kept.
         eligible: ``[batch, span]``, bool.
+
+    Returns:
+        ``[batch, heads, span]``, bool.
     """
     candidates = values.masked_fill(~eligible.unsqueeze(1), -torch.inf)
     order = candidates.argsort(dim=-1, descending=True, stable=True)

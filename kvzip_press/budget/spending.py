@@ -1,4 +1,4 @@
-"""Spending one pool's budget: tensors of scores in, pairs per head out."""
+"""Spends the budget of one pool: takes tensors of scores, returns numbers of pairs per head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def with_best_marked(values: torch.Tensor) -> torch.Tensor:
-    """A copy of ``[heads, n]`` with +inf at its largest entry (lowest column, then row, among equals)."""
+    """Returns a copy of ``[heads, n]`` with +inf at its largest entry (lowest column, then row, among equals)."""
     best = values.T.reshape(-1).argmax()
     marked = values.clone()
     marked[best % values.shape[0], best // values.shape[0]] = torch.inf
@@ -17,11 +17,11 @@ def with_best_marked(values: torch.Tensor) -> torch.Tensor:
 
 
 def spend(values: torch.Tensor, sizes: Sequence[int], budget: int, n_reserved: int) -> torch.Tensor:
-    """How many pairs of each head are among the best ``budget`` ones, of which ``n_reserved`` go to heads in turns.
+    """Returns how many pairs of each head are among the ``budget`` best, of which heads take ``n_reserved`` in turns.
 
     Args:
-        values: ``[heads, n]``, -inf where nothing competes, +inf at what comes first in any case.
-        sizes: Pairs that compete in each head.
+        values: ``[heads, n]``, -inf at pairs that do not compete, +inf at those that come first in any case.
+        sizes: Number of competing pairs in each head.
         budget: 1 to the sum of ``sizes``.
         n_reserved: 0 to ``budget``.
 
@@ -34,7 +34,7 @@ def spend(values: torch.Tensor, sizes: Sequence[int], budget: int, n_reserved: i
 
 
 def _turns_first(values: torch.Tensor, sizes: Sequence[int], n_reserved: int) -> torch.Tensor:
-    """Scores with +inf at the first ``n_reserved`` pairs when heads take turns, each with its best one left."""
+    """Returns scores with +inf at the first ``n_reserved`` pairs when heads take turns, each its best remaining one."""
 
     def taken(turns: int) -> int:
         return sum(min(size, turns) for size in sizes)
@@ -43,7 +43,7 @@ def _turns_first(values: torch.Tensor, sizes: Sequence[int], n_reserved: int) ->
     rest = n_reserved - taken(turns)
     order = values.argsort(dim=1, descending=True, stable=True)
     marked = values.scatter(1, order[:, :turns], torch.inf)
-    if rest:  # a last turn that not all heads have: the better pairs, among equals by position, then head
+    if rest:  # the last turn, which not all heads get, goes to the better pairs; ties by position, then head
         head_next = order[:, turns]
         by_position = head_next.argsort(stable=True)
         scored = values.gather(1, head_next.unsqueeze(1)).squeeze(1)[by_position]
@@ -53,7 +53,7 @@ def _turns_first(values: torch.Tensor, sizes: Sequence[int], n_reserved: int) ->
 
 
 def top_counts(values: torch.Tensor, budget: int) -> torch.Tensor:
-    """How many of the ``budget`` largest entries lie in each row; equal entries go by lower column, then lower row.
+    """Returns how many of the ``budget`` largest entries are in each row; ties go to the lower column, then row.
 
     Args:
         values: ``[segments, n]``, fp32, no NaN.
@@ -70,17 +70,17 @@ def top_counts(values: torch.Tensor, budget: int) -> torch.Tensor:
 
 
 def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """The k-th largest entry, ``[]``, of ``values``, fp32 without NaN, ``1 <= k <= values.numel()``."""
+    """Returns the k-th largest entry, ``[]``, of ``values``, fp32 without NaN, ``1 <= k <= values.numel()``."""
     if values.is_cuda:
         return kth_largest_by_bits(values, k)
     return values.reshape(-1).kthvalue(values.numel() - k + 1).values
 
 
 def kth_largest_by_bits(values: torch.Tensor, k: int) -> torch.Tensor:
-    """The same, found bit by bit by counting what is not below: for GPUs.
+    """Does what :func:`kth_largest` does, for GPUs: finds the entry bit by bit, counting entries not below a bound.
 
-    CUDA's ``kthvalue`` is one block's work (122 ms for the 17 million scores of an 8B model at 65536 tokens), and its
-    ``topk`` a sort with 64-bit indices. Counting 32 times takes little time and no memory to speak of.
+    CUDA's ``kthvalue`` runs in a single block (122 ms for the 17 million scores of an 8B model at 65536 tokens), and
+    its ``topk`` sorts with 64-bit indices. Counting 32 times takes little time and almost no memory.
     """
     ordered = _ordered(values.contiguous().view(torch.int32))
     lower = ordered.new_tensor(-(2**31))
@@ -91,5 +91,5 @@ def kth_largest_by_bits(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _ordered(bits: torch.Tensor) -> torch.Tensor:
-    """Bits of floats as integers in the floats' order, and back: negative floats grow downwards."""
+    """Maps the bits of floats to integers in the floats' order, and back; those of negative floats grow downwards."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -1,1 +1,1 @@
-"""What is kept."""
+"""Compressed caches: packed pairs, the tail that grows after them, and their files."""

@@ -1,4 +1,4 @@
-"""Which caches, and which of their layers, can be compressed; and what is read of such a layer, dense or ragged."""
+"""Tells which caches, and which of their layers, can be compressed; and reads such a layer, dense or ragged."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def compressible_layers(model: nn.Module, cache: Any) -> dict[int, AttentionLayer]:
-    """The layers of a cache that can be compressed, by index: the model's full-attention layers.
+    """Returns the layers of a cache that can be compressed, by layer index: the model's full-attention layers.
 
     Raises:
-        UnsupportedModelError: The model has none.
-        UnsupportedCacheError: A cache, or a layer of it, of a kind that cannot be compressed; or rows that have read
-            questions of different length since they were compressed.
+        UnsupportedModelError: The model has no full-attention layer, or has layers without keys and values.
+        UnsupportedCacheError: The cache, or a layer of it, is of a kind that cannot be compressed; or its rows have
+            read questions of different lengths since they were compressed.
     """
     layers = {layer.layer_idx: layer for layer in full_attention_layers(model)}
     check_cache(cache)
@@ -40,7 +40,7 @@ def compressible_layers(model: nn.Module, cache: Any) -> dict[int, AttentionLaye
 
 
 def check_cache(cache: Any) -> None:
-    """Raises UnsupportedCacheError for caches that cannot be compressed (static, quantized, offloaded, none)."""
+    """Raises UnsupportedCacheError if ``cache`` cannot be compressed: if it is static, quantized, offloaded or none."""
     if not isinstance(cache, compat.Cache) or not hasattr(cache, "layers"):
         raise UnsupportedCacheError(f"expected a DynamicCache, got {type(cache).__name__}")
     if getattr(cache, "offloading", False):
@@ -54,7 +54,7 @@ def check_cache(cache: Any) -> None:
 
 
 def check_not_evicted(cache: Any, start: int) -> None:
-    """Raises UnsupportedCacheError when pairs of the span that begins at ``start`` are gone already."""
+    """Raises UnsupportedCacheError if pairs of the span that begins at ``start`` have already been evicted."""
     for layer in cache.layers:
         if isinstance(layer, RaggedLayer) and layer.n_context > start:
             raise UnsupportedCacheError(
@@ -64,20 +64,20 @@ def check_not_evicted(cache: Any, start: int) -> None:
 
 
 def heads_and_device(layer: Any) -> tuple[int, torch.device]:
-    """KV heads and device of a dense or ragged cache layer."""
+    """Returns the number of KV heads and the device of a dense or ragged cache layer."""
     if isinstance(layer, RaggedLayer):
         return layer.packed.num_heads, layer.packed.device
     return layer.keys.shape[1], layer.keys.device
 
 
 def last_pairs(layer: Any, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the last ``n_tokens`` columns of a dense layer, or of a ragged layer's tail, as views.
+    """Returns keys and values of the last ``n_tokens`` columns of a dense layer or of a ragged layer's tail, as views.
 
     Returns:
         ``[batch, num_heads, n_tokens, head_dim]`` and ``[batch, num_heads, n_tokens, v_head_dim]``.
 
     Raises:
-        UnsupportedCacheError: The layer does not hold them: they were evicted.
+        UnsupportedCacheError: The layer no longer holds them, because they were evicted.
     """
     dense = layer.tail if isinstance(layer, RaggedLayer) else layer
     keys, values = dense.keys, dense.values

@@ -1,7 +1,7 @@
-"""Compressed caches that wait elsewhere: many in host memory, the one that is asked on the GPU.
+"""Moves compressed caches between devices: many can wait in host memory, with only the one in use on the GPU.
 
-A cache is moved whole. Bringing it over layer by layer in every forward, as transformers' offloaded caches do, would
-move at each decode step what eviction made small enough to stay.
+A cache is moved as a whole. Moving it layer by layer in every forward, as transformers' offloaded caches do, would move
+at each decode step what eviction has made small enough to stay.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from kvzip_press.model.structure import attention_layers
 
 
 def move_layers(layers: Sequence[Any], target: torch.device | str | nn.Module) -> None:
-    """Moves the layers of a compressed cache, in place; what forks share with it stays where it is.
+    """Moves the layers of a compressed cache in place; forks keep the tensors that they share with it where they are.
 
     Args:
-        layers: Ragged layers, and dense or sliding ones beside them.
-        target: A device for all of them, or the model that made them: each to the device of its layer.
+        layers: Ragged layers, and any dense or sliding ones beside them.
+        target: A device for all layers, or the model that made them, which sends each layer to the device of its own.
 
     Raises:
-        CacheMismatchError: The model has no attention in one of the layers.
-        UnsupportedCacheError: A layer of another kind.
+        CacheMismatchError: The model does not have attention in just these layers.
+        UnsupportedCacheError: A layer holds no keys and values.
     """
     devices = _devices(layers, target)
     for layer in layers:

@@ -1,8 +1,8 @@
 """The frozen part of a ragged layer: the kept pairs of all heads, packed one after another.
 
-A pair has columns: those in which a storage holds its key and its value, its position, and its score where it carries
-one. They are ordered by (batch row, KV head, position); ``cu_seqlens`` marks where the segment of each (row, head)
-begins. All columns travel together.
+A pair has an entry in each column: in those in which the storage holds keys and values, in that of positions, and in
+that of scores if pairs carry one. The entries are ordered by (batch row, KV head, position); ``cu_seqlens`` marks where
+the segment of each (row, head) begins. Whatever moves pairs moves all columns.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class PackedPairs:
 
     Attributes:
         columns: ``[total_kept, ...]`` each: the storage's own, "positions" (int32, the position of each pair in its own
-            row, padding not counted) and, where pairs may be evicted by it later, "scores" (fp32, what each pair got
-            when it was read).
+            row, not counting padding) and, if pairs may be evicted by it later, "scores" (fp32, what each pair got when
+            it was read).
         cu_seqlens: ``[num_rows * num_heads + 1]``, int32, starts at 0 and ends at ``total_kept``.
-        num_heads: KV heads of the layer.
-        storage: What the columns of keys and values are.
-        pool: The pool of all layers that these tensors are views of, which changes while a model writes; None where
-            they are their own, and frozen.
+        num_heads: Number of KV heads of the layer.
+        storage: How the columns hold keys and values.
+        pool: The pool of all layers that these tensors are views of, which changes while a model generates; None if
+            they are not views of a pool, and frozen.
     """
 
     columns: Mapping[str, torch.Tensor]
@@ -58,8 +58,8 @@ class PackedPairs:
             values: ``[batch, num_heads, n, v_head_dim]``.
             keep: ``[batch, num_heads, n]``, bool.
             positions: ``[batch, n]``, int32.
-            scores: ``[batch, num_heads, n]``, fp32, to be kept with the pairs.
-            storage: How they are stored.
+            scores: ``[batch, num_heads, n]``, fp32, to be kept with the pairs; None for none.
+            storage: How keys and values are stored.
         """
         kind = storage.of(keys, values)
         columns = _dense_columns(kind, keys, values, positions, scores)
@@ -68,7 +68,10 @@ class PackedPairs:
 
     @classmethod
     def joined(cls, parts: Sequence[PackedPairs]) -> PackedPairs:
-        """A copy with the rows of all parts one after another; the parts have the same heads, storage and columns."""
+        """Returns a copy with the rows of all parts, one part after another.
+
+        The parts have the same heads, storage and columns.
+        """
         ends = torch.stack([part.cu_seqlens[-1] for part in parts]).cumsum(0)
         starts = torch.nn.functional.pad(ends, (1, 0))
         bounds = [part.cu_seqlens[:-1] + start for part, start in zip(parts, starts, strict=False)]
@@ -82,27 +85,27 @@ class PackedPairs:
 
     @property
     def scores(self) -> torch.Tensor | None:
-        """What each pair got when it was read, ``[total_kept]``, fp32; None where nothing is evicted later by it."""
+        """The score each pair got when it was read, ``[total_kept]``, fp32; None if the pairs carry none."""
         return self.columns.get(SCORES)
 
     @property
     def device(self) -> torch.device:
-        """Where the pairs are."""
+        """The device that the pairs are on."""
         return self.cu_seqlens.device
 
     @property
     def num_rows(self) -> int:
-        """Batch rows that the segments belong to."""
+        """Number of batch rows that the segments belong to."""
         return (self.cu_seqlens.numel() - 1) // self.num_heads
 
     @property
     def seqlens(self) -> torch.Tensor:
-        """Kept pairs of each row and head, ``[num_rows, num_heads]``, int32."""
+        """Number of kept pairs of each row and head, ``[num_rows, num_heads]``, int32."""
         return self.cu_seqlens.diff().view(self.num_rows, self.num_heads)
 
     @property
     def pair_bytes(self) -> int:
-        """Bytes of a pair, all its columns counted."""
+        """Bytes per pair, over all its columns."""
         return sum(column.shape[1:].numel() * column.element_size() for column in self.columns.values())
 
     @property
@@ -113,51 +116,54 @@ class PackedPairs:
     def attend(
         self, query: torch.Tensor, tail_keys: torch.Tensor | None, tail_values: torch.Tensor | None, **options: Any
     ) -> Attended:
-        """Exact attention to these pairs and a dense tail behind them: see :meth:`Storage.attend`."""
+        """Computes exact attention to these pairs and a dense tail after them: see :meth:`Storage.attend`."""
         return self.storage.attend(query, self.columns, self.cu_seqlens, tail_keys, tail_values, **options)
 
     def frozen(self) -> PackedPairs:
-        """These pairs in memory that nobody writes into: themselves, or a copy of what lies in a pool."""
+        """Returns these pairs in memory that nothing writes to: this object, or a copy if they lie in a pool."""
         if self.pool is None:
             return self
         columns = {name: column.clone() for name, column in self.columns.items()}
         return replace(self, columns=columns, cu_seqlens=self.cu_seqlens.clone(), pool=None)
 
     def to(self, device: torch.device) -> PackedPairs:
-        """These pairs on a device: themselves where they are there already."""
+        """Returns these pairs on a device: this object if they are already there, else a copy."""
         if self.device == device:
             return self
         columns = {name: column.to(device) for name, column in self.columns.items()}
         return replace(self, columns=columns, cu_seqlens=self.cu_seqlens.to(device), pool=None)
 
     def head_positions(self, row: int, head: int) -> torch.Tensor:
-        """Positions kept by one head, ascending, ``[kept]``, int32."""
+        """Returns the positions kept by one head, ascending, ``[kept]``, int32."""
         segment = row * self.num_heads + head
         return self.positions[int(self.cu_seqlens[segment]) : int(self.cu_seqlens[segment + 1])].clone()
 
     def first_pairs(self, row: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first ``count`` keys and values of every head of a row, ``[1, num_heads, count, head_dim]``.
+        """Returns the first ``count`` keys and values of every head of a row.
 
-        Only meaningful for a prefix that no head has lost.
+        This is only meaningful for a prefix that no head has lost.
+
+        Returns:
+            ``[1, num_heads, count, head_dim]`` and ``[1, num_heads, count, v_head_dim]``, in the model's dtype.
         """
         starts = self.cu_seqlens[row * self.num_heads : (row + 1) * self.num_heads].long()
         index = starts[:, None] + torch.arange(count, device=starts.device)
         return self.storage.decode({name: column[index].unsqueeze(0) for name, column in self.columns.items()})
 
     def rows_between(self, start: int, stop: int, cu_seqlens: torch.Tensor, pool: Any) -> PackedPairs:
-        """Pairs ``start`` to ``stop`` as views, which are the segments ``cu_seqlens``, from 0 on."""
+        """Returns pairs ``start`` to ``stop`` as views, with the segments ``cu_seqlens``, which begin at 0."""
         columns = {name: column[start:stop] for name, column in self.columns.items()}
         return replace(self, columns=columns, cu_seqlens=cu_seqlens, pool=pool)
 
     def emptied(self, num_rows: int) -> PackedPairs:
-        """No pairs, of the same kind, in ``num_rows`` rows."""
+        """Returns an object of the same kind with ``num_rows`` rows and no pairs."""
         columns = {name: column.new_empty(0, *column.shape[1:]) for name, column in self.columns.items()}
         return replace(
             self, columns=columns, cu_seqlens=self.cu_seqlens.new_zeros(num_rows * self.num_heads + 1), pool=None
         )
 
     def select_rows(self, rows: Iterable[int]) -> PackedPairs:
-        """A copy that holds the given batch rows, in their order."""
+        """Returns a copy that holds the given batch rows, in the given order."""
         index = torch.as_tensor(list(rows), dtype=torch.int64, device=self.device)
         own = ragged_pack.Packed(tuple(self.columns.values()), self.cu_seqlens)
         return self._replaced(self.columns, ragged_pack.select_rows(own, index, self.num_heads))
@@ -171,15 +177,16 @@ class PackedPairs:
         kept: torch.Tensor | None = None,
         scores: torch.Tensor | None = None,
     ) -> PackedPairs:
-        """A new object: these pairs, and behind them in each head those of a dense tail where ``keep`` is True.
+        """Returns a new object: these pairs and, after them in each head, those of a dense tail where ``keep`` is True.
 
         Args:
             keys: ``[num_rows, num_heads, t, head_dim]``.
             values: ``[num_rows, num_heads, t, v_head_dim]``.
             positions: ``[num_rows, t]``, int32.
             keep: ``[num_rows, num_heads, t]``, bool.
-            kept: ``[total_kept]``, bool, which of these pairs stay; None for all.
-            scores: ``[num_rows, num_heads, t]``, fp32, of the tail; without them these pairs lose theirs.
+            kept: ``[total_kept]``, bool: which of these pairs stay; None for all.
+            scores: ``[num_rows, num_heads, t]``, fp32, of the tail. If None, these pairs lose theirs; if these have
+                none, the tail's are dropped.
         """
         tail = _dense_columns(self.storage, keys, values, positions, None if self.scores is None else scores)
         own = ragged_pack.Packed(tuple(self.columns[name] for name in tail), self.cu_seqlens)
@@ -193,7 +200,7 @@ class PackedPairs:
 def _dense_columns(
     storage: Storage, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, scores: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """All columns of a dense span, ``[batch, num_heads, n, ...]``."""
+    """Returns all columns of a dense span, ``[batch, num_heads, n, ...]`` each."""
     columns = storage.encode(keys, values)
     columns[POSITIONS] = positions.unsqueeze(1).expand(keys.shape[:3])
     if scores is not None:

@@ -1,8 +1,8 @@
-"""Reading rows of different length behind a cache: layers that stand in during one forward over a left-padded block.
+"""Reads rows of different lengths into a cache: layers that stand in during one forward over a left-padded block.
 
-Each row's earlier tokens move over the padding of its block, so that the cache always holds rows with padding on their
-left alone: sliding windows count the columns between two tokens, and every later forward needs no more than one number
-a row. Where nothing was read since the context, as for a first question, ragged layers have nothing to move.
+Each row's earlier tokens move over the padding of its block, so that the rows of the cache are always padded on the
+left only: sliding windows count the columns between two tokens, and every later forward needs no more than one number
+per row. If nothing was read since the context, as for a first question, ragged layers have nothing to move.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvzip_press.errors import UnsupportedCacheError
 
 
 class BlockLayer(compat.CacheLayerMixin):
-    """Stands in for a layer of the cache while it reads a block; what is read stays in the layer.
+    """Stands in for a layer of the cache while a block is read; what is read stays in that layer.
 
     Args:
         layer: A ragged or a sliding layer.
@@ -32,7 +32,7 @@ class BlockLayer(compat.CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds ``[batch, num_heads, n, head_dim]`` to the layer, and returns what attention shall see."""
+        """Adds ``[batch, num_heads, n, head_dim]`` to the layer, and returns what attention is to see."""
         if isinstance(self.layer, RaggedLayer):
             return self.layer.append(key_states, value_states, self.padding)
         seen = self.layer.update(key_states, value_states)
@@ -43,33 +43,33 @@ class BlockLayer(compat.CacheLayerMixin):
         return keys, values
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to initialise."""
+        """Does nothing: there is nothing to initialise."""
 
     def get_mask_sizes(self, cache_position: Any) -> tuple[int, int]:
-        """As the layer's own."""
+        """Returns the layer's own mask sizes."""
         sizes: tuple[int, int] = self.layer.get_mask_sizes(cache_position)
         return sizes
 
     def get_seq_length(self) -> int:
-        """As the layer's own."""
+        """Returns the layer's own length."""
         return int(self.layer.get_seq_length())
 
     def get_max_cache_shape(self) -> int:
-        """As the layer's own."""
+        """Returns the layer's own maximum."""
         return int(self.layer.get_max_cache_shape())
 
     get_max_length = get_max_cache_shape
 
 
 def block_cache(cache: Any, padding: torch.Tensor) -> Any:
-    """A cache for one forward over a block behind ``cache``, which grows by it.
+    """Returns a cache for one forward that reads a block into ``cache``.
 
     Args:
         cache: A compressed cache.
         padding: int64 ``[batch]``, columns of padding on the left of the block.
 
     Raises:
-        UnsupportedCacheError: No layer is ragged, or one is neither ragged nor sliding.
+        UnsupportedCacheError: No layer is ragged, or a layer is neither ragged nor sliding.
     """
     kinds = {type(layer) for layer in cache.layers}
     if RaggedLayer not in kinds or kinds - {RaggedLayer, compat.DynamicSlidingWindowLayer}:
@@ -85,9 +85,9 @@ def drop_ends_of_sliding(layer: Any, counts: torch.Tensor, *, n_columns: int) ->
     """Drops the last ``counts`` ``[batch]`` tokens of each row of a sliding layer that still holds all of them.
 
     Args:
-        layer: The layer; where no token is dropped, it may have lost its first ones.
-        counts: int64.
-        n_columns: Columns seen that are left: those that are padding in every row go, too.
+        layer: The layer. If no token is dropped, it may have lost its first ones already.
+        counts: int64 ``[batch]``, number of tokens to drop from each row.
+        n_columns: Number of columns seen that remain; columns that are padding in every row are dropped, too.
     """
     held = min(n_columns, layer.keys.shape[2])
     layer.keys, layer.values = (ends_dropped(tokens, counts, held) for tokens in (layer.keys, layer.values))

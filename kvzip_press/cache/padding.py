@@ -1,4 +1,4 @@
-"""Rows of different length side by side: padding lies on the left of a row, so that all rows end in the same column."""
+"""Rows of different lengths side by side: padding is on the left of a row, so that all rows end in the same column."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvzip_press.errors import InvalidArgumentError
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids ``[batch, longest]``, int64, 0 at padding, and a bool mask of the same shape, False there."""
+    """Returns ids ``[batch, longest]``, int64, 0 at padding, and a bool mask of the same shape, False at padding."""
     longest = max(len(row) for row in rows)
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -18,14 +18,14 @@ def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[to
 
 
 def padding_in(attention_mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor | None:
-    """Columns of padding on the left of each row, int64 ``[batch]``; None where no row has any.
+    """Returns the number of columns of padding on the left of each row, int64 ``[batch]``; None if no row has any.
 
     Args:
         attention_mask: ``[batch, n]``, 0 or False at padding.
-        shape: ``(batch, n)`` that it has to have.
+        shape: ``(batch, n)``, the shape that the mask must have.
 
     Raises:
-        InvalidArgumentError: Another shape, padding elsewhere than on the left, or a row of nothing else.
+        InvalidArgumentError: The mask has another shape, padding elsewhere than on the left, or a row of padding only.
     """
     if tuple(attention_mask.shape) != shape:
         raise InvalidArgumentError(f"expected an attention_mask of shape {shape}, got {tuple(attention_mask.shape)}")
@@ -37,17 +37,20 @@ def padding_in(attention_mask: torch.Tensor, shape: tuple[int, int]) -> torch.Te
 
 
 def visible_columns(padding: torch.Tensor, n_columns: int) -> torch.Tensor:
-    """Bool ``[batch, n_columns]``, False at the padding on the left."""
+    """Returns a mask, bool ``[batch, n_columns]``, False at the padding on the left."""
     return torch.arange(n_columns, device=padding.device) >= padding[:, None]
 
 
 def moved_over_padding(tokens: torch.Tensor, n_before: int, padding: torch.Tensor) -> torch.Tensor:
-    """Moves what each row holds over the padding of the block that follows it, so that no hole stays between the two.
+    """Moves each row's earlier tokens over the padding of the block that follows, so that no gap stays between the two.
 
     Args:
-        tokens: ``[batch, num_heads, columns, head_dim]``: what was there, then the block.
+        tokens: ``[batch, num_heads, columns, head_dim]``: the earlier tokens, then the block.
         n_before: Columns before the block.
         padding: int64 ``[batch]``, columns of padding on the left of the block.
+
+    Returns:
+        A new tensor of the same shape; the padding on the left has arbitrary content.
     """
     columns = torch.arange(tokens.shape[2], device=tokens.device)
     shifts = padding.to(tokens.device)[:, None]
@@ -55,12 +58,15 @@ def moved_over_padding(tokens: torch.Tensor, n_before: int, padding: torch.Tenso
 
 
 def ends_dropped(tokens: torch.Tensor, counts: torch.Tensor, n_columns: int) -> torch.Tensor:
-    """Drops ``counts`` ``[batch]`` tokens from the end of each row; the rows end together again in ``n_columns``."""
+    """Drops ``counts`` ``[batch]`` tokens from the end of each row, and right-aligns what is left in ``n_columns``."""
     first = tokens.shape[2] - n_columns - counts.to(tokens.device)[:, None]
     return columns_taken(tokens, first + torch.arange(n_columns, device=tokens.device))
 
 
 def columns_taken(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Column ``index[row, i]`` of each row as its column i; what lies before the first is padding, of any content."""
+    """Returns a tensor whose column i in each row is column ``index[row, i]``.
+
+    Columns before the first one are padding, of arbitrary content.
+    """
     index = index.clamp(min=0)[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])
     return tokens.gather(2, index)

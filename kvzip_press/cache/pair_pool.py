@@ -1,8 +1,8 @@
-"""The pairs of all compressed layers in one place, so that they can compete while a model writes.
+"""The pairs of all compressed layers in one place, so that they can compete while a model generates.
 
-With a budget over all layers, how many pairs a layer keeps changes at every eviction, and how many there are in all
-does not. So the layers are views of one set of columns that is written in place: a captured decode step finds it where
-it was, and one merge serves all layers at once.
+With a budget over all layers, the number of pairs in a layer changes at every eviction, but their total does not. So
+the layers are views of one set of columns that is written in place: a captured decode step finds it at the same
+addresses, and one merge serves all layers at once.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
 
+ROWS_AT_ONCE = 8  # that are laid out together: what that takes in memory is bounded, whatever the batch
+
 
 class PairPool:
-    """Pairs of some layers with the same heads, batch row for batch row.
+    """The pairs of several layers with the same heads and batch rows.
 
     Args:
         layers: Compressed layers whose pairs have scores; they become views of the pool at the first :meth:`evict`.
 
     Attributes:
-        packed: All pairs, as of ``num_layers * batch`` rows, layer by layer.
-        num_layers: How many layers.
-        batch_size: Batch rows of each.
+        packed: All pairs, as those of ``num_layers * batch`` rows, layer by layer.
+        num_layers: Number of layers.
+        batch_size: Batch rows of each layer.
 
     Raises:
-        CacheMismatchError: Pairs without scores.
-        UnsupportedCacheError: Layers of different shape or on different devices, or rows that share pairs (beams).
+        CacheMismatchError: The pairs carry no scores.
+        UnsupportedCacheError: The layers differ in shape or device, or rows share pairs (beams).
     """
 
     def __init__(self, layers: Sequence[RaggedLayer]) -> None:
@@ -44,22 +46,22 @@ class PairPool:
 
     @classmethod
     def of(cls, layers: Sequence[RaggedLayer]) -> PairPool:
-        """The pool that the layers are views of, or a new one."""
+        """Returns the pool that the layers are views of, or a new one."""
         pool = layers[0].packed.pool
         known = isinstance(pool, cls) and all(layer.packed.pool is pool for layer in layers)
         return pool if known else cls(layers)
 
     def evict(self, layers: Sequence[RaggedLayer], due: torch.Tensor, *, policy: Policy, window_size: int) -> None:
-        """Merges the layers' tails into the pool and cuts rows as a policy says, their protected pairs included.
+        """Merges the layers' tails into the pool, and cuts rows to what a policy leaves them, protected pairs included.
 
-        The first tokens that no head has lost stay, and the last ``window_size``; of the rest those that win under the
-        policy, which are exactly those that a prefill would keep of the same scores. The tails are empty afterwards.
+        The first tokens that no head has lost stay, and so do the last ``window_size``. Of the others, exactly those
+        stay that a prefill with the same scores would keep under the policy. The tails are empty afterwards.
 
         Args:
-            layers: The layers that the pool was made of, with the tokens since.
-            due: Bool ``[batch]``, the rows that are cut.
-            policy: How much a row keeps, all that it holds counted, and how its pairs compete.
-            window_size: Last tokens that every head keeps.
+            layers: The layers of the pool, with the tokens that were read since in their tails.
+            due: Bool ``[batch]``, the rows to cut.
+            policy: How much a row keeps, counting everything that it holds, and how its pairs compete.
+            window_size: Number of last tokens that every head keeps.
 
         Raises:
             CacheMismatchError: A token of a tail has no score.
@@ -74,9 +76,10 @@ class PairPool:
             )
         pairs = self._all_pairs(scores, valid, positions)
         kept = pairs.alive.clone()
-        for row in due.nonzero()[:, 0].tolist():
-            safe = (layers[0].n_protected[row], int(ends[row]) - window_size)
-            pairs.cut(kept, row, safe, policy)
+        first = torch.tensor(layers[0].n_protected, device=ends.device)
+        safe = torch.stack([first, ends - window_size], dim=1)
+        for rows in due.nonzero()[:, 0].split(ROWS_AT_ONCE):
+            pairs.cut(kept, rows, safe[rows], policy)
         keys, values = (
             torch.stack([getattr(tail, name) for tail in tails]).flatten(0, 1) for name in ("keys", "values")
         )
@@ -85,7 +88,7 @@ class PairPool:
         self._hand_out(layers)
 
     def _all_pairs(self, scores: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor) -> _Pairs:
-        """The packed pairs, and behind them the columns of all tails ``[rows, heads, n]``."""
+        """Returns the packed pairs and, after them, the columns of all tails ``[rows, heads, n]``."""
         packed, shape = self.packed, scores.shape
         assert packed.scores is not None
         segments = torch.arange(shape[0] * packed.num_heads, device=scores.device)
@@ -103,7 +106,7 @@ class PairPool:
         )
 
     def _put(self, new: PackedPairs) -> None:
-        """Takes the new pairs, in the memory that is there where they fit it."""
+        """Takes over the new pairs, in the memory of the old ones if they fit it."""
         old = self.packed
         if new.positions.shape != old.positions.shape:
             self.packed = new
@@ -122,14 +125,14 @@ class PairPool:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Pairs one after another, however they are stored.
+    """Pairs in one list, however they are stored.
 
     Attributes:
-        segment: int64 ``[pairs]``, which (layer, row, head) each belongs to.
-        position: int32.
-        score: fp32.
-        alive: Bool, False at padding.
-        shape: Layers, rows, heads.
+        segment: int64 ``[pairs]``, the (layer, row, head) that each belongs to.
+        position: int32 ``[pairs]``.
+        score: fp32 ``[pairs]``.
+        alive: Bool ``[pairs]``, False at padding.
+        shape: Number of layers, rows and heads.
     """
 
     segment: torch.Tensor
@@ -138,30 +141,46 @@ class _Pairs:
     alive: torch.Tensor
     shape: tuple[int, int, int]
 
-    def cut(self, kept: torch.Tensor, row: int, safe: tuple[int, int], policy: Policy) -> None:
-        """Marks in ``kept`` what one row keeps, of which positions before ``safe[0]`` and from ``safe[1]`` on stay.
+    def cut(self, kept: torch.Tensor, rows: torch.Tensor, safe: torch.Tensor, policy: Policy) -> None:
+        """Marks in ``kept`` what some rows keep.
 
-        The pairs are laid out as the scores of a span are, with a column for each position that any head holds, so that
-        the code that spends a prefill's budget spends this one.
+        The pairs are laid out like the scores of a span, with a column for each position that any head of a row holds,
+        so that the code that spends a prefill's budget can spend this one.
+
+        Args:
+            kept: Bool ``[pairs]``, changed in place to False at pairs that go.
+            rows: int64 ``[n]``, the rows to cut.
+            safe: int64 ``[n, 2]``: in each row, positions before the first number and from the second on stay.
+            policy: How much a row keeps, and how its pairs compete.
         """
         layers, batch, heads = self.shape
-        mine = ((self.segment // heads % batch == row) & self.alive).nonzero()[:, 0]
-        segment = self.segment[mine]
-        head = segment // (heads * batch) * heads + segment % heads
-        columns, column = self.position[mine].unique(return_inverse=True)
-        size = (layers * heads, columns.numel())
-        values = self.score.new_zeros(size).index_put_((head, column), self.score[mine])
-        alive = torch.zeros_like(values, dtype=torch.bool).index_put_((head, column), self.alive[mine])
-        protected = ((columns < safe[0]) | (columns >= safe[1]))[None]
-        spans = [x.view(layers, 1, heads, -1) for x in (values, alive)]
-        scores, among = (dict(enumerate(span)) for span in spans)
-        every = torch.ones_like(protected)
-        keep = select(Scores(scores, protected, policy, protected_count=True), every, among=among)
-        kept[mine] = torch.stack(list(keep.values())).view(size)[head, column]
+        slots = self.segment.new_full((batch,), -1)
+        slots[rows] = torch.arange(len(rows), device=rows.device)
+        slot = slots[self.segment // heads % batch]
+        mine = ((slot >= 0) & self.alive).nonzero()[:, 0]
+        slot, segment, position = slot[mine], self.segment[mine], self.position[mine].long()
+        span = int(position.max()) + 1
+        known, which = (slot * span + position).unique(return_inverse=True)
+        starts = torch.searchsorted(known, torch.arange(len(rows) + 1, device=known.device) * span)
+        column, n_columns = which - starts[slot], int(starts.diff().max())
+        place = (segment // (heads * batch), slot, segment % heads, column)
+        size = (layers, len(rows), heads, n_columns)
+        values = self.score.new_zeros(size).index_put_(place, self.score[mine])
+        alive = torch.zeros(size, dtype=torch.bool, device=values.device).index_put_(place, self.alive[mine])
+        valid = torch.arange(n_columns, device=known.device) < starts.diff().unsqueeze(1)
+        positions = known.new_zeros(len(rows), n_columns).index_put_((slot, column), position)
+        protected = valid & ((positions < safe[:, :1]) | (positions >= safe[:, 1:]))
+        scores = Scores(dict(enumerate(values)), protected, policy, protected_count=True)
+        keep = select(scores, valid, among=dict(enumerate(alive)))
+        kept[mine] = torch.stack(list(keep.values()))[place]
 
 
 def _columns(layer: RaggedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the tail: ends int64 ``[batch]``, and ``[batch, n]`` whether a column is a token (bool) and where (int32)."""
+    """Returns where a layer's tail ends and what its columns are.
+
+    That is int64 ``[batch]``, the position after each row, and ``[batch, n]`` whether a column is a token (bool) and
+    its position (int32).
+    """
     ends = layer.next_positions
     columns = torch.arange(layer.tail.length, device=ends.device)
     padding = 0 if layer.tail.padding is None else layer.tail.padding.unsqueeze(1)
@@ -186,7 +205,7 @@ def _check(layers: Sequence[RaggedLayer]) -> None:
 
 
 def held_tokens(layers: Sequence[RaggedLayer]) -> torch.Tensor:
-    """Tokens' worth of pairs that each row holds, rounded up, int64 ``[batch]``."""
+    """Returns how many tokens' worth of pairs each row holds, rounded up, int64 ``[batch]``."""
     packed = torch.stack([layer.packed.seqlens for layer in layers]).long().sum(dim=(0, 2))
     heads = len(layers) * layers[0].packed.num_heads
     return (packed + heads - 1) // heads + layers[0].n_tail_tokens

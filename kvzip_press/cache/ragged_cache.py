@@ -1,4 +1,4 @@
-"""The cache that makes head-wise eviction real: a transformers cache whose compressed layers are ragged."""
+"""A transformers cache whose compressed layers are ragged, so that head-wise eviction really frees memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from kvzip_press.model.structure import attention_layers
 class RaggedCache(compat.Cache):
     """A transformers cache whose compressed layers are :class:`RaggedLayer`; the others stay dense.
 
-    Made by ``compress``, ``Prefill.evict`` or ``with press(model)`` (use :meth:`of` to read the figures of the latter).
+    It is made by ``compress``, ``Prefill.evict`` or ``with press(model)`` (use :meth:`of` to get the figures of the
+    latter).
 
     Args:
         layers: One cache layer per decoder layer.
@@ -37,7 +38,7 @@ class RaggedCache(compat.Cache):
 
     @classmethod
     def of(cls, cache: Any) -> RaggedCache:
-        """The same layers seen as a RaggedCache: for a DynamicCache that was compressed in place.
+        """Returns a RaggedCache over the same layers, for a DynamicCache that was compressed in place.
 
         Raises:
             CacheMismatchError: No layer of the cache is ragged.
@@ -52,19 +53,19 @@ class RaggedCache(compat.Cache):
         return view
 
     def ragged_layers(self) -> Iterable[tuple[int, RaggedLayer]]:
-        """Index and layer of each compressed layer."""
+        """Yields the index and the layer of each compressed layer."""
         return ((index, layer) for index, layer in enumerate(self.layers) if isinstance(layer, RaggedLayer))
 
     @property
     def batch_size(self) -> int:
-        """Batch rows."""
+        """Number of batch rows."""
         return self._any_ragged().batch_size
 
     @property
     def n_seen(self) -> int | list[int]:
-        """Tokens seen: a number, or one a row where the rows have read different numbers since they were compressed.
+        """Number of tokens seen; a list with one number per row if rows have read different numbers since compression.
 
-        Padding of the contexts counts here, as in ``get_seq_length()``, which is that of the longest row.
+        Padding of the contexts counts, as in ``get_seq_length()``, which returns the number for the longest row.
         """
         layer = self._any_ragged()
         if layer.tail.padding is None:
@@ -74,21 +75,24 @@ class RaggedCache(compat.Cache):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of the storages really held, each once: packed pairs, positions, lengths, tails and dense layers."""
+        """Bytes really held in memory, each storage once: packed pairs, positions, lengths, tails and dense layers."""
         tensors = [tensor for layer in self.layers for tensor in _tensors_of(layer)]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values())
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes that the same tokens would hold without compression (sliding layers count what they hold)."""
+        """Bytes that the same tokens would take without compression (sliding layers count what they hold)."""
         dense = [layer for layer in self.layers if not isinstance(layer, RaggedLayer)]
         held = sum(tensor.nbytes for layer in dense for tensor in _tensors_of(layer))
         return held + sum(layer.dense_bytes for _, layer in self.ragged_layers())
 
     @property
     def kept_fraction(self) -> float:
-        """Kept pairs over seen pairs, of the layers that can be compressed (padding counts as seen)."""
+        """Kept pairs divided by seen pairs, over the compressed layers (padding counts as seen).
+
+        It is 1.0 if nothing was seen.
+        """
         kept = seen = 0
         for _, layer in self.ragged_layers():
             seqlens = layer.packed.seqlens if layer.row_index is None else layer.packed.seqlens[layer.row_index]
@@ -98,11 +102,19 @@ class RaggedCache(compat.Cache):
         return kept / seen if seen else 1.0
 
     def seqlens(self, layer_idx: int) -> torch.Tensor:
-        """Kept context pairs of a compressed layer, ``[rows, num_key_value_heads]``, int32."""
+        """Returns the number of kept context pairs of a compressed layer, ``[rows, num_key_value_heads]``, int32.
+
+        Raises:
+            InvalidArgumentError: The layer is not compressed.
+        """
         return self._ragged(layer_idx).packed.seqlens
 
     def kept_positions(self, layer_idx: int) -> list[list[torch.Tensor]]:
-        """Positions kept by each head of a compressed layer: ``[row][head] -> int32 [kept]``, ascending."""
+        """Returns the positions kept by each head of a compressed layer: ``[row][head] -> int32 [kept]``, ascending.
+
+        Raises:
+            InvalidArgumentError: The layer is not compressed.
+        """
         packed = self._ragged(layer_idx).packed
         return [
             [packed.head_positions(row, head) for head in range(packed.num_heads)] for row in range(packed.num_rows)
@@ -111,14 +123,16 @@ class RaggedCache(compat.Cache):
     def truncate(self, n_seen: int | Sequence[int]) -> None:
         """Forgets every token from position ``n_seen`` on, so that the next question starts from the same context.
 
-        Layer by layer, so that it also repairs a cache that a forward left half-way (not one over padded rows).
+        It works layer by layer, so it also repairs a cache that a forward left half-way (but not a forward over padded
+        rows).
 
         Args:
-            n_seen: As :attr:`n_seen` was: a number for all rows, or one for each.
+            n_seen: A value that :attr:`n_seen` had before: one number for all rows, or one for each.
 
         Raises:
-            InvalidArgumentError: ``n_seen`` cuts into the compressed context, or is more than was seen; or a sliding
-                layer has already lost what it would need (use :meth:`fork` before asking instead).
+            InvalidArgumentError: ``n_seen`` cuts into the compressed context, exceeds the tokens seen, or is a list of
+                another length than the batch; or a sliding layer has already lost tokens that it would need (in that
+                case, call :meth:`fork` before asking).
         """
         seen = self.n_seen
         if not isinstance(n_seen, int):
@@ -147,7 +161,7 @@ class RaggedCache(compat.Cache):
                 layer.crop(-excess)
 
     def _truncate_rows(self, n_seen: Sequence[int]) -> None:
-        """Every row to its own number of tokens; columns that are padding in every row go too."""
+        """Truncates every row to its own number of tokens, and drops columns that are padding in every row."""
         ragged = self._any_ragged()
         if len(n_seen) != ragged.batch_size:
             raise InvalidArgumentError(f"expected a number for each of {ragged.batch_size} rows, got {len(n_seen)}")
@@ -166,45 +180,48 @@ class RaggedCache(compat.Cache):
             drop_ends_of_sliding(layer, counts, n_columns=ragged.get_seq_length())
 
     def fork(self) -> RaggedCache:
-        """A cache that shares the packed context and copies only what came after it."""
+        """Returns a cache that shares the packed context and copies only what came after it.
+
+        Pairs in a pool, which change while a model generates, are copied, too.
+        """
         layers = [layer.fork() if isinstance(layer, RaggedLayer) else copy.copy(layer) for layer in self.layers]
         twin = RaggedCache(layers)
         twin.turn_starts = list(self.turn_starts)
         return twin
 
     def adopt_turn(self, grown: RaggedCache) -> None:
-        """Takes over what a fork of this cache has read since, as one turn."""
+        """Takes over, as one turn, what a fork of this cache has read since."""
         if not isinstance(grown.n_seen, int):
-            grown.truncate(grown.n_seen)  # without the columns that are padding in every row
+            grown.truncate(grown.n_seen)  # drops the columns that are padding in every row
         self.turn_starts.append(self.n_seen)
         self.layers[:] = grown.layers
 
     def move_to(self, target: torch.device | str | nn.Module) -> None:
-        """Moves the whole cache, in place: to a device, or to where a model's layers are.
+        """Moves the whole cache in place: to a device, or to the devices of a model's layers.
 
-        ``cache.move_to("cpu")`` lets it wait in host memory, ``cache.move_to(model)`` brings it back. A forward over a
-        cache on another device raises. Not named ``to``: accelerate calls that on whatever it finds among a layer's
-        arguments, and would move the whole cache to the device of each layer in turn.
+        ``cache.move_to("cpu")`` lets it wait in host memory; ``cache.move_to(model)`` brings it back. A forward over a
+        cache on another device raises. The method is not named ``to``, because accelerate calls that on everything it
+        finds among a layer's arguments, and would move the whole cache to the device of each layer in turn.
 
         Raises:
-            CacheMismatchError: A model with other layers.
-            UnsupportedCacheError: A layer that holds no keys and values.
+            CacheMismatchError: The model has other layers.
+            UnsupportedCacheError: A layer holds no keys and values.
         """
         move_layers(self.layers, target)
 
     def save(self, path: str | Path, *, press: Any = None, model: nn.Module | None = None) -> None:
-        """Writes the cache as a safetensors file of about ``resident_bytes``; a file that is there is replaced at once.
+        """Writes the cache as a safetensors file of about ``resident_bytes``, replacing an existing file atomically.
 
         Args:
             path: The file. Its folder must exist.
-            press: What compressed the cache, kept as a description: a text, or a press, whose ``repr`` is taken.
-            model: The model that made the cache; only needed where it is not in memory any more under its own object.
+            press: What compressed the cache, stored as a description: a text, or a press, whose ``repr`` is taken.
+            model: The model that made the cache; only needed if the original model object no longer exists.
 
         Raises:
-            CacheFileError: The file cannot be written; an old one stays as it was.
+            CacheFileError: The file cannot be written; an existing one stays as it was.
             CacheMismatchError: ``model`` did not make the cache.
-            InvalidArgumentError: The model is gone and none was given, or a forward failed half-way.
-            UnsupportedCacheError: No layer is ragged, or one is of a kind or dtype that is not saved.
+            InvalidArgumentError: The original model object is gone and none was given, or a forward failed half-way.
+            UnsupportedCacheError: No layer is ragged, or a layer is of a kind or dtype that cannot be saved.
         """
         config, starts = self._config(model), self.turn_starts
         cache_file.save_layers(Path(path), self.layers, config=config, press=press, turn_starts=starts)
@@ -213,17 +230,18 @@ class RaggedCache(compat.Cache):
     def load(
         cls, path: str | Path, model: nn.Module, *, device: torch.device | str | None = None, verify: bool = True
     ) -> RaggedCache:
-        """Reads a cache that :meth:`save` wrote: it answers bit for bit as the saved one. Attaches the model.
+        """Reads a cache that :meth:`save` wrote, which answers bit for bit as the saved one did. Attaches the model.
 
         Args:
             path: The file.
             model: The model that made the cache: the same weights, settings and dtype.
-            device: Where the cache goes; by default each layer to the device of the model's layer.
-            verify: Whether every byte is checked against the SHA-256 in the file.
+            device: Where the cache goes; by default each layer goes to the device of the model's layer.
+            verify: Whether to check every byte against the SHA-256 in the file.
 
         Raises:
-            CacheFileError: No such file, a torn or changed one, or none of ours.
-            CacheMismatchError: Another model made the cache, or it is loaded in another dtype.
+            CacheFileError: The file does not exist, is truncated or changed, or is not one of this package's cache
+                files.
+            CacheMismatchError: Another model made the cache, or the model is loaded in another dtype.
         """
         layers, record = cache_file.load_layers(Path(path), model, device=device, verify=verify)
         cache = cls(layers)
@@ -232,14 +250,14 @@ class RaggedCache(compat.Cache):
         return cache
 
     def export_kept(self, path: str | Path) -> None:
-        """Writes which positions every head kept, as numpy arrays.
+        """Writes the positions that every head kept, as numpy arrays.
 
         See :func:`kvzip_press.cache.file.kept_export.export_kept`.
         """
         kept_export.export_kept(Path(path), self.layers)
 
     def _config(self, model: nn.Module | None) -> Any:
-        """The config of the model that made the cache."""
+        """Returns the config of the model that made the cache."""
         if model is not None:
             by_idx = {layer.layer_idx: layer.module for layer in attention_layers(model)}
             for layer_idx, layer in self.ragged_layers():

@@ -23,13 +23,13 @@ class RaggedLayer(compat.CacheLayerMixin):
 
     Args:
         packed: The kept pairs of the context.
-        n_context: Tokens of the context as the model saw them (columns, padding included).
+        n_context: Number of tokens of the context as the model saw them (columns, including padding).
         n_protected: For each packed row, how many of its first tokens no head has lost.
-        n_padding: For each packed row, the columns of padding on the left of its context; -1 where padding lay
-            elsewhere, so that layers which do not know it (sliding ones) cannot be asked about the row.
+        n_padding: For each packed row, the columns of padding on the left of its context; -1 if there is padding
+            elsewhere, which sliding layers hold without knowing it, so that :attr:`left_padding` raises.
         context_ends: For each packed row, the position after its context.
         module: The attention module that made the keys and values; the layer refuses any other.
-        row_index: Batch row -> packed row, int64 ``[batch]``; None for the identity.
+        row_index: Batch row -> packed row, int64 ``[batch]``; None if they are the same.
     """
 
     is_sliding = False
@@ -59,11 +59,11 @@ class RaggedLayer(compat.CacheLayerMixin):
     # What Hugging Face asks of a cache layer -----------------------------------------------------------------------
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """A ragged layer is made with its content; there is nothing to initialise."""
+        """Does nothing: a ragged layer is made with its content."""
 
     @property
     def keys(self) -> torch.Tensor:  # type: ignore[override]  # no dense tensor to set
-        """Raises: there is no dense tensor of keys, and a part of it would be a silent wrong answer."""
+        """Raises CacheMismatchError: there is no dense tensor of keys, and a part would be a silent wrong answer."""
         raise CacheMismatchError(
             "a ragged layer has no dense `keys` and `values`: read `packed` (kept context pairs) and `tail`"
         )
@@ -76,16 +76,20 @@ class RaggedLayer(compat.CacheLayerMixin):
         """Appends ``[batch, num_heads, t, head_dim]`` to the tail in place.
 
         Returns:
-            Views of the tail that only our attention function accepts; it reaches the packed context through them.
+            Views of the tail, which only this package's attention function accepts; through them it reaches the packed
+            context.
+
+        Raises:
+            CacheMismatchError: The keys differ from the layer in batch size, heads, dtype or device.
         """
         return self.append(key_states, value_states)
 
     def append(
         self, key_states: torch.Tensor, value_states: torch.Tensor, padding: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What :meth:`update` does, for new tokens whose first ``padding`` ``[batch]`` columns are padding."""
+        """Does what :meth:`update` does, for new tokens whose first ``padding`` ``[batch]`` columns are padding."""
         if self.get_seq_length() == 0:
-            self._empty(key_states.shape[0])  # by reset(): any batch may begin
+            self._empty(key_states.shape[0])  # after reset(): a batch of any size may begin
         expected = (self.batch_size, self.packed.num_heads, self.packed.storage.dtype, self.packed.device)
         given = (key_states.shape[0], key_states.shape[1], key_states.dtype, key_states.device)
         if given != expected:
@@ -95,15 +99,15 @@ class RaggedLayer(compat.CacheLayerMixin):
         return CacheView.of(self, self.tail.keys), CacheView.of(self, self.tail.values)
 
     def get_mask_sizes(self, cache_position: int | torch.Tensor) -> tuple[int, int]:
-        """Length and offset of the keys that a mask is about: the tail. Context pairs are visible to every query."""
+        """Returns length and offset of the keys that a mask covers: the tail. Every query sees all context pairs."""
         return self.tail.length + compat.query_length_of(cache_position), self.n_context
 
     def get_seq_length(self) -> int:
-        """Columns seen, kept or not: of a row without padding its tokens."""
+        """Returns the number of columns seen, kept or not: for a row without padding, its tokens."""
         return self.n_context + self.tail.length
 
     def get_max_cache_shape(self) -> int:
-        """No maximum."""
+        """Returns -1: there is no maximum."""
         return -1
 
     get_max_length = get_max_cache_shape
@@ -112,7 +116,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         """Drops tokens from the end: see :func:`kvzip_press.compat.length_after_crop`.
 
         Raises:
-            InvalidArgumentError: The context itself would be cut, which was packed for good.
+            InvalidArgumentError: The cut would reach into the context, which is packed for good.
         """
         length = compat.length_after_crop(max_length, self.get_seq_length())
         if length < self.n_context:
@@ -122,7 +126,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         self.tail.truncate(length - self.n_context)
 
     def reset(self) -> None:
-        """Empties the layer; the next update may be of any batch size."""
+        """Empties the layer; the next update may have any batch size."""
         self._empty(self.packed.num_rows)
         self.n_context, self.tail = 0, Tail(scored=self.packed.scores is not None)
 
@@ -131,13 +135,16 @@ class RaggedLayer(compat.CacheLayerMixin):
         self.n_protected = self.n_padding = self.context_ends = (0,) * num_rows
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Beam search: batch row i goes on as row ``beam_idx[i]`` did. The packed context is shared, not copied."""
+        """Reorders rows for beam search: batch row i continues as row ``beam_idx[i]``.
+
+        The packed context is shared, not copied.
+        """
         index = beam_idx.to(self.packed.device)
         self.row_index = self._rows()[index]
         self.tail.select_rows(index)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times; the packed context stays as it is."""
+        """Repeats every row ``repeats`` times; the packed context stays as it is."""
         self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -150,7 +157,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         self.tail.select_rows(torch.as_tensor(indices))
 
     def offload(self) -> None:
-        """Raises: moving layers to the CPU and back is not supported for ragged layers."""
+        """Raises CacheMismatchError: moving layers to the CPU and back is not supported for ragged layers."""
         raise CacheMismatchError("expected a cache without offloading: ragged layers stay on their device")
 
     prefetch = offload
@@ -159,14 +166,14 @@ class RaggedLayer(compat.CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        """Batch rows."""
+        """Number of batch rows."""
         return self.packed.num_rows if self.row_index is None else self.row_index.numel()
 
     max_batch_size = batch_size
 
     @property
     def blank_token(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A key and a value of every row and head, ``[batch, num_heads, 1, head_dim]``, of any content."""
+        """A key and a value for every row and head, ``[batch, num_heads, 1, head_dim]`` each, of arbitrary content."""
         packed, size = self.packed, (self.batch_size, self.packed.num_heads, 1)
         keys, values = (
             torch.empty(1, 1, 1, dim, dtype=packed.storage.dtype, device=packed.device).expand(*size, -1)
@@ -181,10 +188,10 @@ class RaggedLayer(compat.CacheLayerMixin):
 
     @property
     def left_padding(self) -> torch.Tensor:
-        """How many of the columns seen are padding on the left of each batch row, int64 ``[batch]``.
+        """Number of the columns seen that are padding on the left of each batch row, int64 ``[batch]``.
 
         Raises:
-            InvalidArgumentError: The context's padding was not on the left alone.
+            InvalidArgumentError: The context has padding elsewhere than on the left.
         """
         if min(self.n_padding, default=0) < 0:
             raise InvalidArgumentError(
@@ -195,7 +202,7 @@ class RaggedLayer(compat.CacheLayerMixin):
 
     @property
     def n_tail_tokens(self) -> torch.Tensor:
-        """Tokens of each batch row since the context, int64 ``[batch]``."""
+        """Number of tokens of each batch row since the context, int64 ``[batch]``."""
         return torch.full((self.batch_size,), self.tail.length, device=self.packed.device) - self._tail_padding
 
     @property
@@ -203,7 +210,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         return 0 if self.tail.padding is None else self.tail.padding
 
     def _by_batch_row(self, numbers: tuple[int, ...]) -> torch.Tensor:
-        """Numbers of packed rows as int64 ``[batch]``, on the layer's device."""
+        """Returns numbers of packed rows by batch row: int64 ``[batch]``, on the layer's device."""
         return torch.tensor(numbers, device=self.packed.device)[self._rows()]
 
     def attend(
@@ -215,17 +222,20 @@ class RaggedLayer(compat.CacheLayerMixin):
         scaling: float | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """Exact attention over all kept context pairs of a query's row and head, and the tail as its mask says.
+        """Computes exact attention to all kept context pairs of a query's row and head, and to the tail under its mask.
 
         Args:
             module: The calling attention module.
             query: ``[batch, num_attention_heads, query_length, head_dim]``.
-            attention_mask: The mask that the model's own implementation would get; None is lower-right causal.
-            scaling: Factor of the logits, None for ``head_dim ** -0.5``.
-            softcap: Bound of the logits (Gemma 2), or None.
+            attention_mask: The mask that the model's own implementation would get; None means lower-right causal.
+            scaling: Factor of the logits; None means ``head_dim ** -0.5``.
+            softcap: Bound of the logits (Gemma 2); None means no bound.
+
+        Returns:
+            ``[batch, num_attention_heads, query_length, v_head_dim]``, in the dtype of ``query``.
 
         Raises:
-            CacheMismatchError: The module is not the one that made this layer.
+            CacheMismatchError: The module's weights are not those that made this layer.
         """
         self.check_module(module)
         mask = tail_mask(
@@ -244,7 +254,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         return output
 
     def check_module(self, module: nn.Module) -> None:
-        """Raises CacheMismatchError when the module's weights are not those that made this layer."""
+        """Raises CacheMismatchError if the module's weights are not those that made this layer."""
         if self._known_module() is module:
             return
         if layer_fingerprint(module) != self.fingerprint:
@@ -255,7 +265,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         self._known_module = weakref.ref(module)
 
     def take(self, packed: PackedPairs) -> None:
-        """Holds ``packed`` from now on, in the place of its pairs and of its tail, whose tokens are context now."""
+        """Replaces the layer's pairs and its tail by ``packed``, in which the tail's tokens are part of the context."""
         whole = self.tail.padding is None
         self.n_padding = self.n_padding if whole else (-1,) * self.batch_size
         self.context_ends = tuple(self.next_positions.tolist())
@@ -264,12 +274,12 @@ class RaggedLayer(compat.CacheLayerMixin):
         self.tail.truncate(0)
 
     def move_to(self, device: torch.device) -> None:
-        """Moves everything that the layer holds; what forks share with it stays where it is."""
+        """Moves everything that the layer holds; forks keep the tensors that they share with it where they are."""
         self.packed, self.tail = self.packed.to(device), self.tail.to(device)
         self.row_index = None if self.row_index is None else self.row_index.to(device)
 
     def fork(self) -> RaggedLayer:
-        """A layer that shares the packed context and has its own copy of the tail."""
+        """Returns a layer that shares the packed context and has its own copy of the tail."""
         twin = copy.copy(self)
         twin.packed = self.packed.frozen()
         twin.tail = self.tail.copy()

@@ -1,4 +1,4 @@
-"""Sliding layers hold their window in memory, and nothing else."""
+"""Lets sliding layers hold no more than their window in memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kvzip_press.model.structure import attention_layers
 def own_window(layer: Any) -> None:
     """Copies the tensors of a dense layer that are views of larger ones.
 
-    transformers' sliding layer keeps the last tokens of a forward as a view of all of them, so that the memory of a
-    prefill stays taken until the next token: five sixths of the whole cache in a Gemma 3.
+    transformers' sliding layer keeps the last tokens of a forward as a view of all of them, so the memory of a prefill
+    stays taken until the next token: in a Gemma 3, five sixths of the whole cache.
     """
     for name in ("keys", "values"):
         tensor = getattr(layer, name, None)
@@ -26,7 +26,7 @@ def own_window(layer: Any) -> None:
 
 @contextmanager
 def windows_only(model: nn.Module, cache: Any) -> Iterator[None]:
-    """While open, each sliding layer of ``cache`` lets go of what left its window as soon as its attention is done."""
+    """While open, each sliding layer of ``cache`` frees what has left its window as soon as its attention is done."""
     with ExitStack() as stack:
         for attention in attention_layers(model):
             if not attention.is_full:

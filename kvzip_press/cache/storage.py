@@ -1,7 +1,7 @@
-"""How the keys and values of kept pairs lie in memory, and attention to them as they lie.
+"""How the keys and values of kept pairs are stored in memory, and attention to them as they are stored.
 
-A codec is one subclass. Everything else of a pair (position, score) and all that moves pairs is the same for every kind
-of storage, in :mod:`kvzip_press.cache.packed_pairs`.
+A codec is one subclass. Everything else about a pair (its position and score), and all code that moves pairs, is the
+same for every storage, in :mod:`kvzip_press.cache.packed_pairs`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Attended = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Storage(ABC):
-    """A kind of storage, for one layer's shapes.
+    """A kind of storage, for the shapes of one layer.
 
-    Columns are tensors of which entry i belongs to pair i. Where pairs are packed a column is ``[total_kept, ...]``, in
-    a dense span ``[batch, num_heads, n, ...]``.
+    Columns are tensors whose entry i belongs to pair i. A column is ``[total_kept, ...]`` for packed pairs and
+    ``[batch, num_heads, n, ...]`` for a dense span.
 
     Args:
         head_dim: Width of a key.
         v_head_dim: Width of a value.
-        dtype: Of the model's keys and values.
+        dtype: Dtype of the model's keys and values.
     """
 
     head_dim: int
@@ -37,21 +37,21 @@ class Storage(ABC):
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> Storage:
-        """The storage for keys and values of these shapes, ``[..., head_dim]`` and ``[..., v_head_dim]``."""
+        """Returns the storage for keys and values of these shapes, ``[..., head_dim]`` and ``[..., v_head_dim]``."""
         return cls(keys.shape[-1], values.shape[-1], keys.dtype)
 
     @property
     def dense_pair_bytes(self) -> int:
-        """Bytes of a key and a value in the model's dtype."""
+        """Bytes of one key and one value in the model's dtype."""
         return (self.head_dim + self.v_head_dim) * self.dtype.itemsize
 
     @abstractmethod
     def column_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape for one pair of each of its columns, in the order in which they are stored."""
+        """Returns the dtype and the shape for one pair of each column, by name, in storage order."""
 
     @abstractmethod
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Columns of a dense span.
+        """Returns the columns of a dense span.
 
         Args:
             keys: ``[batch, num_heads, n, head_dim]``, after RoPE.
@@ -60,7 +60,7 @@ class Storage(ABC):
 
     @abstractmethod
     def decode(self, columns: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[..., head_dim]`` in the model's dtype, of columns ``[..., ...]``."""
+        """Returns keys ``[..., head_dim]`` and values ``[..., v_head_dim]`` in the model's dtype, from columns."""
 
     @abstractmethod
     def attend(
@@ -72,7 +72,7 @@ class Storage(ABC):
         tail_values: torch.Tensor | None,
         **options: Any,
     ) -> Attended:
-        """Exact attention to packed pairs and a dense tail behind them.
+        """Computes exact attention to packed pairs and a dense tail after them.
 
         Args:
             query: ``[batch, num_attention_heads, query_length, head_dim]``.
@@ -80,24 +80,25 @@ class Storage(ABC):
             cu_seqlens: Where the segment of each (row, head) begins.
             tail_keys: ``[batch, num_heads, length, head_dim]``, in the model's dtype; None for no tail.
             tail_values: ``[batch, num_heads, length, v_head_dim]``.
-            options: Those of :func:`kvzip_press.kernels.ragged_attention.ragged_attention`, which says what comes back.
+            options: Those of :func:`kvzip_press.kernels.ragged_attention.ragged_attention`, which also describes the
+                result.
         """
 
 
 @dataclass(frozen=True)
 class ModelDtype(Storage):
-    """Keys and values as the model made them."""
+    """Stores keys and values as the model made them."""
 
     def column_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """A key and a value."""
+        """Returns the shapes of a key and a value."""
         return {"keys": (self.dtype, (self.head_dim,)), "values": (self.dtype, (self.v_head_dim,))}
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Themselves."""
+        """Returns keys and values as they are."""
         return {"keys": keys, "values": values}
 
     def decode(self, columns: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Themselves."""
+        """Returns keys and values as they are."""
         return columns["keys"], columns["values"]
 
     def attend(
@@ -109,7 +110,7 @@ class ModelDtype(Storage):
         tail_values: torch.Tensor | None,
         **options: Any,
     ) -> Attended:
-        """Ragged attention over the tensors as they are."""
+        """Computes ragged attention over the tensors as they are."""
         return ragged_attention(
             query, columns["keys"], columns["values"], cu_seqlens, tail_keys, tail_values, **options
         )

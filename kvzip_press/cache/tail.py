@@ -7,21 +7,21 @@ import torch
 from kvzip_press.cache.padding import ends_dropped, moved_over_padding
 from kvzip_press.errors import InvalidArgumentError
 
-BLOCK = 256  # tokens a buffer grows by at least; a decode step between two growths allocates and moves nothing
+BLOCK = 256  # tokens that a buffer grows by at least; between two growths a decode step allocates and moves nothing
 
 
 class Tail:
     """Dense keys and values ``[batch, num_heads, length, head_dim]`` in a preallocated buffer, appended in place.
 
-    Where pairs are evicted while a model writes, each has a score too, NaN until somebody gives it one.
+    If pairs are evicted while the model generates, each has a score, too, which is NaN until it is set.
 
     Args:
-        scored: Whether there are scores.
+        scored: Whether to keep scores.
 
     Attributes:
-        length: Columns: the tokens of the longest row.
-        padding: int64 ``[batch]``, how many columns on the left of each row are padding; None where none are. Replaced,
-            never written into.
+        length: Number of columns: the tokens of the longest row.
+        padding: int64 ``[batch]``, the number of columns on the left of each row that are padding; None if there are
+            none. It is replaced, never written into.
     """
 
     def __init__(self, *, scored: bool = False) -> None:
@@ -34,17 +34,17 @@ class Tail:
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """A view of the live keys, None before the first append."""
+        """A view of the live keys; None before the first append."""
         return None if self._keys is None else self._keys[:, :, : self.length]
 
     @property
     def values(self) -> torch.Tensor | None:
-        """A view of the live values, None before the first append."""
+        """A view of the live values; None before the first append."""
         return None if self._values is None else self._values[:, :, : self.length]
 
     @property
     def scores(self) -> torch.Tensor | None:
-        """A view of the live scores, fp32 ``[batch, num_heads, length]``; None where nobody keeps any."""
+        """A view of the live scores, fp32 ``[batch, num_heads, length]``; None if there are none (yet)."""
         return None if self._scores is None else self._scores[:, :, : self.length, 0]
 
     @property
@@ -53,16 +53,16 @@ class Tail:
         return tuple(buffer for buffer in (self._keys, self._values, self._scores) if buffer is not None)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, padding: torch.Tensor | None = None) -> None:
-        """Writes ``[batch, num_heads, t, head_dim]`` behind what is there.
+        """Appends ``[batch, num_heads, t, head_dim]`` after what is there.
 
         Args:
             keys: New keys.
             values: New values.
-            padding: int64 ``[batch]``, columns on the left of the new ones that are padding; what a row holds moves
-                over them. None without any.
+            padding: int64 ``[batch]``, the number of columns on the left of the new ones that are padding; each row's
+                earlier tokens move over them. None for none.
 
         Raises:
-            InvalidArgumentError: Another batch size, head count, head_dim, dtype or device than before.
+            InvalidArgumentError: Batch size, number of heads, head_dim, dtype or device differ from before.
         """
         self._make_room(keys, values)
         assert self._keys is not None and self._values is not None
@@ -79,12 +79,12 @@ class Tail:
         self.length = end
 
     def put_scores(self, scores: torch.Tensor, first: int, where: torch.Tensor | None = None) -> None:
-        """Gives tokens their scores.
+        """Sets the scores of tokens.
 
         Args:
             scores: fp32 ``[batch, num_heads, n]``.
-            first: The column of the first of them.
-            where: Bool, of a shape that broadcasts to theirs, False where what is there stays; None for nowhere.
+            first: The column of the first of these tokens.
+            where: Bool, broadcastable to the shape of ``scores``, False where the present score stays; None sets all.
         """
         assert self.scores is not None
         place = self.scores[:, :, first : first + scores.shape[2]]
@@ -94,12 +94,12 @@ class Tail:
         """Makes room for ``n_tokens`` more tokens at once, so that nothing moves while they are written.
 
         Args:
-            n_tokens: Tokens to make room for.
+            n_tokens: Number of tokens to make room for.
             keys: Any tensor ``[batch, num_heads, 1, head_dim]`` of the right dtype and device.
             values: The same for the values.
 
         Returns:
-            The whole buffers, ``[batch, num_heads, room, head_dim]``.
+            The whole buffers of keys and values, ``[batch, num_heads, room, head_dim]``.
         """
         self._make_room(keys.expand(-1, -1, n_tokens, -1), values.expand(-1, -1, n_tokens, -1))
         assert self._keys is not None and self._values is not None
@@ -130,23 +130,23 @@ class Tail:
         return grown
 
     def wrote(self, n_tokens: int) -> None:
-        """Counts tokens that somebody else has written behind what is there: see :meth:`reserve`."""
+        """Counts tokens that other code has written after those that are there: see :meth:`reserve`."""
         self.length += n_tokens
 
     def give_back_room(self, n_tokens: int) -> None:
-        """Frees the buffers of an empty tail that hold more than ``n_tokens`` need."""
+        """Frees the buffers of an empty tail if they are larger than ``n_tokens`` need."""
         if not self.length and self._keys is not None and self._keys.shape[2] > -(-n_tokens // BLOCK) * BLOCK:
             self._keys = self._values = self._scores = None
 
     def to(self, device: torch.device) -> Tail:
-        """The tail on a device, its live tokens without the room behind them; itself where it is there already."""
+        """Returns the tail on a device: itself if it is already there, else its live tokens without spare room."""
         return self if all(tensor.device == device for tensor in self.tensors) else self._copied(device)
 
     def truncate(self, length: int) -> None:
         """Forgets every column from ``length`` on; the buffer stays."""
         self.length = min(self.length, length)
         if self._scores is not None:
-            self._scores[:, :, self.length :] = torch.nan  # also where a captured step writes no more than pairs
+            self._scores[:, :, self.length :] = torch.nan  # a captured step writes pairs there, but no scores
         if self.padding is not None:
             self.padding = self.padding.clamp(max=self.length) if self.length else None
 
@@ -154,7 +154,7 @@ class Tail:
         """Forgets the last ``counts`` ``[batch]`` tokens of each row, and columns that are padding in every row.
 
         Raises:
-            InvalidArgumentError: A row has fewer tokens.
+            InvalidArgumentError: A row has fewer tokens than are to be dropped.
         """
         counts = counts.to(self.tensors[0].device if self.tensors else counts.device)
         padding = torch.zeros_like(counts) if self.padding is None else self.padding
@@ -179,11 +179,11 @@ class Tail:
             self.padding = self.padding[index.to(self.padding.device)]
 
     def copy(self) -> Tail:
-        """An independent tail with the same content."""
+        """Returns an independent tail with the same content."""
         return self._copied(None)
 
     def _copied(self, device: torch.device | None) -> Tail:
-        """On a device; None for where it is."""
+        """Returns a copy on a device; None leaves it where it is."""
         tail = Tail(scored=self.scored)
         if self.keys is not None and self.values is not None and self.length:
             tail.append(self.keys.to(device), self.values.to(device))

@@ -1,4 +1,4 @@
-"""From the mask that a model's attention implementation was built for to a mask over a ragged layer's tail."""
+"""Converts the mask that a model's attention implementation was built for to a mask over a ragged layer's tail."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from kvzip_press.errors import InvalidArgumentError
 def tail_mask(
     attention_mask: Any, *, query_length: int, tail_length: int, padding: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """The visible tail keys of every query.
+    """Returns which tail keys every query can see.
 
     Args:
         attention_mask: None (causal), a 2-D padding mask ``[batch, >= tail_length]`` (flash attention), a 4-D bool or
-            additive mask ``[batch, heads or 1, query_length, >= tail_length]`` (sdpa, eager) or a BlockMask (flex).
-            Its last ``tail_length`` columns are the tail: a ragged layer reports just these to the mask builder.
-        query_length: New tokens, already appended to the tail.
-        tail_length: Tokens of the tail, the new ones included.
-        padding: int64 ``[batch]``, columns on the left of the tail that are padding, hidden whatever the mask says.
+            additive mask ``[batch, heads or 1, query_length, >= tail_length]`` (sdpa, eager) or a BlockMask (flex). Its
+            last ``tail_length`` columns are the tail: a ragged layer reports only these to the mask builder.
+        query_length: Number of new tokens, which are already appended to the tail.
+        tail_length: Number of tokens of the tail, including the new ones.
+        padding: int64 ``[batch]``, the number of columns on the left of the tail that are padding, which are hidden
+            whatever the mask says; None for none.
 
     Returns:
-        Bool ``[batch or 1, heads or 1, query_length, tail_length]``, True where visible; None for lower-right causal.
+        Bool ``[batch or 1, heads or 1, query_length, tail_length]``, True where visible; None means lower-right causal.
 
     Raises:
         InvalidArgumentError: The mask has another shape, or adds a bias that is neither 0 nor minus infinity.
@@ -50,7 +51,7 @@ def tail_mask(
 
 
 def causal_mask(query_length: int, key_length: int, device: torch.device) -> torch.Tensor:
-    """Lower-right causal mask ``[query_length, key_length]``: the last query sees every key."""
+    """Returns the lower-right causal mask, bool ``[query_length, key_length]``: the last query sees every key."""
     ones = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
     return ones.tril(key_length - query_length)
 

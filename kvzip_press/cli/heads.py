@@ -1,4 +1,4 @@
-"""``kvzip-press heads``: scores of a model's heads, made, exported and imported."""
+"""``kvzip-press heads``: computes, exports and imports scores of a model's heads."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def compute(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Scores every KV head of a model once: KVzip over each text, the best pairs of each head.
+    """Scores every KV head of a model once: runs KVzip over each text and takes the best pairs of each head.
 
-    The longer the texts, and the more like what the model will read, the better: KVzip took 88 thousand tokens of a
+    The longer the texts, and the closer to what the model will read, the better: KVzip used 88 thousand tokens of a
     book.
     """
     if method not in METHODS:

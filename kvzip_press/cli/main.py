@@ -19,7 +19,7 @@ app = typer.Typer(
 
 app.add_typer(heads.app, name="heads")
 
-# Of commands that take their arguments to a group of their own, whose imports nobody else shall wait for.
+# For commands that hand their arguments on to a group of their own, so that no other command waits for its imports.
 _HANDED_ON: dict[str, Any] = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
@@ -29,7 +29,7 @@ OutputOption = Annotated[Path, typer.Option("--output", help="Directory for the 
 
 
 def main() -> None:
-    """Entry point: errors of ours are printed without a traceback, and exit with status 1."""
+    """Entry point: prints errors of this package without a traceback, and exits with status 1 after one."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         app()
@@ -93,7 +93,7 @@ def ask(
 ) -> None:
     """Asks questions about a file, and shows the answers of the full and of the compressed cache side by side.
 
-    With --cache the answers are those of a cache that was compressed earlier; the file it was made of is not needed.
+    With --cache a cache that was compressed earlier answers; the file it was made from is not needed.
     """
     from kvzip_press.loading.by_name import load_model
     from kvzip_press.prefilling.whole import prefill
@@ -147,7 +147,7 @@ def profile(
     ] = None,
     output: Annotated[Path, typer.Option("--output", help="Directory for profile.jsonl.")] = Path("outputs/profile"),
 ) -> None:
-    """Measures what compression costs and gains on a model, and says from which context length on it gains."""
+    """Measures what compression costs and gains on a model, and says from which context length on it pays."""
     from kvzip_press.leaderboard.profile.run import run_profile
 
     run_profile(

@@ -1,1 +1,1 @@
-"""Writing behind a cache."""
+"""Generates tokens from a cache."""

@@ -1,4 +1,4 @@
-"""Questions to a compressed cache, and their answers."""
+"""Asks questions of a compressed cache and returns the answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import chat_frame, encode, turn_break
 from kvzip_press.model.devices import input_device
 
-ASKED_AT_ONCE = 32  # questions that a long list of them is cut into: a batch shares its context, not its tails
+ASKED_AT_ONCE = 32  # questions in one batch of a longer list: its rows share the context, but not their tails
 _T = TypeVar("_T")
 
 
@@ -54,33 +54,35 @@ def answer(
     *,
     keep: bool = False,
 ) -> str | list[str]:
-    """Answers a question about a compressed context, greedily; or many at once, in one batch.
+    """Answers one question about a compressed context, or many in one batch, decoding greedily.
 
-    The cache is unchanged afterwards, unless question and answer are to be kept in it: then the next question, kept or
-    not, comes after them, framed as a new turn by the model's chat template.
+    The cache is unchanged afterwards, unless ``keep`` is True: then question and answer stay in it, and the next
+    question, kept or not, follows them as a new turn, framed by the model's chat template.
 
-    A list of questions gets a list of answers: one question for each row of a cache that was made of several contexts,
-    or many questions about the one context of a cache of one row, which they share in memory. A single question goes
-    to all rows. Each row answers as it would alone.
+    For a list of questions a list of answers is returned. The list has one question for each row of a cache that was
+    made from several contexts, or any number of questions about the one context of a cache with one row, which they
+    share in memory. A single question goes to all rows. Each row answers as it would alone.
 
     Args:
         model: The model that made the cache.
         tokenizer: Its tokenizer.
         cache: From ``compress``, ``Prefill.evict`` or ``RaggedCache.of``.
         question: The question; it follows the context in the user's turn after an empty line. Or a list of questions.
-            An empty one adds nothing: the context ends with the question.
-        answer_prefix: How each answer begins; not part of what is returned. One for all, or a list of one a question.
-        max_new_tokens: Most tokens to generate. One bound for all, or a list of one a question.
-        keep: Whether the cache remembers this question and its answer. An error leaves it as it was.
+            An empty question adds nothing, for a context that itself ends with the question.
+        answer_prefix: How each answer begins; not part of what is returned. One for all, or a list with one for each
+            question.
+        max_new_tokens: Most tokens to generate. One bound for all, or a list with one for each question.
+        keep: Whether the cache remembers this question and its answer. If an error is raised, it stays as it was.
 
     Returns:
-        The answer as a text for one question and a cache of one row, else (for a cache of several rows also where the
-        question is a text, which type checkers cannot see) a list of answers.
+        The answer as a text, for one question and a cache of one row; otherwise a list of answers. For a cache of
+        several rows that is so even if the question is a text, which type checkers cannot see.
 
     Raises:
         CacheMismatchError: The cache was made by another model.
-        InvalidArgumentError: Context, question and answer exceed the model's positions; another number of questions
-            than rows, or of prefixes or bounds than questions; several questions to keep in one row.
+        InvalidArgumentError: Context, question and answer exceed the model's positions; the number of questions does
+            not fit the rows, or the number of prefixes or bounds the questions; or several questions are to be kept in
+            one row.
     """
     generated = answer_ids(model, tokenizer, cache, question, answer_prefix, max_new_tokens, keep=keep)
     answers = [decoded(tokenizer, row) for row in generated]
@@ -97,7 +99,7 @@ def answer_ids(
     *,
     keep: bool = False,
 ) -> list[list[int]]:
-    """The ids of the answers that :func:`answer` returns as texts, without those that ended them."""
+    """Returns the ids of the answers that :func:`answer` returns as texts, without the ids that ended them."""
     batch_size = cache.batch_size
     questions = [question] if isinstance(question, str) else list(question)
     if len(questions) == 1:
@@ -121,18 +123,18 @@ def answer_ids(
     generated = _generate_rows(model, grown, rows, max(bounds), eos_ids(model, tokenizer))
     answers = [ids[:bound] for ids, bound in zip(generated, bounds, strict=True)]
     if keep:
-        as_read = answers == generated  # not those of a lower bound, whose rows have read on
+        as_read = answers == generated  # False if an answer was cut at a lower bound, beyond which its row has read on
         cache.adopt_turn(_after_turn(model, cache, grown if as_read else None, rows, answers))
     return answers
 
 
 def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of an answer's ids."""
+    """Returns the text of an answer's ids."""
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def _one_each(name: str, given: _T | Sequence[_T], kind: type[_T], n: int) -> list[_T]:
-    """``n`` values: the one given for all, or the ones of a list."""
+    """Returns ``n`` values: the one given for all, or those of the list that is given."""
     values = [given] * n if isinstance(given, kind) else list(given)  # type: ignore[arg-type]
     if len(values) != n:
         raise InvalidArgumentError(f"expected {name} once, or one for each of {n} questions, got {len(values)}")
@@ -140,10 +142,7 @@ def _one_each(name: str, given: _T | Sequence[_T], kind: type[_T], n: int) -> li
 
 
 def question_ids(tokenizer: Any, question: str, answer_prefix: str = "", *, is_first: bool = True) -> list[int]:
-    """Ids of a question: the question, the end of the user's turn, the answer's beginning.
-
-    The first question follows the context in the user's turn; a later one begins a turn of its own, after an answer.
-    """
+    """Returns the ids of a question: the question, the end of the user's turn, and the beginning of the answer."""
     before = () if is_first else turn_break(tokenizer)
     text = question.strip()
     if is_first and text:
@@ -161,8 +160,11 @@ def _generate_rows(
 def _after_turn(
     model: Any, cache: RaggedCache, grown: RaggedCache | None, rows: list[list[int]], generated: list[list[int]]
 ) -> RaggedCache:
-    """What ``cache`` becomes by a turn: questions and answers, most of which ``grown`` read while it wrote them."""
-    if grown is None or len({len(row) for row in generated}) > 1:  # rows that ended first have read on: all again
+    """Returns ``cache`` with the questions and answers of a turn in it.
+
+    ``grown`` has read most of them as it generated. If it is None, or the answers differ in length, all are read again.
+    """
+    if grown is None or len({len(row) for row in generated}) > 1:  # rows that ended first have read on: read all again
         grown = cache.fork()
         unread = [[*question, *answer] for question, answer in zip(rows, generated, strict=True)]
     else:

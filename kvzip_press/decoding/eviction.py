@@ -1,8 +1,8 @@
-"""Eviction while a model writes: the cache stays within a budget however long the answer is.
+"""Evicts pairs while a model generates, so that the cache stays within a budget however long the answer is.
 
-Two parts that know nothing of each other are composed: a scorer says what pairs are worth
-(:mod:`kvzip_press.decoding.scorer`), a schedule when a row is cut, and to how much. Scores stay with the cache's
-layers; what is here is of the forwards that run, one cache at a time.
+Two parts that know nothing of each other are composed: a scorer decides what pairs are worth
+(:mod:`kvzip_press.decoding.scorer`), a schedule when a row is cut, and to how much. Scores are stored in the cache's
+layers; the state here is that of the running forwards, for one cache at a time.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from kvzip_press.model.structure import text_decoder
 class Schedule:
     """When a row is cut, and to how much.
 
-    A row that comes to hold ``budget + buffer`` tokens' worth of pairs (on average over its heads) is cut to
-    ``budget``, whatever the other rows hold; it holds more only while a forward of several tokens runs.
+    A row that reaches ``budget + buffer`` tokens' worth of pairs (on average over its heads) is cut to ``budget``,
+    whatever the other rows hold; it holds more only during a forward of several tokens.
 
     Args:
-        budget: Tokens' worth of pairs that stay, more than the buffer.
-        buffer: Tokens between two evictions; the last so many stay in every head, as far as the budget goes.
+        budget: Tokens' worth of pairs that stay, more than ``buffer``.
+        buffer: Tokens between two evictions, at least 1; as many last tokens stay in every head, as far as the budget
+            allows.
 
     Raises:
-        InvalidArgumentError: A budget or a buffer out of range.
+        InvalidArgumentError: The budget or the buffer is out of range.
     """
 
     budget: int
@@ -57,10 +58,10 @@ class Schedule:
         return self.budget + self.buffer
 
     def window(self, n_protected: int) -> int:
-        """Last tokens that every head keeps, where the first ``n_protected`` stay anyway.
+        """Returns how many last tokens every head keeps if the first ``n_protected`` stay in any case.
 
         Raises:
-            InvalidArgumentError: These leave no room.
+            InvalidArgumentError: The protected tokens leave no room.
         """
         room = self.budget - n_protected
         if room < 1:
@@ -71,10 +72,10 @@ class Schedule:
 
 
 class DecodeEviction:
-    """Keeps caches within a budget while forwards read one token or more.
+    """Keeps caches within a budget while the model reads and generates tokens.
 
     Args:
-        scorer: Scores the pairs that are written.
+        scorer: Scores the pairs of new tokens.
         schedule: When pairs are evicted, and how many stay.
         allocation: How pairs compete for the budget.
     """
@@ -83,14 +84,14 @@ class DecodeEviction:
         self.scorer, self.schedule = scorer, schedule
         self.policy = Policy(Tokens(schedule.budget), allocation)
         self.in_static_step = False
-        self._reading = 0  # tokens of the forward that runs
+        self._reading = 0  # tokens of the running forward
         self._layers: Layers = {}  # of the cache that was read last
         self._padding: torch.Tensor | None = None  # of the block that is read
         self._n_columns, self._n_left = 0, 0  # tokens behind the packed pairs, and those until pairs are evicted
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """While open, the model's forwards are seen, and decode steps of ours find this eviction by the model."""
+        """While open, this object sees the model's forwards, and :func:`decode_eviction_in` finds it by the model."""
         with ExitStack() as stack:
             stack.callback(self.finish)
             stack.enter_context(self.scorer.watching(model))
@@ -100,7 +101,12 @@ class DecodeEviction:
     # What a forward does --------------------------------------------------------------------------------------------
 
     def begin(self, cache: Any, n_tokens: int) -> None:
-        """A forward of ``n_tokens`` behind ``cache`` begins."""
+        """Called when a forward begins that reads ``n_tokens`` tokens into ``cache``.
+
+        Raises:
+            CacheMismatchError: The cache was not compressed by this press: its pairs carry no scores.
+            UnsupportedCacheError: Its layers are on several devices.
+        """
         layers, self._padding = _ragged_layers(cache)
         if any(layer.packed.scores is None for layer in layers.values()) or not layers:
             raise CacheMismatchError(
@@ -112,7 +118,7 @@ class DecodeEviction:
         self.scorer.begin(layers, n_tokens)
 
     def end(self) -> bool:
-        """The forward is over. Returns whether pairs were evicted."""
+        """Called when the forward is over. Returns whether pairs were evicted."""
         n_tokens, self._reading = self._reading, 0
         if n_tokens == 1:
             self.scorer.seen()
@@ -127,19 +133,19 @@ class DecodeEviction:
             self.abandon()
 
     def abandon(self) -> None:
-        """No forward runs; the last one may have raised."""
+        """Called when no forward runs; the last one may have raised."""
         self._reading = 0
         self.scorer.abandon()
 
     def finish(self) -> None:
-        """Scores what is pending: nothing is lost when the model is no longer watched."""
+        """Scores pending tokens, so that nothing is lost when the model is no longer watched."""
         self.abandon()
         if self._layers:
             self.scorer.cut_to(self._layers)
             self.scorer.settle(self._layers)
 
     def written(self) -> bool:
-        """One more token is in the tails, and the scorer has seen it. Returns whether pairs were evicted."""
+        """Called when one more token is in the tails and the scorer has seen it. Returns whether pairs were evicted."""
         self.scorer.written(self._layers)
         self._n_left -= 1
         return self._evict_if_due()
@@ -159,12 +165,12 @@ class DecodeEviction:
             self.in_static_step = False
 
     def restart_static_steps(self, cache: Any) -> None:
-        """The next static step is the first behind ``cache``; what was run on trial did not count."""
+        """Makes the next static step the first one after ``cache``; steps that were only trials do not count."""
         self._follow(_ragged_layers(cache)[0])
         self.scorer.cut_to(self._layers)
 
     def tokens_to_eviction(self, cache: Any) -> int:
-        """How many tokens can be read, one by one, until pairs are evicted."""
+        """Returns how many tokens can be read, one by one, until pairs are evicted."""
         self._follow(_ragged_layers(cache)[0])
         return self._n_left
 
@@ -175,7 +181,10 @@ class DecodeEviction:
         return next(iter(self._layers.values())).tail.length
 
     def _follow(self, layers: Layers) -> None:
-        """Turns to a cache; what is pending of another is scored first, what was cut off since is forgotten."""
+        """Switches to a cache.
+
+        Tokens of another cache that are pending are scored first; those that were cut off since are forgotten.
+        """
         is_same = bool(self._layers) and all(layers.get(i) is layer for i, layer in self._layers.items())
         if self._layers and not is_same:
             self.scorer.cut_to(self._layers)
@@ -206,14 +215,14 @@ class DecodeEviction:
 
 
 def decode_eviction_in(model: nn.Module) -> DecodeEviction | None:
-    """What evicts while the model writes, inside ``with press(model):`` of a press that does; else None."""
+    """Returns what evicts while the model generates, inside ``with press(model):``; None if there is nothing."""
     hooks = text_decoder(model)._forward_hooks.values()  # noqa: SLF001  # torch has no public name for them
     found = (getattr(hook, "__self__", None) for hook in hooks)
     return next((eviction for eviction in found if isinstance(eviction, DecodeEviction)), None)
 
 
 def _ragged_layers(cache: Any) -> tuple[dict[int, RaggedLayer], torch.Tensor | None]:
-    """The ragged layers by index, and the padding of the block that is read behind them."""
+    """Returns the ragged layers by index, and the padding of the block that is being read, None if there is none."""
     padding = next((layer.padding for layer in cache.layers if isinstance(layer, BlockLayer)), None)
     layers = {i: layer.layer if isinstance(layer, BlockLayer) else layer for i, layer in enumerate(cache.layers)}
     return {i: layer for i, layer in layers.items() if isinstance(layer, RaggedLayer)}, padding

@@ -1,4 +1,4 @@
-"""Reading tokens into a cache, each row where its own tokens end; the rows may read different numbers of them."""
+"""Reads tokens into a cache, in each row from where its own tokens end; rows may read different numbers of tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvzip_press.errors import CacheMismatchError
 
 
 def next_positions(cache: Any, batch_size: int, device: torch.device) -> torch.Tensor:
-    """The position of each row's next token, int64 ``[batch]``: where its own tokens end."""
+    """Returns the position of each row's next token, int64 ``[batch]``: where its own tokens end."""
     ragged = _first_ragged(cache)
     if ragged is None:
         return torch.full((batch_size,), int(cache.get_seq_length()), device=device)
@@ -32,19 +32,19 @@ def read(
     """Reads tokens into a cache, each row at its own positions.
 
     Args:
-        model: A causal language model, attached.
+        model: A causal language model that is attached (:func:`kvzip_press.attach`).
         cache: Its cache, which grows.
         token_ids: int64 ``[batch, n]``.
         padding: int64 ``[batch]``, columns of padding on the left of ``token_ids``; only for a compressed cache.
-        positions: int64 ``[batch]``, the position of each row's first token; by default where the row ends.
+        positions: int64 ``[batch]``, the position of each row's first token; by default where the row's own tokens end.
 
     Returns:
-        Logits ``[batch, vocabulary]`` of the last tokens.
+        Logits ``[batch, vocabulary]`` of each row's last token.
 
     Raises:
-        CacheMismatchError: The cache has seen another number of rows.
+        CacheMismatchError: The cache has another number of rows.
         InvalidArgumentError: Sliding layers hold padding that is not on the left.
-        UnsupportedCacheError: Padding, and a cache that is not compressed.
+        UnsupportedCacheError: There is padding, but the cache is not compressed.
     """
     batch_size, n = token_ids.shape
     first = next_positions(cache, batch_size, token_ids.device) if positions is None else positions
@@ -63,7 +63,10 @@ def _first_ragged(cache: Any) -> RaggedLayer | None:
 
 
 def _mask_of_dense_layers(cache: Any, n: int, padding: torch.Tensor | None) -> torch.Tensor | None:
-    """The mask ``[batch, seen + n]`` that sliding layers need where rows have padding; ragged layers know theirs."""
+    """Returns the mask ``[batch, seen + n]`` that sliding layers need if rows have padding; None if none is needed.
+
+    Ragged layers know their own padding.
+    """
     ragged = _first_ragged(cache)
     if ragged is None or all(isinstance(layer, RaggedLayer) for layer in cache.layers):
         return None
@@ -74,7 +77,11 @@ def _mask_of_dense_layers(cache: Any, n: int, padding: torch.Tensor | None) -> t
 def forward(
     model: Any, cache: Any, token_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """One forward over ``token_ids`` ``[batch, n]`` at ``position_ids``; logits ``[batch, vocabulary]`` of the last."""
+    """Runs one forward over ``token_ids`` ``[batch, n]`` at ``position_ids`` of the same shape.
+
+    Returns:
+        Logits ``[batch, vocabulary]`` of the last tokens.
+    """
     output = model(
         input_ids=token_ids,
         attention_mask=mask,

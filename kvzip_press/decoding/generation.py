@@ -1,4 +1,4 @@
-"""Generation behind a cache."""
+"""Generates tokens from a cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIN_GRAPH_TOKENS = 16
 
 
 def eos_ids(model: Any, tokenizer: Any) -> set[int]:
-    """The ids that end an answer, by the model's generation config and the tokenizer."""
+    """Returns the ids that end an answer, according to the model's generation config and the tokenizer."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = {configured} if isinstance(configured, int) else set(configured or ())
     return ids | ({tokenizer.eos_token_id} - {None})
@@ -42,23 +42,24 @@ def generate(
     graph: bool | None = None,
     compile: bool = False,  # noqa: A002  # torch's name for it
 ) -> list[list[int]]:
-    """Generates behind a cache, which grows by what is read and written.
+    """Generates tokens from a cache, which grows by what is read and generated.
 
-    Rows of different length, in the cache and in ``input_ids``, generate what each would alone. A row that has ended
-    reads on until all have: to go on from its end, fork the cache before (or use ``answer(..., keep=True)``).
+    Rows of different lengths, in the cache and in ``input_ids``, generate what each would alone. A row that has ended
+    reads on until all have: to continue from its end, fork the cache before (or use ``answer(..., keep=True)``).
 
     Args:
         model: A causal language model.
-        cache: Its cache; with a compressed one on a GPU the decode steps replay a CUDA graph.
-        input_ids: int64 ``[batch, n]``, what is read first, n >= 1.
-        max_new_tokens: Most tokens to generate a row.
-        attention_mask: ``[batch, n]``, 0 or False at padding in ``input_ids``, which must be on the left; needs a
-            compressed cache. None: there is none. What the cache holds of padding, it knows.
+        cache: Its cache; for a compressed one on a GPU, decode steps replay a CUDA graph.
+        input_ids: int64 ``[batch, n]``, the tokens to read first, n >= 1.
+        max_new_tokens: Most tokens to generate per row.
+        attention_mask: ``[batch, n]``, 0 or False at padding in ``input_ids``, which must be on the left; padding needs
+            a compressed cache. None for no padding. The padding that is already in the cache need not be given.
         eos_ids: The ids that end a row.
         sampling: How to sample; None takes the most likely token.
-        streamer: A transformers streamer (``put``, ``end``), for one row; it gets ``input_ids`` first, as there.
-        graph: See :class:`kvzip_press.decoding.step.DecodeStep`. By default a graph is captured where it is possible
-            and ``max_new_tokens`` is at least 16: a capture takes as long as a few steps.
+        streamer: A transformers streamer (``put``, ``end``), for one row; as in transformers it gets ``input_ids``
+            first.
+        graph: See :class:`kvzip_press.decoding.step.DecodeStep`. By default a graph is captured if that is possible and
+            ``max_new_tokens`` is at least 16: a capture takes as long as a few steps.
         compile: See :class:`kvzip_press.decoding.step.DecodeStep`.
 
     Returns:
@@ -66,8 +67,8 @@ def generate(
 
     Raises:
         CacheMismatchError: The cache has another number of rows.
-        InvalidArgumentError: An argument out of range, or more tokens than the model has positions.
-        UnsupportedCacheError: Padding, and a cache that is not compressed.
+        InvalidArgumentError: An argument is out of range, or there are more tokens than the model has positions.
+        UnsupportedCacheError: There is padding, but the cache is not compressed.
     """
     if input_ids.dim() != 2 or input_ids.shape[1] == 0 or max_new_tokens < 0:
         shape = tuple(input_ids.shape)
@@ -114,7 +115,7 @@ def _tokens(
     graph: bool | None,
     compile: bool,  # noqa: A002
 ) -> Generator[torch.Tensor]:
-    """The chosen tokens ``[batch]`` one after another; the last one is not read by the model."""
+    """Yields the chosen tokens ``[batch]`` one after another; the model does not read the last one."""
     if max_new_tokens == 0:
         return
     attach(model)

@@ -1,4 +1,4 @@
-"""Choice of the next token from logits."""
+"""Chooses the next token from logits."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from kvzip_press.errors import InvalidArgumentError
 
 
 def most_likely(logits: torch.Tensor) -> torch.Tensor:
-    """The most likely token of each row: logits ``[batch, vocabulary]`` to ids ``[batch]``."""
+    """Returns the most likely token of each row: ids ``[batch]`` from logits ``[batch, vocabulary]``."""
     return logits.argmax(dim=-1)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample the next token; the warpers are transformers' own, in its order.
+    """How to sample the next token, with transformers' own warpers in its order.
 
     Args:
         temperature: Divides the logits, above 0.
-        top_k: Sample from the k most likely tokens, None from all.
-        top_p: Sample from the fewest tokens that have this much probability together, in (0, 1], None from all.
-        seed: Of the random numbers; None takes PyTorch's own generator.
+        top_k: Sample from the k most likely tokens; None for all.
+        top_p: Sample from the fewest tokens that together have this probability, in (0, 1]; None for all.
+        seed: Seed of the random numbers; None uses PyTorch's default generator.
 
     Raises:
-        InvalidArgumentError: A value out of range.
+        InvalidArgumentError: A value is out of range.
     """
 
     temperature: float = 1.0
@@ -44,7 +44,10 @@ class Sampling:
             raise InvalidArgumentError(f"expected top_p in (0, 1] or None, got {self.top_p}")
 
     def sampler(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function from logits ``[batch, vocabulary]`` to sampled ids ``[batch]``, with random numbers of its own."""
+        """Returns a function from logits ``[batch, vocabulary]`` to sampled ids ``[batch]``.
+
+        With a seed, each function has random numbers of its own.
+        """
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         warpers: Any = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])

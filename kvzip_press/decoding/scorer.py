@@ -1,4 +1,4 @@
-"""What a press looks at while the model writes, and the scores of the pairs that are written."""
+"""Scores the pairs that are added while a model generates."""
 
 from __future__ import annotations
 
@@ -21,63 +21,63 @@ Score = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 class DecodeScorer(ABC):
-    """Gives the pairs behind a compressed prompt their scores, which lie in the tails of the cache's layers.
+    """Scores the pairs after a compressed prompt; the scores are stored in the tails of the cache's layers.
 
-    It may leave tokens pending, and score several at once; :meth:`settle` is called before scores are needed. When to
-    evict by the scores is not its business: see :class:`kvzip_press.decoding.eviction.DecodeEviction`, which calls all
-    that is here, for one cache at a time.
+    A scorer may leave tokens pending and score several at once; :meth:`settle` is called before scores are needed. It
+    does not decide when to evict: see :class:`kvzip_press.decoding.eviction.DecodeEviction`, which calls these methods,
+    for one cache at a time.
     """
 
     @abstractmethod
     def watching(self, model: nn.Module) -> AbstractContextManager[None]:
-        """While open, the scorer sees what it looks at in every forward of the model."""
+        """While open, the scorer sees what it needs of every forward of the model."""
 
     @abstractmethod
     def begin(self, layers: Layers, n_tokens: int) -> None:
-        """A forward over ``n_tokens`` behind the cache of these layers begins."""
+        """Called when a forward begins that reads ``n_tokens`` tokens into the cache of these layers."""
 
     @abstractmethod
     def read(self, layers: Layers, n_tokens: int, padding: torch.Tensor | None) -> None:
-        """A forward over several tokens is over; they are in the tails, without scores.
+        """Called when a forward over several tokens is over: they are in the tails, without scores.
 
         Args:
-            layers: The cache's.
-            n_tokens: Columns read.
-            padding: int64 ``[batch]``, how many of them are padding on the left of each row; None without any.
+            layers: The layers of the cache.
+            n_tokens: Number of columns read.
+            padding: int64 ``[batch]``, how many of them are padding on the left of each row; None for none.
         """
 
     @abstractmethod
     def seen(self) -> None:
-        """The forward of a decode step is over. Inside a captured graph this is what the graph repeats."""
+        """Called when the forward of a decode step is over; a captured graph contains and repeats what it does."""
 
     @abstractmethod
     def written(self, layers: Layers) -> None:
-        """A decode step has written one more token into the tails."""
+        """Called when a decode step has written one more token into the tails."""
 
     @abstractmethod
     def settle(self, layers: Layers) -> None:
-        """Scores what is pending."""
+        """Scores all pending tokens."""
 
     @abstractmethod
     def cut_to(self, layers: Layers) -> None:
-        """Forgets pending tokens that are not in the tails any more, and what was run on trial."""
+        """Forgets pending tokens that are no longer in the tails, and those of trial steps."""
 
     @abstractmethod
     def abandon(self) -> None:
-        """Forgets the forward that ran: it may have raised."""
+        """Forgets the forward that was running, which may have raised."""
 
 
 class HiddenStateScorer(DecodeScorer):
-    """Scores tokens by the hidden states that enter attention, a buffer of them at once.
+    """Scores tokens by the hidden states that enter attention, a buffer of tokens at a time.
 
     Args:
-        score: Scores some tokens of one layer.
-        buffer: Tokens whose hidden states wait to be scored, at most.
+        score: Function that scores some tokens of one layer, see :data:`Score`.
+        buffer: Most tokens whose hidden states wait to be scored.
     """
 
     def __init__(self, score: Score, buffer: int) -> None:
         self.score, self.buffer = score, buffer
-        self._reading = 0  # tokens of the forward that runs
+        self._reading = 0  # tokens of the running forward
         self._block: dict[int, torch.Tensor] = {}  # scores of a forward of several tokens
         self._states: dict[int, torch.Tensor] = {}  # [batch, 1, hidden_size] of the token that is read
         self._hidden: torch.Tensor | None = None  # [layers, batch, buffer, hidden_size] of tokens without a score
@@ -91,7 +91,7 @@ class HiddenStateScorer(DecodeScorer):
             yield
 
     def begin(self, layers: Layers, n_tokens: int) -> None:
-        """A forward begins; one over other rows than those whose tokens are pending, or over a block, finds none so."""
+        """Begins a forward; scores pending tokens first if it reads several tokens or another number of rows."""
         batch_size = next(iter(layers.values())).batch_size
         if n_tokens > 1 or (self._hidden is not None and self._hidden.shape[1] != batch_size):
             self.settle(layers)
@@ -104,16 +104,16 @@ class HiddenStateScorer(DecodeScorer):
             self._states[layer_idx] = hidden_states
 
     def read(self, layers: Layers, n_tokens: int, padding: torch.Tensor | None) -> None:
-        """Hands the scores of the block to the tails."""
+        """Puts the scores of the tokens that were read into the tails."""
         for layer_idx, scores in self._block.items():
             token = None
-            if padding is not None:  # over a row's padding its earlier tokens have moved, with their scores
+            if padding is not None:  # a row's earlier tokens have moved over its padding, with their scores
                 token = visible_columns(padding.to(scores.device), n_tokens).unsqueeze(1)
             layers[layer_idx].tail.put_scores(scores, layers[layer_idx].tail.length - n_tokens, token)
         self.abandon()
 
     def seen(self) -> None:
-        """Puts the hidden states of a token in the buffer, those of all layers at once, and moves on: on the device."""
+        """Puts a token's hidden states of all layers into the buffer, and moves to the next slot, all on the device."""
         states = torch.stack(list(self._states.values()))
         n_layers, batch, _, hidden_size = states.shape
         if self._hidden is None or self._hidden.shape[1] != batch:
@@ -125,7 +125,7 @@ class HiddenStateScorer(DecodeScorer):
         self.abandon()
 
     def written(self, layers: Layers) -> None:
-        """Counts the token whose hidden states are in the buffer; a full one is scored."""
+        """Counts the token whose hidden states are in the buffer, and scores the buffer when it is full."""
         if self._n_pending == 0:
             self._first = _length(layers) - 1
         self._n_pending += 1
@@ -142,12 +142,12 @@ class HiddenStateScorer(DecodeScorer):
         self._settle_slot()
 
     def cut_to(self, layers: Layers) -> None:
-        """Forgets hidden states of tokens that are not in the tails any more."""
+        """Forgets hidden states of tokens that are no longer in the tails."""
         self._n_pending = max(min(self._n_pending, _length(layers) - self._first), 0)
         self._settle_slot()
 
     def abandon(self) -> None:
-        """Forgets the forward that ran."""
+        """Forgets the forward that was running."""
         self._reading, self._block, self._states = 0, {}, {}
 
     def _settle_slot(self) -> None:

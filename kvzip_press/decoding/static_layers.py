@@ -1,8 +1,8 @@
-"""Cache layers with a fixed place in memory, for a decode step that is captured once and replayed.
+"""Cache layers with fixed addresses in memory, for a decode step that is captured once and replayed.
 
 A captured CUDA graph repeats the same kernels on the same addresses. So a static layer writes a token's keys and values
 where a number on the device says, and attends to as many tokens as another number on the device says; the graph itself
-counts both up. The layers stand in for those of a cache during the capture only, over the same memory.
+increments both. During the capture only, these layers stand in for those of a cache, over the same memory.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from kvzip_press.kernels.tail_append import tail_append
 
 
 class Place:
-    """Where the token of a decode step goes, on the device.
+    """The place in a buffer where the token of a decode step goes, stored on the device.
 
     Args:
-        n_before: Tokens before it.
-        size: Rows of the buffer when it is a ring, in which the newest token overwrites the oldest; None when it grows.
+        n_before: Number of tokens before it.
+        size: Rows of the buffer if it is a ring, in which the newest token overwrites the oldest; None if it grows.
         device: The device.
 
     Attributes:
         index: int64 ``[1]``, the token's row in the buffer.
-        n_live: int32 ``[1]``, rows of the buffer that the token sees, itself included.
+        n_live: int32 ``[1]``, rows of the buffer that the token sees, including its own.
     """
 
     def __init__(self, n_before: int, size: int | None, device: torch.device) -> None:
@@ -48,7 +48,7 @@ class Place:
         self._settle()
 
     def move_to(self, n_before: int) -> None:
-        """Goes to the place behind ``n_before`` tokens."""
+        """Goes to the place after ``n_before`` tokens."""
         self._n_before.fill_(n_before)
         self._settle()
 
@@ -59,17 +59,17 @@ class Place:
 
 
 class StaticLayer(StandInLayer):
-    """One layer of a decode step: frozen pairs and a buffer ``[batch, num_heads, room, head_dim]`` behind them.
+    """One layer of a decode step: frozen pairs and, after them, a buffer ``[batch, num_heads, room, head_dim]``.
 
     Args:
         keys: The buffer of keys, written in place.
         values: The buffer of values.
         place: Where the token of the step goes.
         packed: The frozen pairs.
-        row_index: Batch row to packed row, None for the identity.
-        n_seen: Tokens seen before the step, as the model counts them.
-        visible: Bool ``[batch, room]``, False where a row of the buffer holds padding, until it is written; None where
-            none does.
+        row_index: Batch row -> packed row, int64 ``[batch]``; None if they are the same.
+        n_seen: Number of tokens seen before the step, as the model counts them.
+        visible: Bool ``[batch, room]``, False where a row of the buffer holds padding, until it is overwritten; None
+            for no padding.
     """
 
     is_initialized = True
@@ -108,7 +108,7 @@ class StaticLayer(StandInLayer):
         scaling: float | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """Attention of one token a row to all frozen pairs and all live rows of the buffer that are no padding."""
+        """Computes attention of one token per row to all frozen pairs and to all live buffer rows but padding."""
         output = self.packed.attend(
             query,
             self.keys,
@@ -125,7 +125,7 @@ class StaticLayer(StandInLayer):
 
 
 class SlidingRing:
-    """The window of a sliding layer in a ring: decode steps overwrite its oldest token instead of moving all others.
+    """The window of a sliding layer as a ring: decode steps overwrite its oldest token instead of moving all others.
 
     Args:
         layer: The dense sliding layer, which stays as it is until :meth:`write_back`.
@@ -147,7 +147,7 @@ class SlidingRing:
             self.visible.index_copy_(1, slots, visible)
 
     def static_layer(self, place: Place) -> StaticLayer:
-        """The layer of a decode step over the ring."""
+        """Returns the layer of a decode step over the ring."""
         nobody = torch.zeros(self.keys.shape[:3], dtype=torch.bool, device=self.keys.device)
         nothing = PackedPairs.pack(self.keys, self.values, nobody, nobody[:, 0].int())
         return StaticLayer(
@@ -155,7 +155,7 @@ class SlidingRing:
         )
 
     def write_back(self, n_steps: int) -> None:
-        """Gives the dense layer the tokens of ``n_steps`` decode steps; those that left the window count, as zeros."""
+        """Gives the dense layer the tokens of ``n_steps`` decode steps; those outside the window count, as zeros."""
         n_held = min(n_steps, self.size)
         slots = torch.arange(self.n_seen + n_steps - n_held, self.n_seen + n_steps, device=self.keys.device) % self.size
         padding = (0, 0, n_steps - n_held, 0)
@@ -166,7 +166,7 @@ class StaticCache:
     """Static layers over the memory of a ragged cache, for decode steps of one token a row.
 
     Args:
-        cache: A cache that :func:`reason_against` has nothing against.
+        cache: A cache for which :func:`reason_against` returns None.
         n_tokens: Most tokens to decode.
     """
 
@@ -180,7 +180,7 @@ class StaticCache:
 
     @property
     def batch_size(self) -> int:
-        """Batch rows."""
+        """Number of batch rows."""
         layer: Any = self.layers.layers[0]
         return int(layer.keys.shape[0])
 
@@ -197,19 +197,19 @@ class StaticCache:
         return StaticLayer(keys, values, place, packed, row_index=layer.row_index, n_seen=self.n_seen, visible=visible)
 
     def _in_pool(self, layer: RaggedLayer) -> PackedPairs:
-        """A layer's pairs by the pool's own tensors, which stay right when pairs are evicted from it."""
+        """Returns a layer's pairs as the pool's own tensors, which stay valid when pairs are evicted from it."""
         whole, n_segments = layer.packed.pool.packed, layer.packed.cu_seqlens.numel() - 1
         first = self._ragged.index(layer) * n_segments
         bounds = whole.cu_seqlens[first : first + n_segments + 1]
         return replace(whole, cu_seqlens=bounds, pool=layer.packed.pool)
 
     def follows_eviction(self) -> bool:
-        """Goes on behind tails that an eviction has emptied; False where it moved pairs to other memory."""
+        """Continues after an eviction emptied the tails; returns False if it moved pairs to other memory."""
         if [_memory_of(layer) for layer in self._ragged] != self._memory:
             return False
         for layer in self.layers.layers:
             if isinstance(layer, StaticLayer) and layer.visible is not None and layer.place is self._places.get(None):
-                layer.visible.fill_(True)  # padding in the tails went with them
+                layer.visible.fill_(True)  # the padding in the tails is gone with them
         self._places[None].move_to(0)
         return True
 
@@ -222,7 +222,7 @@ class StaticCache:
             place.advance()
 
     def restart(self) -> None:
-        """Moves all places back to where the cache ends: a trial step is overwritten by the first real one."""
+        """Moves all places back to the end of the cache, so that the first real step overwrites a trial step."""
         for size, place in self._places.items():
             place.move_to(self._ragged[0].tail.length if size is None else self.n_seen)
 
@@ -239,13 +239,13 @@ class StaticCache:
 
 
 def _memory_of(layer: RaggedLayer) -> tuple[int, ...]:
-    """Where the pairs of a layer lie: its own tensors, or those of its pool, and its tail's buffers."""
+    """Returns the addresses of a layer's pairs, in its own tensors or those of its pool, and of its tail's buffers."""
     packed = layer.packed if layer.packed.pool is None else layer.packed.pool.packed
     return tuple(tensor.data_ptr() for tensor in (*packed.tensors, *layer.tail.tensors))
 
 
 def reason_against(cache: Any) -> str | None:
-    """Why the layers of a cache cannot stand still in memory, or None when they can."""
+    """Returns why the layers of a cache cannot stay at fixed addresses in memory; None if they can."""
     layers: list[Any] = list(getattr(cache, "layers", []))
     ragged = [layer for layer in layers if isinstance(layer, RaggedLayer)]
     if not ragged:

@@ -1,8 +1,8 @@
-"""Decode steps: one token a row through the model, captured in a CUDA graph where that is possible.
+"""Decode steps: one token per row through the model, captured in a CUDA graph if that is possible.
 
-A decode step of an 8B model is some five hundred short kernels, and Python launches them more slowly than the GPU runs
-them: without a graph, what a smaller cache saves stays hidden. The graph is captured over static layers
-(``static_layers.py``) that share the cache's memory, and counts its position on the device.
+A decode step of an 8B model consists of some five hundred short kernels, and Python launches them more slowly than the
+GPU runs them: without a graph, the time that a smaller cache saves stays hidden. The graph is captured over static
+layers (``static_layers.py``) that share the cache's memory, and counts its position on the device.
 """
 
 from __future__ import annotations
@@ -28,28 +28,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TRIALS = 2  # steps before the capture: kernels are compiled, libraries set up
+_TRIALS = 2  # steps before the capture, in which kernels are compiled and libraries set up
 
 
 class DecodeStep:
-    """Decodes one token a row at a time behind a cache, which grows with every call.
+    """Decodes one token per row and call, from a cache that grows with every call.
 
     Args:
         model: A causal language model.
-        cache: Its cache. A graph needs ragged layers (beside them, sliding ones may stand).
-        max_new_tokens: Most calls.
-        position_ids: int64 ``[batch]``, the position of each row's next token; by default each row goes on where its
+        cache: Its cache. A graph needs ragged layers, with only sliding ones beside them.
+        max_new_tokens: Most calls, at least 1.
+        position_ids: int64 ``[batch]``, the position of each row's next token; by default each row continues where its
             own tokens end.
-        graph: Whether to capture a CUDA graph: None where it is possible, False never, True or else raise.
+        graph: Whether to capture a CUDA graph: None captures one if possible, False never, True captures one or raises.
         compile: Whether to compile the decoder layers around attention with ``torch.compile`` before the capture: fewer
-            kernels, for a minute or so of compiling. Only for a graph.
+            kernels, for a minute or so of compiling. Only with a graph.
 
     Attributes:
         captured: Whether calls replay a graph.
-        reason: Why they do not, None when they do.
+        reason: Why calls do not replay a graph; None if they do.
 
     Raises:
-        InvalidArgumentError: ``graph=True`` or ``compile=True`` where a graph is impossible, or ``max_new_tokens`` < 1.
+        InvalidArgumentError: ``graph=True`` or ``compile=True`` is given and a graph is impossible, ``compile=True`` is
+            given inside a press that evicts while the model generates, or ``max_new_tokens`` < 1.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class DecodeStep:
 
     @torch.no_grad()
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Decodes one token a row.
+        """Decodes one token per row.
 
         Args:
             token_ids: int64 ``[batch]``.
@@ -110,7 +111,7 @@ class DecodeStep:
             Logits ``[batch, vocabulary]``, valid until the next call.
 
         Raises:
-            InvalidArgumentError: More calls than ``max_new_tokens``.
+            InvalidArgumentError: There are more calls than ``max_new_tokens``.
         """
         if self._n_left == 0:
             raise InvalidArgumentError("expected at most max_new_tokens calls, which were made already")
@@ -137,13 +138,13 @@ class DecodeStep:
         return logits
 
     def close(self) -> None:
-        """Brings the cache up to date where a graph wrote beside it (sliding layers). The step is over."""
+        """Ends the step, and brings the cache up to date where a graph wrote elsewhere (sliding layers)."""
         self._n_left = 0
         if self._static is not None:
             self._static.close()
 
     def __enter__(self) -> DecodeStep:
-        """Itself, to be closed at the end."""
+        """Returns the step itself, to be closed at the end."""
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -175,16 +176,16 @@ class _StaticStep:
 
     @torch.no_grad()
     def run(self, cache: Any = None) -> torch.Tensor:
-        """The kernels of one step: the model, and all counters moved on."""
+        """Runs the kernels of one step: the model, and the counters' increments."""
         watched = nullcontext() if self.eviction is None else self.eviction.static_step()
-        with watched, masks_left_out(self.model):  # eager's are made on the host, which a graph cannot hold
+        with watched, masks_left_out(self.model):  # eager's are made on the host: no graph can hold that
             logits = forward(self.model, self.cache.layers if cache is None else cache, self.token_ids, self.positions)
         self.cache.advance()
         self.positions.add_(1)
         return logits
 
     def capture(self, compiled: bool = False) -> None:
-        """Runs the step on trial, forgets it and captures it."""
+        """Runs the step as a trial, undoes that, and captures it."""
         with ExitStack() as stack:
             stack.enter_context(torch.cuda.device(self.positions.device))
             cache = stack.enter_context(_compiled_layers(self.model, self.cache)) if compiled else None
@@ -224,7 +225,7 @@ class _StaticStep:
 
 
 def _reason_against(model: nn.Module, cache: Any, device: torch.device) -> str | None:
-    """Why this model behind this cache cannot be captured, as far as can be told before."""
+    """Returns why this model with this cache cannot be captured, as far as is known beforehand; None if it may be."""
     if device.type != "cuda":
         return f"the model is on {device.type}"
     if len({parameter.device for parameter in model.parameters()}) > 1:
@@ -235,18 +236,18 @@ def _reason_against(model: nn.Module, cache: Any, device: torch.device) -> str |
 
 
 class _PassingCache(compat.Cache):
-    """Gives keys and values back as they come, for a compiled layer to hand on to the attention function."""
+    """Gives keys and values back as they come, for a compiled layer to pass on to the attention function."""
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-        """Keys and values themselves."""
+        """Returns keys and values as they are."""
         return key_states, value_states
 
 
 @contextmanager
 def _compiled_layers(model: nn.Module, cache: StaticCache, **options: Any) -> Iterator[_PassingCache]:
-    """While open, the decoder layers run compiled but for the attention in their middle, over the cache it gives.
+    """While open, the decoder layers run compiled, except for the attention inside them, over the yielded cache.
 
-    What was compiled lives on in a graph that is captured meanwhile; the modules get their own forward back.
+    A graph that is captured meanwhile keeps the compiled kernels; the modules get their own forward back.
     """
     from torch import _dynamo as dynamo
 

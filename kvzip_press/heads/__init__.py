@@ -1,1 +1,1 @@
-"""Whole heads: kept or dropped by one score each."""
+"""Keeps or drops whole heads, by one score each."""

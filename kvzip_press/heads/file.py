@@ -1,4 +1,4 @@
-"""Scores of heads on disk: a safetensors file of ours, and KVzip's own ``.pt`` files. Reading either runs no code."""
+"""Head scores on disk: this package's safetensors files, and KVzip's own ``.pt`` files. Reading either runs no code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TENSOR, INDICES, FORMAT = "head_scores", "layer_indices", "kvzip_press_head_scor
 
 
 def write(path: Path, values: torch.Tensor, metadata: Mapping[str, str]) -> None:
-    """Writes ``values`` and what is said of them, whole or not at all; the folder is made where it is missing.
+    """Writes ``values`` and their metadata, whole or not at all; the folder is created if it does not exist.
 
     Raises:
         CacheFileError: The file cannot be written.
@@ -24,10 +24,10 @@ def write(path: Path, values: torch.Tensor, metadata: Mapping[str, str]) -> None
 
 
 def read(path: Path) -> tuple[torch.Tensor, dict[str, str], tuple[int, ...]]:
-    """Values, provenance and layer indices of a file of :func:`write`.
+    """Reads values, provenance and layer indices from a file that :func:`write` wrote.
 
     Raises:
-        InvalidArgumentError: There is no such file, or one of another kind.
+        InvalidArgumentError: The file does not exist or is of another kind.
     """
     expected = f"expected a safetensors file of head scores at {path}"
     with opened(path, InvalidArgumentError, expected, malformed=(TypeError, ValueError)) as file:
@@ -39,15 +39,15 @@ def read(path: Path) -> tuple[torch.Tensor, dict[str, str], tuple[int, ...]]:
 
 
 def read_pt(path: Path) -> torch.Tensor:
-    """The one tensor of a ``.pt`` file, ``[layers, heads]``.
+    """Reads the one tensor of a ``.pt`` file, as fp32 ``[layers, heads]``.
 
     Raises:
-        InvalidArgumentError: There is no such file, or it holds something else than one such tensor.
+        InvalidArgumentError: The file does not exist, or holds something other than one such tensor.
     """
     wanted = f"expected one floating-point tensor [layers, heads] in {path}, as KVzip saves it"
     try:
         loaded = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a torn or hostile file raises anything; none of it was run
+    except Exception as error:  # a damaged or hostile file can raise anything; none of it was run
         cause = str(error).strip().partition("\n")[0]
         raise InvalidArgumentError(f"{wanted}, got {type(error).__name__}: {cause}") from error
     if not isinstance(loaded, torch.Tensor):

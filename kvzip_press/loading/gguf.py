@@ -1,4 +1,4 @@
-"""What is common to GGUF files of every architecture: fields, weights, special tokens."""
+"""Reads what GGUF files of all architectures have in common: fields, weights, special tokens."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class GGUF:
         self._reader = GGUFReader(str(path))
 
     def field(self, name: str) -> Any:
-        """A field's value. Raises InvalidArgumentError when there is no such field."""
+        """Returns a field's value. Raises InvalidArgumentError if there is no such field."""
         field = self._reader.get_field(name)
         if field is None:
             raise InvalidArgumentError(f"the GGUF has no field {name!r}")
         return field.contents()
 
     def has_field(self, name: str) -> bool:
-        """Whether there is a field of that name."""
+        """Returns whether there is a field of that name."""
         return self._reader.get_field(name) is not None
 
     def require(self, name: str, expected: str) -> None:
@@ -48,22 +48,22 @@ class GGUF:
             raise InvalidArgumentError(f"expected a GGUF with {name} = {expected!r}, got {value!r}")
 
     def has_tensor(self, name: str) -> bool:
-        """Whether there are weights of that name."""
+        """Returns whether there are weights of that name."""
         return any(tensor.name == name for tensor in self._reader.tensors)
 
     def weights(self) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-        """Name without ``.weight`` and values, fp32 and dequantised without loss, of each tensor in turn."""
+        """Yields the name of each tensor without ``.weight``, and its values, dequantised to fp32 without loss."""
         from gguf.quants import dequantize
 
         for tensor in self._reader.tensors:
             yield tensor.name.removesuffix(".weight"), dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
 
     def special_ids(self) -> dict[str, int]:
-        """The ids of BOS, EOS and padding, by their names in a config."""
+        """Returns the ids of BOS, EOS and padding, by their names in a config."""
         names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
         return {key: int(self.field(f"tokenizer.ggml.{name}_token_id")) for key, name in names.items()}
 
     def tokens(self) -> list[tuple[str, int]]:
-        """Text and kind of each token."""
+        """Returns the text and the kind of each token."""
         kinds: list[int] = self.field("tokenizer.ggml.token_type")
         return list(zip(self.field("tokenizer.ggml.tokens"), kinds, strict=True))

@@ -1,9 +1,9 @@
-"""Turn the GGUF file of an embedded model into the files that ``from_pretrained`` reads.
+"""Converts the GGUF file of an embedded model to the files that ``from_pretrained`` reads.
 
-transformers can load a GGUF itself, but it then asks for ``accelerate``, builds another tokenizer in every release (in
-some with a wrong end-of-turn token and a wrong byte decoder) and saves files that other releases misread. Here the
-weights are dequantised with the package ``gguf``, bit for bit what transformers computes, and every file is written in
-the plain form that transformers 4.56 and all later releases agree on.
+transformers can load a GGUF itself, but then it requires ``accelerate``, builds a different tokenizer in every release
+(in some with a wrong end-of-turn token and a wrong byte decoder) and saves files that other releases misread. Here the
+weights are dequantised with the package ``gguf``, bit for bit as in transformers, and every file is written in the
+plain form that transformers 4.56 and all later releases agree on.
 """
 
 import json
@@ -21,7 +21,7 @@ _ARCHITECTURES = {"llama": gguf_llama, "gemma3": gguf_gemma3}
 
 
 def convert_gguf(gguf_path: Path, output_dir: Path) -> None:
-    """Write ``model.safetensors`` (fp32), both configs and the tokenizer of a GGUF into a directory.
+    """Writes ``model.safetensors`` (fp32), both configs and the tokenizer of a GGUF into a directory.
 
     Args:
         gguf_path: A GGUF of architecture ``llama`` whose tokenizer is byte-level BPE with digits split ("smollm"), or
@@ -30,7 +30,7 @@ def convert_gguf(gguf_path: Path, output_dir: Path) -> None:
 
     Raises:
         MissingDependencyError: The package ``gguf`` is not installed.
-        InvalidArgumentError: Another architecture or tokenizer than those above.
+        InvalidArgumentError: The GGUF has another architecture or tokenizer than those above.
     """
     gguf = GGUF(gguf_path)
     name = gguf.field("general.architecture")

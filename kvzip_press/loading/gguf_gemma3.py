@@ -1,8 +1,8 @@
 """Gemma 3's GGUF: architecture ``gemma3`` (text only) with a SentencePiece BPE tokenizer.
 
-A GGUF says less than a config: that every sixth layer has full attention, the sliding layers' RoPE base and the
-activation belong to the architecture (Gemma 3 report, arXiv 2503.19786). Norms are stored as the factor that they
-are, transformers stores the factor minus one.
+A GGUF says less than a config: full attention in every sixth layer, the sliding layers' RoPE base and the activation
+are part of the architecture (Gemma 3 report, arXiv 2503.19786). The GGUF stores a norm's factor as it is, transformers
+stores the factor minus one.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 def check(gguf: GGUF) -> None:
-    """Raises InvalidArgumentError for another kind of tokenizer."""
+    """Raises InvalidArgumentError if the tokenizer is of another kind."""
     gguf.require("tokenizer.ggml.model", "llama")
 
 
 def model_config(gguf: GGUF) -> dict[str, Any]:
-    """The config in the words of transformers 4.56, which newer releases still read (the other way round fails)."""
+    """Returns the config in the terms of transformers 4.56, which newer releases still read (the reverse fails)."""
     head_dim, num_layers = int(gguf.field("gemma3.attention.key_length")), int(gguf.field("gemma3.block_count"))
     return {
         "architectures": ["Gemma3ForCausalLM"],
@@ -72,7 +72,7 @@ def model_config(gguf: GGUF) -> dict[str, Any]:
 
 
 def state_dict(gguf: GGUF) -> dict[str, torch.Tensor]:
-    """The weights by their names in transformers."""
+    """Returns the weights, fp32, by their names in transformers."""
     state = {}
     for name, weight in gguf.weights():
         if name.startswith("blk."):
@@ -85,7 +85,7 @@ def state_dict(gguf: GGUF) -> dict[str, torch.Tensor]:
 
 
 def tokenizer(gguf: GGUF) -> Tokenizer:
-    """SentencePiece's BPE: spaces are letters, unknown ones become bytes, and a text begins with BOS."""
+    """Returns SentencePiece's BPE: spaces are letters, unknown letters become bytes, and a text begins with BOS."""
     tokens = gguf.tokens()
     bos_id, unk_id = gguf.special_ids()["bos_token_id"], int(gguf.field("tokenizer.ggml.unknown_token_id"))
     vocab = {token: index for index, (token, _) in enumerate(tokens)}
@@ -113,7 +113,10 @@ def tokenizer(gguf: GGUF) -> Tokenizer:
 
 
 def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """SentencePiece merges whichever neighbours give the piece of the best score: all such pairs, the best first."""
+    """Returns all pairs of pieces whose union is a piece, the best first.
+
+    SentencePiece merges the neighbours that give the piece with the best score.
+    """
     pairs = [
         (-scores[index], index, token[:cut], token[cut:])
         for token, index in vocab.items()

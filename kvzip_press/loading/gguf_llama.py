@@ -27,12 +27,12 @@ _MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm",
 
 
 def check(gguf: GGUF) -> None:
-    """Raises InvalidArgumentError for another tokenizer than SmolLM2's."""
+    """Raises InvalidArgumentError for any tokenizer other than SmolLM2's."""
     gguf.require("tokenizer.ggml.pre", "smollm")
 
 
 def model_config(gguf: GGUF) -> dict[str, Any]:
-    """The config in the words of transformers 4.56, which newer releases still read (the other way round fails)."""
+    """Returns the config in the terms of transformers 4.56, which newer releases still read (the reverse fails)."""
     hidden_size = int(gguf.field("llama.embedding_length"))
     num_attention_heads = int(gguf.field("llama.attention.head_count"))
     return {
@@ -56,7 +56,7 @@ def model_config(gguf: GGUF) -> dict[str, Any]:
 
 
 def state_dict(gguf: GGUF) -> dict[str, torch.Tensor]:
-    """The weights by their names in transformers."""
+    """Returns the weights, fp32, by their names in transformers."""
     heads = {stem: int(gguf.field(f"llama.attention.{name}")) for stem, name in _HEADS.items()}
     state = {}
     for name, weight in gguf.weights():
@@ -70,14 +70,14 @@ def state_dict(gguf: GGUF) -> dict[str, torch.Tensor]:
 
 
 def _unpermute(weight: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[Any, Any]:
-    """Undo the row order of GGUF's interleaved RoPE: pairs ``(2i, 2i+1)`` become ``(i, i + head_dim/2)``."""
+    """Undoes the row order of GGUF's interleaved RoPE: pairs ``(2i, 2i+1)`` become ``(i, i + head_dim/2)``."""
     rows, columns = weight.shape
     pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, columns)
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows, columns))
 
 
 def tokenizer(gguf: GGUF) -> Tokenizer:
-    """The tokenizer, with its control tokens."""
+    """Returns the tokenizer, with its control tokens."""
     tokens = gguf.tokens()
     merges = [tuple(merge.split(" ")) for merge in gguf.field("tokenizer.ggml.merges")]
     made = Tokenizer(BPE(vocab={token: index for index, (token, _) in enumerate(tokens)}, merges=merges))

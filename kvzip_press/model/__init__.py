@@ -1,1 +1,1 @@
-"""What must be known of a model."""
+"""Facts about a model: its structure, identity, devices and chat template."""

@@ -1,4 +1,4 @@
-"""Where a model computes, and in what: devices and dtypes by name."""
+"""Where and in which precision a model computes: devices and dtypes, also by name."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ DTYPES = {
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model's token ids go: the device that its embedding computes on, wherever its weights rest."""
+    """Returns the device for a model's token ids: that on which its embedding computes, wherever its weights are."""
     return execution_device(model.get_input_embeddings())
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """The device that a module computes on: what its offloading hook says (accelerate), or where its weights are."""
+    """Returns the device that a module computes on: that of its offloading hook (accelerate), or of its weights."""
     for part in module.modules():
         device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if device is not None:
@@ -35,16 +35,16 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a CUDA device, so that a wall clock tells the truth."""
+    """Waits for a CUDA device, so that wall-clock times are right."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def get_device(name: str | None) -> torch.device:
-    """The device of a name, by default the GPU where there is one.
+    """Returns the device of a name; for None the GPU if there is one, else the CPU.
 
     Raises:
-        InvalidArgumentError: No such device.
+        InvalidArgumentError: There is no such device.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.partition(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
@@ -57,10 +57,10 @@ def get_device(name: str | None) -> torch.device:
 
 
 def get_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype of a name; None, for a default, stays None.
+    """Returns the dtype of a name, a key of :data:`DTYPES`; None stays None.
 
     Raises:
-        InvalidArgumentError: No such dtype.
+        InvalidArgumentError: There is no such dtype.
     """
     if name is not None and name not in DTYPES:
         raise InvalidArgumentError(f"expected a dtype among {', '.join(DTYPES)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Hidden states as they enter attention, seen while a forward runs, layer by layer; none of them is kept."""
+"""Shows hidden states as they enter attention, layer by layer, while a forward runs; none of them is kept."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Look = Callable[[int, torch.Tensor], None]
 
 @contextmanager
 def watching_hidden_states(model: nn.Module, look: Look) -> Iterator[None]:
-    """While open, every forward shows ``look(layer_idx, hidden_states)`` what enters each full-attention layer.
+    """While open, every forward calls ``look(layer_idx, hidden_states)`` with what enters each full-attention layer.
 
     Args:
         model: The model.
-        look: Called with ``[batch, query_length, hidden_size]``, after the layer's input norm, in the model's dtype,
-            which it must not change.
+        look: Called with ``[batch, query_length, hidden_size]``, after the layer's input norm, in the model's dtype. It
+            must not change the tensor.
     """
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What ties caches and files to the model that they were made for: its shape, and a sample of its weights."""
+"""Ties caches and files to the model that they were made for: by its shape, and by a sample of its weights."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from kvzip_press.errors import UnsupportedModelError
 from kvzip_press.model.structure import full_attention_layers, text_config
 
 SHAPE = ("model_type", "num_hidden_layers", "num_key_value_heads", "hidden_size", "vocab_size")
-"""Settings that models of one shape share; keys of what such files say of their model."""
+"""Settings that models of one shape share; keys of the facts that files record of their model."""
 
 SKETCH_TOLERANCE = 0.01  # quantized weights and light fine-tunes of the same model stay within it
 
 
 def shape_of(model: nn.Module) -> dict[str, str]:
-    """The settings of :data:`SHAPE`, as text."""
+    """Returns the settings of :data:`SHAPE`, as texts."""
     config = text_config(model)
     return {name: str(getattr(config, name, "")) for name in SHAPE}
 
 
 def num_kv_heads(model: nn.Module) -> int:
-    """KV heads of each layer."""
+    """Returns the number of KV heads of each layer."""
     config = text_config(model)
     heads: Any = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return int(heads)
@@ -35,14 +35,18 @@ def num_kv_heads(model: nn.Module) -> int:
 
 @torch.no_grad()
 def weight_sketch(model: nn.Module) -> list[float]:
-    """Norm of the key projection (of the fused one where keys have none of their own) of each full-attention layer."""
+    """Returns the norm of each full-attention layer's key projection.
+
+    If keys have no projection of their own, it is the norm of the fused one; if weights cannot be read so, of all
+    parameters.
+    """
     norms = [_key_norm(layer.module) for layer in full_attention_layers(model)]
     numbers: list[float] = torch.stack([norm.cpu() for norm in norms]).tolist()
     return numbers
 
 
 def facts_of(model: nn.Module) -> dict[str, str]:
-    """What a file made for a model says of it: its name, the settings of :data:`SHAPE`, the sketch, the dtype."""
+    """Returns the facts that a file records of its model: name, settings of :data:`SHAPE`, weight sketch and dtype."""
     return {
         "model": Path(str(getattr(model.config, "name_or_path", "") or type(model).__name__)).name,
         **shape_of(model),
@@ -52,17 +56,17 @@ def facts_of(model: nn.Module) -> dict[str, str]:
 
 
 def same_shape(facts: Mapping[str, str], model: nn.Module) -> bool:
-    """Whether a file's facts are those of a model of this shape."""
+    """Returns whether a file's facts are those of a model of this shape."""
     return all(facts[name] == said for name, said in shape_of(model).items())
 
 
 def same_weights(facts: Mapping[str, str], model: nn.Module) -> bool:
-    """Whether they are those of these weights, as far as the sketch tells."""
+    """Returns whether a file's facts are those of a model with these weights, as far as the sketch tells."""
     return alike(json.loads(facts["k_proj_norms"]), weight_sketch(model))
 
 
 def alike(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two sketches are those of the same weights, up to :data:`SKETCH_TOLERANCE`."""
+    """Returns whether two sketches are those of the same weights, up to a relative :data:`SKETCH_TOLERANCE`."""
     return len(one) == len(other) and all(
         abs(a - b) <= SKETCH_TOLERANCE * max(abs(a), abs(b)) for a, b in zip(one, other, strict=True)
     )
@@ -77,13 +81,13 @@ def _key_norm(module: nn.Module) -> torch.Tensor:
 
 
 def layer_fingerprint(module: nn.Module) -> str:
-    """A short digest of an attention module's place, shape and a sample of its weights.
+    """Returns a short digest of an attention module's place, shape and a sample of its weights.
 
-    Keys and values only make sense to the weights that made them, so a cache is tied to this, not to the config alone.
-    Quantized weights count as they are stored, scales and packed buffers among them.
+    Keys and values make sense only to the weights that made them, so a cache is tied to this digest, not to the config
+    alone. Quantized weights count as they are stored, including scales and packed buffers.
 
     Raises:
-        UnsupportedModelError: Weights that are nowhere to be read.
+        UnsupportedModelError: Weights are neither in memory nor offloaded by accelerate.
     """
     digest = hashlib.sha256(f"{type(module).__name__}:{module.layer_idx}".encode())
     for name, tensor in module.state_dict().items():
@@ -96,7 +100,7 @@ def layer_fingerprint(module: nn.Module) -> str:
 
 
 def _in_memory(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A weight's values, also where accelerate has put them away and left a tensor on "meta" in their place."""
+    """Returns a weight's values, even if accelerate has offloaded them and left a tensor on "meta" in their place."""
     if tensor.device.type != "meta":
         return tensor
     owner, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""What we need to know of a model, found by what its modules offer rather than by their class."""
+"""Finds what is needed of a model, by what its modules offer rather than by their class."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One decoder layer's softmax attention.
+    """The softmax attention of one decoder layer.
 
     Attributes:
         layer_idx: Its index in the cache.
         module: The attention module, whose config names the attention implementation.
-        sliding_window: Tokens that it can see, or None when it sees all (only such layers are compressed).
+        sliding_window: Number of tokens that it can see; None if it sees all (only such layers are compressed).
     """
 
     layer_idx: int
@@ -35,7 +35,7 @@ class AttentionLayer:
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
-    """The module whose ``layers`` are decoder layers with ``self_attn.layer_idx``: no head, no vision tower.
+    """Returns the module whose ``layers`` are decoder layers with ``self_attn.layer_idx``: no head, no vision tower.
 
     Raises:
         UnsupportedModelError: The model has no such module.
@@ -51,25 +51,25 @@ def text_decoder(model: nn.Module) -> nn.Module:
 
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
-    """All softmax-attention layers of the text decoder, in order (linear-attention layers are not among them)."""
+    """Returns all softmax-attention layers of the text decoder, in order (linear-attention layers are left out)."""
     layers: Any = text_decoder(model).layers
     modules = [_attention_of(layer) for layer in layers]
     return [AttentionLayer(layer_index(m), m, _sliding_window(m)) for m in modules if m is not None]
 
 
 def layer_index(module: nn.Module) -> int:
-    """The index in the cache of the layer that an attention module belongs to."""
+    """Returns the index in the cache of the layer that an attention module belongs to."""
     index: Any = module.layer_idx
     return int(index)
 
 
 def full_attention_layers(model: nn.Module) -> list[AttentionLayer]:
-    """The layers that can be compressed.
+    """Returns the layers that can be compressed, in order: those that attend to the whole context.
 
     Raises:
-        UnsupportedModelError: None of the model's layers sees the whole context; or some keep a state instead of keys
-            and values (linear attention, convolution, state spaces), which is written in place: a replay or a question
-            would change the context's state for all that come after.
+        UnsupportedModelError: No layer of the model sees the whole context; or some keep a state instead of keys and
+            values (linear attention, convolution, state spaces). Such a state is written in place: a replay or a
+            question would change it for everything that comes after.
     """
     decoder = text_decoder(model)
     kinds = [_kind(layer, index, decoder.config) for index, layer in enumerate(decoder.layers)]  # type: ignore[arg-type]
@@ -87,14 +87,14 @@ def full_attention_layers(model: nn.Module) -> list[AttentionLayer]:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The config that the decoder's attention modules read."""
+    """Returns the config that the decoder's attention modules read."""
     return text_decoder(model).config
 
 
 def dense_weight(linear: Any, like: torch.Tensor) -> torch.Tensor:
-    """The matrix that a linear layer multiplies with, fp32 ``[out_features, in_features]``, whatever it is stored as.
+    """Returns the matrix that a linear layer multiplies by, fp32 ``[out_features, in_features]``, however it is stored.
 
-    Quantized, adapted (LoRA) and offloaded layers are asked for it: their outputs for the unit vectors.
+    For quantized, adapted (LoRA) and offloaded layers it is made of their outputs for the unit vectors.
 
     Args:
         linear: The layer.
@@ -116,7 +116,7 @@ def _attention_of(layer: nn.Module) -> nn.Module | None:
 
 
 def _kind(layer: nn.Module, index: int, config: Any) -> str:
-    """What a decoder layer attends with, in the words of a config's ``layer_types``."""
+    """Returns what a decoder layer attends with, in the terms of a config's ``layer_types``."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         return str(layer_types[index])
@@ -124,7 +124,7 @@ def _kind(layer: nn.Module, index: int, config: Any) -> str:
 
 
 def _sliding_window(module: nn.Module) -> int | None:
-    """The window of a sliding layer. A window as long as the model's positions is no window."""
+    """Returns the window of a sliding layer, else None. A window as long as the model's positions is none."""
     config: Any = module.config
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     layer_types = getattr(config, "layer_types", None)
@@ -136,13 +136,13 @@ def _sliding_window(module: nn.Module) -> int | None:
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """How many positions a model was made for; None where its config names no limit."""
+    """Returns how many positions a model was made for; None if its config names no limit."""
     limit: int | None = getattr(text_config(model), "max_position_embeddings", None)
     return limit
 
 
 def check_length(model: nn.Module, length: int) -> None:
-    """Raises InvalidArgumentError for a context longer than the model's positions."""
+    """Raises InvalidArgumentError if a context is longer than the model's positions."""
     limit = max_positions(model)
     if limit is not None and length > limit:
         raise InvalidArgumentError(f"expected a context within the model's {limit} positions, got {length} tokens")

@@ -1,1 +1,1 @@
-"""Reading a context, scoring it, evicting."""
+"""Reads a context, scores it and evicts pairs."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Span:
-    """The tokens that were read last, which eviction is about.
+    """The tokens that were read last, from which eviction selects.
 
     Attributes:
         valid: ``[batch, span]``, bool, False at padding.
@@ -37,18 +37,18 @@ class Span:
 
     @cached_property
     def n_protected(self) -> tuple[int, ...]:
-        """First tokens of each row that no head loses."""
+        """Number of first tokens of each row that no head loses."""
         lost = (self.valid & ~self.protected).cumsum(dim=-1) > 0  # from the first token on that a head may lose
         return tuple((self.valid & ~lost).sum(dim=-1).tolist())
 
     @cached_property
     def n_padding(self) -> tuple[int, ...]:
-        """Columns of padding on the left of each row; -1 where padding lies elsewhere."""
+        """Number of columns of padding on the left of each row; -1 if there is padding elsewhere."""
         return tuple((~self.valid).sum(dim=-1).masked_fill(~self.valid[:, -1], -1).tolist())
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """The position after each row."""
+        """The position after the last token of each row."""
         return tuple((self.positions.masked_fill(~self.valid, -1).amax(dim=-1) + 1).tolist())
 
 
@@ -61,16 +61,16 @@ def evicted_layers(
     earlier: Mapping[int, torch.Tensor] | None = None,
     scores: Mapping[int, torch.Tensor] | None = None,
 ) -> Iterator[tuple[int, Any]]:
-    """The layers of the compressed cache in order, each built when it is asked for.
+    """Yields ``(layer_idx, layer)`` for the layers of the compressed cache in order, each built when it is asked for.
 
     Args:
         model: The model.
         cache: Its cache, which is only read.
-        span: What it has read last.
+        span: The tokens that it has read last.
         keep: ``layer_idx -> [batch, num_heads, span]``, bool: the pairs of the span that stay.
         earlier: ``layer_idx -> [total]``, bool: which packed pairs of earlier spans stay; None for all of them.
-        scores: ``layer_idx -> [batch, num_heads, span]``, fp32, that the pairs carry; None for none. Behind a context
-            only where its pairs carry scores, and the span follows it directly.
+        scores: ``layer_idx -> [batch, num_heads, span]``, fp32, for the pairs to carry; None for none. After an earlier
+            context they are only carried if its pairs carry scores, and the span follows it directly.
     """
     by_idx = {layer.layer_idx: layer for layer in attention_layers(model)}
     for layer_idx, layer in enumerate(cache.layers):
@@ -107,9 +107,12 @@ def _merged(
     scores: torch.Tensor | None,
     module: nn.Module,
 ) -> RaggedLayer:
-    """A later span: the ``kept`` of what was packed stay; the span's survivors and the tail before it are added."""
+    """Builds the layer for a later span.
+
+    Of what was packed, the ``kept`` pairs stay; the span's survivors and the tail before it are added.
+    """
     keys, values = last_pairs(layer, layer.tail.length)
-    n_between = keys.shape[2] - keep.shape[2]  # tokens that were read behind the context, before the span
+    n_between = keys.shape[2] - keep.shape[2]  # tokens that were read after the context, before the span
     batch, heads, _ = keep.shape
     before = torch.arange(-n_between, 0, device=keys.device)
     positions = span.positions.to(keys.device)
@@ -119,7 +122,7 @@ def _merged(
     packed = layer.packed if layer.row_index is None else layer.packed.select_rows(rows)
     counts, whole = span.n_protected, span.valid.all(dim=-1).tolist()
     n_protected = tuple(layer.n_protected[row] or counts[i] for i, row in enumerate(rows))
-    # padding in a later span is a hole in what sliding layers hold
+    # padding in a later span leaves a gap in what sliding layers hold
     n_padding = tuple(layer.n_padding[row] if whole[i] else -1 for i, row in enumerate(rows))
     return RaggedLayer(
         packed.merge(keys, values, positions, keep, kept, None if n_between else scores),
@@ -132,10 +135,10 @@ def _merged(
 
 
 def sliding_copy(layer: Any, attention: AttentionLayer | None) -> Any:
-    """A layer that stays dense, as an object of its own: its tensors are replaced on update, never written into.
+    """Returns an own object for a layer that stays dense; its tensors are replaced on update, never written into.
 
-    A sliding layer in a cache made without the model's config holds every token; only the last window - 1 can still be
-    seen, and its mask would not fit a cache with ragged layers, so it becomes a proper sliding layer.
+    In a cache that was made without the model's config, a sliding layer holds every token. Only the last window - 1 can
+    still be seen, and its mask would not fit a cache with ragged layers, so it becomes a proper sliding layer.
     """
     if attention is None or attention.sliding_window is None or type(layer) is not compat.DynamicLayer:
         sliding = copy.copy(layer)

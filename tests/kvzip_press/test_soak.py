@@ -75,7 +75,7 @@ def held() -> tuple[int, int, int]:
 def python_bytes() -> int:
     """Bytes of Python's objects, but for what safetensors (0.8) itself loses: a number with each tensor it gives."""
     gc.collect()
-    theirs = [tracemalloc.Filter(False, pattern) for pattern in ("*/cache_reading.py", "*/safetensors/*")]
+    theirs = [tracemalloc.Filter(False, pattern) for pattern in ("*/cache/file/reading.py", "*/safetensors/*")]
     return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces(theirs).traces)
 
 

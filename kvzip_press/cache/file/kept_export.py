@@ -1,4 +1,4 @@
-"""Which positions every head kept, as plain numpy arrays for programs that know neither torch nor this package."""
+"""Exports the positions that every head kept, as numpy arrays for programs without torch and this package."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kvzip_press.files import replacing
 def export_kept(path: Path, layers: Sequence[Any]) -> None:
     """Writes the kept positions of the compressed layers of a cache as ``.npz``, atomically.
 
-    Arrays, all int32: for each compressed layer L ``layer{L}_positions`` ``[total_kept]``, ordered by (packed row, KV
-    head, position), and ``layer{L}_cu_seqlens`` ``[num_rows * num_heads + 1]``, which marks where each (row, head)
-    begins; ``num_rows``, ``n_context`` and ``n_seen``, scalars. A position is the one that the model's RoPE used (of a
-    padded row it counts the row's own tokens, where the position ids did); ``n_context`` and ``n_seen`` count columns,
-    padding included. Of the ``n_seen - n_context`` tokens behind the context every head holds all, so they are not
-    listed. Layers that were not compressed are absent. To read head ``h`` of row ``r`` of layer 3 back:
+    All arrays are int32. For each compressed layer L there are ``layer{L}_positions`` ``[total_kept]``, ordered by
+    (packed row, KV head, position), and ``layer{L}_cu_seqlens`` ``[num_rows * num_heads + 1]``, which marks where each
+    (row, head) begins. ``num_rows``, ``n_context`` and ``n_seen`` are scalars. A position is the one that the model's
+    RoPE used (in a padded row it counts the row's own tokens, if the position ids did); ``n_context`` and ``n_seen``
+    count columns, including padding. Every head holds all of the ``n_seen - n_context`` tokens after the context, so
+    they are not listed. Layers that were not compressed are absent. To read head ``h`` of row ``r`` of layer 3 back:
 
         kept = np.load("kept.npz")
         bounds = kept["layer3_cu_seqlens"]
@@ -30,12 +30,12 @@ def export_kept(path: Path, layers: Sequence[Any]) -> None:
         positions = kept["layer3_positions"][bounds[segment] : bounds[segment + 1]]
 
     Args:
-        path: The file, written under exactly this name.
+        path: The file, which is written under exactly this name.
         layers: The cache's layers.
 
     Raises:
-        CacheFileError: The file cannot be written; an old one stays as it was.
-        InvalidArgumentError: The layers have not seen the same tokens: a forward failed half-way.
+        CacheFileError: The file cannot be written; an existing one stays as it was.
+        InvalidArgumentError: The layers have not seen the same tokens, because a forward failed half-way.
         UnsupportedCacheError: No layer is compressed.
     """
     ragged = {index: layer for index, layer in enumerate(layers) if isinstance(layer, RaggedLayer)}

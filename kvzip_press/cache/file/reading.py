@@ -1,4 +1,4 @@
-"""The layers of a compressed cache, read from a file and compared with the model."""
+"""Reads the layers of a compressed cache from a file, and checks that they fit the model."""
 
 from __future__ import annotations
 
@@ -33,18 +33,22 @@ from kvzip_press.model.structure import AttentionLayer, attention_layers, text_c
 def load_layers(
     path: Path, model: nn.Module, *, device: torch.device | str | None = None, verify: bool = True
 ) -> tuple[list[Any], CacheRecord]:
-    """Reads the layers of a compressed cache into memory of their own, and what the file says of it.
+    """Reads the layers of a compressed cache into memory of their own, and the metadata of the file.
 
     Args:
-        path: A file that :func:`save_layers` wrote.
+        path: A file that :func:`kvzip_press.cache.file.writing.save_layers` wrote.
         model: The model that made the cache.
-        device: Where the layers go; by default each to its attention module's device.
-        verify: Whether the bytes of every tensor are checked against their SHA-256 (about 1 GB/s); shapes, dtypes,
-            lengths and positions always are.
+        device: Where the layers go; by default each goes to the device of its attention module.
+        verify: Whether to check the bytes of every tensor against their SHA-256 (about 1 GB/s); shapes, dtypes, lengths
+            and positions are always checked.
+
+    Returns:
+        The layers, one per decoder layer, and the file's metadata.
 
     Raises:
-        CacheFileError: No such file, a torn or changed one, or none of ours. Names the path.
-        CacheMismatchError: Another model made the cache, or it is loaded in another dtype.
+        CacheFileError: The file does not exist, is truncated or changed, or is not one of this package's cache files.
+            The message names the path.
+        CacheMismatchError: Another model made the cache, or the model is loaded in another dtype.
     """
     with opened_cache(path) as file:
         record = record_in(file)
@@ -61,17 +65,18 @@ def load_layers(
 
 
 def read_record(path: Path) -> CacheRecord:
-    """What a file says of its cache, without reading a tensor.
+    """Reads the metadata of a cache file, without reading a tensor.
 
     Raises:
-        CacheFileError: No such file, a torn or changed one, or none of ours. Names the path.
+        CacheFileError: The file does not exist, is truncated or changed, or is not one of this package's cache files.
+            The message names the path.
     """
     with opened_cache(path) as file:
         return record_in(file)
 
 
 def _check_model(record: CacheRecord, model: nn.Module) -> list[nn.Module]:
-    """The attention module of every layer, after all that has to agree with the model was compared."""
+    """Returns the attention module of every layer, after checking that the model fits the cache."""
     expected, got = record.config, settings_of(text_config(model))
     if expected != got:
         names = [name for name in sorted({*expected, *got}) if expected.get(name) != got.get(name)]
@@ -118,7 +123,7 @@ def _check_layer(layer: LayerRecord, attention: AttentionLayer) -> None:
 
 
 class _Tensors:
-    """The tensors of an open file, each read after its dtype and shape were compared with what they must be."""
+    """The tensors of an open file; each is read after its dtype and shape were compared with what they must be."""
 
     def __init__(self, file: Any, record: CacheRecord, *, verify: bool) -> None:
         self._file, self._digests, self._verify = file, record.tensors, verify
@@ -131,7 +136,7 @@ class _Tensors:
         held = self._file.get_slice(name)
         if (held.get_dtype(), tuple(held.get_shape())) != (dtype, shape):
             raise CacheFileError(f"expected {name!r} as {dtype} {shape}, got {held.get_dtype()} {held.get_shape()}")
-        # A copy: what is mapped from the file would change or vanish with it, and is aligned to the header's length.
+        # A copy: mapped memory would change or vanish with the file, and its alignment depends on the header's length.
         tensor: torch.Tensor = self._file.get_tensor(name).clone(memory_format=torch.contiguous_format)
         if self._verify and digest_of_tensor(tensor) != self._digests[name]:
             raise CacheFileError(f"expected {name!r} with the SHA-256 that was saved, got another: a byte was changed")

@@ -1,4 +1,4 @@
-"""What the metadata of a cache file say, and whether they can be believed."""
+"""The metadata of a cache file, and the checks that they are intact and consistent."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from kvzip_press.errors import CacheFileError
 from kvzip_press.files import check_seal, digest_of, opened, to_json
 
 FORMAT = 1
-TEXT = "kvzip_press"  # the entry of the safetensors metadata; its seal stands beside it
+TEXT = "kvzip_press"  # key of the safetensors metadata; the text's seal is stored beside it
 _LIMIT = 2**31  # no length, count or position of a cache reaches it: positions are int32
 _MAXTEXT = 4_000_000
 _EXPECTED = "expected a cache that kvzip-press saved, whole"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# What decides what keys and values mean, beyond the weights. A list of what counts, not of what does not: transformers
-# adds settings in every release, and a file should be readable by the next one.
+# The settings that determine, with the weights, what keys and values mean. Those that count are listed, not those that
+# do not: transformers adds settings in every release, and a file should be readable with the next one.
 _SETTINGS = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "rms_norm_eps", "layer_types"),
@@ -36,20 +36,21 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What the metadata say of one layer.
+    """The metadata of one layer.
 
     Attributes:
         kind: "ragged", "sliding" or "dense".
-        num_heads: KV heads.
+        num_heads: Number of KV heads.
         head_dim: Width of a key.
         v_head_dim: Width of a value.
-        fingerprint: Of the attention module that made a ragged layer; empty for the others.
-        n_protected: Of a ragged layer, by packed row.
-        n_padding: Of a ragged layer, by packed row; -1 where padding is not on the left alone.
-        context_ends: Of a ragged layer, by packed row.
+        fingerprint: Fingerprint of the attention module that made a ragged layer; empty for other layers.
+        n_protected: For each packed row of a ragged layer, the number of first tokens that no head has lost.
+        n_padding: For each packed row of a ragged layer, the columns of padding on its left; -1 if there is padding
+            elsewhere.
+        context_ends: For each packed row of a ragged layer, the position after its context.
         has_row_index: Whether batch rows point to packed rows.
-        sliding_window: Of a sliding layer; 0 for the others.
-        has_scores: Whether the pairs of a ragged layer carry scores; files that do not say it have none.
+        sliding_window: Window of a sliding layer, in tokens; 0 for other layers.
+        has_scores: Whether the pairs of a ragged layer carry scores; False for files that do not say.
     """
 
     kind: str
@@ -67,24 +68,24 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class CacheRecord:
-    """What the metadata say of a cache.
+    """The metadata of a cache.
 
     Attributes:
-        format: Version of this format.
-        kvzip_press: Version that wrote the file; like the next two for information only.
-        transformers: Its transformers.
-        torch: Its torch.
-        press: Description of the press, empty when none was given.
+        format: Version of the file format.
+        kvzip_press: Version of this package that wrote the file; like the next two, for information only.
+        transformers: Version of transformers at that time.
+        torch: Version of torch at that time.
+        press: Description of the press; empty if none was given.
         config: The settings that decide what keys and values mean.
-        config_hash: SHA-256 of them.
-        dtype: Of keys and values, as safetensors names it.
-        batch_size: Batch rows.
-        n_context: Tokens of the compressed context.
-        n_seen: Tokens seen; those from ``n_context`` on are the tail.
-        tail_padding: Columns of padding on the left of the tail, by batch row; empty where rows never differed.
-        n_positions: One more than the largest position kept; more than ``n_context`` where position ids began late.
-        turn_starts: Tokens seen before each kept turn, a number or one by batch row.
-        layers: One record a layer.
+        config_hash: SHA-256 of these settings.
+        dtype: Dtype of keys and values, as safetensors names it.
+        batch_size: Number of batch rows.
+        n_context: Number of tokens of the compressed context.
+        n_seen: Number of tokens seen; those from ``n_context`` on are the tail.
+        tail_padding: Columns of padding on the left of the tail, by batch row; empty if the rows have never differed.
+        n_positions: One more than the largest kept position; more than ``n_context`` if position ids began late.
+        turn_starts: Tokens seen before each kept turn: one number, or one for each batch row.
+        layers: One record per layer.
         tensors: SHA-256 of each tensor's bytes.
     """
 
@@ -107,7 +108,7 @@ class CacheRecord:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """The settings of :data:`_SETTINGS` that are set, and RoPE's, spelled as in transformers 5 in every version."""
+    """Returns the settings of :data:`_SETTINGS` that are set, and RoPE's, always spelled as in transformers 5."""
     settings = {name: getattr(config, name, None) for name in _SETTINGS}
     rope = getattr(config, "rope_parameters", None)
     if rope is None:
@@ -123,7 +124,7 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Values as JSON gives them back, with 10000 and 10000.0 alike and what is None left out."""
+    """Returns a value as JSON gives it back, with 10000 and 10000.0 alike and without items that are None."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
@@ -135,7 +136,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def opened_cache(path: Path) -> Iterator[Any]:
-    """The file, mapped into memory. Whatever is wrong with it in here becomes a CacheFileError with its path."""
+    """Opens a cache file, mapped into memory; any problem with it inside raises CacheFileError with its path."""
     try:
         _check_is_file(path)
         with opened(path, CacheFileError, _EXPECTED) as file:
@@ -146,7 +147,7 @@ def opened_cache(path: Path) -> Iterator[Any]:
 
 def _check_is_file(path: Path) -> None:
     try:
-        is_file = path.is_file()  # a folder is none, nor a pipe, which would be waited for
+        is_file = path.is_file()  # False for a folder, and for a pipe, which opening would wait for
     except OSError as error:
         raise CacheFileError(f"{_EXPECTED}, got {type(error).__name__}: {error}") from error
     if not is_file:
@@ -154,10 +155,10 @@ def _check_is_file(path: Path) -> None:
 
 
 def record_in(file: Any) -> CacheRecord:
-    """What an open file says of its cache.
+    """Reads and checks the metadata of an open file.
 
     Raises:
-        CacheFileError: Metadata that are none of ours, were changed, or contradict themselves.
+        CacheFileError: The metadata are not this package's, were changed, or contradict themselves.
     """
     metadata = file.metadata() or {}
     text = metadata.get(TEXT, "")
@@ -189,7 +190,7 @@ def _layer_record(data: Any) -> LayerRecord:
 
 
 def _checked(kind: type, data: dict[str, Any]) -> Any:
-    """A record, each of whose fields is there and of the type that its annotation begins with."""
+    """Returns a record, after checking that each field is there and of the type with which its annotation begins."""
     types = {"int": int, "str": str, "bool": bool, "tuple": tuple, "dict": dict}
     return kind(**{f.name: _field(data, f.name, types[str(f.type).partition("[")[0]]) for f in fields(kind)})
 
@@ -220,7 +221,7 @@ def _turn_starts(data: Any) -> tuple[int | list[int], ...]:
 
 
 def _check_record(record: CacheRecord) -> None:
-    """Raises CacheFileError where the metadata contradict themselves."""
+    """Raises CacheFileError if the metadata contradict themselves."""
     if record.dtype not in ("BF16", "F16", "F32"):
         raise CacheFileError(f"expected dtype BF16, F16 or F32, got {reprlib.repr(record.dtype)}")
     if record.config_hash != digest_of(to_json(record.config).encode()):
@@ -236,7 +237,7 @@ def _check_record(record: CacheRecord) -> None:
 
 
 def _check_turns(record: CacheRecord) -> None:
-    """The padding of the tails, and turns of which every row has some tokens."""
+    """Raises CacheFileError unless the tails' padding is in range and every row has some tokens of each turn."""
     padding, room = record.tail_padding, record.n_seen - record.n_context
     if len(padding) not in (0, record.batch_size) or not all(0 <= columns <= room for columns in padding):
         raise CacheFileError(
@@ -250,7 +251,7 @@ def _check_turns(record: CacheRecord) -> None:
 
 
 def _check_rows(layer: LayerRecord, record: CacheRecord) -> None:
-    """What a layer says of its packed rows: as many numbers as rows, each in its range."""
+    """Raises CacheFileError unless a layer has as many numbers as packed rows, each in its range."""
     n_rows = len(layer.n_protected)
     if layer.kind == "ragged" and not (n_rows > 0 if layer.has_row_index else n_rows == record.batch_size):
         raise CacheFileError(f"expected 'n_protected' for {record.batch_size} rows, got {n_rows}")
@@ -268,5 +269,8 @@ def _check_rows(layer: LayerRecord, record: CacheRecord) -> None:
 
 
 def live_tokens(n_seen: int, window: int) -> int:
-    """Tokens that a dense layer (window 0) or a sliding one still needs: the next token sees itself and these."""
+    """Returns how many tokens a dense layer (window 0) or a sliding one still needs.
+
+    The next token sees itself and these.
+    """
     return min(n_seen, window - 1) if window > 1 else n_seen

@@ -1,10 +1,10 @@
-"""A compressed cache on disk: a safetensors file, so that reading one runs no code.
+"""Writes a compressed cache to disk as a safetensors file, so that reading one runs no code.
 
-Tensors are named ``<layer>.<part>``: keys, values, positions, cu_seqlens, tail_keys, tail_values (live tokens only) and
-row_index of a ragged layer, scores and tail_scores where its pairs carry them; keys and values of a layer that stayed
-dense. All else is one JSON text in the metadata,
-with the SHA-256 of every tensor's bytes; the SHA-256 of that text stands beside it. So a byte that changed is noticed,
-and the shapes that the file must have are known before any tensor is read.
+Tensors are named ``<layer>.<part>``. A ragged layer has keys, values, positions, cu_seqlens, tail_keys and tail_values
+(live tokens only), row_index, and scores and tail_scores if its pairs carry them; a layer that stayed dense has keys
+and values. Everything else is one JSON text in the metadata, with the SHA-256 of every tensor's bytes; the SHA-256 of
+that text is stored beside it. So any changed byte is noticed, and the shapes that the file must have are known before a
+tensor is read.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ def save_layers(
     """Writes the layers of a compressed cache, atomically. Needs host memory for one copy of what it writes.
 
     Args:
-        path: The file; one that is there is replaced.
-        layers: Ragged layers, and dense or sliding ones beside them.
+        path: The file; an existing one is replaced.
+        layers: Ragged layers, and any dense or sliding ones beside them.
         config: The config that the model's attention modules read.
-        press: What compressed the cache: a text, or an object whose ``repr`` is taken.
-        turn_starts: Tokens seen before each kept turn, a number or one by batch row.
+        press: What compressed the cache: a text, or an object whose ``repr`` is taken. At most 1000 characters are
+            stored.
+        turn_starts: Tokens seen before each kept turn: one number, or one for each batch row.
 
     Raises:
-        CacheFileError: The file cannot be written.
-        InvalidArgumentError: The layers have not seen the same tokens: a forward failed half-way. Or positions below 0.
-        UnsupportedCacheError: A layer of another kind, or of another dtype than bf16, fp16 and fp32.
+        CacheFileError: The file cannot be written; an existing one stays as it was.
+        InvalidArgumentError: The layers have not seen the same tokens, because a forward failed half-way, or none is
+            ragged, or a position is negative.
+        UnsupportedCacheError: A layer is of another kind, or of another dtype than bf16, fp16 and fp32.
     """
     records = [_record_of(layer) for layer in layers]
     tensors = {f"{i}.{part}": tensor for i, layer in enumerate(layers) for part, tensor in _parts_of(layer).items()}

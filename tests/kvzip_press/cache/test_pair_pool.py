@@ -25,7 +25,7 @@ def test_a_row_keeps_its_best_pairs_ties_by_position_then_layer_then_head(pairs,
     segment, score, position = (torch.tensor(column) for column in zip(*pairs, strict=True))
     every = _Pairs(segment, position.int(), score, torch.ones_like(segment, dtype=torch.bool), (LAYERS, ROWS, HEADS))
     kept = every.alive.clone()
-    every.cut(kept, 1, (first, last), Policy.of(budget=budget, allocation=allocation))
+    every.cut(kept, torch.tensor([1]), torch.tensor([[first, last]]), Policy.of(budget=budget, allocation=allocation))
 
     def pool_of(pair) -> tuple[int, ...]:
         layer, head = pair[0] // (ROWS * HEADS), pair[0] % HEADS

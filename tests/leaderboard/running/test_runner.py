@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from kvzip_press.budget.allocators import Decided
+from kvzip_press.budget.policy import Policy
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.running import runner
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
@@ -148,7 +150,7 @@ class OwnBudgetPress(RandomPress):
         scores = super().score(prefill)
         n_kept = round((1 - self.compression_ratio) * prefill.valid.shape[1]) - int(scores.protected.sum())
         counts = {i: torch.full(layer.shape[:2], n_kept) for i, layer in scores.layers.items()}
-        return replace(scores, counts=counts)
+        return replace(scores, policy=Policy(self.amount, Decided(per_head=counts)))
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from kvzip_press import answer, compress, get_press
+from kvzip_press.budget.allocators import Decided
+from kvzip_press.budget.policy import Policy
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.generation import generate
 from kvzip_press.errors import BudgetMismatchError, InvalidArgumentError
@@ -197,6 +200,10 @@ class DecodingPress(RandomPress):
     decoding: bool = False
     buffer: int = 0
 
+    @property
+    def schedule(self) -> Any:
+        return SimpleNamespace(limit=(self.budget or 0) + self.buffer) if self.decoding else None
+
 
 @pytest.fixture
 def decoding_press(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +369,7 @@ class DecidesAll(RandomPress):
     def score(self, prefill: Any) -> Any:
         scores = super().score(prefill)
         counts = {i: torch.full(layer.shape[:2], 10) for i, layer in scores.layers.items()}
-        return replace(scores, counts=counts)
+        return replace(scores, policy=Policy(self.amount, Decided(per_head=counts)))
 
 
 def test_a_press_that_decides_is_held_to_its_own_counts(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,8 +390,9 @@ def test_bytes_that_no_kept_pair_needs_fail_the_run(model: Any, monkeypatch: pyt
     def hoarding(self: Any, scores: Any) -> RaggedCache:
         cache = evict(self, scores)
         packed = cache.layers[0].packed
-        larger = torch.cat([packed.keys, packed.keys])
-        cache.layers[0].packed = replace(packed, keys=larger[: packed.keys.shape[0]])
+        keys = packed.columns["keys"]
+        larger = torch.cat([keys, keys])[: keys.shape[0]]
+        cache.layers[0].packed = replace(packed, columns={**packed.columns, "keys": larger})
         return cache
 
     monkeypatch.setattr(runner.Prefill, "evict", hoarding)
