@@ -43,7 +43,7 @@ def replacing(path: Path, *, parents: bool = False) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # makes the new name last through a power cut, where folders can be opened
+        with suppress(OSError):  # makes the new name survive a power cut, if folders can be opened
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)

@@ -1,4 +1,4 @@
-"""What a press is: hyper-parameters that name a scorer and a policy. It holds no state of any run."""
+"""The base classes of presses: hyper-parameters that name a scorer and a policy, without the state of any run."""
 
 from __future__ import annotations
 
@@ -30,26 +30,27 @@ class Press(ABC):
 
     Args:
         compression_ratio: Fraction of key/value pairs removed, in [0, 1).
-        budget: Instead of a ratio: how many tokens' worth of pairs a row keeps, an int of at least 1. A head keeps that
-            many on average over its pool, so a row keeps ``budget * heads * layers``, protected pairs among them where
-            the press counts these inside (``protected_count``), else on top. A shorter context is not compressed. With
-            later turns it is a budget over the total: what a row still holds of earlier turns, and the tokens between
-            them, which all stay, are taken off, and the new turn gets the rest (at least one pair a layer). So it
-            bounds a whole conversation; one that outgrows it keeps next to nothing of its last turn.
+        budget: How many tokens' worth of pairs a row keeps, instead of a ratio; an int of at least 1. A head keeps that
+            many pairs on average over its pool, so a row keeps ``budget * heads * layers``. Protected pairs are
+            included if the press counts them towards the budget (``protected_count``), and come on top otherwise. A
+            shorter context is not compressed. Over several turns the budget is one for the total: what a row still
+            holds of earlier turns, and the tokens between them, which all stay, are subtracted, and the new turn gets
+            the rest (at least one pair per layer). So it bounds a whole conversation; one that outgrows it keeps next
+            to nothing of its last turn.
 
     Raises:
-        InvalidArgumentError: A value out of range, or a ratio and a budget.
+        InvalidArgumentError: A value is out of range, or a ratio and a budget are both given.
     """
 
     compression_ratio: float = 0.0
     budget: int | None = field(default=None, kw_only=True)
 
-    #: Whether it only scores, and the core spends its budget. False: it decides itself how many pairs each head keeps.
+    #: True if it only scores and the core spends its budget; False if it decides itself how many pairs each head keeps.
     is_scorer = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "score" in cls.__dict__:  # a scorer need not know of budgets, and none can forget one
+        if "score" in cls.__dict__:  # applies a budget to every scorer's result: scorers need no code for it
             setattr(cls, "score", _within_budget(cls.score))  # noqa: B010  # mypy: a method is not assigned to
 
     def __post_init__(self) -> None:
@@ -57,12 +58,12 @@ class Press(ABC):
 
     @property
     def amount(self) -> Amount:
-        """How much is kept, by the fields."""
+        """How much is kept, according to the fields."""
         return amount_of(self.compression_ratio, self.budget)
 
     @property
     def policy(self) -> Policy:
-        """How much is kept and how pairs compete for it, by the fields: what :meth:`score` hands on."""
+        """How much is kept and how pairs compete for it, according to the fields; :meth:`score` passes it on."""
         return Policy(self.amount)
 
     @abstractmethod
@@ -70,35 +71,36 @@ class Press(ABC):
         """Scores every pair of the prefill's span. The prefill and its cache are not changed."""
 
     def observer(self, model: nn.Module) -> Observer | None:
-        """For scorers that need to see the prefill run (hidden states, queries): a fresh observer. None otherwise."""
+        """Returns a fresh observer, for scorers that have to see the prefill run (hidden states, queries), or None."""
         return None
 
     @property
     def schedule(self) -> Schedule | None:
-        """When pairs are evicted while the model writes; None where none are."""
+        """When pairs are evicted while the model generates; None if they are not."""
         return None
 
     @property
     def evicts_while_decoding(self) -> bool:
-        """Whether pairs are evicted while the model writes, too."""
+        """Whether pairs are also evicted while the model generates."""
         return self.schedule is not None
 
     def requires(self, model: nn.Module) -> None:  # noqa: B027  # most presses need nothing
-        """Looks for what the press needs for a model beside its weights: gates, scores of heads.
+        """Looks for what the press needs for a model besides the model's own weights: gates, scores of heads.
 
         Raises:
-            InvalidArgumentError: Something is missing, or does not fit the model. The message says how to get it.
+            InvalidArgumentError: Something is missing or does not fit the model. The message says how to get it.
         """
 
     def decode_eviction(self, model: nn.Module) -> DecodeEviction | None:
-        """What evicts while the model writes, for one ``with press(model):``; None where nothing does."""
+        """Returns what evicts while the model generates, for one ``with press(model):``; None if nothing does."""
         return None
 
     def __call__(self, model: Any) -> AbstractContextManager[None]:
-        """Compresses every prefill of ``model`` inside the context, in place in the cache the model used.
+        """Compresses every prefill of ``model`` inside the context, in place in the cache that the model used.
 
         Raises:
             UnsupportedModelError: The model has no layer that can be compressed.
+            KVzipPressError: The model is already inside ``with press(model):``.
         """
         return compressing(self, model)
 
@@ -114,23 +116,24 @@ def _within_budget(score: Callable[[Any, Prefill], Scores]) -> Callable[[Any, Pr
 
 @dataclass(frozen=True)
 class AllocatingPress(Press):
-    """A press that leaves to its user how pairs compete for the budget.
+    """A press that lets its user choose how pairs compete for the budget.
 
     Args:
         compression_ratio: Fraction of key/value pairs removed, in [0, 1).
-        allocation: "global" (all pairs of all layers and heads compete), "layer" (every layer keeps the same part, its
-            heads compete), "head" (every head keeps the same part), "adakv" (as "layer", with a safeguard), or an
-            :class:`kvzip_press.budget.allocators.Allocation`, which brings its own floors.
-        budget: Tokens' worth of pairs kept instead of a ratio, see :class:`Press`.
-        layer_ratios: Instead of one ratio: each layer's own, by layer index, as a mapping or a sequence; for all layers
-            that can be compressed, and no others. Not with allocation "global".
-        safeguard: Of "adakv": the part of its equal share (the layer's unprotected pairs over its heads, rounded down)
-            that every head keeps, in [0, 1]; AdaKV's alpha.
-        min_kept_per_head: Unprotected pairs that every head keeps, inside the budget, as far as its context and the
-            budget go: one too small for all these floors is spent on heads in turns, one pair each, the better first.
+        allocation: "global" (all pairs of all layers and heads compete), "layer" (every layer keeps the same fraction,
+            its heads compete), "head" (every head keeps the same fraction), "adakv" (like "layer", with a safeguard),
+            or an :class:`kvzip_press.budget.allocators.Allocation`, which has its own floors.
+        budget: Tokens' worth of pairs to keep, instead of a ratio; see :class:`Press`.
+        layer_ratios: A ratio for each layer instead of one for all, by layer index, as a mapping or a sequence; for
+            exactly the layers that can be compressed. Not with allocation "global".
+        safeguard: For "adakv": the fraction of its equal share (the layer's budget of unprotected pairs divided by its
+            heads) that every head keeps, rounded down; in [0, 1]. AdaKV's alpha.
+        min_kept_per_head: Number of unprotected pairs that every head keeps at least, as part of the budget, as far as
+            its context and the budget allow: a budget too small for all these floors is spent on heads in turns, one
+            pair each, better pairs first.
 
     Raises:
-        InvalidArgumentError: A value out of range, or more than one of ratio, budget and layer ratios.
+        InvalidArgumentError: A value is out of range, or more than one of ratio, budget and layer ratios is given.
     """
 
     allocation: str | Allocation = "global"
@@ -145,7 +148,7 @@ class AllocatingPress(Press):
 
     @property
     def policy(self) -> Policy:
-        """How much is kept and how pairs compete for it, by the fields."""
+        """How much is kept and how pairs compete for it, according to the fields."""
         return Policy.of(
             self.compression_ratio,
             self.allocation,
@@ -157,7 +160,7 @@ class AllocatingPress(Press):
 
     @property
     def amount(self) -> Amount:
-        """How much is kept, by the fields."""
+        """How much is kept, according to the fields."""
         return self.policy.amount
 
 
@@ -167,8 +170,13 @@ class ObservingPress(Press):
 
     @abstractmethod
     def observer(self, model: nn.Module) -> Observer:
-        """A fresh observer of one prefill."""
+        """Returns a fresh observer of one prefill."""
 
     def score(self, prefill: Prefill) -> Scores:
-        """The scores of the observer that watched this prefill, or of one that watches it run once more."""
+        """Returns the scores of the observer that watched this prefill, or of one that watches it run once more.
+
+        Raises:
+            InvalidArgumentError: The prefill would have to run once more, but is not the whole context or has no token
+                ids.
+        """
         return prefill.observed(self).scores(prefill)

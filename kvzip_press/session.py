@@ -29,7 +29,7 @@ class SessionPress(Scorer, Protocol):
     """The part of a press that a session needs."""
 
     def decode_eviction(self, model: nn.Module) -> DecodeEviction | None:
-        """Returns the object that evicts while the model generates, for one session; None if nothing does."""
+        """Returns what evicts while the model generates, for one session; None if nothing does."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""For tests of presses: small models of every supported architecture, and what eviction must compute, the slow way."""
+"""For tests of presses: small models of every supported architecture, and a slow reference for eviction."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(architecture: str = "llama", *, num_layers: int = 3, seed: int = 0, **options: Any) -> Any:
-    """A causal language model of an architecture with random weights, in eval mode on the CPU, fp32.
+    """Returns a causal language model of an architecture with random weights, in eval mode on the CPU, in fp32.
 
     Args:
         architecture: A key of :data:`ARCHITECTURES`, transformers' model type.
-        num_layers: Decoder layers; hybrid architectures have four.
+        num_layers: Number of decoder layers; hybrid architectures always have four.
         seed: Seed of the weights.
-        options: Further config values; ``attn_implementation`` and ``dtype`` among them.
+        options: Further config values, including ``attn_implementation`` and ``dtype``.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -92,16 +92,16 @@ def evicted_keys_masked(model: nn.Module, keep: Mapping[int, torch.Tensor]) -> I
 
 
 class ByteTokenizer:
-    """A tokenizer without files: one id a byte, folded into a small vocabulary. No chat template."""
+    """A tokenizer without files: one id per byte, folded into a small vocabulary. No chat template."""
 
     chat_template = None
     bos_token_id = 1
     eos_token_id = 2
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Ids of a text."""
+        """Returns the ids of a text."""
         return [3 + byte % 120 for byte in text.encode()]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        """A printable form of ids."""
+        """Returns a printable form of ids."""
         return " ".join(str(i) for i in ids)

@@ -1,4 +1,7 @@
-"""The presses, one a file, named after its paper. Installed as ``kvzip_press.presses``; the bare name is refused."""
+"""The presses, one per file, each named after its paper.
+
+They are installed as ``kvzip_press.presses``; importing them by the bare name raises.
+"""
 
 if not __name__.startswith("kvzip_press."):
     raise ImportError("import kvzip_press.presses; the bare name 'presses' would load a second copy of every class")
@@ -12,7 +15,7 @@ PRESSES = {
     "kvzip_head": "kvzip_press.presses.kvzip_head:KVzipHeadPress",
     "duo_attention": "kvzip_press.presses.duo_attention:DuoAttentionPress",
     "fastkvzip": "kvzip_press.presses.fastkvzip:FastKVzipPress",
-    # kvpress's, made real; the attribute of the catalogue is the name
+    # kvpress's, with real eviction; the attribute of the catalogue is the name
     **{
         name: f"kvzip_press.presses.kvpress_adapter.catalogue:{name}"
         for name in (

@@ -1,4 +1,4 @@
-"""Several presses as one: each chooses among the pairs that those before it kept."""
+"""Combines several presses: each chooses among the pairs that the presses before it kept."""
 
 from __future__ import annotations
 
@@ -23,25 +23,28 @@ LOWEST = torch.finfo(torch.float32).min
 
 @dataclass(frozen=True)
 class ComposedPress(Press):
-    """Applies presses in order to one prefill: a pair is kept when all of them keep it.
+    """Applies presses in order to one prefill: a pair is kept if all of them keep it.
 
-    The first press selects as it would alone. Among the pairs that it kept, and only among them, the second spends its
-    own budget: its ratio is one of these pairs, so ratios of 0.5 and 0.5 leave a quarter, and a budget in tokens or a
-    floor is filled as far as they go. And so on. Every press scores the same dense prefill. What is protected is each
-    press's own: a position that only an earlier press protects can be lost to a later one; what no head may lose is
-    what all of them protect. A budget in tokens counts what earlier turns left, as for that press alone.
+    The first press selects as it would alone. The second spends its own budget only among the pairs that the first
+    kept: its ratio is a fraction of these pairs, so ratios of 0.5 and 0.5 leave a quarter, and a budget in tokens or a
+    floor is filled as far as they go. Further presses continue in the same way. Every press scores the same dense
+    prefill. Each press protects its own positions: a position that only an earlier press protects can be lost to a
+    later one; only what all of them protect is kept by every head. A budget in tokens counts what earlier turns left,
+    as it does for that press alone.
 
-    Presses inside a ComposedPress count as if they stood there themselves, in order.
+    A ComposedPress among the presses is replaced by its own presses, in order.
 
     Args:
         presses: The presses, at least one. A press that decides itself how many pairs each head keeps (``is_scorer`` is
-            False, as for kvpress's AdaKV) can only come first: its decision is about all pairs.
+            False, as for kvpress's AdaKV) can only come first, because its decision is about all pairs.
 
     Attributes:
-        compression_ratio: What the ratios come to, those of presses with a budget or layer ratios left out.
+        compression_ratio: The ratio that the presses' ratios amount to together; those with a budget or layer ratios
+            are left out.
 
     Raises:
-        InvalidArgumentError: No press, something that is none, or one that decides its counts after another.
+        InvalidArgumentError: There is no press, an item is not a press, or a press that decides its own counts is not
+            the first.
     """
 
     presses: Sequence[Press]
@@ -68,23 +71,23 @@ class ComposedPress(Press):
         super().__post_init__()
 
     def requires(self, model: nn.Module) -> None:
-        """Raises InvalidArgumentError where something is missing that one of the presses needs for a model."""
+        """Raises InvalidArgumentError if something is missing that one of the presses needs for a model."""
         for press in self.presses:
             press.requires(model)
 
     def observer(self, model: nn.Module) -> Observers | None:
-        """The observers of all presses that have one, as one; None when none has."""
+        """Returns the observers of all presses that have one, combined; None if none has."""
         by_press: dict[Scorer, Observer] = {
             press: observer for press in self.presses if (observer := press.observer(model)) is not None
         }
         return Observers(self, by_press) if by_press else None
 
     def score(self, prefill: Prefill) -> Scores:
-        """What the presses kept, as a decision: as many pairs of each head as stay, and scores that name them.
+        """Returns what the presses kept, as decided counts and scores that put the kept pairs first.
 
-        Scores hold one score a pair and one policy, and a composition has several. So its result is decided here: kept
-        pairs have the last press's score, all others the lowest finite number, and ``counts`` says how many are kept.
-        Another ratio cannot be asked of it.
+        Scores hold one score per pair and one policy, but a composition has several. So its result is decided here:
+        kept pairs have the last press's score, all others the lowest finite number, and the policy's counts say how
+        many are kept. No other ratio can be asked of it.
 
         Raises:
             InvalidArgumentError: A press after the first turned out to have scores for its own counts only.
@@ -95,7 +98,7 @@ class ComposedPress(Press):
         return self.composed(prefill)
 
     def composed(self, prefill: Prefill) -> Scores:
-        """The scores, from presses whose observers the prefill knows, or which watch it again."""
+        """Returns the scores; the presses' observers are the prefill's, or watch it run again."""
         scores = self.presses[0].score(prefill)
         keep = select(scores, prefill.valid, held=prefill.held_pairs(scores))
         protected = scores.protected
@@ -113,7 +116,7 @@ class ComposedPress(Press):
 
 
 class Observers:
-    """The observers of a composition's presses, which watch the same forward.
+    """The observers of a composition's presses, all of which watch the same forward.
 
     Args:
         press: The composition.
@@ -125,7 +128,7 @@ class Observers:
         self._press, self._watching = press, ExitStack()
 
     def __enter__(self) -> Observers:
-        with ExitStack() as stack:  # when one cannot begin, those before it end
+        with ExitStack() as stack:  # if one fails to begin, those before it are ended
             for observer in self.by_press.values():
                 stack.enter_context(observer)
             self._watching = stack.pop_all()
@@ -135,7 +138,7 @@ class Observers:
         self._watching.close()
 
     def scores(self, prefill: Prefill) -> Scores:
-        """The scores of the prefill that was observed."""
+        """Returns the scores of the prefill that was observed."""
         prefill.observers.update(self.by_press)
         return self._press.composed(prefill)
 

@@ -1,4 +1,4 @@
-"""KVzip (https://arxiv.org/abs/2505.23416): what the model needs to repeat the context is what it needs of it."""
+"""KVzip (https://arxiv.org/abs/2505.23416): the pairs to keep are those that the model needs to repeat the context."""
 
 from __future__ import annotations
 
@@ -23,35 +23,39 @@ from kvzip_press.press import AllocatingPress
 
 FIRST_PROMPT = "\n\nRepeat the previous context exactly."
 NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with "
-OVERLAP = 8  # tokens of the chunk before that tell the model where to go on
+OVERLAP = 8  # tokens of the previous chunk that tell the model where to continue
 LOCAL_BATCH = 4  # chunks of a local replay that run in one forward
 
 
 @dataclass(frozen=True)
 class KVzipPress(AllocatingPress):
-    """A pair matters as much as the most attention it gets while the model repeats the context.
+    """Scores a pair by the most attention it gets while the model repeats the context.
 
     The context is replayed in chunks, teacher-forced, against the cache. In each layer the softmax of the replay's
     queries runs over the protected prefix, the chunk's own keys and the replayed tokens (causally), in fp32; the score
-    of a pair is the maximum over all replayed rows and the query heads of its group. Scores cost forwards over the
-    context: about as many FLOPs as the prefill without attention, and twice its attention with ``replay="full"``.
+    of a pair is the maximum over all replayed rows and the query heads of its group. Scoring costs forwards over the
+    context: about as many FLOPs as the prefill without attention, plus twice its attention with ``replay="full"``.
 
     Args:
         compression_ratio: Fraction of the context's pairs removed, in [0, 1); protected tokens are not counted.
         allocation: "global" (the paper: all pairs of all layers and heads compete), "layer", "head" or "adakv".
-        budget: Tokens' worth of pairs kept instead of a ratio. This, ``layer_ratios``, ``safeguard`` and
-            ``min_kept_per_head`` are explained in :class:`kvzip_press.press.AllocatingPress`; all four by name.
-        chunk_size: Context tokens replayed at a time.
-        replay: "full" (the paper): the replay attends to the whole cache, cost grows with the square of the context.
-            "local": it attends to the protected prefix, its own chunk and itself only, at the same positions: linear
-            cost, not in the paper; kept sets overlap with those of "full" by about 0.92 on SmolLM2.
-        kvzip_plus: KVzip+ (kvpress): probabilities times ``||W_o v||`` over ``||x||``, x the row's hidden state.
-        n_sink: First tokens protected where the chat-template prefix is not known (``with press(model)``).
-        tokenizer: For the replay's prompt. ``compress`` has one; under ``with press(model)`` this one is used, or else
-            the one at the model's own path; without any the replay runs without a prompt.
+        budget: Tokens' worth of pairs to keep, instead of a ratio. This, ``layer_ratios``, ``safeguard`` and
+            ``min_kept_per_head`` are explained in :class:`kvzip_press.press.AllocatingPress`; all four are
+            keyword-only.
+        chunk_size: Number of context tokens replayed at a time.
+        replay: "full" (the paper): the replay attends to the whole cache; the cost grows with the square of the
+            context. "local" (ours, not in the paper): it attends only to the protected prefix, its own chunk and
+            itself, at the same positions; the cost is linear. Its kept sets overlap with those of "full" by about 0.92
+            on SmolLM2.
+        kvzip_plus: Whether to score as KVzip+ does (kvpress): by probabilities times ``||W_o v||`` over ``||x||``,
+            where x is the row's hidden state.
+        n_sink: Number of first tokens that are protected if the chat-template prefix is not known
+            (``with press(model)``).
+        tokenizer: The tokenizer for the replay's prompt. ``compress`` has one; under ``with press(model)`` this one is
+            used, or else the one at the model's own path. Without any, the replay runs without a prompt.
 
     Raises:
-        InvalidArgumentError: A value out of range.
+        InvalidArgumentError: A value is out of range.
     """
 
     chunk_size: int = 2048
@@ -112,7 +116,7 @@ class KVzipPress(AllocatingPress):
     def _batches(
         self, tokens: list[int], n_sink: int, prompts: _Prompts
     ) -> Iterator[tuple[list[slice], list[list[int]]]]:
-        """The replays of a row in order; local ones of the same shape run together."""
+        """Yields the replays of a row in order; local ones of the same shape run together."""
         starts = range(n_sink, len(tokens), self.chunk_size)
         chunks = [slice(start, min(start + self.chunk_size, len(tokens))) for start in starts]
         replays = [(chunk, prompts.replay(tokens, chunk, n_sink)) for chunk in chunks]
@@ -125,7 +129,7 @@ class KVzipPress(AllocatingPress):
 
 @dataclass(frozen=True)
 class _Prompts:
-    """Token ids of the replay prompts and of what ends the user's turn; all empty without a tokenizer."""
+    """Token ids of the replay prompts and of the end of the user's turn; all empty without a tokenizer."""
 
     first: tuple[int, ...] = ()
     following: tuple[int, ...] = ()
@@ -138,7 +142,7 @@ class _Prompts:
         return cls(encode(tokenizer, FIRST_PROMPT), encode(tokenizer, NEXT_PROMPT), chat_frame(tokenizer).suffix)
 
     def replay(self, tokens: list[int], chunk: slice, n_sink: int) -> list[int]:
-        """Ids of one replay: prompt, the tokens just before the chunk, end of turn, the chunk."""
+        """Returns the ids of one replay: prompt, the tokens just before the chunk, end of turn, the chunk."""
         if chunk.start <= n_sink:
             return [*self.first, *self.suffix, *tokens[chunk]]
         before = tokens[max(n_sink, chunk.start - OVERLAP) : chunk.start] if self.following else []
@@ -146,7 +150,7 @@ class _Prompts:
 
 
 def _score_chunk(attention: ReplayedAttention, norms: torch.Tensor | None) -> torch.Tensor:
-    """Scores ``[batch, heads, chunk]``, fp32, of the chunk that a replay is about."""
+    """Returns the scores ``[batch, heads, chunk]``, fp32, of the chunk that was replayed."""
     key_weight = query_weight = None
     if norms is not None:
         key_weight = _output_norms(attention.module, attention.chunk_values, attention.query.shape[1])
@@ -165,7 +169,11 @@ def _score_chunk(attention: ReplayedAttention, norms: torch.Tensor | None) -> to
 
 
 def _output_norms(module: nn.Module, values: torch.Tensor, num_attention_heads: int) -> torch.Tensor:
-    """``||W_o v||`` of each value under each query head of its group: ``[batch, num_attention_heads, chunk]``, fp32."""
+    """Returns ``||W_o v||`` of each value under each query head of its group.
+
+    Returns:
+        ``[batch, num_attention_heads, chunk]``, fp32.
+    """
     _, heads, _, dim = values.shape
     projection: Any = module.o_proj
     weight = dense_weight(projection, values).view(-1, num_attention_heads, dim)
@@ -176,7 +184,10 @@ def _output_norms(module: nn.Module, values: torch.Tensor, num_attention_heads: 
 
 @contextmanager
 def _hidden_norms(model: nn.Module, wanted: bool) -> Iterator[dict[int, torch.Tensor]]:
-    """While open, ``layer_idx -> [batch, query_length]`` fp32 norms of the hidden states entering attention."""
+    """While open, records the norms of the hidden states that enter attention in the dictionary it yields.
+
+    That is ``layer_idx -> [batch, query_length]``, fp32; it stays empty unless ``wanted``.
+    """
     norms: dict[int, torch.Tensor] = {}
 
     def record(layer_idx: int, hidden_states: torch.Tensor) -> None:
@@ -187,5 +198,5 @@ def _hidden_norms(model: nn.Module, wanted: bool) -> Iterator[dict[int, torch.Te
 
 
 def local_press(compression_ratio: float = 0.0, **options: Any) -> KVzipPress:
-    """KVzip with local replay, under a name of its own for tables."""
+    """Returns KVzip with local replay, which tables list under a name of its own."""
     return KVzipPress(compression_ratio, replay="local", **options)

@@ -1,4 +1,4 @@
-"""Two baselines that every table needs: nothing removed, and pairs removed by chance."""
+"""Two baselines that every table needs: nothing removed, and pairs removed at random."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ class RandomPress(AllocatingPress):
     Args:
         compression_ratio: Fraction of the context's pairs removed, in [0, 1).
         allocation: "global", "layer", "head" or "adakv".
-        budget: Tokens' worth of pairs kept instead of a ratio; this and the policy's other fields are those of
-            :class:`kvzip_press.press.AllocatingPress`.
+        budget: Tokens' worth of pairs to keep, instead of a ratio; this and the other fields of the policy are
+            explained in :class:`kvzip_press.press.AllocatingPress`.
         seed: Seed of the generator.
-        n_sink: First tokens protected where the chat-template prefix is not known.
+        n_sink: Number of first tokens that are protected if the chat-template prefix is not known.
     """
 
     seed: int = 0
     n_sink: int = 4
 
     def score(self, prefill: Prefill) -> Scores:
-        """Uniform scores in [0, 1); a row's depend on the seed, the layer and its own length only, on every device."""
+        """Returns uniform scores in [0, 1).
+
+        The scores of a row depend only on the seed, the layer and the row's own length, and are the same on every
+        device.
+        """
         layers = prefill.blank_scores()
         for layer_idx, scores in layers.items():
             for row, valid in enumerate(prefill.valid):

@@ -54,9 +54,10 @@ def _destinations(keep: Tensor, shift: Tensor | int) -> Tensor:
 
 def _scatter(columns: Sequence[Tensor], destinations: Tensor, packed: Packed) -> None:
     """Moves the pairs of [batch, heads, length(, dim)] views whose destination is not negative to that row."""
-    for column, out in zip(columns, packed.columns, strict=True):
-        if column.numel() and out.numel():
-            _move(column, destinations, out)
+    with torch.cuda.device_of(destinations):  # Triton launches on the current device
+        for column, out in zip(columns, packed.columns, strict=True):
+            if column.numel() and out.numel():
+                _move(column, destinations, out)
 
 
 def _move(column: Tensor, destinations: Tensor, out: Tensor) -> None:
@@ -65,19 +66,18 @@ def _move(column: Tensor, destinations: Tensor, out: Tensor) -> None:
     batch_size, num_heads, length, dim = rows.shape
     block_n = block_rows(rows)
     n_blocks = triton.cdiv(length, block_n)
-    with torch.cuda.device_of(rows):  # Triton launches on the current device
-        _move_kernel[(batch_size * num_heads * n_blocks,)](
-            rows,
-            destinations,
-            out.view(rows.dtype),
-            num_heads,
-            length,
-            n_blocks,
-            *rows.stride()[:3],
-            DIM=dim,
-            BLOCK_N=block_n,
-            BLOCK_D=triton.next_power_of_2(dim),
-        )
+    _move_kernel[(batch_size * num_heads * n_blocks,)](
+        rows,
+        destinations,
+        out.view(rows.dtype),
+        num_heads,
+        length,
+        n_blocks,
+        *rows.stride()[:3],
+        DIM=dim,
+        BLOCK_N=block_n,
+        BLOCK_D=triton.next_power_of_2(dim),
+    )
 
 
 def rows_as_bits(column: Tensor) -> Tensor:

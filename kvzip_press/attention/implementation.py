@@ -149,7 +149,7 @@ def masks_left_out(model: nn.Module) -> Iterator[None]:
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """A mask function that builds none."""
+    """Stands in for a mask function, and returns None."""
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def attention_watched(watch: AttentionWatch) -> Iterator[None]:
     try:
         yield
     finally:
-        _WATCH.set(before)  # no token: a session whose forward raised may be closed in another context
+        _WATCH.set(before)  # not reset(token): a session whose forward raised may be closed in another context
 
 
 def attention_forward(

@@ -40,7 +40,7 @@ def compressible_layers(model: nn.Module, cache: Any) -> dict[int, AttentionLaye
 
 
 def check_cache(cache: Any) -> None:
-    """Raises UnsupportedCacheError if ``cache`` cannot be compressed: if it is static, quantized, offloaded or none."""
+    """Raises UnsupportedCacheError for a static, quantized or offloaded cache, and for anything that is not a cache."""
     if not isinstance(cache, compat.Cache) or not hasattr(cache, "layers"):
         raise UnsupportedCacheError(f"expected a DynamicCache, got {type(cache).__name__}")
     if getattr(cache, "offloading", False):

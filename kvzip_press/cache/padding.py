@@ -58,7 +58,7 @@ def moved_over_padding(tokens: torch.Tensor, n_before: int, padding: torch.Tenso
 
 
 def ends_dropped(tokens: torch.Tensor, counts: torch.Tensor, n_columns: int) -> torch.Tensor:
-    """Drops ``counts`` ``[batch]`` tokens from the end of each row, and right-aligns what is left in ``n_columns``."""
+    """Drops ``counts`` ``[batch]`` tokens from the end of each row; right-aligns the rest in ``n_columns`` columns."""
     first = tokens.shape[2] - n_columns - counts.to(tokens.device)[:, None]
     return columns_taken(tokens, first + torch.arange(n_columns, device=tokens.device))
 

@@ -20,7 +20,7 @@ from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
 
-ROWS_AT_ONCE = 8  # that are laid out together: what that takes in memory is bounded, whatever the batch
+ROWS_AT_ONCE = 8  # rows that are laid out together: bounds the memory that takes, whatever the batch
 
 
 class PairPool:
@@ -158,6 +158,8 @@ class _Pairs:
         slots[rows] = torch.arange(len(rows), device=rows.device)
         slot = slots[self.segment // heads % batch]
         mine = ((slot >= 0) & self.alive).nonzero()[:, 0]
+        if not len(mine):
+            return
         slot, segment, position = slot[mine], self.segment[mine], self.position[mine].long()
         span = int(position.max()) + 1
         known, which = (slot * span + position).unique(return_inverse=True)

@@ -87,7 +87,7 @@ class DecodeEviction:
         self._reading = 0  # tokens of the running forward
         self._layers: Layers = {}  # of the cache that was read last
         self._padding: torch.Tensor | None = None  # of the block that is read
-        self._n_columns, self._n_left = 0, 0  # tokens behind the packed pairs, and those until pairs are evicted
+        self._n_columns, self._n_left = 0, 0  # tokens after the packed pairs, and those left until pairs are evicted
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -128,7 +128,7 @@ class DecodeEviction:
         return self._evict_if_due()
 
     def leave(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        """Forgets a forward that raised before its end."""
+        """Called when a forward ends, even by an error; forgets it if :meth:`end` has not been called."""
         if not self.in_static_step:
             self.abandon()
 

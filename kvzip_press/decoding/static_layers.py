@@ -93,7 +93,7 @@ class StaticLayer(StandInLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes ``[batch, num_heads, 1, head_dim]`` into the buffer."""
+        """Writes keys and values ``[batch, num_heads, 1, head_dim]`` into the buffer."""
         tail_append(self.keys, self.values, key_states, value_states, self.place.index)
         if self.visible is not None:
             self.visible.index_fill_(1, self.place.index, True)
@@ -163,7 +163,7 @@ class SlidingRing:
 
 
 class StaticCache:
-    """Static layers over the memory of a ragged cache, for decode steps of one token a row.
+    """Static layers over the memory of a ragged cache, for decode steps of one token per row.
 
     Args:
         cache: A cache for which :func:`reason_against` returns None.
@@ -227,12 +227,12 @@ class StaticCache:
             place.move_to(self._ragged[0].tail.length if size is None else self.n_seen)
 
     def count(self, n_steps: int) -> None:
-        """Tells the ragged layers that ``n_steps`` tokens were written into their tails."""
+        """Adds ``n_steps`` tokens, which were written into their buffers, to the tails of the ragged layers."""
         for layer in self._ragged:
             layer.tail.wrote(n_steps)
 
     def write_back(self, n_steps: int) -> None:
-        """Tells the sliding layers what ``n_steps`` steps wrote into their rings."""
+        """Gives the sliding layers what ``n_steps`` steps wrote into their rings."""
         if n_steps:
             for ring in self._rings:
                 ring.write_back(n_steps)

@@ -178,7 +178,7 @@ class _StaticStep:
     def run(self, cache: Any = None) -> torch.Tensor:
         """Runs the kernels of one step: the model, and the counters' increments."""
         watched = nullcontext() if self.eviction is None else self.eviction.static_step()
-        with watched, masks_left_out(self.model):  # eager's are made on the host: no graph can hold that
+        with watched, masks_left_out(self.model):  # eager builds its masks on the host, which no graph can hold
             logits = forward(self.model, self.cache.layers if cache is None else cache, self.token_ids, self.positions)
         self.cache.advance()
         self.positions.add_(1)

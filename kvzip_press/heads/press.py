@@ -22,13 +22,12 @@ from kvzip_press.press import Press
 
 @dataclass(frozen=True)
 class HeadPress(Press):
-    """Keeps the context whole in the best ``round((1 - compression_ratio) * L * H)`` heads, else only its ends.
+    """Keeps the whole context in the best ``round((1 - compression_ratio) * L * H)`` heads, its ends in the others.
 
-    The ends, which are all that the other heads keep, are the first ``n_sink`` and the last ``window_size`` tokens of
-    each row, and the chat-template prefix if it is known. What comes after the context (question, answer) is kept by
-    every head. The press costs nothing at run time: no forward, no score of any pair. All batch rows keep the same
-    heads. Of a later turn, the other heads keep the window (and those of its tokens that are among the row's first
-    ``n_sink``); what they kept before stays.
+    The ends are the first ``n_sink`` and the last ``window_size`` tokens of each row, and the chat-template prefix if
+    it is known. What comes after the context (question, answer) is kept by every head. The press costs nothing at run
+    time: no forward, no score of any pair. All batch rows keep the same heads. Of a later turn, the other heads keep
+    the window (and those of its tokens that are among the row's first ``n_sink``); what they kept before stays.
 
     The number of whole heads is exact; ties go to the lower layer, then the lower head.
 
@@ -80,9 +79,9 @@ class HeadPress(Press):
         self.head_scores(model)
 
     def score(self, prefill: Prefill) -> Scores:
-        """Returns scores with decided counts: all of a row for heads that are kept, its ends for the others.
+        """Returns scores with decided counts: heads that are kept keep all of a row, the others its ends.
 
-        Pairs at the ends have the score 1, all others 0, so that the ends are what the other heads keep.
+        Pairs at the ends have the score 1 and all others 0, so the ends are what the other heads keep.
 
         Raises:
             InvalidArgumentError: The scores do not fit the model, or the package ships none for it.

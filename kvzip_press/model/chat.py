@@ -32,7 +32,7 @@ class ChatFrame:
 
 
 def chat_frame(tokenizer: Any) -> ChatFrame:
-    """The ids around a user turn, from the tokenizer's chat template; without one, BOS before and a newline after."""
+    """Returns the ids around a user turn, from the tokenizer's chat template; without one, BOS and a newline."""
     if not getattr(tokenizer, "chat_template", None):
         bos = () if tokenizer.bos_token_id is None else (int(tokenizer.bos_token_id),)
         return ChatFrame(bos, encode(tokenizer, "\n"))
@@ -44,9 +44,9 @@ def chat_frame(tokenizer: Any) -> ChatFrame:
 
 
 def turn_break(tokenizer: Any) -> tuple[int, ...]:
-    """The ids between an answer and the user's next question: the answer's end of turn and the user's header.
+    """Returns the ids between an answer and the user's next question: the answer's end of turn and the user's header.
 
-    From the tokenizer's chat template; without one, an empty line.
+    They come from the tokenizer's chat template; without one, they are an empty line.
     """
     if not getattr(tokenizer, "chat_template", None):
         return encode(tokenizer, "\n\n")
@@ -57,15 +57,17 @@ def turn_break(tokenizer: Any) -> tuple[int, ...]:
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Ids of a piece of text, no special tokens added (those spelled out in it are recognised)."""
+    """Returns the ids of a text, without adding special tokens (those spelled out in it are recognised)."""
     return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
 
 
 def context_rows(tokenizer: Any, context: Context | Sequence[Context]) -> list[tuple[int, ...]]:
-    """Token ids of each context: a text is one, so is a sequence of integers; a sequence of such is several.
+    """Returns the token ids of each context.
+
+    A text is one context, and so is a sequence of integers; a sequence of these is several.
 
     Raises:
-        InvalidArgumentError: An empty context, no context, or something that is neither text nor token ids.
+        InvalidArgumentError: A context is empty, there is none, or one is neither text nor token ids.
     """
     one = isinstance(context, str)
     if not one:
@@ -88,14 +90,14 @@ def _context_ids(tokenizer: Any, context: Any) -> tuple[int, ...]:
 
 
 def _plain(items: Any) -> list[Any]:
-    """A list, of Python's own integers where the items are a tensor's or an array's."""
+    """Returns a list, with Python's own integers if the items are a tensor's or an array's."""
     if not isinstance(items, Iterable):
         raise InvalidArgumentError(f"expected a context as text or token ids, or a list of such, got {items!r:.80}")
     return [item.tolist() if hasattr(item, "tolist") else item for item in items]
 
 
 def find_tokenizer(model: Any) -> Any | None:
-    """The tokenizer at the model's own path, looked up once a path; None, said once, where there is none."""
+    """Returns the tokenizer at the model's own path, cached by path; None, with a warning, if there is none."""
     return _load_tokenizer(str(getattr(model.config, "name_or_path", "") or ""))
 
 
@@ -107,7 +109,7 @@ def _load_tokenizer(path: str) -> Any | None:
         if path:
             return AutoTokenizer.from_pretrained(path)
         reason = "the model has no path"
-    except Exception as error:  # noqa: BLE001  # transformers raises many kinds; all mean that there is none to be had
+    except Exception as error:  # noqa: BLE001  # transformers raises many kinds; all mean: no tokenizer can be loaded
         reason = f"{type(error).__name__}: {error}"
     logger.warning("no tokenizer found for %r (%s): KVzip replays the context without its prompt", path, reason)
     return None

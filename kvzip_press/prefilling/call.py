@@ -1,4 +1,4 @@
-"""What a decoder was called with, however its arguments were passed."""
+"""The arguments that a decoder was called with, however they were passed."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class PrefillCall:
 
     @classmethod
     def of(cls, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PrefillCall:
-        """The call whose arguments a forward hook was given."""
+        """Returns the call whose arguments a forward hook was given."""
         names = list(inspect.signature(decoder.forward).parameters) if args else []
         return cls({**dict(zip(names, args, strict=False)), **kwargs})
 
     def within(self, outer: PrefillCall | None) -> PrefillCall:
-        """The call with what the model around the decoder was called with, where the decoder was given less."""
+        """Adds to this call what the model around the decoder was given and the decoder was not; returns the call."""
         if outer is None or outer.input_ids is None or outer.input_ids.shape != self.shape:
             return self
         self.outer_ids = outer.input_ids
@@ -52,24 +52,25 @@ class PrefillCall:
 
     @property
     def query_length(self) -> int:
-        """Tokens that are read."""
+        """Number of tokens that are read."""
         return self.shape[1]
 
     @property
     def n_seen(self) -> int:
-        """Tokens that the cache has seen before."""
+        """Number of tokens that the cache had seen before."""
         return 0 if self.cache is None else int(self.cache.get_seq_length())
 
     @property
     def is_prefill(self) -> bool:
-        """Whether a span is read that a press compresses, and not a single token behind a context."""
+        """Whether a span is read that a press compresses, rather than a single token after a context."""
         return self.n_seen == 0 or self.query_length > 1
 
     def valid(self) -> torch.Tensor:
-        """Bool ``[batch, query_length]``, False at padding.
+        """Returns a mask, bool ``[batch, query_length]``, False at padding.
 
         Raises:
-            InvalidArgumentError: A mask that is not 2-D, or whose padding is not at one end (or both) of a row.
+            InvalidArgumentError: The mask is not 2-D, has padding elsewhere than at the ends of a row, or has a row of
+                padding only.
         """
         batch, length = self.shape
         mask = self.attention_mask
@@ -89,10 +90,10 @@ class PrefillCall:
         return valid
 
     def positions(self, start: int, valid: torch.Tensor) -> torch.Tensor:
-        """int32 ``[batch, query_length]``, the position of each token in its row.
+        """Returns the position of each token in its row, int32 ``[batch, query_length]``.
 
         Raises:
-            InvalidArgumentError: Tokens with several positions that differ (M-RoPE: images and video).
+            InvalidArgumentError: Tokens have several positions that differ (M-RoPE: images and video).
         """
         positions = self.position_ids
         if positions is None:
@@ -107,7 +108,7 @@ class PrefillCall:
         return positions.expand(valid.shape[0], -1).int()
 
     def _ids_read(self, model: Any) -> torch.Tensor | None:
-        """The token ids that were read; None where there are none, as for images: their ids are placeholders."""
+        """Returns the token ids that were read; None if there are none, as for images, whose ids are placeholders."""
         if self.input_ids is not None or self.outer_ids is None:
             return self.input_ids
         embeds = model.get_input_embeddings()(self.outer_ids)
@@ -115,7 +116,7 @@ class PrefillCall:
         return self.outer_ids if same else None
 
     def prefill(self, model: nn.Module, cache: Any, start: int, observers: dict[Scorer, Any]) -> Prefill:
-        """What was just read, as presses see it."""
+        """Returns what was just read in the form in which presses see it."""
         valid = self.valid()
         positions = self.positions(start, valid)
         return Prefill(model, cache, self._ids_read(model), valid, positions, start=start, observers=observers)

@@ -1,8 +1,9 @@
-"""A long context read in chunks and evicted after each: the uncompressed cache of the whole never exists.
+"""Reads a long context in chunks and evicts after each, so that the uncompressed cache of the whole never exists.
 
-A chunk is read behind what is left of those before it, and its pairs are scored. Then everything older than a window of
-recent tokens is cut to the part that the press keeps of a context, the window stays for the next chunk to look at, and
-at the end the whole is cut to its budget. So the cache never holds more than the kept part, the window and one chunk.
+A chunk is read after what is left of the chunks before it, and its pairs are scored. Then everything older than a
+window of recent tokens is cut to the fraction that the press keeps of a context; the window stays for the next chunk to
+attend to. At the end the whole is cut to its budget. So the cache never holds more than the kept fraction, the window
+and one chunk.
 """
 
 from __future__ import annotations
@@ -42,24 +43,29 @@ def compress_in_chunks(
 ) -> RaggedCache:
     """Reads and compresses a context that is too long to be held uncompressed.
 
-    The cache holds at most ``(1 - compression_ratio)`` of the context, ``window_size`` tokens and one chunk, beside
-    what the press protects. A context of one chunk is compressed as :func:`kvzip_press.compress` does it; in a longer
-    one later chunks attend to what is left of the earlier ones, and a pair has the score that it got with its chunk.
+    The cache holds at most ``(1 - compression_ratio)`` of the context, ``window_size`` tokens and one chunk, besides
+    what the press protects. A context of one chunk is compressed as by :func:`kvzip_press.compress`. In a longer one,
+    later chunks attend to what is left of the earlier ones, and a pair has the score that it got with its chunk.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        context: The text, or its token ids (the template is put around both); one, not a list of several.
-        press: The press. One that scores a span of tokens by itself: :class:`kvzip_press.FastKVzipPress`, KVzip (which
-            replays each chunk), or kvpress's Knorm, SnapKV, TOVA and KeyDiff as a RaggedPress.
-        chunk_size: Tokens read at a time, the template's included.
-        window_size: Last tokens that stay whole while more is to come.
-        rerank: Whether pairs of all chunks compete, with the scores that they got, so that a dense chunk can have more
-            than a dull one; False: each chunk keeps its own part for good, as the authors of Fast KVzip have it.
+        context: The text or its token ids, without the chat template, which is put around either; one context, not a
+            list.
+        press: The press, which must be able to score a span of tokens by itself: :class:`kvzip_press.FastKVzipPress`,
+            KVzip (which replays each chunk), or kvpress's Knorm, SnapKV, TOVA and KeyDiff as a RaggedPress.
+        chunk_size: Number of tokens read at a time, including the template's.
+        window_size: Number of last tokens that stay whole while more is to come.
+        rerank: Whether pairs of all chunks compete, with the scores that they got, so that an informative chunk can
+            keep more than a dull one. If False, each chunk keeps its own share for good, as in the code of Fast KVzip's
+            authors.
+
+    Returns:
+        The compressed cache, ready for questions (see :func:`kvzip_press.answer`).
 
     Raises:
-        InvalidArgumentError: A size out of range, several contexts, a context longer than the model's positions, or a
-            press that decides its own counts or cannot score a chunk.
+        InvalidArgumentError: A size is out of range, there are several contexts, the context is longer than the model's
+            positions, or the press decides its own counts or cannot score a chunk.
     """
     if chunk_size < 1 or window_size < 0:
         raise InvalidArgumentError(f"expected chunk_size >= 1 and window_size >= 0, got {chunk_size} and {window_size}")
@@ -80,15 +86,15 @@ def compress_in_chunks(
 
 @dataclass
 class _Reading:
-    """A context so far.
+    """The context as far as it was read.
 
     Attributes:
         cache: What is left of it.
-        n_seen: Its tokens.
-        scores: ``layer_idx -> [1, heads, n_seen]``, fp32, what each pair got when its chunk was read.
-        alive: ``layer_idx -> [1, heads, n_seen]``, bool, what each head still has.
-        sink: ``[1, n_seen]``, bool, what the press protects at the beginning.
-        charged: ``[1, n_seen]``, bool, the part of it that counts inside the budget.
+        n_seen: Number of its tokens.
+        scores: ``layer_idx -> [1, heads, n_seen]``, fp32, the score that each pair got when its chunk was read.
+        alive: ``layer_idx -> [1, heads, n_seen]``, bool, the pairs that each head still has.
+        sink: ``[1, n_seen]``, bool, the positions that the press protects at the beginning.
+        charged: ``[1, n_seen]``, bool, those of them that count towards the budget.
     """
 
     model: nn.Module
@@ -103,7 +109,7 @@ class _Reading:
     charged: torch.Tensor | None = None
 
     def read(self, chunk: torch.Tensor, *, is_last: bool, **template: Any) -> None:
-        """Reads ``chunk`` ``[1, n]``, scores it and evicts; ``template`` is what a Prefill is told of the chat's."""
+        """Reads ``chunk`` ``[1, n]``, scores it and evicts; ``template`` holds a Prefill's chat-template fields."""
         valid = torch.ones_like(chunk, dtype=torch.bool)
         done = run_prefill(self.model, chunk, valid, observers=[self.press], cache=self.cache)
         new = self.press.score(replace(done, **template))
@@ -130,7 +136,11 @@ class _Reading:
         self.n_seen += n
 
     def _asked(self, new: Scores, *, is_last: bool) -> Scores:
-        """Everything seen, under the press's policy; what is recent is protected, for now or for good."""
+        """Returns scores of all that was seen, under the press's policy; recent positions are protected.
+
+        Until the last chunk these are the last ``window_size`` tokens, then those that the press itself protects at the
+        end.
+        """
         assert self.sink is not None and self.charged is not None
         columns = torch.arange(self.n_seen, device=self.sink.device)[None]
         start = self.n_seen - new.protected.shape[1]
@@ -141,7 +151,7 @@ class _Reading:
             charged = charged | paid
         n_decided = (
             0 if self.rerank else start - self.window_size
-        )  # nothing more is evicted of what had left the window
+        )  # nothing more is evicted from what has left the window
         decided = (columns < n_decided) & ~self.sink
         protected = self.sink | recent | decided
         return Scores(self.scores, protected, new.policy, protected_count=charged | decided)
@@ -165,12 +175,12 @@ def _behind(before: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
 
 
 def _leading(mask: torch.Tensor) -> torch.Tensor:
-    """The run of True that a row begins with."""
+    """Returns the run of True at the beginning of each row."""
     return mask.long().cumprod(dim=-1).bool()
 
 
 def _of_pairs(layer: RaggedLayer, alive: torch.Tensor) -> torch.Tensor:
-    """Bool ``[total]``: which of the packed pairs of the one row of a layer are among ``alive`` ``[1, heads, n]``."""
+    """Returns which packed pairs of a layer's one row are among ``alive`` ``[1, heads, n]``: bool ``[total]``."""
     packed = layer.packed
     heads = torch.arange(packed.num_heads, device=packed.device).repeat_interleave(packed.seqlens[0])
     return alive[0, heads, packed.positions.long()]

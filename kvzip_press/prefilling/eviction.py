@@ -1,4 +1,4 @@
-"""Building the layers of a compressed cache from keep masks, one layer at a time."""
+"""Builds the layers of a compressed cache from keep masks, one layer at a time."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _merged(
 
 
 def sliding_copy(layer: Any, attention: AttentionLayer | None) -> Any:
-    """Returns an own object for a layer that stays dense; its tensors are replaced on update, never written into.
+    """Returns a separate object for a layer that stays dense; its tensors are replaced on update, never written into.
 
     In a cache that was made without the model's config, a sliding layer holds every token. Only the last window - 1 can
     still be seen, and its mask would not fit a cache with ragged layers, so it becomes a proper sliding layer.

@@ -1,4 +1,4 @@
-"""MLPs a slice of tokens at a time: their activations are the most that a forward of a few thousand tokens holds."""
+"""Runs MLPs slice by slice: their activations take the most memory in a forward of a few thousand tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-MAX_SLICES = 3  # by then the hidden states around an MLP take as much memory as what is inside
+MAX_SLICES = 3  # with this many, the hidden states around an MLP take as much memory as its activations
 MIN_ROWS = 1024  # fewer would leave a large GPU idle
 
 
@@ -17,13 +17,13 @@ MIN_ROWS = 1024  # fewer would leave a large GPU idle
 def mlps_in_slices(decoder: nn.Module, min_rows: int = MIN_ROWS) -> Iterator[None]:
     """While open, the ``mlp`` of each decoder layer computes its tokens in up to `MAX_SLICES` slices, one by one.
 
-    A gated MLP holds three tensors ``[rows, intermediate_size]`` at once. It treats tokens one by one, so the result
-    is the same up to the rounding of another matrix shape. An ``mlp`` that returns something else than a tensor of its
-    input's shape (with router logits, say) runs as it is. For forwards without gradients.
+    A gated MLP holds three tensors ``[rows, intermediate_size]`` at once. It treats each token separately, so the
+    result is the same up to rounding, which depends on the shapes of matrices. An ``mlp`` that returns anything other
+    than a tensor of its input's shape (with router logits, say) runs unsliced. For forwards without gradients.
 
     Args:
         decoder: The module with the ``layers``.
-        min_rows: Least rows of a slice; slices are equally long, to within one.
+        min_rows: Fewest rows in a slice; the lengths of slices differ by at most one.
     """
     layers: Any = decoder.layers
     with ExitStack() as stack:
@@ -35,7 +35,10 @@ def mlps_in_slices(decoder: nn.Module, min_rows: int = MIN_ROWS) -> Iterator[Non
 
 @contextmanager
 def _forward_replaced(mlp: nn.Module, min_rows: int) -> Iterator[None]:
-    """The instance's own ``forward`` covers the class's, or one that was put there before (accelerate does)."""
+    """While open, the MLP runs in slices.
+
+    The instance's own ``forward`` hides the class's, or one that was set on the instance before (accelerate does that).
+    """
     original, covered = mlp.forward, vars(mlp).get("forward")
     vars(mlp)["forward"] = lambda hidden_states: _in_slices(original, hidden_states, min_rows)
     try:

@@ -1,7 +1,7 @@
-"""Forwards that look back: the model reads tokens again against a frozen cache, and nothing of them stays.
+"""Replays: the model reads tokens again against a frozen cache, in which nothing of them is kept.
 
-A replay forward gets a cache of its own whose layers attend to the frozen context and to the replayed tokens
-(causally), and see the queries on the way. The frozen cache is only read, through views.
+A replay forward gets a cache of its own, whose layers attend to the frozen context and (causally) to the replayed
+tokens, and show a scorer the queries. The frozen cache is only read, through views.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class LayerSpan:
         values: ``[1, heads, span, v_head_dim]``.
         sink_keys: ``[1, heads, n_sink, head_dim]``, the protected first tokens of the row.
         sink_values: ``[1, heads, n_sink, v_head_dim]``.
-        packed: The layer when it is ragged: its packed context comes before the span.
+        packed: The layer if it is ragged: its packed context comes before the span.
         row: The batch row.
-        visible: ``[1, 1, 1, tail]``, bool, False where the span has padding in the row; for a ragged layer.
+        visible: ``[1, 1, 1, tail]``, bool, False where the row has padding in the span; only for a ragged layer.
     """
 
     keys: torch.Tensor
@@ -58,7 +58,7 @@ class LayerSpan:
 
     @classmethod
     def of(cls, layer_idx: int, prefill: Prefill, row: int, n_sink: int) -> LayerSpan:
-        """The span of a prefill in one layer; for a later turn the sink is that of the packed context."""
+        """Returns the span of a prefill in one layer; for a later turn the sink is that of the packed context."""
         columns = prefill.valid[row].nonzero()[:, 0]
         first, end = int(columns[0]), int(columns[-1]) + 1
         keys, values = (x[row : row + 1, :, first:end] for x in prefill.pairs(layer_idx))
@@ -74,7 +74,7 @@ class LayerSpan:
         return cls(keys, values, *sinks, layer, row, visible)
 
     def attend(self, query: torch.Tensor, scaling: float | None, softcap: float | None) -> Attended:
-        """Attention of ``query`` to everything in the row, the span included: output and log-sum-exp."""
+        """Returns the attention of ``query`` to everything in the row, including the span: output and log-sum-exp."""
         if self.packed is None:
             return attention_with_lse(query, self.keys, self.values, causal=False, scaling=scaling, softcap=softcap)
         layer, index = self.packed, torch.tensor([self.row], device=query.device)
@@ -97,19 +97,19 @@ class LayerSpan:
 
 @dataclass(frozen=True)
 class ReplayedAttention:
-    """What one layer computed with during a replay forward, for a scorer to look at.
+    """The tensors of one layer's attention during a replay forward, for a scorer to look at.
 
     Attributes:
         module: The attention module.
         query: ``[batch, num_attention_heads, query_length, head_dim]``, after RoPE.
-        keys: ``[batch, heads, query_length, head_dim]``, keys of the replayed tokens.
-        chunk_keys: ``[batch, heads, chunk, head_dim]``, keys of the tokens that the replay is about.
-        chunk_values: ``[batch, heads, chunk, v_head_dim]``.
-        sink_keys: ``[batch, heads, n_sink, head_dim]``.
-        scaling: Factor of the logits, None for ``head_dim ** -0.5``.
-        softcap: Bound of the logits, or None.
+        keys: ``[batch, heads, query_length, head_dim]``, the keys of the replayed tokens.
+        chunk_keys: ``[batch, heads, chunk, head_dim]``, the frozen cache's keys of the chunk that is replayed.
+        chunk_values: ``[batch, heads, chunk, v_head_dim]``, its values.
+        sink_keys: ``[batch, heads, n_sink, head_dim]``, the frozen cache's keys of the sink.
+        scaling: Factor of the logits; None means ``head_dim ** -0.5``.
+        softcap: Bound of the logits; None means no bound.
         lse: ``[batch, num_attention_heads, query_length]``, fp32, the log-sum-exp of each row's logits over sink, chunk
-            and replayed keys, when that is what the row attended to (a local replay); else None.
+            and replayed keys, if that is what the row attended to (a local replay); None otherwise.
     """
 
     module: nn.Module
@@ -124,14 +124,14 @@ class ReplayedAttention:
 
 
 class ReplayLayer(StandInLayer):
-    """The cache layer of one replay forward; ``look`` sees what its attention computes with.
+    """The cache layer of one replay forward; ``look`` sees the tensors of its attention.
 
     Args:
         span: The frozen context.
-        chunks: For each batch row of the replay, the part of the span it is about (all of one length).
-        local: Attend to the sink and the chunk only, instead of everything.
-        n_seen: Tokens that the frozen cache has seen.
-        look: Called once a forward.
+        chunks: For each batch row of the replay, the part of the span that is replayed (all of one length).
+        local: Whether to attend to the sink and the chunk only, instead of everything.
+        n_seen: Number of tokens that the frozen cache has seen.
+        look: Called once per forward.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class ReplayLayer(StandInLayer):
         self.span, self.chunks, self.local, self.n_seen, self.look = span, chunks, local, n_seen, look
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Attended:
-        """Holds on to the replayed tokens' keys and values for the attention call that follows."""
+        """Keeps the replayed tokens' keys and values for the attention call that follows."""
         self.keys, self.values = key_states, value_states
         return CacheView.of(self, key_states), CacheView.of(self, value_states)
 
@@ -160,7 +160,7 @@ class ReplayLayer(StandInLayer):
         scaling: float | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """Frozen context without a mask, replayed tokens causally, merged by their log-sum-exp."""
+        """Attends to the frozen context unmasked and to the replayed tokens causally; merges both by log-sum-exp."""
         replayed_keys, own_values = self.keys, self.values
         assert replayed_keys is not None and own_values is not None
         own_keys = replayed_keys
@@ -182,19 +182,19 @@ class ReplayLayer(StandInLayer):
         return output
 
     def _chunks_of(self, span: torch.Tensor) -> torch.Tensor:
-        """``[len(chunks), heads, chunk, dim]``: a view, since the chunks lie one after another and are equally long."""
+        """Returns ``[len(chunks), heads, chunk, dim]``, as a view: the chunks are adjacent and equally long."""
         together = span[0, :, self.chunks[0].start : self.chunks[-1].stop]
         return together.unflatten(1, (len(self.chunks), -1)).transpose(0, 1)
 
 
 class Replay:
-    """Replays over one row of a prefill.
+    """Runs replays of one row of a prefill.
 
     Args:
         prefill: The prefill, which is only read.
         row: The batch row.
-        n_sink: Protected first tokens of the row in this span.
-        look: Called with the layer index and what its attention computed with, once a layer and forward.
+        n_sink: Number of protected first tokens of the row in this span.
+        look: Called with the layer index and the tensors of its attention, once per layer and forward.
     """
 
     def __init__(self, prefill: Prefill, row: int, n_sink: int, look: Callable[[int, ReplayedAttention], None]) -> None:
@@ -215,13 +215,13 @@ class Replay:
         }
 
     def run(self, input_ids: Sequence[Sequence[int]], chunks: Sequence[slice], *, local: bool) -> None:
-        """One forward of the decoder over a batch of replays, each about its chunk of the span.
+        """Runs one forward of the decoder over a batch of replays, each of its own chunk of the span.
 
-        It ends with the attention of the last layer that is looked at: nobody wants what would come after.
+        The forward ends after the attention of the last layer that is looked at: nothing needs what would come after.
 
         Args:
-            input_ids: One list of ids a replay, all of one length.
-            chunks: The part of the span each is about, all of one length; more than one only with ``local``.
+            input_ids: One list of ids per replay, all of one length.
+            chunks: The part of the span that each replays, all of one length; more than one only with ``local``.
             local: See :class:`ReplayLayer`.
         """
         assert local or len(chunks) == 1
@@ -246,7 +246,7 @@ class Replay:
                 end,
                 self._limit,
             )
-            self._limit = None  # said once a row
+            self._limit = None  # one warning per row
 
 
 class _LastLayerSeen(Exception):  # noqa: N818  # no error: how a forward ends early
@@ -265,7 +265,7 @@ def _bind(
 
 
 def _left_padding(prefill: Prefill, row: int) -> int:
-    """Columns of padding on the left of a row; 0 where its padding lies elsewhere."""
+    """Returns the number of columns of padding on the left of a row; 0 if its padding is elsewhere."""
     if not prefill.start:
         return int((~prefill.valid[row]).sum()) if bool(prefill.valid[row, -1]) else 0
     layer = next(layer for layer in prefill.cache.layers if isinstance(layer, RaggedLayer))
@@ -273,7 +273,7 @@ def _left_padding(prefill: Prefill, row: int) -> int:
 
 
 def _row_of(layer: Any, row: int, n_seen: int) -> Any:
-    """One row of a dense layer as if it had been alone: the last of the ``n_seen`` tokens of the row, no padding."""
+    """Returns one row of a dense layer as if it were alone: the last of its ``n_seen`` tokens, without padding."""
     alone = _with_tensors(layer, lambda tensor: tensor[row : row + 1, :, -n_seen:])
     if hasattr(alone, "cumulative_length"):
         alone.cumulative_length = n_seen
@@ -285,7 +285,10 @@ def _repeated(layer: Any, batch: int) -> Any:
 
 
 def _with_tensors(layer: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A copy of a dense layer over changed views of its tensors; updates replace tensors, so the original is safe."""
+    """Returns a copy of a dense layer with changed views of its tensors.
+
+    Updates replace tensors, so the original is safe.
+    """
     twin = copy.copy(layer)
     if isinstance(getattr(layer, "keys", None), torch.Tensor):
         twin.keys, twin.values = change(layer.keys), change(layer.values)

@@ -1,11 +1,11 @@
-"""Does a model attend as a ragged cache will? Looked at in every prefill, before anything is evicted.
+"""Checks in every prefill, before anything is evicted, that the model attends as a ragged cache will.
 
 A ragged layer computes ``softmax(scaling * q k^T) v`` over all pairs that it kept, from what the attention interface
-hands it. That is what a model computes unless its attention adds something: sinks, a bias, another scale, a local or
+passes to it. A model computes the same unless its attention adds something: sinks, a bias, another scale, a local or
 sparse pattern, a second pass through the same layer. Such a model would answer from a ragged cache without an error,
-and wrongly. So the last query of every full-attention layer is computed again, over all keys of its row, and compared
-with what the model's own attention gave; a decode step's worth of work. Nothing is recomputed from hidden states:
-queries and keys, after projection, norm and RoPE, are those of the model's own call.
+but wrongly. So the last query of every full-attention layer is computed again, over all keys of its row, and compared
+with the output of the model's own attention; that is about the work of one decode step. Nothing is recomputed from
+hidden states: queries and keys, after projection, norm and RoPE, are those of the model's own call.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one layer's attention call showed: its newest pair, and the largest deviation over what is allowed."""
+    """The record of one attention call.
+
+    It holds the newest pair, and the largest deviation as a multiple of what is allowed (None if it cannot be
+    compared).
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -57,31 +61,31 @@ class SelfCheck:
         output: torch.Tensor,
         kwargs: dict[str, Any],
     ) -> None:
-        """Looks at one attention call; the arguments are those of the attention interface.
+        """Checks one attention call; the arguments are those of the attention interface.
 
         Raises:
-            UnsupportedModelError: It was given something that ragged attention does not know.
+            UnsupportedModelError: The call has an argument that ragged attention does not implement.
         """
         layer_idx = self._indices.get(module)
         if layer_idx is None:
             return
         refuse_unsupported(module, kwargs)
         excess = None
-        if keys.shape[2] == self._valid.shape[1]:  # else it is behind a dense cache that somebody else filled
+        if keys.shape[2] == self._valid.shape[1]:  # else it follows a dense cache that something else filled
             excess = self._excess(module, query[:, :, -1:], keys, values, output[:, -1:], kwargs)
         self._seen[layer_idx].append(_Seen(keys[:, :, -1].clone(), values[:, :, -1].clone(), excess))
 
     def finish(self, cache: Any) -> None:
-        """Judges what was seen, when the forward has ended and its cache is as it left it.
+        """Judges what was recorded, once the forward has ended, with the cache as the forward left it.
 
         Raises:
-            UnsupportedModelError: A layer's attention is another than that of a ragged cache, or was not seen once, or
+            UnsupportedModelError: A layer's attention is not that of a ragged cache, was not called exactly once, or
                 did not use the pairs that are in the cache.
         """
         for module, layer_idx in self._indices.items():
             layer = cache.layers[layer_idx]
             if isinstance(layer, RaggedLayer):
-                continue  # a later turn: it was ragged attention that computed
+                continue  # a later turn, which ragged attention computed
             where, seen = f"{type(module).__name__} {layer_idx}", self._seen[layer_idx]
             if len(seen) != 1:
                 raise UnsupportedModelError(
@@ -109,10 +113,11 @@ class SelfCheck:
         output: torch.Tensor,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Largest deviation of any row and head, as a multiple of what rounding can do; NaN where only ours is.
+        """Returns the largest deviation of any row and head, as a multiple of what rounding can cause.
 
-        A head's deviation is relative to its output. Eager attention rounds each logit to the model's dtype, and logits
-        that count are about as large as their log-sum-exp: measured, a fifth of what is allowed for it here.
+        It is NaN if our output is NaN and the model's is finite. A head's deviation is relative to its output. Eager
+        attention rounds each logit to the model's dtype, and the logits that matter are about as large as their
+        log-sum-exp. In measurements, that rounding caused a fifth of what is allowed for it here.
         """
         mask = self._valid[:, None, None, :].to(keys.device) if self._is_padded else None
         scaling, softcap = kwargs.get("scaling"), softcap_of(module, kwargs)
@@ -126,7 +131,7 @@ class SelfCheck:
 
 
 def _precision(tensor: torch.Tensor) -> float:
-    """Of the products: fp32 ones may be made in TF32 on a GPU."""
+    """Returns the relative precision of products; on a GPU, fp32 products may be computed in TF32."""
     eps = torch.finfo(tensor.dtype).eps
     return max(eps, 2**-10) if tensor.is_cuda else eps
 

@@ -1,4 +1,4 @@
-"""A context that was read once: from here it can be scored by any press and evicted at any ratio."""
+"""Reads a context once, so that it can then be scored by any press and evicted at any ratio."""
 
 from __future__ import annotations
 
@@ -33,41 +33,42 @@ if TYPE_CHECKING:
 
 
 class Observer(Protocol):
-    """Looks at one prefill forward as it runs, without touching it, and scores from what it saw."""
+    """Looks at one prefill forward as it runs, without changing it, and computes scores from what it saw."""
 
     def __enter__(self) -> Observer: ...
 
     def __exit__(self, *exc: object) -> None: ...
 
     def scores(self, prefill: Prefill) -> Scores:
-        """The scores of the prefill that was observed."""
+        """Returns the scores of the prefill that was observed."""
 
 
 class Scorer(Protocol):
-    """What reading a context has to know of a press; hashable."""
+    """The part of a press that reading a context needs; hashable."""
 
     def observer(self, model: nn.Module) -> Observer | None:
-        """What watches the prefill run, for a scorer that needs to see it; None otherwise."""
+        """Returns an observer of the prefill, for a scorer that needs to see it run; None otherwise."""
 
     def score(self, prefill: Prefill) -> Scores:
-        """The scores of every pair of the prefill's span."""
+        """Returns the scores of every pair of the prefill's span."""
 
 
 @dataclass
 class Prefill:
-    """One forward over a span of tokens and the cache it left.
+    """One forward over a span of tokens, and the cache that it left.
 
     Attributes:
         model: The model.
-        cache: Its cache; dense for a first turn, ragged with a dense tail for a later one. Never changed from here.
-        input_ids: ``[batch, span]``, the tokens of the span; None when only embeddings were given.
+        cache: Its cache: dense for a first turn, ragged with a dense tail for a later one. Only :meth:`evict_in_place`
+            changes it.
+        input_ids: ``[batch, span]``, the tokens of the span; None if only embeddings were given.
         valid: ``[batch, span]``, bool, False at padding.
         positions: ``[batch, span]``, int32, the position of each token in its row.
-        start: Tokens the cache had seen before the span.
-        prefix_length: Leading tokens of each row that belong to the chat template; None when nobody said.
-        tokenizer: The tokenizer, None when nobody gave one.
-        seconds: Wall time of the forward.
-        observers: What watched the forward, by press.
+        start: Number of tokens that the cache had seen before the span.
+        prefix_length: Number of leading tokens of each row that belong to the chat template; None if unknown.
+        tokenizer: The tokenizer; None if none was given.
+        seconds: Wall time of the forward, in seconds.
+        observers: The observers that watched the forward, by press.
     """
 
     model: Any
@@ -87,7 +88,11 @@ class Prefill:
         return RaggedCache(self.cache.layers).dense_bytes
 
     def blank_scores(self) -> dict[int, torch.Tensor]:
-        """Zeros ``layer_idx -> [batch, num_key_value_heads, span]``, fp32, for every layer that can be compressed."""
+        """Returns zeros for every layer that can be compressed.
+
+        Returns:
+            ``layer_idx -> [batch, num_key_value_heads, span]``, fp32.
+        """
         return {
             layer_idx: torch.zeros(self.valid.shape[0], heads, self.valid.shape[1], device=device)
             for layer_idx in compressible_layers(self.model, self.cache)
@@ -95,33 +100,37 @@ class Prefill:
         }
 
     def pairs(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the span in a layer that can be compressed: views, which must not be changed.
+        """Returns the keys and values of the span in a layer that can be compressed: views, which must not be changed.
 
-        For a first turn, a later one and a chunk alike; what stands at padding is of any content.
+        It works alike for a first turn, a later one and a chunk. The content at padding is arbitrary.
 
         Returns:
             ``[batch, num_key_value_heads, span, head_dim]`` and ``[batch, num_key_value_heads, span, v_head_dim]``, in
             the model's dtype, keys after RoPE.
 
         Raises:
-            UnsupportedCacheError: They were evicted, in place.
+            UnsupportedCacheError: They were evicted in place.
         """
         return last_pairs(self.cache.layers[layer_idx], self.valid.shape[1])
 
     def protected(self, n_sink: int) -> torch.Tensor:
-        """``[batch, span]``, bool: the chat-template prefix where it is known, the first ``n_sink`` tokens elsewhere.
+        """Returns a mask of the chat-template prefix if that is known, else of the first ``n_sink`` tokens of each row.
 
-        A later turn has no sink of its own.
+        For a later turn nothing is marked: it has neither.
+
+        Returns:
+            ``[batch, span]``, bool.
         """
         n_protected = 0 if self.start else n_sink if self.prefix_length is None else self.prefix_length
         rank = self.valid.long().cumsum(dim=-1) - 1
         return self.valid & (rank < n_protected)
 
     def observed(self, press: Scorer) -> Observer:
-        """The observer of a press: the one that watched, or a new one that watches the same tokens run again.
+        """Returns the observer of a press: the one that watched, or a new one that watches the same tokens run again.
 
         Raises:
-            InvalidArgumentError: It has to run again, and the span is not the whole context.
+            InvalidArgumentError: They would have to run again, but the span is not the whole context or has no token
+                ids.
         """
         if press not in self.observers:
             if self.start or self.input_ids is None:
@@ -133,11 +142,11 @@ class Prefill:
         return self.observers[press]
 
     def held_pairs(self, scores: Scores) -> dict[int, torch.Tensor]:
-        """What a budget in tokens has to hold beside the span: pairs of earlier turns and the tokens since the last.
+        """Returns what a budget in tokens has to hold besides the span: earlier turns' pairs, and tokens since then.
 
         Returns:
-            ``layer_idx -> [batch, num_key_value_heads]``, int64, protected pairs counted where ``scores`` count them;
-            empty without such a budget, and for a first turn.
+            ``layer_idx -> [batch, num_key_value_heads]``, int64; protected pairs are included if ``scores`` count them
+            towards the budget. Empty without such a budget, and for a first turn.
         """
         if not isinstance(scores.policy.amount, Tokens) or not self.start:
             return {}
@@ -159,26 +168,31 @@ class Prefill:
         *,
         budget: int | None = None,
     ) -> RaggedCache:
-        """A compressed copy of the cache; any number of them can be made, this prefill stays as it is.
+        """Returns a compressed copy of the cache. Any number of copies can be made; this prefill stays as it is.
 
         Args:
-            scores: What ``press.score(prefill)`` returned.
-            compression_ratio: Fraction of pairs removed, in [0, 1); default the press's own.
-            allocation: "global", "layer", "head", "adakv" or an :class:`kvzip_press.budget.allocators.Allocation`;
+            scores: The result of ``press.score(prefill)``.
+            compression_ratio: Fraction of pairs removed, in [0, 1); by default the press's own.
+            allocation: "global", "layer", "head", "adakv" or an :class:`kvzip_press.budget.allocators.Allocation`; by
                 default the press's own.
-            budget: Instead of a ratio: tokens' worth of pairs kept, see :class:`kvzip_press.press.Press`.
+            budget: Tokens' worth of pairs to keep, instead of a ratio; see :class:`kvzip_press.press.Press`.
 
         Raises:
-            InvalidArgumentError: Ratio, budget or allocation out of range, both of the first two, or scores of another
-                prefill.
-            UnsupportedCacheError: A cache that cannot be compressed.
+            InvalidArgumentError: Ratio, budget or allocation are out of range, ratio and budget are both given, the
+                press decided its own counts and something else is asked for, or the scores are of another prefill.
+            UnsupportedCacheError: The cache cannot be compressed, or was already evicted in place.
         """
         asked = self._checked(scores).asked_for(compression_ratio, allocation, budget)
         keep = select(asked, self.valid, held=self.held_pairs(asked))
         return RaggedCache([layer for _, layer in self._evicted(asked, keep)])
 
     def evict_in_place(self, scores: Scores) -> None:
-        """Replaces the layers of the cache itself, freeing each dense one before the next is packed."""
+        """Replaces the layers of the cache itself, freeing each dense one before the next is packed.
+
+        Raises:
+            InvalidArgumentError: The scores are of another prefill.
+            UnsupportedCacheError: The cache cannot be compressed, or was already evicted in place.
+        """
         keep = select(self._checked(scores), self.valid, held=self.held_pairs(scores))
         for layer_idx, layer in self._evicted(scores, keep):
             self.cache.layers[layer_idx] = layer
@@ -203,17 +217,20 @@ def prefill(
 ) -> Prefill:
     """Reads a context once, framed by the model's chat template, ready for a question to follow it.
 
-    Several contexts are the rows of one batch, padded on the left; each row is scored and evicted as it would be alone.
+    Several contexts become the rows of one batch, padded on the left; each is scored and evicted as it would be alone.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        context: The text, or its token ids (the template is put around both); or a list of such contexts.
-        observers: Presses whose scorers watch the forward; each must be hashable, and can then be scored for free.
+        context: The text or its token ids, without the chat template, which is put around either; or a list of such
+            contexts.
+        observers: Presses whose scorers watch the forward; each must be hashable. Scoring with them then needs no
+            further forward for watching.
 
     Raises:
-        InvalidArgumentError: An empty context, one longer than the model's positions, or something else than texts and
-            token ids.
+        InvalidArgumentError: A context is empty, longer than the model's positions, or neither text nor token ids.
+        UnsupportedModelError: The model has no layer that can be compressed, or its attention is not that of a ragged
+            cache.
     """
     frame = chat_frame(tokenizer)
     rows = [[*frame.prefix, *ids] for ids in context_rows(tokenizer, context)]
@@ -224,13 +241,19 @@ def prefill(
 
 
 def compress(model: nn.Module, tokenizer: Any, context: Context | Sequence[Context], press: Scorer) -> RaggedCache:
-    """Reads a context and compresses it: a cache ready for many questions (see :func:`kvzip_press.answer`).
+    """Reads a context and compresses it into a cache that is ready for many questions (see :func:`kvzip_press.answer`).
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        context: The text, or its token ids; or a list of such contexts, which become the rows of one cache.
+        context: The text or its token ids; or a list of such contexts, which become the rows of one cache.
         press: The press, with its compression ratio.
+
+    Raises:
+        InvalidArgumentError: A context is empty, longer than the model's positions, or neither text nor token ids; or
+            the press cannot score it.
+        UnsupportedModelError: The model has no layer that can be compressed, or its attention is not that of a ragged
+            cache.
     """
     done = prefill(model, tokenizer, context, observers=[press])
     done.evict_in_place(press.score(done))
@@ -246,9 +269,9 @@ def run_prefill(
     observers: Sequence[Scorer] = (),
     cache: Any = None,
 ) -> Prefill:
-    """One forward of the decoder (no logits) over ``input_ids`` ``[batch, n]``, padding where not ``valid``.
+    """Runs one forward of the decoder (no logits) over ``input_ids`` ``[batch, n]``, padding where ``valid`` is False.
 
-    ``cache`` is what to read them behind, without padding; None for a new one.
+    ``cache`` is the cache to read them into, which must have no padding; None for a new one.
     """
     decoder, config = text_decoder(model), text_config(model)
     cache = compat.DynamicCache(config=config) if cache is None else cache

@@ -1,4 +1,4 @@
-"""``kvzip-press gates``: gates that foresee KVzip's scores, trained."""
+"""``kvzip-press gates``: trains gates that predict KVzip's scores."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def train(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Trains gates for a model: KVzip is the teacher, hidden states of the texts are what they learn from.
+    """Trains gates for a model: KVzip is the teacher, and they learn from the hidden states of texts.
 
-    A run that was killed goes on where it was when the same command is given again. Nothing of the model is changed.
+    A run that was killed continues where it was when the same command is given again. The model itself is not changed.
     """
     if bool(data) == self_generated:
         raise InvalidArgumentError("expected one of --data and --self-generated, got both or none")
@@ -89,7 +89,7 @@ def train(
 
 @contextmanager
 def _shown() -> Iterator[tuple[Callable[[str, int, int, str], None], dict[str, float]]]:
-    """A progress bar a stage, and the seconds that each took."""
+    """Shows a progress bar for each stage, and yields its callback and the seconds that each stage took."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

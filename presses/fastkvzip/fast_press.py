@@ -1,4 +1,4 @@
-"""Fast KVzip (https://arxiv.org/abs/2601.17668): small gates foresee KVzip's scores while the context is read."""
+"""Fast KVzip (https://arxiv.org/abs/2601.17668): small gates predict KVzip's scores while the context is read."""
 
 from __future__ import annotations
 
@@ -25,40 +25,42 @@ from kvzip_press.presses.fastkvzip.gates import Gates
 
 @dataclass(frozen=True)
 class FastKVzipPress(AllocatingPress, ObservingPress):
-    """Scores pairs by gates, from the hidden states that enter each layer's attention, in the prefill itself.
+    """Scores pairs with gates, from the hidden states that enter each layer's attention, during the prefill itself.
 
-    Nothing is read again, and no hidden state is kept. The last tokens are protected, inside the budget, and the
-    chat-template prefix outside of it, as the authors have it. Their window is 4096 tokens from 16000 tokens on, 2 % of
-    the context below, and cut to the budget; ours is the smaller of the two everywhere: it does not jump, and up to a
-    ratio of 0.98 it never crowds out what the gates chose (beyond, the window is what is kept).
+    Nothing is read again, and no hidden state is kept. As in the authors' code, the last tokens are protected inside
+    the budget, and the chat-template prefix outside it. Their window is 4096 tokens for contexts of 16000 tokens or
+    more, 2 % of the context for shorter ones, and cut to the budget. Ours is always the smaller of the two: it does not
+    jump, and up to a ratio of 0.98 it never crowds out what the gates chose (beyond that, the window is what is kept).
 
-    With ``decoding=True`` the cache stays within its budget while the model reads questions and writes answers, too::
+    With ``decoding=True`` the cache also stays within its budget while the model reads questions and writes answers::
 
         press = FastKVzipPress(decoding=True, budget=2048)
         with press(model):
             model.generate(**inputs, max_new_tokens=16384)
 
-    The prompt is compressed to ``budget`` tokens' worth of pairs. Behind it hidden states are buffered, ``buffer``
-    tokens of them are scored at once, and then the worst pairs of all go, those of the prompt too. Everything counts
-    inside the budget, the template's prefix and the last ``buffer`` tokens, which no eviction touches, included. So the
-    cache holds at most ``budget + buffer`` tokens' worth, on average over its heads, however long the answer is.
+    The prompt is compressed to ``budget`` tokens' worth of pairs. After it, hidden states are buffered; ``buffer``
+    tokens are scored at once, and then the worst of all pairs are evicted, including those of the prompt. Everything
+    counts towards the budget, including the template's prefix and the last ``buffer`` tokens, which no eviction
+    touches. So the cache holds at most ``budget + buffer`` tokens' worth, on average over its heads, however long the
+    answer is.
 
     Args:
         compression_ratio: Fraction of the context's pairs removed, in [0, 1); the prefix is not counted.
         allocation: "global" (the paper), "layer", "head" or "adakv".
-        budget: Tokens' worth of pairs kept instead of a ratio. This, ``layer_ratios``, ``safeguard`` and
-            ``min_kept_per_head`` are explained in :class:`kvzip_press.press.AllocatingPress`; all four by name.
-        gate: :class:`Gates`; a file of them, ours or (``.pt``) a published one; a folder or a hub repository laid out
-            as the authors' ``Jang-Hyun/Fast-KVzip``; None for those that come with the package for the model, or else
-            those in that repository.
+        budget: Tokens' worth of pairs to keep, instead of a ratio. This, ``layer_ratios``, ``safeguard`` and
+            ``min_kept_per_head`` are explained in :class:`kvzip_press.press.AllocatingPress`; all four are
+            keyword-only.
+        gate: :class:`Gates`; a file of them, ours or (``.pt``) a published one; a folder or a hub repository with the
+            layout of the authors' ``Jang-Hyun/Fast-KVzip``; None for those that the package ships for the model, or
+            else those in that repository.
         window_size: Most last tokens of a row that every head keeps.
-        window_ratio: The same as a fraction of the row's tokens, in [0, 1]; the smaller of the two holds.
-        n_sink: First tokens protected where the chat-template prefix is not known.
-        decoding: Whether to evict while the model writes; with a budget, under every allocation.
-        buffer: Tokens between two such evictions (128 in the paper), fewer than the budget.
+        window_ratio: The same limit as a fraction of the row's tokens, in [0, 1]; the smaller of the two applies.
+        n_sink: Number of first tokens that are protected if the chat-template prefix is not known.
+        decoding: Whether to evict while the model generates; needs a budget, and works under every allocation.
+        buffer: Number of tokens between two such evictions (128 in the paper), less than the budget.
 
     Raises:
-        InvalidArgumentError: A value out of range, or a file that cannot be read.
+        InvalidArgumentError: A value is out of range, or a file cannot be read.
     """
 
     gate: Gates | str | PathLike[str] | None = None
@@ -90,7 +92,7 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
             )
 
     def decode_eviction(self, model: nn.Module) -> DecodeEviction | None:
-        """What keeps caches within the budget while ``model`` writes; None without ``decoding``.
+        """Returns what keeps caches within the budget while ``model`` generates; None without ``decoding``.
 
         Raises:
             InvalidArgumentError: There are no gates for the model, or they do not fit it.
@@ -107,15 +109,15 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
 
     @property
     def schedule(self) -> Schedule | None:
-        """Every ``buffer`` tokens back to ``budget``, with ``decoding``."""
+        """With ``decoding``: cut to ``budget`` every ``buffer`` tokens; None otherwise."""
         return Schedule(self.budget, self.buffer) if self.decoding and self.budget is not None else None
 
     def requires(self, model: nn.Module) -> None:
-        """Raises InvalidArgumentError where there are no gates for a model, or they do not fit it."""
+        """Raises InvalidArgumentError if there are no gates for a model, or they do not fit it."""
         self.gates(model)
 
     def observer(self, model: nn.Module) -> GateObserver:
-        """What scores one prefill while it runs.
+        """Returns an observer that scores one prefill while it runs.
 
         Raises:
             InvalidArgumentError: There are no gates for the model, or they do not fit it.
@@ -123,31 +125,33 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
         return GateObserver(self, model)
 
     def gates(self, model: nn.Module) -> Gates:
-        """The gates for a model.
+        """Returns the gates for a model.
 
         Raises:
-            InvalidArgumentError: There are none, or they do not fit it.
+            InvalidArgumentError: There are none, or they do not fit the model.
         """
         return gates_for(model, self.gate)
 
     def scores(
         self, hidden_states: Mapping[int, torch.Tensor], model: nn.Module | None = None
     ) -> dict[int, torch.Tensor]:
-        """The gates' scores of hidden states: for engines with caches of their own, a signal of what to keep.
+        """Returns the gates' scores of hidden states, for engines with caches of their own to decide by what to keep.
 
         A score is about one token and depends on nothing but its hidden state, so chunks, steps and whole contexts give
-        the same. It foresees the most attention that the pair would get while the model repeats the context, in (0, 1).
+        the same. It predicts, in (0, 1), the most attention that the pair would get while the model repeats the
+        context.
 
         Args:
             hidden_states: ``layer_idx -> [..., n, hidden_size]``, any floating dtype and device: what enters the
-                attention module, after the layer's input norm. Any layers that have a gate.
-            model: The model, where ``gate`` does not hold the gates themselves.
+                attention module, after the layer's input norm. Any layers that have a gate may be given.
+            model: The model; needed if ``gate`` does not hold the gates themselves.
 
         Returns:
             ``layer_idx -> [..., num_key_value_heads, n]``, fp32, on the same device.
 
         Raises:
-            InvalidArgumentError: No gates without a model, a layer without a gate, or another hidden size.
+            InvalidArgumentError: There are no gates and no model to find them by, a layer has no gate, or the hidden
+                size is another.
         """
         gates = self.gate if model is None else self.gates(model)
         if not isinstance(gates, Gates):
@@ -155,7 +159,7 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
         return {layer_idx: gates.scores(states, layer_idx) for layer_idx, states in hidden_states.items()}
 
     def window(self, valid: torch.Tensor) -> torch.Tensor:
-        """``[batch, span]``, bool: the last tokens of each row that no head loses, wherever its padding is."""
+        """Returns ``[batch, span]``, bool: the last tokens of each row that no head loses, wherever its padding is."""
         lengths = valid.sum(dim=-1, keepdim=True)
         size = (lengths.double() * self.window_ratio).long().clamp(max=self.window_size)
         tokens_after = valid.long().flip(-1).cumsum(dim=-1).flip(-1) - 1
@@ -163,7 +167,7 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
 
 
 class GateObserver:
-    """The gates' scores of one forward, each layer's when its attention begins.
+    """Holds the gates' scores of one forward; each layer's are computed when its attention begins.
 
     Args:
         press: The press.
@@ -186,7 +190,7 @@ class GateObserver:
         self._watching.close()
 
     def scores(self, prefill: Prefill) -> Scores:
-        """The scores of the prefill that was watched; what the gates said of padding is left out."""
+        """Returns the scores of the prefill that was watched, with 0 at padding."""
         valid = prefill.valid
         layers = {
             layer_idx: torch.where(valid.to(scores.device).unsqueeze(1), scores, 0)
@@ -195,7 +199,7 @@ class GateObserver:
         }
         prefix = prefill.protected(self._press.n_sink)
         window = self._press.window(valid) & ~prefix
-        counted: bool | torch.Tensor = self._press.decoding or window  # a budget for all time holds everything
+        counted: bool | torch.Tensor = self._press.decoding or window  # with decoding, the budget counts everything
         return Scores(
             layers, prefix | window, self._press.policy, protected_count=counted, carried=self._press.decoding
         )

@@ -1,4 +1,4 @@
-"""kvpress presses by name: what the registry calls."""
+"""kvpress's presses by name, as the registry makes them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make a press: kvpress classes from the outermost in, the innermost of which takes the ratio.
+    """How to make a press: kvpress's classes from the outermost in; the innermost takes the ratio.
 
     Attributes:
         classes: Names of the classes; each but the last takes the next as its ``press``.
-        ratio: What the innermost calls its ratio.
+        ratio: The innermost class's name for the ratio.
     """
 
     classes: tuple[str, ...]
@@ -28,11 +28,11 @@ class Recipe:
 
         Args:
             compression_ratio: Fraction of pairs removed, in [0, 1).
-            options: Arguments of the classes, each handed to the outermost one that takes it.
+            options: Arguments of the classes; each goes to the outermost class that takes it.
 
         Raises:
-            InvalidArgumentError: An option that none of them takes, or a value that kvpress refuses.
-            MissingDependencyError: kvpress is absent, or transformers is too new for it.
+            InvalidArgumentError: No class takes an option, or kvpress refuses a value.
+            MissingDependencyError: kvpress is missing, or a version is outside the range that works.
         """
         classes = [getattr(kvpress(), name) for name in self.classes]
         arguments: list[dict[str, Any]] = [{} for _ in classes]

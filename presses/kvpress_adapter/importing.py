@@ -1,4 +1,4 @@
-"""Importing kvpress without its side effect, and only where it works."""
+"""Imports kvpress without its side effect, and only with versions that work."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from kvzip_press import compat
 from kvzip_press.errors import MissingDependencyError
 
 KVPRESS = (0, 5, 5)
-TRANSFORMERS = ((4, 56), (5, 4))  # from the first, before the second: 5.4 no longer tells attention the cache position
+TRANSFORMERS = ((4, 56), (5, 4))  # from the first, below the second: from 5.4 on attention gets no cache position
 _EXPECTED = "kvpress 0.5.5 or newer and transformers from 4.56 to 5.3 (pip install 'kvzip-press[kvpress]')"
 
 
 def kvpress() -> Any:
-    """The package kvpress.
+    """Imports and returns the package kvpress.
 
     Importing it wraps every attention function of transformers, for all models of the process, and breaks
-    flex_attention. That is undone when the import is ours. Its masking presses need it when they are used by
-    themselves, without :class:`RaggedPress`: import kvpress first then (or call
+    flex_attention. That is undone if it is imported here. kvpress's masking presses need the wrappers when they are
+    used by themselves, without :class:`RaggedPress`: in that case import kvpress first (or call
     ``kvpress.attention_patch.patch_attention_functions()``), and nothing of it is touched.
 
     Raises:
-        MissingDependencyError: It is absent, or one of the versions is out of the range that works.
+        MissingDependencyError: kvpress is missing, or a version is outside the range that works.
     """
     _check_versions()
     if "kvpress" in sys.modules:
@@ -61,4 +61,4 @@ def _attention_functions_restored() -> Iterator[None]:
                 continue
             del ALL_ATTENTION_FUNCTIONS[name]  # the override that was put over the library-wide entry
             if ALL_ATTENTION_FUNCTIONS.get(name) is not function:
-                ALL_ATTENTION_FUNCTIONS[name] = function  # that was an override too
+                ALL_ATTENTION_FUNCTIONS[name] = function  # that was an override, too

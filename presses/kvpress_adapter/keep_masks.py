@@ -1,4 +1,4 @@
-"""What a kvpress press did to one row of one layer, as a mask of the pairs that it kept."""
+"""Turns what a kvpress press did to one row of one layer into a mask of the pairs that it kept."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ Pairs = tuple[torch.Tensor, torch.Tensor]
 
 
 def kept_pairs(dense: Pairs, left: Pairs, masked: Any, name: str) -> torch.Tensor:
-    """Reads a press's result.
+    """Returns which pairs a press kept.
 
     Args:
         dense: Keys and values before the press, ``[1, heads, n, head_dim]``.
         left: Keys and values that the press left.
-        masked: ``module.masked_key_indices``: indices (row, head, position) of the pairs to be hidden; or None.
-        name: The press, for messages.
+        masked: ``module.masked_key_indices``: indices (row, head, position) of the pairs to hide; or None.
+        name: Name of the press, for messages.
 
     Returns:
-        ``[heads, n]``, bool.
+        ``[heads, n]``, bool, True at pairs that were kept.
 
     Raises:
-        InvalidArgumentError: The press did something else than evicting pairs, or two things at once.
+        InvalidArgumentError: The press did anything other than evict pairs, did so in two ways at once, or kept a pair
+            whose position cannot be told.
     """
     keys = dense[0]
     unchanged = keys.shape == left[0].shape and torch.equal(keys, left[0]) and torch.equal(dense[1], left[1])
@@ -43,13 +44,16 @@ def kept_pairs(dense: Pairs, left: Pairs, masked: Any, name: str) -> torch.Tenso
 
 
 def _bits(pairs: Pairs, head: int) -> torch.Tensor:
-    """Keys and values of a head side by side, as integers, ``[n, head_dim + v_head_dim]``."""
+    """Returns keys and values of a head side by side, as integers, ``[n, head_dim + v_head_dim]``."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[pairs[0].element_size()]
     return torch.cat([part[0, head].contiguous().view(integer) for part in pairs], dim=-1).long()
 
 
 def _rows_of(dense: torch.Tensor, left: torch.Tensor, name: str) -> torch.Tensor:
-    """The index in ``dense`` of each row of ``left``, ``[kept]``: found by a 64-bit sum, then compared bit by bit."""
+    """Returns the index in ``dense`` of each row of ``left``, ``[kept]``.
+
+    Rows are found by a 64-bit sum, then compared bit by bit.
+    """
     if dense.shape[1] != left.shape[1]:
         raise InvalidArgumentError(f"{name} changes the head dimension, which is not eviction")
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""From the rows that a kvpress press scored or kept to the core's Scores."""
+"""Turns the rows that a kvpress press scored or kept into the core's Scores."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ Rows = Mapping[int, list[torch.Tensor]]
 
 @dataclass(frozen=True)
 class KvpressPerHead(PerHead):
-    """Every head keeps as many pairs as kvpress would, at any ratio: it cuts where the core rounds."""
+    """Every head keeps as many pairs as kvpress would keep, at any ratio: kvpress truncates where the core rounds."""
 
     def asked(self, amount: Amount, layer_idx: int, n_pairs: int, n_heads: int, n_held: int = 0) -> int:
-        """kvpress's number for a head, where a ratio is asked for."""
+        """Returns kvpress's number of pairs for a head if a ratio is asked for, else the core's."""
         if isinstance(amount, Ratio):
             return int(kvpress().utils.compute_n_kept(n_pairs, amount.compression_ratio))
         return super().asked(amount, layer_idx, n_pairs, n_heads, n_held)
 
 
 def ratio_scores(prefill: Prefill, rows: Rows, compression_ratio: float, *, any_ratio: bool) -> Scores:
-    """The scores of a press that only scores.
+    """Returns the scores of a press that only scores.
 
     Args:
         prefill: The prefill.
         rows: ``layer_idx -> [row] -> [num_key_value_heads, n]``, fp32.
-        compression_ratio: The press's own.
-        any_ratio: Whether they are good for every ratio, or for the press's own alone.
+        compression_ratio: The press's own ratio.
+        any_ratio: Whether the scores are valid for every ratio, or only for the press's own.
     """
     layers, protected = _spread(prefill, rows), torch.zeros_like(prefill.valid)
     scores = Scores(layers, protected, Policy(Ratio(compression_ratio), KvpressPerHead()))
@@ -52,12 +52,12 @@ def ratio_scores(prefill: Prefill, rows: Rows, compression_ratio: float, *, any_
 
 
 def keep_scores(prefill: Prefill, rows: Rows, compression_ratio: float) -> Scores:
-    """A decision that was taken: 1 for pairs that stay, 0 for the others, and just as many to keep.
+    """Returns scores for a decision that was made: 1 for pairs that stay, 0 for the others, and counts to match.
 
     Args:
         prefill: The prefill.
         rows: ``layer_idx -> [row] -> [num_key_value_heads, n]``, bool.
-        compression_ratio: The press's own; NaN for what it comes to.
+        compression_ratio: The press's own ratio; NaN to use the fraction that was removed.
     """
     layers = _spread(prefill, rows)
     counts = {layer_idx: kept.sum(dim=-1).long() for layer_idx, kept in layers.items()}
@@ -68,7 +68,7 @@ def keep_scores(prefill: Prefill, rows: Rows, compression_ratio: float) -> Score
 
 
 def _spread(prefill: Prefill, rows: Rows) -> dict[int, torch.Tensor]:
-    """``[batch, num_key_value_heads, span]``, fp32, each row at its own tokens and 0 at its padding."""
+    """Returns rows as ``[batch, num_key_value_heads, span]``, fp32, each at its own tokens, with 0 at its padding."""
     layers = prefill.blank_scores()
     for layer_idx, layer in layers.items():
         for row, valid in enumerate(prefill.valid):

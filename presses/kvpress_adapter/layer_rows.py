@@ -1,4 +1,7 @@
-"""One row of one layer at a time: no row of a batch depends on its neighbours, as it does in some kvpress presses."""
+"""Runs presses on one row of one layer at a time, so that no row of a batch depends on its neighbours.
+
+In some presses of kvpress, rows do depend on their neighbours.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ from kvzip_press.presses.kvpress_adapter.module_state import untouched
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What an attention module computed for one row of the batch, as kvpress hands it to a press.
+    """The inputs and outputs of an attention module for one row of the batch, as kvpress passes them to a press.
 
     Attributes:
         module: The attention module.
-        keys: ``[1, num_key_value_heads, n, head_dim]``, after RoPE, those of the user's cache.
+        keys: ``[1, num_key_value_heads, n, head_dim]``, after RoPE, from the user's cache.
         values: ``[1, num_key_value_heads, n, v_head_dim]``, likewise.
-        kwargs: The module's keyword arguments, ``hidden_states`` ``[1, n, hidden_size]`` among them.
-        output: What the module returned; attention weights come second, None unless it is eager.
+        kwargs: The module's keyword arguments, including ``hidden_states`` ``[1, n, hidden_size]``.
+        output: What the module returned; attention weights come second, and are None unless attention is eager.
     """
 
     module: nn.Module
@@ -39,10 +42,10 @@ class LayerRow:
 
     @classmethod
     def split(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> list[LayerRow]:
-        """The rows of one call of an attention module.
+        """Returns the rows of one call of an attention module.
 
         Raises:
-            InvalidArgumentError: A dense cache layer does not hold just the tokens of this call.
+            InvalidArgumentError: A dense cache layer does not hold exactly the tokens of this call.
         """
         hidden_states = args[0] if args else kwargs["hidden_states"]
         batch, n = hidden_states.shape[:2]
@@ -62,10 +65,10 @@ class LayerRow:
         return rows
 
     def score(self, press: Any, rotary_emb: nn.Module | None) -> torch.Tensor:
-        """The press's scores, ``[num_key_value_heads, n]``, fp32.
+        """Returns the press's scores, ``[num_key_value_heads, n]``, fp32.
 
         Raises:
-            InvalidArgumentError: The press returned another shape.
+            InvalidArgumentError: The press returned scores of another shape.
         """
         with self._prepared(rotary_emb):
             hidden_states, attentions = self.kwargs["hidden_states"], self.output[1]
@@ -77,7 +80,7 @@ class LayerRow:
         return row
 
     def keep(self, press: Any, rotary_emb: nn.Module | None) -> torch.Tensor:
-        """What the press keeps, ``[num_key_value_heads, n]``, bool; it acts on a copy of the pairs."""
+        """Returns which pairs the press keeps, ``[num_key_value_heads, n]``, bool; it acts on a copy of the pairs."""
         scratch = SimpleNamespace(keys=self.keys.clone(), values=self.values.clone())
         cache = SimpleNamespace(layers={self.module.layer_idx: scratch})
         with self._prepared(rotary_emb):
@@ -87,7 +90,7 @@ class LayerRow:
 
     @contextmanager
     def _prepared(self, rotary_emb: nn.Module | None) -> Iterator[None]:
-        """The module as kvpress expects it; afterwards as it was."""
+        """While open, the module is as kvpress expects it; afterwards it is as it was."""
         with untouched([self.module]):
             if rotary_emb is not None:
                 self.module.rotary_emb = rotary_emb
@@ -96,7 +99,7 @@ class LayerRow:
 
 
 def _row_of(value: Any, row: int, batch: int) -> Any:
-    """One row of everything that has one, as a batch of one."""
+    """Returns one row of everything that has rows, as a batch of one."""
     if batch == 1:
         return value
     if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""kvpress keeps state on the model's modules; here it never outlives the call that made it."""
+"""Undoes the state that kvpress keeps on a model's modules: it never outlives the call that made it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Puts back every attribute, submodule, parameter, buffer and hook table of the modules as it was."""
+    """When left, restores every attribute, submodule, parameter, buffer and hook table of the modules."""
     before = []
     for module in modules:
         attributes = dict(vars(module))
@@ -32,7 +32,7 @@ def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def untouched_model(model: nn.Module) -> Iterator[None]:
-    """The same for a whole model, and the attention implementation that its configs name."""
+    """Does what :func:`untouched` does for a whole model, and restores the attention implementation in its configs."""
     modules = list(model.modules())
     configs = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
     names = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
@@ -46,7 +46,7 @@ def untouched_model(model: nn.Module) -> Iterator[None]:
 
 
 def presses_in(press: Any) -> list[Any]:
-    """A kvpress press and all presses that it wraps."""
+    """Returns a kvpress press and all presses that it wraps."""
     found, todo = [], [press]
     while todo:
         one = todo.pop(0)
@@ -57,7 +57,10 @@ def presses_in(press: Any) -> list[Any]:
 
 
 def fresh_copy(press: Any) -> Any:
-    """A press of the same settings whose run leaves the original as it was; loaded weights are shared, not copied."""
+    """Returns a press with the same settings, whose runs leave the original as it was.
+
+    Loaded weights are shared, not copied.
+    """
     constants = [
         item
         for one in presses_in(press)

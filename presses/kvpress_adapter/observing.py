@@ -1,4 +1,4 @@
-"""Watching one dense forward, in which kvpress's per-layer presses score or evict copies; the cache is only read."""
+"""Watches one dense forward in which kvpress's per-layer presses score or evict copies; the cache is only read."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 
 class KvpressObserver:
-    """Runs one kvpress press over one forward; one that acts in its own context only looks whether it is a first turn.
+    """Runs one kvpress press during one forward.
 
-    A press that fails (for a context shorter than its window, say) does not break the forward, whose cache is the
-    user's: :meth:`rows` raises instead.
+    A press that acts in its own context is not run here; it is only checked that the forward is a first turn. A press
+    that fails (for a context shorter than its window, say) does not break the forward, whose cache is the user's:
+    :meth:`rows` raises instead.
 
     Args:
         press: The press.
@@ -55,25 +56,26 @@ class KvpressObserver:
 
     @property
     def any_ratio(self) -> bool:
-        """Whether the scores are good for every ratio: the press did not look at its own."""
+        """Whether the scores are valid for every ratio, which is so if the press did not read its own."""
         return not self._ratio_reads
 
     def rows(self) -> dict[int, list[torch.Tensor]]:
-        """``layer_idx -> [row] -> [num_key_value_heads, n]``: scores in fp32, or the pairs kept in bool.
+        """Returns ``layer_idx -> [row] -> [num_key_value_heads, n]``: scores in fp32, or the pairs kept in bool.
 
         Raises:
-            InvalidArgumentError: The press refused.
+            InvalidArgumentError: The press refused the model or the input. Other errors of the press are raised as they
+                are.
         """
         if self._failure is not None:
             raise self._failure
         return self._rows
 
     def scores(self, prefill: Prefill) -> Scores:
-        """The scores of the prefill that was watched."""
+        """Returns the scores of the prefill that was watched."""
         return self._press.score(prefill)
 
     def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuses a later turn before anything of it is in the cache."""
+        """Raises InvalidArgumentError for a later turn that the press cannot score, before any of it is cached."""
         cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
         if cache is not None and (seen := cache.get_seq_length()) and not self._press.scores_any_span:
             raise InvalidArgumentError(later_turn(repr(self._press), seen))
@@ -101,7 +103,7 @@ class KvpressObserver:
 
 
 def watch_ratio(press: Any, reads: list[str]) -> None:
-    """Makes a press (a copy for one run) and those inside it note in ``reads`` a look at their compression ratio."""
+    """Makes a press (a copy for one run) and those inside it note in ``reads`` each access to their ratio."""
     for one in presses_in(press):
         cls: Any = type(one)
 

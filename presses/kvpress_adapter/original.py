@@ -1,7 +1,7 @@
-"""kvpress's own way of running a press: the other side of a comparison.
+"""Runs a press in kvpress's own way: the other side of a comparison.
 
-Its layer-wise presses replace the tensors of a DynamicCache, its head-wise ones (KVzip, AdaKV ...) leave all bytes
-where they are and hide the evicted keys from the decode steps by masks on the modules.
+kvpress's layer-wise presses replace the tensors of a DynamicCache; its head-wise ones (KVzip, AdaKV ...) leave all
+bytes where they are, and hide the evicted keys from the decode steps by masks on the modules.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class OriginalRun:
 
     Attributes:
         cache: The DynamicCache that it left.
-        kept_fraction: Pairs of it that decode steps see, over pairs that were read.
-        prefill_seconds: The forward, with what the press does inside it.
-        compress_seconds: What it does when its context manager ends.
+        kept_fraction: Pairs that decode steps see, divided by the pairs that were read.
+        prefill_seconds: Seconds of the forward, including what the press does in it.
+        compress_seconds: Seconds of what the press does when its context manager ends.
     """
 
     cache: Any
@@ -47,17 +47,17 @@ class OriginalRun:
 
 
 def original_press(name: str, compression_ratio: float) -> Any | None:
-    """kvpress's own press object, or None where kvpress has no press of this name.
+    """Returns kvpress's own press object; None if kvpress has no press of this name.
 
     Args:
         name: A name of the registry.
         compression_ratio: Fraction of pairs removed, in [0, 1).
 
     Raises:
-        MissingDependencyError: kvpress is absent, or transformers is too new for it.
+        MissingDependencyError: kvpress is missing, or a version is outside the range that works.
     """
     kvpress()
-    logging.getLogger("kvpress").setLevel(logging.ERROR)  # it says with every KVzip press that KVzip takes time
+    logging.getLogger("kvpress").setLevel(logging.ERROR)  # it logs for every KVzip press that KVzip takes time
     known = SAME_PAPER.get(name, name)
     press = get_press(known, compression_ratio) if known in press_names() else None
     return fresh_copy(press.press) if isinstance(press, RaggedPress) else None
@@ -65,16 +65,16 @@ def original_press(name: str, compression_ratio: float) -> Any | None:
 
 @contextmanager
 def run_original(press: Any, model: Any, input_ids: torch.Tensor, tokenizer: Any = None) -> Iterator[OriginalRun]:
-    """Reads ``input_ids`` ``[1, n]`` under kvpress's context manager; inside, decode steps see what it left.
+    """Reads ``input_ids`` ``[1, n]`` under kvpress's context manager; while open, decode steps see what it left.
 
-    While it is open, the model attends as kvpress wants it to (no ragged caches); afterwards everything is as it was.
+    Meanwhile the model attends as kvpress needs it to (no ragged caches); afterwards everything is as it was.
 
     Args:
         press: From :func:`original_press`.
-        model: A model whose layers all attend to the whole context, where kvpress asks for that.
-        input_ids: The context.
-        tokenizer: For kvpress's KVzip, which loads one from the model's path; without one it gets a blank one, which
-            makes every text one token, so that the replay runs all but without a prompt.
+        model: A model; if kvpress requires it, one whose layers all attend to the whole context.
+        input_ids: The context, int64 ``[1, n]``.
+        tokenizer: For kvpress's KVzip, which loads one from the model's path. If None, it gets a blank one, which makes
+            every text one token, so that the replay runs almost without a prompt.
     """
     decoder: Any = text_decoder(model)
     device = input_ids.device
@@ -107,7 +107,7 @@ def _kept_fraction(model: Any, cache: Any, n: int) -> float:
 
 @contextmanager
 def _wrapped_attention() -> Iterator[None]:
-    """kvpress's wrappers around the attention functions, which importing it by way of ours leaves away."""
+    """While open, kvpress's wrappers are around the attention functions; our import of it leaves them off."""
     before = dict(ALL_ATTENTION_FUNCTIONS)
     wrap = kvpress().attention_patch.attention_patch
     for name, function in before.items():
@@ -125,7 +125,7 @@ def _wrapped_attention() -> Iterator[None]:
 
 @contextmanager
 def _path_with(model: Any, tokenizer: Any) -> Iterator[None]:
-    """The model's path is where a tokenizer lies."""
+    """While open, the model's path is a folder with the tokenizer, or with a blank one."""
     before = model.config.name_or_path
     with tempfile.TemporaryDirectory() as folder:
         (tokenizer or _blank_tokenizer()).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""kvpress presses that act in a context of their own (KVzip, KVgrad, FastKVzip, KVCompose), run there and read out."""
+"""Runs kvpress's presses with a context of their own (KVzip, KVgrad, FastKVzip, KVCompose), and reads their result."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def run_native(
 
     Args:
         press: The press.
-        model: The model, left as it was.
+        model: The model, which is left as it was.
         input_ids: ``[1, n]``.
-        tokenizer: For a press that loads one from the model's path; None lets it.
+        tokenizer: The tokenizer for a press that loads one from the model's path; if None, the press loads its own.
 
     Returns:
         ``layer_idx -> [[num_key_value_heads, n]]``, bool: the pairs kept.
 
     Raises:
-        InvalidArgumentError: The press refused.
+        InvalidArgumentError: The press refused the model or the input.
         UnsupportedModelError: The model has sliding layers, which these presses would take for full ones.
     """
     if not all(layer.is_full for layer in attention_layers(model)):
@@ -70,14 +70,14 @@ def _kept(module: nn.Module, dense: Pairs, layer: Any, press: WrappedPress) -> t
 
 
 def _forget_replay(cache: Any, n: int) -> None:
-    """Without ``structured``, kvpress's KVCompose leaves what it replayed behind the context."""
+    """Removes the replayed tokens that kvpress's KVCompose leaves after the context without ``structured``."""
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, :n], layer.values[:, :, :n]
 
 
 @contextmanager
 def _dense_pairs(model: nn.Module, cache: Any, dense: dict[int, Pairs]) -> Iterator[None]:
-    """Notes every layer's pairs as the first forward left them, before a press sees them."""
+    """While open, records every layer's pairs as the first forward left them, before a press sees them."""
 
     def note(module: nn.Module, *_: Any) -> None:
         layer = cache.layers[module.layer_idx]
@@ -85,14 +85,14 @@ def _dense_pairs(model: nn.Module, cache: Any, dense: dict[int, Pairs]) -> Itera
 
     with ExitStack() as stack:
         for layer in full_attention_layers(model):
-            layer.module.__dict__["masked_key_indices"] = None  # what another run left is not this one's
+            layer.module.__dict__["masked_key_indices"] = None  # the masks of another run are not this one's
             stack.callback(layer.module.register_forward_hook(note).remove)
         yield
 
 
 @contextmanager
 def _path_of(model: Any, press: Any, tokenizer: Any) -> Iterator[None]:
-    """KVzip loads its tokenizer from the model's path: while it does, that is where the given one lies."""
+    """While open, the model's path is a folder with the given tokenizer, as KVzip loads its tokenizer from there."""
     if tokenizer is None or not isinstance(press, kvpress().KVzipPress):
         yield
         return

@@ -1,4 +1,4 @@
-"""The one press that stands for all of kvpress's."""
+"""The one press that wraps any press of kvpress."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 
 class RaggedPress(Press):
-    """A press of kvpress whose eviction is real, head-wise eviction included.
+    """A press of kvpress with real eviction, including head-wise eviction.
 
     Presses that only score (SnapKV, ExpectedAttention, Knorm ...) watch one dense forward, and their scores serve every
     ratio, unless they depend on it. Those that gather or mask pairs layer by layer act on copies in that same forward;
     those that act in a context of their own (KVzip, FastKVzip, KVCompose) run a forward of their own. What these two
-    kinds decided becomes a keep mask, at their own ratio only. A batch is done row by row, a padded row in a forward
-    of its own without padding. Nothing of a run stays on the model or on the press. What kvpress keeps is kept; only
-    of pairs of exactly equal score kvpress keeps any, and the core those at lower positions.
+    kinds decided becomes a keep mask, valid at their own ratio only. A batch is processed row by row, a padded row in a
+    forward of its own without padding. Nothing of a run stays on the model or on the press. The pairs that kvpress
+    keeps are kept; only among pairs of exactly equal score may kvpress keep any, and the core those at lower positions.
 
     Args:
-        press: Any kvpress press that evicts pairs when the context was read. It is copied here: later changes to it do
-            not matter, and it is never changed.
+        press: Any kvpress press that evicts pairs once the context was read. It is copied here: later changes to it
+            have no effect, and it is never changed.
 
     Raises:
-        MissingDependencyError: kvpress is absent, or transformers is too new for it.
-        InvalidArgumentError: Not a kvpress press, or one that does more than evicting (the message says what).
+        MissingDependencyError: kvpress is missing, or a version is outside the range that works.
+        InvalidArgumentError: The object is not a kvpress press, or does more than evict (the message says what).
     """
 
     press: Any
@@ -73,7 +73,7 @@ class RaggedPress(Press):
 
     @property
     def compression_ratio(self) -> float:
-        """The ratio that the press was made with; NaN for one that only knows what it removed when it is done.
+        """The ratio that the press was made with; NaN for one that knows only after a run what it removed.
 
         For DuoAttention it is the fraction of heads that stream.
         """
@@ -82,24 +82,25 @@ class RaggedPress(Press):
 
     @property
     def amount(self) -> Amount:
-        """The ratio above; 0.0 where it is not known yet."""
+        """The ratio above; 0.0 if it is not known yet."""
         return Ratio(_nominal_ratio(self.press) or 0.0)
 
     @property
     def scores_any_span(self) -> bool:
-        """Whether the press can score tokens behind a context: a later turn, or a chunk of a long context."""
+        """Whether the press can score tokens after a context: a later turn, or a chunk of a long context."""
         return scores_any_span(self.press)
 
     def observer(self, model: nn.Module) -> KvpressObserver:
-        """What watches a prefill."""
+        """Returns an observer that runs the press during a prefill."""
         return KvpressObserver(self, model)
 
     def score(self, prefill: Prefill) -> Scores:
-        """The press's scores, or the pairs that it kept, of a context that was read in one forward.
+        """Returns the press's scores, or the pairs that it kept, of a context that was read in one forward.
 
         Raises:
-            InvalidArgumentError: A later turn (or chunk) and a press that needs the whole, no token ids where a forward
-                has to be run again, or input that the press refuses (too short a context, no weights for the model).
+            InvalidArgumentError: The press needs the whole context and is given a later turn (or chunk), a forward has
+                to be run again without token ids, or the press refuses the input (too short a context, no weights for
+                the model).
         """
         if prefill.start and not self.scores_any_span:
             raise InvalidArgumentError(later_turn(repr(self), prefill.start))
@@ -117,10 +118,10 @@ class RaggedPress(Press):
         return keep_scores(prefill, rows, self.compression_ratio)
 
     def prepared(self, model: nn.Module) -> Any:
-        """A copy of the wrapped press for one run on a model, with the weights that it loads for that model.
+        """Returns a copy of the wrapped press for one run on a model, with the weights that it loads for that model.
 
         Raises:
-            InvalidArgumentError: It has none for this model.
+            InvalidArgumentError: The press refuses the model, for instance because it has no weights for it.
         """
         press = fresh_copy(self._by_model.get(model, self.press))
         try:
@@ -135,7 +136,7 @@ class RaggedPress(Press):
         return cast("KvpressObserver", done.observers[self])
 
     def _ids_of_rows(self, prefill: Prefill) -> list[torch.Tensor]:
-        """``[1, n]`` ids of each row without its padding."""
+        """Returns the ids ``[1, n]`` of each row, without its padding."""
         if prefill.input_ids is None:
             raise InvalidArgumentError(f"expected input_ids: {self!r} reads the context again, got inputs_embeds only")
         return [ids[valid][None] for ids, valid in zip(prefill.input_ids, prefill.valid, strict=True)]
@@ -147,7 +148,7 @@ def _inherits(press: Any, method: str, owner: Any) -> bool:
 
 def _nominal_ratio(press: Any) -> float | None:
     inner = getattr(press, "presses", None)
-    if inner is not None:  # ComposedPress knows its own when it has run
+    if inner is not None:  # kvpress's ComposedPress knows its own only after a run
         kept = [1 - ratio for one in inner if (ratio := _nominal_ratio(one)) is not None]
         return 1 - math.prod(kept) if len(kept) == len(inner) else None
     name = "head_compression_ratio" if hasattr(press, "head_compression_ratio") else "compression_ratio"
@@ -158,5 +159,5 @@ def _nominal_ratio(press: Any) -> float | None:
 
 
 def _joined(rows: list[dict[int, list[torch.Tensor]]]) -> dict[int, list[torch.Tensor]]:
-    """Rows that were run apart, by layer."""
+    """Joins rows that were run separately, by layer."""
     return {layer_idx: [row for part in rows for row in part[layer_idx]] for layer_idx in rows[0]}

@@ -1,4 +1,4 @@
-"""What kvpress presses cannot do, and what they refuse."""
+"""Which presses of kvpress are refused, and which errors mean that a press refuses a model or an input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvzip_press.presses.kvpress_adapter.module_state import presses_in
 
 _WHILE_DECODING = "it evicts while tokens are generated, and the adapter compresses when a prefill ends"
 
-#: Class name -> what it does that is not eviction. Subclasses are refused with them.
+#: Class name -> what it does that is not eviction. Subclasses are refused, too.
 REFUSED = {
     "ThinKPress": "it zeroes channels of the keys, which frees no pair",
     "MergingPress": "it merges evicted values into kept ones; wrap its inner press to evict without merging",
@@ -22,7 +22,7 @@ REFUSED = {
 }
 
 
-#: What presses raise for a model or an input that they do not take (OSError: no tokenizer or weights to be had).
+#: What presses raise for a model or an input that they do not take (OSError: tokenizer or weights cannot be loaded).
 REFUSALS = (
     ArithmeticError,
     AssertionError,
@@ -34,14 +34,14 @@ REFUSALS = (
     ValueError,
 )
 
-#: Presses that can score a span of tokens by itself, behind a context that was evicted already: they look at the
+#: Presses that can score a span of tokens by itself, after a context that was already evicted: they look at the
 #: span's own keys, values, hidden states and position embeddings. Others expect the beginning of a sequence: Expected
 #: Attention counts positions from 0, StreamingLLM keeps the first tokens that it is given.
 _ANY_SPAN = {"KeyDiffPress", "KnormPress", "SnapKVPress", "TOVAPress"}
 
 
 def check_supported(press: Any, base: Any) -> None:
-    """Raises InvalidArgumentError for a press that is refused, or one inside it.
+    """Raises InvalidArgumentError if a press, or one inside it, cannot be wrapped.
 
     Args:
         press: A kvpress press.
@@ -61,14 +61,14 @@ def check_supported(press: Any, base: Any) -> None:
 
 
 def as_ours(press: str, error: Exception, where: str = "") -> Exception:
-    """A refusal of kvpress's own as an error of ours, with its message; any other error as it is."""
+    """Returns a refusal of kvpress's own as an error of ours, with its message; any other error as it is."""
     if isinstance(error, KVzipPressError) or not isinstance(error, REFUSALS):
         return error
     return InvalidArgumentError(f"{press} refused{where}: {type(error).__name__}: {error}")
 
 
 def later_turn(press: str, seen: int) -> str:
-    """Why a kvpress press does not go on where a cache ends."""
+    """Returns the message that says why a kvpress press does not continue where a cache ends."""
     return (
         f"{press} compresses a context that is read in one forward into an empty cache, but this cache has seen "
         f"{seen} tokens: end `with press(model):` before the next turn (the compressed cache goes on without it)"
@@ -76,5 +76,5 @@ def later_turn(press: str, seen: int) -> str:
 
 
 def scores_any_span(press: Any) -> bool:
-    """Whether a kvpress press scores any span of tokens."""
+    """Returns whether a kvpress press can score any span of tokens."""
     return type(press).__name__ in _ANY_SPAN and type(press).__module__.startswith("kvpress.")

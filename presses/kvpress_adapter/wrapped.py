@@ -1,4 +1,4 @@
-"""What the parts of the adapter have to know of a wrapped press."""
+"""The part of a wrapped press that the modules of the adapter need."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class WrappedPress(Protocol):
 
     @property
     def scores_any_span(self) -> bool:
-        """Whether it can score tokens behind a context."""
+        """Whether it can score tokens after a context."""
 
     def prepared(self, model: nn.Module) -> Any:
-        """A copy of it for one run on a model."""
+        """Returns a copy of the press for one run on a model."""
 
     def score(self, prefill: Prefill) -> Scores:
-        """Its scores, or the pairs that it kept."""
+        """Returns the press's scores, or the pairs that it kept."""

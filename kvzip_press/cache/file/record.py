@@ -147,7 +147,7 @@ def opened_cache(path: Path) -> Iterator[Any]:
 
 def _check_is_file(path: Path) -> None:
     try:
-        is_file = path.is_file()  # False for a folder, and for a pipe, which opening would wait for
+        is_file = path.is_file()  # False for a folder and for a pipe; opening a pipe would block
     except OSError as error:
         raise CacheFileError(f"{_EXPECTED}, got {type(error).__name__}: {error}") from error
     if not is_file:
