@@ -14,11 +14,17 @@ def interpreting() -> bool:
 
 def reason_against_triton(device: torch.device) -> str | None:
     """Returns why no Triton kernel can run on tensors of ``device``, or None if one can."""
-    if find_spec("triton") is None:
+    if not _is_installed():
         return "the package triton is not installed (the extra `gpu` brings it)"
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
         return None
     return f"the device is {device.type}: Triton needs a CUDA device, or TRITON_INTERPRET=1 to run on a CPU, slowly"
+
+
+@cache
+def _is_installed() -> bool:
+    """Returns whether there is a package triton; looking through the path takes as long as a small kernel on a CPU."""
+    return find_spec("triton") is not None
 
 
 @cache
