@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvzip_press.budget.allocators import SAFEGUARD, Allocation
-from kvzip_press.budget.amount import Amount, LayerRatios, amount_of
+from kvzip_press.budget.amount import Amount, LayerRatios, amount_of, check_compression_ratio
 from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
 from kvzip_press.prefilling.whole import Observer, Prefill
@@ -59,7 +59,7 @@ class Press(ABC):
     @property
     def amount(self) -> Amount:
         """How much is kept, according to the fields."""
-        return amount_of(self.compression_ratio, self.budget)
+        return amount_of(check_compression_ratio(self.compression_ratio), self.budget)
 
     @property
     def policy(self) -> Policy:
@@ -150,7 +150,7 @@ class AllocatingPress(Press):
     def policy(self) -> Policy:
         """How much is kept and how pairs compete for it, according to the fields."""
         return Policy.of(
-            self.compression_ratio,
+            check_compression_ratio(self.compression_ratio),
             self.allocation,
             budget=self.budget,
             layer_ratios=self.layer_ratios,

@@ -112,7 +112,7 @@ class ComposedPress(Press):
         }
         free = (prefill.valid & ~protected).unsqueeze(1)
         counts = {layer_idx: (kept & free.to(kept.device)).sum(dim=-1) for layer_idx, kept in keep.items()}
-        return Scores(layers, protected, Policy(self.amount, Decided(per_head=counts)))
+        return Scores(layers, protected, Policy(self.amount, Decided(per_head=counts, like="global")))
 
 
 class Observers:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -40,6 +41,9 @@ class Allocation(ABC):
     min_kept_per_head: int = 0
     safeguard: float = SAFEGUARD
 
+    #: The short name; empty for an allocation without one. A subclass that only counts otherwise keeps its parent's.
+    name: ClassVar[str] = ""
+
     def __post_init__(self) -> None:
         safeguard, floor = self.safeguard, self.min_kept_per_head
         if isinstance(safeguard, bool) or not isinstance(safeguard, (int, float)) or not 0 <= safeguard <= 1:
@@ -51,9 +55,9 @@ class Allocation(ABC):
     def pools(self, heads: Mapping[int, int]) -> list[Pool]:
         """Returns the pools of a model, given ``layer_idx -> number of KV heads``."""
 
-    def asked(self, amount: Amount, layer_idx: int, n_pairs: int, n_heads: int, n_held: int = 0) -> int:
+    def asked(self, amount: Amount, layers: Sequence[int], n_pairs: int, n_heads: int, n_held: int = 0) -> int:
         """Returns how many pairs a pool is to keep; arguments as in :meth:`kvzip_press.budget.amount.Amount.pairs`."""
-        return amount.pairs(layer_idx, n_pairs, n_heads, n_held)
+        return amount.pairs(layers, n_pairs, n_heads, n_held)
 
     def reserved(self, sizes: Sequence[int], budget: int) -> int:
         """Returns how much of a pool's budget its heads take in turns, at most all of it.
@@ -65,11 +69,16 @@ class Allocation(ABC):
         return min(sum(min(size, self.min_kept_per_head) for size in sizes), budget)
 
     def counts(self, row: Candidates, amount: Amount) -> Counts:
-        """Returns ``layer_idx -> [heads]``, int64: how many unprotected pairs each head of a row keeps."""
-        counts = row.no_counts()
-        for pool in self.pools(row.heads):
+        """Returns ``layer_idx -> [heads]``, int64: how many unprotected pairs each head of a row keeps.
+
+        Raises:
+            InvalidArgumentError: The pools do not hold every head once, or the amount is not for pools of these layers.
+        """
+        counts, pools = row.no_counts(), self.pools(row.heads)
+        self._check(pools, row.heads)
+        for pool in pools:
             sizes = row.sizes(pool)
-            asked = self.asked(amount, pool[0][0], row.n_counted(pool), len(sizes), row.n_held(pool))
+            asked = self.asked(amount, [i for i, _ in pool], row.n_counted(pool), len(sizes), row.n_held(pool))
             budget = row.to_spend(pool, asked)
             if budget == 0:
                 continue
@@ -78,10 +87,22 @@ class Allocation(ABC):
                 counts[i][heads] = part.to(counts[i].device)
         return counts
 
+    def _check(self, pools: Sequence[Pool], heads: Mapping[int, int]) -> None:
+        """Refuses pools that forget a head, which would keep nothing, or count one twice."""
+        held = Counter((i, head) for pool in pools for i, which in pool for head in range(heads[i])[which])
+        wrong = [(i, head) for i, n_heads in heads.items() for head in range(n_heads) if held[i, head] != 1]
+        if wrong:
+            raise InvalidArgumentError(
+                f"expected pools of {self!r} with every head in one of them, got (layer, head) {wrong[0]} in "
+                f"{held[wrong[0]]}"
+            )
+
 
 @dataclass(frozen=True)
 class Global(Allocation):
     """All pairs of all layers and heads compete: "global" (KVzip)."""
+
+    name: ClassVar[str] = "global"
 
     def pools(self, heads: Mapping[int, int]) -> list[Pool]:
         """Returns one pool with everything."""
@@ -92,6 +113,8 @@ class Global(Allocation):
 class PerLayer(Allocation):
     """Every layer keeps the same fraction, and its heads compete: "layer"."""
 
+    name: ClassVar[str] = "layer"
+
     def pools(self, heads: Mapping[int, int]) -> list[Pool]:
         """Returns one pool per layer."""
         return [[(i, slice(None))] for i in heads]
@@ -100,6 +123,8 @@ class PerLayer(Allocation):
 @dataclass(frozen=True)
 class PerHead(Allocation):
     """Every head keeps the same fraction: "head" (SnapKV and most others)."""
+
+    name: ClassVar[str] = "head"
 
     def pools(self, heads: Mapping[int, int]) -> list[Pool]:
         """Returns one pool per head."""
@@ -114,6 +139,8 @@ class AdaKV(PerLayer):
     number of heads; the safeguarded fraction of it is rounded down.
     """
 
+    name: ClassVar[str] = "adakv"
+
     def reserved(self, sizes: Sequence[int], budget: int) -> int:
         """Returns the floors or the safeguarded fraction of the budget, whichever is more."""
         return max(super().reserved(sizes, budget), int(Fraction(str(self.safeguard)) * budget))
@@ -127,9 +154,11 @@ class Decided(Allocation):
 
     Args:
         per_head: ``layer_idx -> [batch, heads]``, int64: unprotected pairs to keep.
+        like: Short name of the allocation that the counts may be asked for under; they stay the same.
     """
 
     per_head: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    like: str = "head"
 
     __eq__ = object.__eq__  # tensors are not compared
     __hash__ = object.__hash__
@@ -143,13 +172,8 @@ class Decided(Allocation):
         return {i: counts[row.row] for i, counts in self.per_head.items()}
 
 
-#: The short names of allocations.
-ALLOCATIONS: dict[str, type[Allocation]] = {
-    "global": Global,
-    "layer": PerLayer,
-    "head": PerHead,
-    "adakv": AdaKV,
-}
+#: The allocations that have a short name.
+ALLOCATIONS: dict[str, type[Allocation]] = {cls.name: cls for cls in (Global, PerLayer, PerHead, AdaKV)}
 
 
 def allocation_of(given: str | Allocation, *, min_kept_per_head: int = 0, safeguard: float = SAFEGUARD) -> Allocation:

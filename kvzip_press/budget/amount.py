@@ -20,11 +20,11 @@ class Amount(ABC):
         return 0.0
 
     @abstractmethod
-    def pairs(self, layer_idx: int, n_pairs: int, n_heads: int, n_held: int) -> int:
+    def pairs(self, layers: Sequence[int], n_pairs: int, n_heads: int, n_held: int) -> int:
         """Returns how many pairs a pool keeps, before that is limited to the pairs it has.
 
         Args:
-            layer_idx: The pool's layer; the first one if it has several.
+            layers: The pool's layers, by index.
             n_pairs: Number of pairs that a ratio applies to.
             n_heads: Number of heads in the pool.
             n_held: Number of pairs of earlier turns that count towards a budget in tokens.
@@ -50,7 +50,7 @@ class Ratio(Amount):
     def __post_init__(self) -> None:
         object.__setattr__(self, "compression_ratio", check_compression_ratio(self.compression_ratio))
 
-    def pairs(self, layer_idx: int, n_pairs: int, n_heads: int, n_held: int) -> int:
+    def pairs(self, layers: Sequence[int], n_pairs: int, n_heads: int, n_held: int) -> int:
         """Returns ``round((1 - compression_ratio) * n_pairs)``."""
         return round((1 - self.compression_ratio) * n_pairs)
 
@@ -74,7 +74,7 @@ class Tokens(Amount):
                 f"expected budget (tokens kept per head) to be an int of at least 1, got {self.budget!r}"
             )
 
-    def pairs(self, layer_idx: int, n_pairs: int, n_heads: int, n_held: int) -> int:
+    def pairs(self, layers: Sequence[int], n_pairs: int, n_heads: int, n_held: int) -> int:
         """Returns ``budget`` pairs per head, less those already held."""
         return self.budget * n_heads - n_held
 
@@ -110,9 +110,14 @@ class LayerRatios(Mapping[int, float], Amount):
     def __repr__(self) -> str:
         return repr(self._ratios)
 
-    def pairs(self, layer_idx: int, n_pairs: int, n_heads: int, n_held: int) -> int:
+    def pairs(self, layers: Sequence[int], n_pairs: int, n_heads: int, n_held: int) -> int:
         """Returns what a :class:`Ratio` with this layer's own ratio would."""
-        return round((1 - self._ratios[layer_idx]) * n_pairs)
+        if len(set(layers)) > 1:
+            raise InvalidArgumentError(
+                f"expected layer_ratios with an allocation under which layers do not compete, got a pool of the layers "
+                f"{sorted(set(layers))}"
+            )
+        return round((1 - self._ratios[layers[0]]) * n_pairs)
 
     def check_layers(self, layers: Iterable[int]) -> None:
         """Raises InvalidArgumentError unless there is a ratio for each of these layers, and for no other."""

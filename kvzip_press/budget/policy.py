@@ -100,8 +100,10 @@ class Policy:
         return policy
 
     def _allocation(self, given: str | Allocation) -> Allocation:
-        """Returns the allocation that is asked for; one given by its short name keeps the present floors."""
+        """Returns the allocation that is asked for; by a short name the present one, or another with its floors."""
+        own = self.allocation
         if isinstance(given, Allocation):
             return given
-        own = self.allocation
+        if given == (own.like if isinstance(own, Decided) else own.name):
+            return own
         return allocation_of(given, min_kept_per_head=own.min_kept_per_head, safeguard=own.safeguard)

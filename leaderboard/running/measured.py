@@ -139,6 +139,6 @@ def _asked_pairs(scores: Scores, row: int, n_tokens: int) -> int:
     for pool in policy.allocation.pools(heads):
         n_heads = sum(len(range(heads[i])[which]) for i, which in pool)
         inside = n_heads * (n_tokens - outside)
-        asked = policy.allocation.asked(policy.amount, pool[0][0], inside, n_heads)
+        asked = policy.allocation.asked(policy.amount, [i for i, _ in pool], inside, n_heads)
         total += n_heads * outside + min(max(asked, n_heads * charged), inside)
     return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,11 +25,11 @@ Rows = Mapping[int, list[torch.Tensor]]
 class KvpressPerHead(PerHead):
     """Every head keeps as many pairs as kvpress would keep, at any ratio: kvpress truncates where the core rounds."""
 
-    def asked(self, amount: Amount, layer_idx: int, n_pairs: int, n_heads: int, n_held: int = 0) -> int:
+    def asked(self, amount: Amount, layers: Sequence[int], n_pairs: int, n_heads: int, n_held: int = 0) -> int:
         """Returns kvpress's number of pairs for a head if a ratio is asked for, else the core's."""
         if isinstance(amount, Ratio):
             return int(kvpress().utils.compute_n_kept(n_pairs, amount.compression_ratio))
-        return super().asked(amount, layer_idx, n_pairs, n_heads, n_held)
+        return super().asked(amount, layers, n_pairs, n_heads, n_held)
 
 
 def ratio_scores(prefill: Prefill, rows: Rows, compression_ratio: float, *, any_ratio: bool) -> Scores:

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from kvzip_press import KVzipPress, Press, RaggedCache, RandomPress
 from kvzip_press.budget.allocation import allocate
 from kvzip_press.budget.allocators import ALLOCATIONS as CLASSES
-from kvzip_press.budget.allocators import Decided
+from kvzip_press.budget.allocators import Decided, PerLayer
 from kvzip_press.budget.amount import Ratio, check_compression_ratio
 from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
@@ -387,7 +387,7 @@ def test_a_budget_counts_what_earlier_turns_left() -> None:
     {"layer_ratios": [0.5]}, {"layer_ratios": [1.0], "allocation": "layer"},
     {"layer_ratios": {"0": 0.5}, "allocation": "layer"}, {"layer_ratios": 0.5, "allocation": "layer"},
     {"safeguard": -0.1}, {"safeguard": 1.1}, {"safeguard": math.nan}, {"safeguard": None},
-    {"min_kept_per_head": -1}, {"min_kept_per_head": 1.5}, {"allocation": "ada"},
+    {"compression_ratio": None}, {"min_kept_per_head": -1}, {"min_kept_per_head": 1.5}, {"allocation": "ada"},
 ])  # fmt: skip
 @pytest.mark.parametrize("press", [RandomPress, KVzipPress])
 def test_bad_policies_are_refused_when_a_press_is_made(press, options) -> None:
@@ -462,3 +462,52 @@ def test_the_kth_largest_by_bits_is_what_sorting_finds(n) -> None:
     ordered = values.sort(descending=True).values
     for k in {1, 2, n // 3 + 1, n // 2 + 1, n} & set(range(1, n + 1)):
         assert kth_largest_by_bits(values.view(1, -1), k) == kth_largest(values, k) == ordered[k - 1]
+
+
+class Pyramid(PerLayer):
+    """A user's own: the first layer keeps more than the last, exactly as much in all."""
+
+    def asked(self, amount, layers, n_pairs, n_heads, n_held=0) -> int:
+        return amount.pairs(layers, n_pairs, n_heads, n_held) + {0: 2, 2: 0, 4: -2}[layers[0]]
+
+
+def test_an_allocation_of_a_user_s_own_is_an_object() -> None:
+    """It needs no name, and brings its own floors."""
+    press = RandomPress(0.5, allocation=Pyramid(min_kept_per_head=3))
+    scores = replace(make_scores(0, 0.5, "layer"), policy=press.policy)
+    assert kept_per_head(scores).sum(1).tolist() == [22, 20, 18]
+    assert kept_per_head(scores).min() >= 3
+    assert scores.asked_for(allocation="layer").policy == scores.policy  # it is one of that name
+    assert kept_per_head(scores.asked_for(allocation="adakv")).sum(1).tolist() == [20, 20, 20]
+    with pytest.raises(InvalidArgumentError, match="floors as arguments of"):
+        RandomPress(0.5, allocation=Pyramid(), min_kept_per_head=2)
+
+
+class Forgets(PerLayer):
+    def pools(self, heads):
+        return super().pools(heads)[1:]
+
+
+class CountsTwice(PerLayer):
+    def pools(self, heads):
+        return [*super().pools(heads), *super().pools(heads)]
+
+
+class AllAtOnce(PerLayer):
+    def pools(self, heads):
+        return [[pool[0] for pool in super().pools(heads)]]
+
+
+@pytest.mark.parametrize(
+    ("allocation", "options", "match"),
+    [
+        (Forgets(), {"compression_ratio": 0.5}, r"every head in one of them, got \(layer, head\) \(0, 0\) in 0"),
+        (CountsTwice(), {"compression_ratio": 0.5}, r"\(0, 0\) in 2"),
+        (AllAtOnce(), {"layer_ratios": {0: 0.1, 2: 0.5, 4: 0.9}}, r"a pool of the layers \[0, 2, 4\]"),
+    ],
+)
+def test_pools_that_would_lose_something_are_refused(allocation, options, match) -> None:
+    """A head in no pool would keep nothing, a ratio for each layer is none for all."""
+    scores = replace(make_scores(0, 0.5, "layer"), policy=Policy.of(allocation=allocation, **options))
+    with pytest.raises(InvalidArgumentError, match=match):
+        select(scores, ONE_ROW[20])
