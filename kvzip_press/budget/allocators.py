@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ SAFEGUARD = 0.2
 
 
 @dataclass(frozen=True)
-class Allocation(ABC):
+class Allocation:
     """A rule that turns an amount into a number of pairs for each head.
 
     Within a pool, heads first take in turns the pairs that floors reserve, then the best of the remaining pairs win.
@@ -51,12 +50,19 @@ class Allocation(ABC):
         if not is_int(floor) or floor < 0:
             raise InvalidArgumentError(f"expected min_kept_per_head to be an int of at least 0, got {floor!r}")
 
-    @abstractmethod
     def pools(self, heads: Mapping[int, int]) -> list[Pool]:
-        """Returns the pools of a model, given ``layer_idx -> number of KV heads``."""
+        """Returns the pools of a model, given ``layer_idx -> number of KV heads``: every head once.
+
+        An allocation that overrides :meth:`counts` needs none; how much it keeps is then its own matter.
+        """
+        return []
 
     def asked(self, amount: Amount, layers: Sequence[int], n_pairs: int, n_heads: int, n_held: int = 0) -> int:
-        """Returns how many pairs a pool is to keep; arguments as in :meth:`kvzip_press.budget.amount.Amount.pairs`."""
+        """Returns how many pairs a pool is to keep; arguments as in :meth:`kvzip_press.budget.amount.Amount.pairs`.
+
+        Override it to give pools other shares of the whole. What is held of earlier turns (``n_held``) is subtracted
+        in the result: scale ``amount.pairs(layers, n_pairs, n_heads, 0)`` and subtract ``n_held`` from that.
+        """
         return amount.pairs(layers, n_pairs, n_heads, n_held)
 
     def reserved(self, sizes: Sequence[int], budget: int) -> int:
@@ -163,13 +169,21 @@ class Decided(Allocation):
     __eq__ = object.__eq__  # tensors are not compared
     __hash__ = object.__hash__
 
-    def pools(self, heads: Mapping[int, int]) -> list[Pool]:
-        """Returns no pools: nothing competes."""
-        return []
-
     def counts(self, row: Candidates, amount: Amount) -> Counts:
-        """Returns the counts that were decided for the row."""
-        return {i: counts[row.row] for i, counts in self.per_head.items()}
+        """Returns the counts that were decided for the row.
+
+        Raises:
+            InvalidArgumentError: A head has fewer unprotected pairs.
+        """
+        decided = {i: counts[row.row] for i, counts in self.per_head.items()}
+        for i, free in row.free.items():
+            for head, (count, available) in enumerate(zip(decided[i].tolist(), free, strict=True)):
+                if not 0 <= count <= available:
+                    raise InvalidArgumentError(
+                        f"expected a decided count of 0 to {available}, the unprotected pairs of head {head} of layer "
+                        f"{i}, got {count}"
+                    )
+        return decided
 
 
 #: The allocations that have a short name.
@@ -184,10 +198,14 @@ def allocation_of(given: str | Allocation, *, min_kept_per_head: int = 0, safegu
             object.
     """
     floors: dict[str, Any] = {"min_kept_per_head": min_kept_per_head, "safeguard": safeguard}
+    if isinstance(given, Decided):
+        raise InvalidArgumentError("expected an allocation that spends a budget, got Decided, which a press hands over")
     if isinstance(given, Allocation):
         if floors != {"min_kept_per_head": 0, "safeguard": SAFEGUARD}:
             raise InvalidArgumentError(f"expected floors as arguments of {given!r}, got {floors} beside it")
         return given
     if not isinstance(given, str) or given not in ALLOCATIONS:
-        raise InvalidArgumentError(f"expected allocation to be one of {tuple(ALLOCATIONS)}, got {given!r}")
+        raise InvalidArgumentError(
+            f"expected allocation to be one of {tuple(ALLOCATIONS)}, or an Allocation object, got {given!r}"
+        )
     return ALLOCATIONS[given](**floors)

@@ -41,6 +41,8 @@ class Scores:
         if not isinstance(self.policy, Policy):
             raise InvalidArgumentError(f"expected a Policy, as `press.policy` is one, got {self.policy!r}")
         self.policy.amount.check_layers(self.layers)
+        if isinstance(self.policy.allocation, Decided):
+            self._check_decided(self.policy.allocation)
         batch, span = self.protected.shape
         for layer_idx, values in self.layers.items():
             if values.dim() != 3 or (values.shape[0], values.shape[2]) != (batch, span):
@@ -75,3 +77,14 @@ class Scores:
         """
         policy = self.policy.asked(compression_ratio, allocation, budget)
         return self if policy == self.policy else replace(self, policy=policy)
+
+    def _check_decided(self, allocation: Decided) -> None:
+        expected = {i: tuple(values.shape[:2]) for i, values in self.layers.items()}
+        got = {
+            i: tuple(counts.shape) if isinstance(counts, torch.Tensor) and counts.dtype == torch.int64 else type(counts)
+            for i, counts in allocation.per_head.items()
+        }
+        if got != expected:
+            raise InvalidArgumentError(
+                f"expected decided counts as int64 tensors of these layers and [batch, heads]: {expected}, got {got}"
+            )

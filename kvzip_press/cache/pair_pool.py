@@ -7,7 +7,7 @@ addresses, and one merge serves all layers at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,25 +40,25 @@ class PairPool:
     """
 
     def __init__(self, layers: Sequence[RaggedLayer]) -> None:
-        _check(layers)
         self.num_layers, self.batch_size = len(layers), layers[0].batch_size
         self.packed = PackedPairs.joined([layer.packed for layer in layers])
 
     @classmethod
     def of(cls, layers: Sequence[RaggedLayer]) -> PairPool:
         """Returns the pool that the layers are views of, or a new one."""
+        _check(layers)  # also of layers of a pool, whose rows may have been reordered since
         pool = layers[0].packed.pool
         known = isinstance(pool, cls) and all(layer.packed.pool is pool for layer in layers)
         return pool if known else cls(layers)
 
-    def evict(self, layers: Sequence[RaggedLayer], due: torch.Tensor, *, policy: Policy, window_size: int) -> None:
+    def evict(self, by_idx: Mapping[int, RaggedLayer], due: torch.Tensor, *, policy: Policy, window_size: int) -> None:
         """Merges the layers' tails into the pool, and cuts rows to what a policy leaves them, protected pairs included.
 
         The first tokens that no head has lost stay, and so do the last ``window_size``. Of the others, exactly those
         stay that a prefill with the same scores would keep under the policy. The tails are empty afterwards.
 
         Args:
-            layers: The layers of the pool, with the tokens that were read since in their tails.
+            by_idx: The layers of the pool by layer index, with the tokens that were read since in their tails.
             due: Bool ``[batch]``, the rows to cut.
             policy: How much a row keeps, counting everything that it holds, and how its pairs compete.
             window_size: Number of last tokens that every head keeps.
@@ -66,15 +66,16 @@ class PairPool:
         Raises:
             CacheMismatchError: A token of a tail has no score.
         """
+        layers = list(by_idx.values())
         tails = [layer.tail for layer in layers]
         scores = torch.stack([tail.scores for tail in tails if tail.scores is not None]).flatten(0, 1)
         ends, valid, positions = _columns(layers[0])
         if bool((scores.isnan() & valid.repeat(self.num_layers, 1).unsqueeze(1)).any()):
             raise CacheMismatchError(
                 "expected every token since the context to be read inside `with press(model):`, which scores it, got "
-                "some that were read outside of it"
+                "some that were read outside of it, or whose rows were rearranged before they had a score"
             )
-        pairs = self._all_pairs(scores, valid, positions)
+        pairs = self._all_pairs(tuple(by_idx), scores, valid, positions)
         kept = pairs.alive.clone()
         first = torch.tensor(layers[0].n_protected, device=ends.device)
         safe = torch.stack([first, ends - window_size], dim=1)
@@ -87,7 +88,9 @@ class PairPool:
         self._put(self.packed.merge(keys, values, every, kept[n_packed:].view_as(scores), kept[:n_packed], scores))
         self._hand_out(layers)
 
-    def _all_pairs(self, scores: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor) -> _Pairs:
+    def _all_pairs(
+        self, indices: tuple[int, ...], scores: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor
+    ) -> _Pairs:
         """Returns the packed pairs and, after them, the columns of all tails ``[rows, heads, n]``."""
         packed, shape = self.packed, scores.shape
         assert packed.scores is not None
@@ -103,6 +106,7 @@ class PairPool:
             score=torch.cat([packed.scores, scores.flatten()]),
             alive=torch.cat([torch.ones_like(packed.positions, dtype=torch.bool), of_tails(valid)]),
             shape=(self.num_layers, self.batch_size, packed.num_heads),
+            indices=indices,
         )
 
     def _put(self, new: PackedPairs) -> None:
@@ -133,6 +137,7 @@ class _Pairs:
         score: fp32 ``[pairs]``.
         alive: Bool ``[pairs]``, False at padding.
         shape: Number of layers, rows and heads.
+        indices: The layers' indices in the model, which an allocation may look at.
     """
 
     segment: torch.Tensor
@@ -140,6 +145,7 @@ class _Pairs:
     score: torch.Tensor
     alive: torch.Tensor
     shape: tuple[int, int, int]
+    indices: tuple[int, ...]
 
     def cut(self, kept: torch.Tensor, rows: torch.Tensor, safe: torch.Tensor, policy: Policy) -> None:
         """Marks in ``kept`` what some rows keep.
@@ -172,8 +178,8 @@ class _Pairs:
         valid = torch.arange(n_columns, device=known.device) < starts.diff().unsqueeze(1)
         positions = known.new_zeros(len(rows), n_columns).index_put_((slot, column), position)
         protected = valid & ((positions < safe[:, :1]) | (positions >= safe[:, 1:]))
-        scores = Scores(dict(enumerate(values)), protected, policy, protected_count=True)
-        keep = select(scores, valid, among=dict(enumerate(alive)))
+        scores = Scores(dict(zip(self.indices, values, strict=True)), protected, policy, protected_count=True)
+        keep = select(scores, valid, among=dict(zip(self.indices, alive, strict=True)))
         kept[mine] = torch.stack(list(keep.values()))[place]
 
 

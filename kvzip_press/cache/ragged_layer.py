@@ -53,6 +53,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         self.n_protected, self.n_padding, self.context_ends = n_protected, n_padding, context_ends
         self.tail = Tail(scored=packed.scores is not None)
         self.row_index = row_index
+        self.n_rearranged = 0  # times that rows were reordered, repeated or dropped
         self.fingerprint = layer_fingerprint(module)
         self._known_module = weakref.ref(module)
 
@@ -142,6 +143,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         index = beam_idx.to(self.packed.device)
         self.row_index = self._rows()[index]
         self.tail.select_rows(index)
+        self.n_rearranged += 1
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row ``repeats`` times; the packed context stays as it is."""
@@ -155,6 +157,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         self.context_ends = tuple(self.context_ends[row] for row in rows)
         self.packed, self.row_index = self.packed.select_rows(rows), None
         self.tail.select_rows(torch.as_tensor(indices))
+        self.n_rearranged += 1
 
     def offload(self) -> None:
         """Raises CacheMismatchError: moving layers to the CPU and back is not supported for ragged layers."""

@@ -139,8 +139,8 @@ class Tail:
             self._keys = self._values = self._scores = None
 
     def to(self, device: torch.device) -> Tail:
-        """Returns the tail on a device: itself if it is already there, else its live tokens without spare room."""
-        return self if all(tensor.device == device for tensor in self.tensors) else self._copied(device)
+        """Returns a copy of the live tokens on a device, without spare room."""
+        return self._copied(device)
 
     def truncate(self, length: int) -> None:
         """Forgets every column from ``length`` on; the buffer stays."""

@@ -207,7 +207,7 @@ class DecodeEviction:
         layers = list(self._layers.values())
         due = held_tokens(layers) >= self.schedule.limit
         window_size = self.schedule.window(max(layers[0].n_protected))
-        PairPool.of(layers).evict(layers, due, policy=self.policy, window_size=window_size)
+        PairPool.of(layers).evict(self._layers, due, policy=self.policy, window_size=window_size)
         for layer in layers:
             layer.tail.give_back_room(self.schedule.buffer)
         self._n_columns, self._n_left = 0, self.schedule.limit - int(held_tokens(layers).max())

@@ -82,6 +82,7 @@ class HiddenStateScorer(DecodeScorer):
         self._states: dict[int, torch.Tensor] = {}  # [batch, 1, hidden_size] of the token that is read
         self._hidden: torch.Tensor | None = None  # [layers, batch, buffer, hidden_size] of tokens without a score
         self._slot: torch.Tensor | None = None  # int64 [1], where the next one goes, on the device
+        self._n_rearranged = 0  # of the layers, when the first of these tokens was written
         self._first, self._n_pending = 0, 0  # the column of the first of them in the tail, and how many there are
 
     @contextmanager
@@ -127,14 +128,14 @@ class HiddenStateScorer(DecodeScorer):
     def written(self, layers: Layers) -> None:
         """Counts the token whose hidden states are in the buffer, and scores the buffer when it is full."""
         if self._n_pending == 0:
-            self._first = _length(layers) - 1
+            self._first, self._n_rearranged = _length(layers) - 1, _any(layers).n_rearranged
         self._n_pending += 1
         if self._n_pending == self.buffer:
             self.settle(layers)
 
     def settle(self, layers: Layers) -> None:
         """Scores the tokens in the buffer."""
-        if self._n_pending:
+        if self._n_pending and self._rows_are_known(layers):
             assert self._hidden is not None
             for hidden, (layer_idx, layer) in zip(self._hidden, layers.items(), strict=True):
                 layer.tail.put_scores(self.score(layer_idx, hidden[:, : self._n_pending]), self._first)
@@ -150,10 +151,22 @@ class HiddenStateScorer(DecodeScorer):
         """Forgets the forward that was running."""
         self._reading, self._block, self._states = 0, {}, {}
 
+    def _rows_are_known(self, layers: Layers) -> bool:
+        """Whether pending hidden states are still those of the tails' rows; if not, these tokens get no score.
+
+        An eviction then refuses them. All rows that came of a single one have its hidden states.
+        """
+        assert self._hidden is not None
+        return self._hidden.shape[1] == 1 or _any(layers).n_rearranged == self._n_rearranged
+
     def _settle_slot(self) -> None:
         if self._slot is not None:
             self._slot.fill_(self._n_pending)
 
 
+def _any(layers: Layers) -> RaggedLayer:
+    return next(iter(layers.values()))
+
+
 def _length(layers: Layers) -> int:
-    return next(iter(layers.values())).tail.length
+    return _any(layers).tail.length

@@ -109,8 +109,13 @@ class Prefill:
             the model's dtype, keys after RoPE.
 
         Raises:
+            InvalidArgumentError: The layer cannot be compressed, or there is none of this index.
             UnsupportedCacheError: They were evicted in place.
         """
+        if layer_idx not in (layers := compressible_layers(self.model, self.cache)):
+            raise InvalidArgumentError(
+                f"expected one of the layers {list(layers)}, which can be compressed, got {layer_idx!r}"
+            )
         return last_pairs(self.cache.layers[layer_idx], self.valid.shape[1])
 
     def protected(self, n_sink: int) -> torch.Tensor:

@@ -116,7 +116,7 @@ def check_kept(label: str, compression_ratio: float, scores: Scores, rows: Seque
     slack = 0 if scores.is_decided else len(scores.layers)  # one pair for each layer that would be left empty
     for row, found in enumerate(rows):
         asked = _asked_pairs(scores, row, found.n_tokens)
-        if abs(found.n_kept - asked) > slack:
+        if asked is not None and abs(found.n_kept - asked) > slack:
             raise BudgetMismatchError(
                 f"{label} at compression_ratio {compression_ratio}: expected {asked} of {found.n_pairs} pairs kept "
                 f"({asked / found.n_pairs:.4f}), got {found.n_kept} ({found.kept_fraction:.4f})"
@@ -128,15 +128,18 @@ def check_kept(label: str, compression_ratio: float, scores: Scores, rows: Seque
             )
 
 
-def _asked_pairs(scores: Scores, row: int, n_tokens: int) -> int:
-    """Returns the number of pairs that a row should keep."""
+def _asked_pairs(scores: Scores, row: int, n_tokens: int) -> int | None:
+    """Returns the number of pairs that a row should keep; None if that is an outcome of the allocation's own rule."""
     protected, charged = int(scores.protected[row].sum()), int(scores.charged[row].sum())
     policy, outside = scores.policy, protected - charged
     if isinstance(policy.allocation, Decided):
         decided = policy.allocation.per_head.values()
         return sum(int(counts[row].sum()) + counts.shape[1] * protected for counts in decided)
     heads, total = {i: layer.shape[1] for i, layer in scores.layers.items()}, 0
-    for pool in policy.allocation.pools(heads):
+    pools = policy.allocation.pools(heads)
+    if not pools:
+        return None
+    for pool in pools:
         n_heads = sum(len(range(heads[i])[which]) for i, which in pool)
         inside = n_heads * (n_tokens - outside)
         asked = policy.allocation.asked(policy.amount, [i for i, _ in pool], inside, n_heads)

@@ -327,3 +327,11 @@ def test_the_pairs_of_a_span_are_those_that_the_model_left() -> None:
     later.evict_in_place(RandomPress(0.5).score(later))
     with pytest.raises(UnsupportedCacheError, match="evicted already"):
         later.pairs(0)
+
+
+@pytest.mark.parametrize("layer_idx", [0, 4, -1, "1"])
+def test_pairs_of_a_layer_that_is_not_compressed_are_refused(layer_idx) -> None:
+    """A sliding layer has lost some of them, and is none of a press's business."""
+    done = run_prefill(tiny_model("gemma3_text"), token_ids(1, 20), torch.ones(1, 20, dtype=torch.bool))
+    with pytest.raises(InvalidArgumentError, match=r"one of the layers \[1, 3\]"):
+        done.pairs(layer_idx)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from kvzip_press import RaggedCache, answer, compress, compress_in_chunks, get_press
+from kvzip_press.budget.allocators import PerLayer
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding import step as decoding
 from kvzip_press.decoding.generation import generate
@@ -467,3 +468,46 @@ def test_a_budget_that_the_protected_prefix_fills_is_refused() -> None:
     model = tiny_model()
     with press_for(model, n_sink=50)(model), pytest.raises(InvalidArgumentError, match="protected first tokens"):
         model.generate(token_ids(1, 60), max_new_tokens=40, eos_token_id=None)
+
+
+@dataclass(frozen=True)
+class ByIndex(PerLayer):
+    """A user's own, which knows the layers by their index in the model."""
+
+    def asked(self, amount, layers, n_pairs, n_heads, n_held=0) -> int:
+        return amount.pairs(layers, n_pairs, n_heads, n_held) + {1: 6, 3: -6}[layers[0]]
+
+
+def test_an_allocation_sees_the_layers_as_in_a_prefill() -> None:
+    """By their index in the model, where sliding layers count too."""
+    model = tiny_model("gemma3_text")
+    cache = DynamicCache(config=model.config)
+    with press_for(model, allocation=ByIndex())(model):
+        step(model, cache, token_ids(1, 60))
+        for i in range(20):
+            step(model, cache, token_ids(1, 1, seed=i))
+    held = [sum(len(p) for (layer, _, _), p in kept(cache).items() if layer == i) for i in (1, 3)]
+    assert held[0] - held[1] == 12
+
+
+def test_rows_that_are_reordered_after_an_eviction_are_refused() -> None:
+    """They would share pairs, as beams do; the pool that is there knows of no order."""
+    model = tiny_model()
+    cache = DynamicCache(config=model.config)
+    with press_for(model)(model), pytest.raises(UnsupportedCacheError, match="no beam search"):
+        for i in range(60):
+            if i == 30:
+                cache.reorder_cache(torch.tensor([1, 0]))
+            step(model, cache, token_ids(2, 60 if i == 0 else 1, seed=i))
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [1], [0, 1, 0]])
+def test_rows_that_are_rearranged_before_they_have_a_score_are_refused(rows) -> None:
+    """What waits to be scored belongs to the rows as they were; nobody else's score is taken for theirs."""
+    model = tiny_model()
+    cache = DynamicCache(config=model.config)
+    with press_for(model)(model), pytest.raises(CacheMismatchError, match="rearranged before they had a score"):
+        for i in range(60):
+            if i == 5:
+                cache.batch_select_indices(torch.tensor(rows))
+            step(model, cache, token_ids(2 if i < 5 else len(rows), 60 if i == 0 else 1, seed=i))

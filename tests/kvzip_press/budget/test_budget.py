@@ -511,3 +511,31 @@ def test_pools_that_would_lose_something_are_refused(allocation, options, match)
     scores = replace(make_scores(0, 0.5, "layer"), policy=Policy.of(allocation=allocation, **options))
     with pytest.raises(InvalidArgumentError, match=match):
         select(scores, ONE_ROW[20])
+
+
+DECIDED = {0: torch.tensor([[3, 7]]), 2: torch.tensor([[3, 7]]), 4: torch.tensor([[3, 7]])}
+
+
+@pytest.mark.parametrize(
+    ("per_head", "match"),
+    [
+        ({0: DECIDED[0]}, "of these layers"),
+        ({**DECIDED, 2: torch.tensor([3, 7])}, r"2: \(2,\)"),
+        ({**DECIDED, 2: [[3, 7]]}, "class 'list'"),
+        ({**DECIDED, 2: torch.tensor([[3.0, 7.0]])}, "int64"),
+        ({**DECIDED, 4: torch.tensor([[3, 21]])}, "0 to 20, the unprotected pairs of head 1 of layer 4, got 21"),
+        ({**DECIDED, 4: torch.tensor([[-1, 7]])}, "got -1"),
+    ],
+)
+def test_decided_counts_that_cannot_be_kept_are_refused(per_head, match) -> None:
+    """Of other layers or shapes, or of more pairs than there are."""
+    free = make_scores(0, 0.5, "global")
+    with pytest.raises(InvalidArgumentError, match=match):
+        select(replace(free, policy=Policy(Ratio(0.5), Decided(per_head=per_head))), ONE_ROW[20])
+
+
+def test_what_a_press_hands_over_cannot_be_asked_for() -> None:
+    """Decided counts are no way to spend a budget."""
+    for wrong in (Decided(), PerLayer, None, 3):
+        with pytest.raises(InvalidArgumentError, match=r"expected (an )?allocation"):
+            RandomPress(0.5, allocation=wrong)

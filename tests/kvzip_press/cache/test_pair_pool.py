@@ -23,7 +23,9 @@ PAIRS = st.lists(
 def test_a_row_keeps_its_best_pairs_ties_by_position_then_layer_then_head(pairs, budget, allocation, first, last):
     """Few values and positions, so that nearly all are tied; the other row is left alone."""
     segment, score, position = (torch.tensor(column) for column in zip(*pairs, strict=True))
-    every = _Pairs(segment, position.int(), score, torch.ones_like(segment, dtype=torch.bool), (LAYERS, ROWS, HEADS))
+    every = _Pairs(
+        segment, position.int(), score, torch.ones_like(segment, dtype=torch.bool), (LAYERS, ROWS, HEADS), (0, 3)
+    )
     kept = every.alive.clone()
     every.cut(kept, torch.tensor([1]), torch.tensor([[first, last]]), Policy.of(budget=budget, allocation=allocation))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvzip_press import answer, compress, get_press
-from kvzip_press.budget.allocators import Decided
+from kvzip_press.budget.allocators import Allocation, Decided
 from kvzip_press.budget.policy import Policy
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.generation import generate
@@ -407,3 +407,19 @@ def test_measured_bytes_are_those_that_the_storages_have(hybrid_or_not: Any) -> 
     for row in execute(run, hybrid_or_not)[::3]:
         cache = done.evict(RandomPress().score(done), row.compression_ratio)
         assert (row.resident_bytes, row.dense_bytes) == (cache.resident_bytes, done.dense_bytes)
+
+
+@dataclass(frozen=True)
+class FirstTen(Allocation):
+    """Keeps ten pairs a head, whatever the amount: how much is an outcome of its rule."""
+
+    def counts(self, row: Any, amount: Any) -> Any:
+        return {i: counts + 10 for i, counts in row.no_counts().items()}
+
+
+def test_an_allocation_with_a_rule_of_its_own_is_measured(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        runner, "get_press", lambda name, compression_ratio: RandomPress(compression_ratio, allocation=FirstTen())
+    )
+    rows = execute(run_of(LinesTask(), PressSpec("x", "x"), n=1), model)
+    assert {row.kept_fraction for row in rows} == {(10 + 4) / len([1, *TOKENIZER.encode(TEXT)])} or len(rows) == 6
