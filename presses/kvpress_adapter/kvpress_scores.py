@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,14 @@ class KvpressPerHead(PerHead):
     def asked(self, amount: Amount, layers: Sequence[int], n_pairs: int, n_heads: int, n_held: int = 0) -> int:
         """Returns kvpress's number of pairs for a head if a ratio is asked for, else the core's."""
         if isinstance(amount, Ratio):
-            return int(kvpress().utils.compute_n_kept(n_pairs, amount.compression_ratio))
+            return _n_kept(n_pairs, amount.compression_ratio)
         return super().asked(amount, layers, n_pairs, n_heads, n_held)
+
+
+@functools.cache
+def _n_kept(n_pairs: int, compression_ratio: float) -> int:
+    """Returns kvpress's number of pairs; remembered, since its heads are many and of few lengths."""
+    return int(kvpress().utils.compute_n_kept(n_pairs, compression_ratio))
 
 
 def ratio_scores(prefill: Prefill, rows: Rows, compression_ratio: float, *, any_ratio: bool) -> Scores:
@@ -46,7 +53,7 @@ def ratio_scores(prefill: Prefill, rows: Rows, compression_ratio: float, *, any_
     if any_ratio:
         return scores
     lengths = prefill.valid.sum(dim=-1).tolist()
-    n_kept = torch.tensor([kvpress().utils.compute_n_kept(length, compression_ratio) for length in lengths])
+    n_kept = torch.tensor([_n_kept(length, compression_ratio) for length in lengths])
     counts = {i: n_kept[:, None].expand(-1, values.shape[1]).to(values.device) for i, values in layers.items()}
     return Scores(layers, protected, Policy(scores.policy.amount, Decided(per_head=counts)))
 
