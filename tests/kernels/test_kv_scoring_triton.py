@@ -55,12 +55,17 @@ def formula(
     softcap: float | None = None,
     key_weight: Tensor | None = None,
     query_weight: Tensor | None = None,
+    lse: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """max over rows and group of softmax(query [sink, chunk, causal replay]^T), straight from the definition."""
+    """max over rows and group of softmax(query [sink, chunk, causal replay]^T), straight from the definition.
+
+    A log-sum-exp that is given is taken as the number that it is: its rounding is the input's, not the kernel's.
+    """
     query, sink, chunk, replay = (tensor.to(dtype) for tensor in tensors)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    shares = logits_of(query, sink, chunk, replay, scale, softcap).softmax(-1)
+    logits = logits_of(query, sink, chunk, replay, scale, softcap)
+    shares = logits.softmax(-1) if lse is None else (logits - lse.to(dtype).reshape(*logits.shape[:-1], 1)).exp()
     shares = shares[..., sink.shape[2] : sink.shape[2] + chunk.shape[2]]
     if key_weight is not None:
         shares = shares * key_weight.to(dtype).unflatten(1, shares.shape[1:3]).unsqueeze(3)
@@ -81,7 +86,7 @@ def assert_equals_formula(assert_accurate: Accurate) -> Callable[..., None]:
     def check(tensors: Inputs, *, lse: Tensor | None = None, **options: Any) -> None:
         scores = kv_scoring(*tensors, **options, lse=lse, impl="triton")
         assert (scores.shape, scores.dtype) == (tensors[2].shape[:3], torch.float32)
-        exact, plain = formula(tensors, **options), formula(tensors, **options, dtype=tensors[0].dtype)
+        exact, plain = formula(tensors, **options, lse=lse), formula(tensors, **options, dtype=tensors[0].dtype)
         assert_accurate(scores, exact, plain.float())
         # Half precision is read, never computed in: whatever that budget is, the error is that of sums in fp32.
         torch.testing.assert_close(scores.double(), exact, rtol=2e-5, atol=2e-6)
