@@ -174,7 +174,8 @@ class _Pairs:
         place = (segment // (heads * batch), slot, segment % heads, column)
         size = (layers, len(rows), heads, n_columns)
         values = self.score.new_zeros(size).index_put_(place, self.score[mine])
-        alive = torch.zeros(size, dtype=torch.bool, device=values.device).index_put_(place, self.alive[mine])
+        alive = torch.zeros(size, dtype=torch.bool, device=values.device)
+        alive[place] = True
         valid = torch.arange(n_columns, device=known.device) < starts.diff().unsqueeze(1)
         positions = known.new_zeros(len(rows), n_columns).index_put_((slot, column), position)
         protected = valid & ((positions < safe[:, :1]) | (positions >= safe[:, 1:]))

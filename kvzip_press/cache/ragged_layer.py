@@ -278,7 +278,7 @@ class RaggedLayer(compat.CacheLayerMixin):
 
     def move_to(self, device: torch.device) -> None:
         """Moves everything that the layer holds; forks keep the tensors that they share with it where they are."""
-        self.packed, self.tail = self.packed.to(device), self.tail.to(device)
+        self.packed, self.tail = self.packed.to(device), self.tail.copy(device)
         self.row_index = None if self.row_index is None else self.row_index.to(device)
 
     def fork(self) -> RaggedLayer:

@@ -138,10 +138,6 @@ class Tail:
         if not self.length and self._keys is not None and self._keys.shape[2] > -(-n_tokens // BLOCK) * BLOCK:
             self._keys = self._values = self._scores = None
 
-    def to(self, device: torch.device) -> Tail:
-        """Returns a copy of the live tokens on a device, without spare room."""
-        return self._copied(device)
-
     def truncate(self, length: int) -> None:
         """Forgets every column from ``length`` on; the buffer stays."""
         self.length = min(self.length, length)
@@ -178,12 +174,8 @@ class Tail:
         if self.padding is not None:
             self.padding = self.padding[index.to(self.padding.device)]
 
-    def copy(self) -> Tail:
-        """Returns an independent tail with the same content."""
-        return self._copied(None)
-
-    def _copied(self, device: torch.device | None) -> Tail:
-        """Returns a copy on a device; None leaves it where it is."""
+    def copy(self, device: torch.device | None = None) -> Tail:
+        """Returns an independent tail with the same tokens, without spare room, on ``device`` or where this one is."""
         tail = Tail(scored=self.scored)
         if self.keys is not None and self.values is not None and self.length:
             tail.append(self.keys.to(device), self.values.to(device))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -112,11 +113,16 @@ class Prefill:
             InvalidArgumentError: The layer cannot be compressed, or there is none of this index.
             UnsupportedCacheError: They were evicted in place.
         """
-        if layer_idx not in (layers := compressible_layers(self.model, self.cache)):
+        if layer_idx not in self._compressible:
             raise InvalidArgumentError(
-                f"expected one of the layers {list(layers)}, which can be compressed, got {layer_idx!r}"
+                f"expected one of the layers {list(self._compressible)}, which can be compressed, got {layer_idx!r}"
             )
         return last_pairs(self.cache.layers[layer_idx], self.valid.shape[1])
+
+    @cached_property
+    def _compressible(self) -> tuple[int, ...]:
+        """The indices of the layers that can be compressed, found once: a scorer asks for the pairs of each."""
+        return tuple(compressible_layers(self.model, self.cache))
 
     def protected(self, n_sink: int) -> torch.Tensor:
         """Returns a mask of the chat-template prefix if that is known, else of the first ``n_sink`` tokens of each row.

@@ -48,14 +48,13 @@ def ratio_scores(prefill: Prefill, rows: Rows, compression_ratio: float, *, any_
         compression_ratio: The press's own ratio.
         any_ratio: Whether the scores are valid for every ratio, or only for the press's own.
     """
-    layers, protected = _spread(prefill, rows), torch.zeros_like(prefill.valid)
-    scores = Scores(layers, protected, Policy(Ratio(compression_ratio), KvpressPerHead()))
-    if any_ratio:
-        return scores
-    lengths = prefill.valid.sum(dim=-1).tolist()
-    n_kept = torch.tensor([_n_kept(length, compression_ratio) for length in lengths])
-    counts = {i: n_kept[:, None].expand(-1, values.shape[1]).to(values.device) for i, values in layers.items()}
-    return Scores(layers, protected, Policy(scores.policy.amount, Decided(per_head=counts)))
+    layers, amount, protected = _spread(prefill, rows), Ratio(compression_ratio), torch.zeros_like(prefill.valid)
+    if not any_ratio:
+        lengths = prefill.valid.sum(dim=-1).tolist()
+        n_kept = torch.tensor([_n_kept(length, compression_ratio) for length in lengths])
+        counts = {i: n_kept[:, None].expand(-1, values.shape[1]).to(values.device) for i, values in layers.items()}
+        return Scores(layers, protected, Policy(amount, Decided(per_head=counts)))
+    return Scores(layers, protected, Policy(amount, KvpressPerHead()))
 
 
 def keep_scores(prefill: Prefill, rows: Rows, compression_ratio: float) -> Scores:
