@@ -28,6 +28,7 @@ ROOMS = (
         "version",
         "compat",
         "files",
+        "untrusted",
         "model",
         "budget",
         "loading",
