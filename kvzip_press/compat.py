@@ -11,13 +11,14 @@ The differences that matter here:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -30,7 +31,7 @@ __all__ = [
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "attention_function",
-    "attention_overridden",
+    "in_assisted_decoding",
     "is_kvpress_wrapper",
     "length_after_crop",
     "mask_function",
@@ -60,6 +61,18 @@ def attention_function(name: str) -> Callable[..., Any] | None:
     None for "eager", which every modelling file defines itself.
     """
     return None if name == "eager" else _working(ALL_ATTENTION_FUNCTIONS[name])
+
+
+def in_assisted_decoding() -> bool:
+    """Returns whether transformers' assisted decoding (prompt look-up, too) called the running function.
+
+    Nothing that a forward is given tells so: its candidates look like a user's next turn.
+    """
+    code = getattr(getattr(GenerationMixin, "_assisted_decoding", None), "__code__", None)
+    frame = sys._getframe()  # noqa: SLF001  # documented under this name
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 def is_kvpress_wrapper(function: Callable[..., Any]) -> bool:
@@ -93,26 +106,6 @@ def _flex_mask(*args: Any, **kwargs: Any) -> Any:
     if kwargs.get("kv_offset", 0) and kwargs.get("local_size") is None:
         return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
     return ALL_MASK_ATTENTION_FUNCTIONS["flex_attention"](*args, **kwargs)
-
-
-@contextmanager
-def attention_overridden(name: str, attention: Callable[..., Any]) -> Iterator[None]:
-    """While open, ``name`` stands for the attention function ``attention``."""
-    ALL_ATTENTION_FUNCTIONS[name] = attention
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[name]
-
-
-@contextmanager
-def mask_overridden(name: str, mask: Callable[..., Any]) -> Iterator[None]:
-    """While open, ``name`` stands for the mask function ``mask``."""
-    ALL_MASK_ATTENTION_FUNCTIONS[name] = mask
-    try:
-        yield
-    finally:
-        del ALL_MASK_ATTENTION_FUNCTIONS[name]
 
 
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None) -> None:

@@ -6,18 +6,23 @@ wrapper was called with.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from kvzip_press.attention.implementation import attach, attention_watched, detach, is_attached
+from kvzip_press import compat
+from kvzip_press.attention.implementation import attached, attention_watched
 from kvzip_press.cache.compressible import check_cache
-from kvzip_press.decoding.eviction import DecodeEviction
+from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.decoding.eviction import DecodeEviction, DecodeEvictions
 from kvzip_press.errors import KVzipPressError, UnsupportedCacheError
 from kvzip_press.model.structure import full_attention_layers, text_decoder
+from kvzip_press.model.watching import OpenFor, after_forward, before_forward
 from kvzip_press.prefilling.call import PrefillCall
+from kvzip_press.prefilling.eviction import pack_prefix
 from kvzip_press.prefilling.self_check import SelfCheck
 from kvzip_press.prefilling.whole import Scorer
 
@@ -29,7 +34,7 @@ class SessionPress(Scorer, Protocol):
     """The part of a press that a session needs."""
 
     def decode_eviction(self, model: nn.Module) -> DecodeEviction | None:
-        """Returns what evicts while the model generates, for one session; None if nothing does."""
+        """Returns what evicts while the model generates, a new one with each call; None if nothing does."""
 
 
 @contextmanager
@@ -37,42 +42,54 @@ def compressing(press: SessionPress, model: nn.Module) -> Iterator[None]:
     """The context manager behind ``with press(model):``.
 
     A forward over an empty cache, or over more than one token, is a prefill: when it ends, the new tokens' pairs are
-    compressed in place. With a press that evicts while the model generates, only the first of them is: what is read
-    after it counts as generated. The model stays attached afterwards, so that the cache can be used; an error undoes
-    that, too, if it was not attached before.
+    compressed in place. What a dense cache held before (a system prompt, say) stays whole. With a press that evicts
+    while the model generates, only the first prefill is compressed: what is read after it counts as generated. The
+    model stays attached afterwards, so that the cache can be used; an error undoes that, too, if it was not attached
+    before.
+
+    It is about this thread: a forward of the same model in another thread is not compressed, and may be in a context of
+    its own. A thread that shall see this one runs in a copy of the context (``contextvars.copy_context().run``).
 
     Raises:
         UnsupportedModelError: The model has no layer that can be compressed.
-        KVzipPressError: The model is already inside ``with press(model):``.
+        KVzipPressError: The model is already inside ``with press(model):`` in this thread.
     """
     full_attention_layers(model)
     decoder = text_decoder(model)
-    if _session_of(model) is not None:
+    if _SESSIONS.of(decoder) is not None:
         raise KVzipPressError("expected one press at a time: the model is already inside `with press(model):`")
-    was_attached = is_attached(model)
     with ExitStack() as stack:
         session = _Session(press, model)
-        attach(model)
-        stack.callback(session.close)
+        stack.enter_context(attached(model))
+        stack.enter_context(session.evictions.opened())
+        stack.enter_context(_SESSIONS.opened(decoder, session))
         if decoder is not model:
-            stack.callback(model.register_forward_pre_hook(session.enter, with_kwargs=True).remove)
-            stack.callback(model.register_forward_hook(session.leave, always_call=True).remove)
-        stack.callback(decoder.register_forward_pre_hook(session.before, with_kwargs=True).remove)
-        stack.callback(decoder.register_forward_hook(session.after, with_kwargs=True).remove)
-        if session.decode is not None:  # its hook has to come last: it ends what `after` looks at
-            stack.enter_context(session.decode.watching(model))
-        try:
-            yield
-        except BaseException:
-            if not was_attached:
-                detach(model)
-            raise
+            stack.enter_context(before_forward(model, session.enter, is_mine=session.is_open_here))
+            stack.enter_context(after_forward(model, session.leave, is_mine=session.is_open_here, always=True))
+        stack.enter_context(before_forward(decoder, session.before, is_mine=session.is_open_here))
+        stack.enter_context(after_forward(decoder, session.after, is_mine=session.is_open_here, always=True))
+        yield
 
 
-def _session_of(model: nn.Module) -> _Session | None:
-    hooks = text_decoder(model)._forward_hooks.values()  # noqa: SLF001  # torch has no public name for them
-    found = (getattr(hook, "__self__", None) for hook in hooks)
-    return next((session for session in found if isinstance(session, _Session)), None)
+_SESSIONS: OpenFor[_Session] = OpenFor("kvzip_press_session")
+
+
+class _Forward(threading.local):
+    """The forward that a thread is running."""
+
+    def __init__(self) -> None:
+        self.busy = False  # scoring runs forwards of its own
+        self.start = 0
+        self.outer: PrefillCall | None = None  # the model's own call, while it runs
+        self.watching = ExitStack()
+        self.check: SelfCheck | None = None
+        self.observers: dict[Scorer, Any] = {}
+        self.eviction: DecodeEviction | None = None  # what sees tokens that count as generated
+
+    def close(self) -> None:
+        """Stops watching."""
+        self.watching.close()
+        self.check, self.observers, self.eviction = None, {}, None
 
 
 class _Session:
@@ -80,74 +97,91 @@ class _Session:
 
     def __init__(self, press: SessionPress, model: nn.Module) -> None:
         self.press, self.model = press, model
-        self.busy = False  # scoring runs forwards of its own
-        self.start = 0
-        self.outer: PrefillCall | None = None  # the model's own call, while it runs
-        self.watching = ExitStack()  # what watches the running forward
-        self.check: SelfCheck | None = None
-        self.observers: dict[Scorer, Any] = {}
-        self.decode = press.decode_eviction(model)
+        self.forward = _Forward()
+        self.evictions = DecodeEvictions(press.decode_eviction, model)
+
+    def is_open_here(self) -> bool:
+        """Whether the thread that calls this is inside the context."""
+        return self in _SESSIONS
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Records what the whole model is called with."""
-        self.outer = PrefillCall.of(model, args, kwargs)
+        self.forward.outer = PrefillCall.of(model, args, kwargs)
 
-    def leave(self, model: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, model: nn.Module, *_: Any) -> None:
         """Forgets the recorded call, also after a forward that raised."""
-        self.outer = None
+        self.forward.outer = None
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuses what cannot be compressed before anything is computed, and lets the press watch."""
         if self._is_ours:
             return
-        self.close()
-        call = PrefillCall.of(decoder, args, kwargs).within(self.outer)
+        forward = self.forward
+        forward.close()
+        call = PrefillCall.of(decoder, args, kwargs).within(forward.outer)
         if call.use_cache is False:
             raise UnsupportedCacheError("expected use_cache=True inside `with press(model):`, got use_cache=False")
-        self.start = call.n_seen
-        if self.decode is not None and self.start:
-            self.decode.begin(call.cache, call.query_length)
+        forward.start = call.n_seen
+        if self.evictions and forward.start and _is_compressed(call.cache):
+            forward.eviction = self.evictions.of(call.cache)
+            forward.eviction.begin(call.cache, call.query_length)
             return
         if call.cache is not None:
             check_cache(call.cache)
         if not call.is_prefill:
             return
+        if compat.in_assisted_decoding():
+            raise UnsupportedCacheError(
+                "expected a prompt or a later turn inside `with press(model):`, got candidates of assisted decoding or "
+                "prompt look-up, which are read to be taken back, and what is compressed cannot be: generate without "
+                "them, or compress the prompt first and generate after the `with` block"
+            )
         valid = call.valid()
-        call.positions(self.start, valid)
-        self.check = SelfCheck(self.model, valid)
-        self.watching.enter_context(attention_watched(self.check))
+        call.positions(forward.start, valid)
+        visible = valid if _is_compressed(call.cache) else torch.cat([call.valid_before(forward.start), valid], dim=1)
+        forward.check = SelfCheck(self.model, visible)
+        forward.watching.enter_context(attention_watched(forward.check))
         observer = self.press.observer(self.model)
         if observer is not None:
-            self.watching.enter_context(observer)
-            self.observers = {self.press: observer}
+            forward.watching.enter_context(observer)
+            forward.observers = {self.press: observer}
 
     def after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Compresses the span that was just read."""
+        """Compresses the span that was just read; after a forward that raised, it only stops watching."""
         if self._is_ours:
             return
-        if self.decode is not None and self.start:
-            self.decode.end()
+        forward = self.forward
+        observers, start, check, eviction = forward.observers, forward.start, forward.check, forward.eviction
+        forward.close()
+        if output is None:
+            if eviction is not None:
+                eviction.abandon()
             return
-        observers, start, check = self.observers, self.start, self.check
-        self.close()
+        if eviction is not None:
+            eviction.end()
+            return
         if check is None:
             return  # a decode step
-        check.finish(output.past_key_values)
-        call = PrefillCall.of(decoder, args, kwargs).within(self.outer)
-        self.busy = True
+        cache = output.past_key_values
+        check.finish(cache)
+        call = PrefillCall.of(decoder, args, kwargs).within(forward.outer)
+        forward.busy = True
         try:
             with torch.no_grad():
-                prefill = call.prefill(self.model, output.past_key_values, start, observers)
+                if start and not _is_compressed(cache):
+                    valid = call.valid()
+                    positions = call.positions(start, valid)
+                    pack_prefix(self.model, cache, call.valid_before(start), positions, scored=bool(self.evictions))
+                prefill = call.prefill(self.model, cache, start, observers)
                 prefill.evict_in_place(self.press.score(prefill))
         finally:
-            self.busy = False
+            forward.busy = False
 
     @property
     def _is_ours(self) -> bool:
         """Whether the forward is not the user's, because a press scores or a static decode step runs."""
-        return self.busy or (self.decode is not None and self.decode.in_static_step)
+        return self.forward.busy or self.evictions.in_static_step
 
-    def close(self) -> None:
-        """Stops watching (also after a forward that raised)."""
-        self.watching.close()
-        self.check, self.observers = None, {}
+
+def _is_compressed(cache: Any) -> bool:
+    return any(isinstance(layer, RaggedLayer) for layer in getattr(cache, "layers", ()))

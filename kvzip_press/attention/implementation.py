@@ -9,11 +9,14 @@ operation: an attention function that does not know them raises an error instead
 
 from __future__ import annotations
 
+import copy
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,12 +24,16 @@ from torch import nn
 from kvzip_press import compat
 from kvzip_press.errors import CacheMismatchError, UnsupportedModelError
 from kvzip_press.model.structure import attention_layers, text_decoder
+from kvzip_press.model.twin import twin_of
 
 PREFIX = "ragged|"
 # Arguments of attention functions that would change the result and that ragged attention does not implement.
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices")
-# What watches the attention calls of the forward that is running in this thread; set for that forward only.
-_WATCH: ContextVar[AttentionWatch | None] = ContextVar("kvzip_press_watch", default=None)
+# Each is set for the forward that is running in this thread only.
+_WATCH: ContextVar[AttentionWatch | None] = ContextVar("kvzip_press_watch", default=None)  # sees attention calls
+_NO_MASKS: ContextVar[bool] = ContextVar("kvzip_press_no_masks", default=False)  # whether masks are left out
+# The threads that attached a decoder, for those that undo it.
+_ATTACHED_BY: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 
 class AttendingLayer(Protocol):
@@ -107,6 +114,7 @@ def attach(model: nn.Module) -> bool:
         UnsupportedModelError: The model has no such decoder.
     """
     renamed = False
+    _ATTACHED_BY.setdefault(text_decoder(model), set()).add(threading.get_ident())
     for config in _attention_configs(model):
         name = _implementation(config)
         if not name.startswith(PREFIX):
@@ -120,6 +128,7 @@ def detach(model: nn.Module) -> None:
     """Restores the model's own attention implementation; ragged caches then raise until it is attached again."""
     for config in _attention_configs(model):
         config._attn_implementation = _implementation(config).removeprefix(PREFIX)
+    _ATTACHED_BY.pop(text_decoder(model), None)
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -128,28 +137,30 @@ def is_attached(model: nn.Module) -> bool:
 
 
 @contextmanager
-def attention_replaced(model: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """While open, an attached model calls ``function`` instead of :func:`attention_forward`."""
-    with ExitStack() as stack:
-        for name in {_implementation(config) for config in _attention_configs(model)}:
-            stack.enter_context(compat.attention_overridden(name, function))
+def attached(model: nn.Module) -> Iterator[None]:
+    """Attaches a model. An error inside undoes that, if neither it nor another thread had attached the model before."""
+    was_attached = is_attached(model)
+    attach(model)
+    try:
         yield
+    except BaseException:
+        if not was_attached and _ATTACHED_BY.get(text_decoder(model)) == {threading.get_ident()}:
+            detach(model)
+        raise
 
 
 @contextmanager
-def masks_left_out(model: nn.Module) -> Iterator[None]:
-    """While open, an attached model builds no masks.
+def masks_left_out() -> Iterator[None]:
+    """While open, attached models build no masks in this thread.
 
     For caches whose layers all know by themselves what a query can see.
     """
-    with ExitStack() as stack:
-        for name in {_implementation(config) for config in _attention_configs(model)}:
-            stack.enter_context(compat.mask_overridden(name, _no_mask))
+    before = _NO_MASKS.get()
+    _NO_MASKS.set(True)
+    try:
         yield
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Stands in for a mask function, and returns None."""
+    finally:
+        _NO_MASKS.set(before)
 
 
 @contextmanager
@@ -218,10 +229,17 @@ def _own_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.
     function = compat.attention_function(name) or sys.modules[type(module).__module__].eager_attention_forward
     if getattr(module, "masked_key_indices", None) is not None and not compat.is_kvpress_wrapper(function):
         _refuse_kvpress_masks(module, name, *args[:2])
-    if not name.startswith("flash"):
-        return cast("tuple[torch.Tensor, torch.Tensor | None]", function(module, *args, **kwargs))
-    with _renamed(module.config, name):  # transformers' flash integration reads the name back from the config
-        return cast("tuple[torch.Tensor, torch.Tensor | None]", function(module, *args, **kwargs))
+    if name.startswith("flash"):  # transformers' flash integration reads the name back from the config
+        module = _under_its_own_name(module, name)
+    return cast("tuple[torch.Tensor, torch.Tensor | None]", function(module, *args, **kwargs))
+
+
+def _under_its_own_name(module: nn.Module, name: str) -> nn.Module:
+    """Returns a twin whose config names the model's own implementation; the config itself is other threads', too."""
+    twin = twin_of(module, only=())
+    twin.config = copy.copy(module.config)
+    twin.config._attn_implementation = name
+    return cast("nn.Module", twin)
 
 
 def _refuse_kvpress_masks(module: nn.Module, name: str, query: torch.Tensor, key: torch.Tensor) -> None:
@@ -237,18 +255,13 @@ def _refuse_kvpress_masks(module: nn.Module, name: str, query: torch.Tensor, key
         )
 
 
-@contextmanager
-def _renamed(config: Any, name: str) -> Iterator[None]:
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
 def _register(name: str) -> None:
-    compat.register_attention(PREFIX + name, attention_forward, compat.mask_function(name))
+    own = compat.mask_function(name)
+
+    def masks(*args: Any, **kwargs: Any) -> Any:
+        return None if own is None or _NO_MASKS.get() else own(*args, **kwargs)
+
+    compat.register_attention(PREFIX + name, attention_forward, own and masks)
 
 
 def _implementation(config: Any) -> str:

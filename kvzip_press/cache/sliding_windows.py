@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kvzip_press.model.structure import attention_layers
+from kvzip_press.model.watching import after_forward
 
 
 def own_window(layer: Any) -> None:
@@ -30,8 +31,7 @@ def windows_only(model: nn.Module, cache: Any) -> Iterator[None]:
     with ExitStack() as stack:
         for attention in attention_layers(model):
             if not attention.is_full:
-                hook = _after_attention(cache, attention.layer_idx)
-                stack.callback(attention.module.register_forward_hook(hook).remove)
+                stack.enter_context(after_forward(attention.module, _after_attention(cache, attention.layer_idx)))
         yield
 
 

@@ -7,7 +7,8 @@ layers; the state here is that of the running forwards, for one cache at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding.scorer import DecodeScorer, Layers
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.structure import text_decoder
+from kvzip_press.model.watching import OpenFor
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,10 @@ class DecodeEviction:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """While open, this object sees the model's forwards, and :func:`decode_eviction_in` finds it by the model."""
+        """While open, this object sees what it needs of the model's forwards in this thread."""
         with ExitStack() as stack:
             stack.callback(self.finish)
             stack.enter_context(self.scorer.watching(model))
-            stack.callback(text_decoder(model).register_forward_hook(self.leave, always_call=True).remove)
             yield
 
     # What a forward does --------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ class DecodeEviction:
         self.scorer.begin(layers, n_tokens)
 
     def end(self) -> bool:
-        """Called when the forward is over. Returns whether pairs were evicted."""
+        """Called when the forward is over, if it did not raise. Returns whether pairs were evicted."""
         n_tokens, self._reading = self._reading, 0
         if n_tokens == 1:
             self.scorer.seen()
@@ -127,22 +128,22 @@ class DecodeEviction:
         self._n_left -= n_tokens
         return self._evict_if_due()
 
-    def leave(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        """Called when a forward ends, even by an error; forgets it if :meth:`end` has not been called."""
-        if not self.in_static_step:
-            self.abandon()
-
     def abandon(self) -> None:
-        """Called when no forward runs; the last one may have raised."""
+        """Called when the forward has raised."""
         self._reading = 0
         self.scorer.abandon()
 
+    def follows(self, cache: Any) -> bool:
+        """Whether this is the cache that was read last."""
+        return self._is_followed(_ragged_layers(cache)[0])
+
     def finish(self) -> None:
-        """Scores pending tokens, so that nothing is lost when the model is no longer watched."""
+        """Scores pending tokens and forgets the cache, so that nothing is lost when something else goes on with it."""
         self.abandon()
         if self._layers:
             self.scorer.cut_to(self._layers)
             self.scorer.settle(self._layers)
+            self._layers = {}
 
     def written(self) -> bool:
         """Called when one more token is in the tails and the scorer has seen it. Returns whether pairs were evicted."""
@@ -185,7 +186,7 @@ class DecodeEviction:
 
         Tokens of another cache that are pending are scored first; those that were cut off since are forgotten.
         """
-        is_same = bool(self._layers) and all(layers.get(i) is layer for i, layer in self._layers.items())
+        is_same = self._is_followed(layers)
         if self._layers and not is_same:
             self.scorer.cut_to(self._layers)
             self.scorer.settle(self._layers)
@@ -198,6 +199,9 @@ class DecodeEviction:
             return
         self.scorer.cut_to(layers)
         self._n_left = max(self.schedule.limit - int(held_tokens(list(layers.values())).max()), 1)
+
+    def _is_followed(self, layers: Layers) -> bool:
+        return bool(self._layers) and all(layers.get(i) is layer for i, layer in self._layers.items())
 
     def _evict_if_due(self) -> bool:
         self._n_columns = self._length
@@ -214,11 +218,75 @@ class DecodeEviction:
         return True
 
 
-def decode_eviction_in(model: nn.Module) -> DecodeEviction | None:
-    """Returns what evicts while the model generates, inside ``with press(model):``; None if there is nothing."""
-    hooks = text_decoder(model)._forward_hooks.values()  # noqa: SLF001  # torch has no public name for them
-    found = (getattr(hook, "__self__", None) for hook in hooks)
-    return next((eviction for eviction in found if isinstance(eviction, DecodeEviction)), None)
+class DecodeEvictions:
+    """What evicts in one ``with press(model):``: a :class:`DecodeEviction` for each thread that runs in its context.
+
+    A cache is one thread's at a time. When another thread goes on with it, the tokens that still wait for their scores
+    get them first.
+
+    Args:
+        make: Returns a new one for the model; None if nothing evicts.
+        model: The model.
+    """
+
+    def __init__(self, make: Callable[[nn.Module], DecodeEviction | None], model: nn.Module) -> None:
+        self._make, self._model = make, model
+        self._spare = make(model)  # raises at once if it cannot be made
+        self._evicts = self._spare is not None
+        self._of_threads: dict[int, tuple[DecodeEviction, ExitStack]] = {}
+        self._lock = threading.Lock()
+
+    def __bool__(self) -> bool:
+        return self._evicts
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """While open, :func:`decode_eviction_in` finds this; at the end, pending tokens get their scores."""
+        try:
+            with _OPEN.opened(text_decoder(self._model), self):
+                yield
+        finally:
+            for _, watching in self._of_threads.values():
+                watching.close()
+
+    def of(self, cache: Any) -> DecodeEviction:
+        """Returns the running thread's, for a forward over ``cache``."""
+        mine = threading.get_ident()
+        with self._lock:
+            if mine not in self._of_threads:
+                self._forget_ended_threads()
+                self._of_threads[mine] = self._new()
+            for thread, (eviction, _) in self._of_threads.items():
+                if thread != mine and eviction.follows(cache):
+                    eviction.finish()
+            return self._of_threads[mine][0]
+
+    @property
+    def in_static_step(self) -> bool:
+        """Whether a static decode step runs in this thread."""
+        found = self._of_threads.get(threading.get_ident())
+        return found is not None and found[0].in_static_step
+
+    def _new(self) -> tuple[DecodeEviction, ExitStack]:
+        eviction, self._spare = self._spare or self._make(self._model), None
+        assert eviction is not None
+        watching = ExitStack()
+        watching.enter_context(eviction.watching(self._model))
+        return eviction, watching
+
+    def _forget_ended_threads(self) -> None:
+        alive = {thread.ident for thread in threading.enumerate()}
+        for thread in set(self._of_threads) - alive:
+            self._of_threads.pop(thread)[1].close()
+
+
+_OPEN: OpenFor[DecodeEvictions] = OpenFor("kvzip_press_decode_evictions")
+
+
+def decode_eviction_in(model: nn.Module, cache: Any) -> DecodeEviction | None:
+    """Returns what evicts from ``cache`` while the model generates in this thread; None if nothing does."""
+    found = _OPEN.of(text_decoder(model))
+    return found.of(cache) if found else None
 
 
 def _ragged_layers(cache: Any) -> tuple[dict[int, RaggedLayer], torch.Tensor | None]:

@@ -8,6 +8,7 @@ layers (``static_layers.py``) that share the cache's memory, and counts its posi
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -15,19 +16,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvzip_press import compat
-from kvzip_press.attention.implementation import attach, attention_forward, attention_replaced, masks_left_out
+from kvzip_press.attention.implementation import attach, attention_forward, masks_left_out
 from kvzip_press.decoding.eviction import DecodeEviction, decode_eviction_in
 from kvzip_press.decoding.forward import forward, next_positions, read
 from kvzip_press.decoding.static_layers import StaticCache, reason_against
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.devices import input_device
-from kvzip_press.model.structure import layer_index, text_decoder
+from kvzip_press.model.structure import attention_layers, text_decoder
+from kvzip_press.model.twin import twin_of
 
 if TYPE_CHECKING:
     from torch import nn
 
 logger = logging.getLogger(__name__)
 
+# What a capture does at its beginning (it waits for the GPU, it empties caches) would end another thread's.
+_CAPTURING = threading.Lock()
 _TRIALS = 2  # steps before the capture, in which kernels are compiled and libraries set up
 
 
@@ -71,7 +75,7 @@ class DecodeStep:
         self._device = input_device(model)
         self._positions = position_ids
         self._static: _StaticStep | None = None
-        self._eviction = decode_eviction_in(model)
+        self._eviction = decode_eviction_in(model, cache)
         if compile and self._eviction is not None:
             raise InvalidArgumentError("expected compile=False with a press that evicts while the model writes")
         self.reason = "graph=False was asked for" if graph is False else _reason_against(model, cache, self._device)
@@ -175,11 +179,13 @@ class _StaticStep:
         self.logits: torch.Tensor | None = None
 
     @torch.no_grad()
-    def run(self, cache: Any = None) -> torch.Tensor:
-        """Runs the kernels of one step: the model, and the counters' increments."""
+    def run(self, compiled: nn.Module | None = None) -> torch.Tensor:
+        """Runs the kernels of one step: the model, or its ``compiled`` twin, and the counters' increments."""
+        layers = self.cache.layers.layers
+        model, cache = (self.model, self.cache.layers) if compiled is None else (compiled, _PassingCache(layers=layers))
         watched = nullcontext() if self.eviction is None else self.eviction.static_step()
-        with watched, masks_left_out(self.model):  # eager builds its masks on the host, which no graph can hold
-            logits = forward(self.model, self.cache.layers if cache is None else cache, self.token_ids, self.positions)
+        with watched, masks_left_out():  # eager builds its masks on the host, which no graph can hold
+            logits = forward(model, cache, self.token_ids, self.positions)
         self.cache.advance()
         self.positions.add_(1)
         return logits
@@ -188,18 +194,19 @@ class _StaticStep:
         """Runs the step as a trial, undoes that, and captures it."""
         with ExitStack() as stack:
             stack.enter_context(torch.cuda.device(self.positions.device))
-            cache = stack.enter_context(_compiled_layers(self.model, self.cache)) if compiled else None
+            stack.enter_context(_CAPTURING)
+            model = stack.enter_context(_compiled_layers(self.model, self.cache)) if compiled else None
             start = self.positions.clone()
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(_TRIALS):
-                    self.run(cache)
+                    self.run(model)
                     self._rewind(start)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.logits = self.run(cache)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self.run(model)
         self.graph = graph
 
     def _rewind(self, positions: torch.Tensor) -> None:
@@ -243,28 +250,38 @@ class _PassingCache(compat.Cache):
         return key_states, value_states
 
 
-@contextmanager
-def _compiled_layers(model: nn.Module, cache: StaticCache, **options: Any) -> Iterator[_PassingCache]:
-    """While open, the decoder layers run compiled, except for the attention inside them, over the yielded cache.
+def _attend_outside(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Attends, for a compiled layer, with the module and the cache layer that belong to its own."""
+    own_module, layer = module.kvzip_press_attends
+    return attention_forward(own_module, query, *layer.update(key, value), *args, **kwargs)
 
-    A graph that is captured meanwhile keeps the compiled kernels; the modules get their own forward back.
+
+def _passed_on(module: Any) -> str:
+    """Returns the name of an attention implementation that calls the module's own outside of what is compiled."""
+    from torch import _dynamo as dynamo
+
+    name = str(module.config._attn_implementation).removeprefix("compiled|")
+    compat.register_attention(f"compiled|{name}", dynamo.disable(_attend_outside), None)
+    return f"compiled|{name}"
+
+
+@contextmanager
+def _compiled_layers(model: nn.Module, cache: StaticCache, **options: Any) -> Iterator[nn.Module]:
+    """Yields a twin of the model whose decoder layers run compiled, except for the attention inside them.
+
+    It runs over a :class:`_PassingCache`. A graph that is captured while this is open keeps the compiled kernels.
     """
     from torch import _dynamo as dynamo
 
-    layers: Any = text_decoder(model).layers
-
-    @dynamo.disable  # type: ignore[untyped-decorator]  # torch's own, without types
-    def attend(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        views = cache.layers.layers[layer_index(module)].update(key, value)
-        return attention_forward(module, query, *views, *args, **kwargs)
-
+    twin = twin_of(model)
+    layers: Any = text_decoder(twin).layers
+    for own, attention in zip(attention_layers(model), attention_layers(twin), strict=True):
+        config: Any = attention.module.config
+        config._attn_implementation = _passed_on(own.module)
+        vars(attention.module)["kvzip_press_attends"] = (own.module, cache.layers.layers[own.layer_idx])
     # All layers share their code and differ in an index, which would otherwise be compiled in as a constant for each.
     limits: dict[str, Any] = {"recompile_limit": 8 * len(layers), "accumulated_recompile_limit": 64 * len(layers)}
-    try:
-        with dynamo.config.patch(allow_unspec_int_on_nn_module=True, **limits), attention_replaced(model, attend):
-            for layer in layers:
-                layer.forward = torch.compile(layer.forward, dynamic=False, **options)
-            yield _PassingCache(layers=cache.layers.layers)
-    finally:
+    with dynamo.config.patch(allow_unspec_int_on_nn_module=True, **limits):
         for layer in layers:
-            layer.__dict__.pop("forward", None)
+            layer.forward = torch.compile(layer.forward, dynamic=False, **options)
+        yield twin

@@ -89,6 +89,22 @@ class PrefillCall:
             raise InvalidArgumentError("expected at least one token in every row, got a row of padding only")
         return valid
 
+    def valid_before(self, start: int) -> torch.Tensor:
+        """Returns a mask, bool ``[batch, start]``, False at padding among the tokens that the cache had seen before.
+
+        Raises:
+            InvalidArgumentError: The attention mask does not cover them.
+        """
+        batch, length = self.shape
+        if self.attention_mask is None or not start:
+            return self.valid().new_ones(batch, start)
+        if self.attention_mask.shape[1] != start + length:
+            raise InvalidArgumentError(
+                f"expected an attention mask over the {start} tokens in the cache and the {length} new ones, got one "
+                f"over {self.attention_mask.shape[1]}"
+            )
+        return self.attention_mask[:, :start].bool()
+
     def positions(self, start: int, valid: torch.Tensor) -> torch.Tensor:
         """Returns the position of each token in its row, int32 ``[batch, query_length]``.
 

@@ -15,7 +15,7 @@ from kvzip_press.cache.compressible import last_pairs
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.sliding_windows import own_window
-from kvzip_press.model.structure import AttentionLayer, attention_layers
+from kvzip_press.model.structure import AttentionLayer, attention_layers, full_attention_layers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,6 +97,42 @@ def evicted_layers(
                     module=module,
                 ),
             )
+
+
+def pack_prefix(
+    model: nn.Module, cache: Any, valid: torch.Tensor, positions: torch.Tensor, *, scored: bool = False
+) -> None:
+    """Packs what dense layers held before the tokens that were read last: all of it, for no head to lose.
+
+    The cache is then as if the tokens that were read last were a later turn, after a context that lost nothing.
+
+    Args:
+        model: The model.
+        cache: Its cache, whose dense layers are replaced.
+        valid: ``[batch, prefix]``, bool, False at padding.
+        positions: ``[batch, span]``, int32, of the tokens that were read last.
+        scored: Whether the pairs get scores (0), for a cache from which pairs are evicted while the model generates.
+    """
+    rank = valid.long().cumsum(dim=-1) - 1
+    before = (positions[:, :1] - valid.sum(dim=-1, keepdim=True) + rank).clamp(min=0).int()
+    prefix = Span(valid, before, protected=valid)
+    n = valid.shape[1]
+    for attention in full_attention_layers(model):
+        layer = cache.layers[attention.layer_idx]
+        keys, values = layer.keys, layer.values
+        keep = valid.to(keys.device)[:, None].expand(-1, keys.shape[1], -1)
+        zeros = torch.zeros_like(keep, dtype=torch.float32) if scored else None
+        packed = PackedPairs.pack(keys[:, :, :n], values[:, :, :n], keep, before.to(keys.device), zeros)
+        ragged = RaggedLayer(
+            packed,
+            n_context=n,
+            n_protected=prefix.n_protected,
+            n_padding=prefix.n_padding,
+            context_ends=prefix.ends,
+            module=attention.module,
+        )
+        ragged.update(keys[:, :, n:], values[:, :, n:])
+        cache.layers[attention.layer_idx] = ragged
 
 
 def _merged(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,44 +13,24 @@ MAX_SLICES = 3  # with this many, the hidden states around an MLP take as much m
 MIN_ROWS = 1024  # fewer would leave a large GPU idle
 
 
-@contextmanager
-def mlps_in_slices(decoder: nn.Module, min_rows: int = MIN_ROWS) -> Iterator[None]:
-    """While open, the ``mlp`` of each decoder layer computes its tokens in up to `MAX_SLICES` slices, one by one.
+def slice_mlps(decoder: nn.Module, min_rows: int = MIN_ROWS) -> None:
+    """Makes the ``mlp`` of each layer of a twin compute its tokens in up to `MAX_SLICES` slices, one by one.
 
     A gated MLP holds three tensors ``[rows, intermediate_size]`` at once. It treats each token separately, so the
     result is the same up to rounding, which depends on the shapes of matrices. An ``mlp`` that returns anything other
     than a tensor of its input's shape (with router logits, say) runs unsliced. For forwards without gradients.
 
     Args:
-        decoder: The module with the ``layers``.
+        decoder: The module with the ``layers``: a twin (:func:`kvzip_press.model.twin.twin_of`), which stays so.
         min_rows: Fewest rows in a slice; the lengths of slices differ by at most one.
     """
     layers: Any = decoder.layers
-    with ExitStack() as stack:
-        for layer in layers:
-            if isinstance(mlp := getattr(layer, "mlp", None), nn.Module):
-                stack.enter_context(_forward_replaced(mlp, min_rows))
-        yield
+    for layer in layers:
+        if isinstance(mlp := getattr(layer, "mlp", None), nn.Module):
+            vars(mlp)["forward"] = functools.partial(_in_slices, mlp.forward, min_rows)
 
 
-@contextmanager
-def _forward_replaced(mlp: nn.Module, min_rows: int) -> Iterator[None]:
-    """While open, the MLP runs in slices.
-
-    The instance's own ``forward`` hides the class's, or one that was set on the instance before (accelerate does that).
-    """
-    original, covered = mlp.forward, vars(mlp).get("forward")
-    vars(mlp)["forward"] = lambda hidden_states: _in_slices(original, hidden_states, min_rows)
-    try:
-        yield
-    finally:
-        if covered is None:
-            del vars(mlp)["forward"]
-        else:
-            vars(mlp)["forward"] = covered
-
-
-def _in_slices(forward: Callable[[torch.Tensor], Any], hidden_states: torch.Tensor, min_rows: int) -> Any:
+def _in_slices(forward: Callable[[torch.Tensor], Any], min_rows: int, hidden_states: torch.Tensor) -> Any:
     rows = hidden_states.shape[:-1].numel()
     n_slices = min(MAX_SLICES, rows // min_rows)
     if n_slices < 2:

@@ -23,8 +23,9 @@ from kvzip_press.cache.compressible import compressible_layers
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
 from kvzip_press.model.structure import attention_layers, max_positions, text_decoder
+from kvzip_press.model.twin import twin_of
 from kvzip_press.prefilling.eviction import sliding_copy
-from kvzip_press.prefilling.mlp_slices import mlps_in_slices
+from kvzip_press.prefilling.mlp_slices import slice_mlps
 
 if TYPE_CHECKING:
     from kvzip_press.prefilling.whole import Prefill
@@ -198,7 +199,8 @@ class Replay:
     """
 
     def __init__(self, prefill: Prefill, row: int, n_sink: int, look: Callable[[int, ReplayedAttention], None]) -> None:
-        self._decoder = text_decoder(prefill.model)
+        self._decoder = twin_of(text_decoder(prefill.model))  # other threads run the model meanwhile
+        slice_mlps(self._decoder)
         self._look = look
         self._n_seen = prefill.start + prefill.valid.shape[1] - _left_padding(prefill, row)
         self._next_position = int(prefill.positions[row][prefill.valid[row]][-1]) + 1
@@ -235,7 +237,7 @@ class Replay:
         for idx, layer in self._dense.items():
             layers[idx] = _repeated(layer, len(chunks))
         cache = compat.Cache(layers=layers)
-        with suppress(_LastLayerSeen), mlps_in_slices(self._decoder):
+        with suppress(_LastLayerSeen):
             self._decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
 
     def _warn_beyond(self, end: int) -> None:

@@ -43,7 +43,7 @@ class SelfCheck:
 
     Args:
         model: The model.
-        valid: ``[batch, span]``, bool, False at padding.
+        valid: ``[batch, n]``, bool, False at padding, of all tokens in the cache after the forward.
     """
 
     def __init__(self, model: nn.Module, valid: torch.Tensor) -> None:
@@ -71,7 +71,7 @@ class SelfCheck:
             return
         refuse_unsupported(module, kwargs)
         excess = None
-        if keys.shape[2] == self._valid.shape[1]:  # else it follows a dense cache that something else filled
+        if keys.shape[2] == self._valid.shape[1]:
             excess = self._excess(module, query[:, :, -1:], keys, values, output[:, -1:], kwargs)
         self._seen[layer_idx].append(_Seen(keys[:, :, -1].clone(), values[:, :, -1].clone(), excess))
 

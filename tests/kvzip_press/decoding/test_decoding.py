@@ -114,8 +114,8 @@ def test_compiled_layers_compute_the_same(architecture) -> None:
     static.token_ids.copy_(token[:, None])
     counter = CompileCounter()
     torch._dynamo.reset()
-    with _compiled_layers(model, static.cache, backend=counter) as passing:
-        got = static.run(passing)
+    with _compiled_layers(model, static.cache, backend=counter) as compiled:
+        got = static.run(compiled)
     torch.testing.assert_close(got, plain(token), **TOLERANCE)
     assert 0 < counter.frame_count <= 6
     assert "forward" not in model.model.layers[0].__dict__

@@ -6,22 +6,24 @@ import pytest
 import torch
 
 from kvzip_press.model.structure import text_decoder
-from kvzip_press.prefilling.mlp_slices import mlps_in_slices
+from kvzip_press.model.twin import twin_of
+from kvzip_press.prefilling.mlp_slices import slice_mlps
 from kvzip_press.testing import ARCHITECTURES, tiny_model
 
 
-def _rows_seen(decoder, run, **options):
-    """The rows of every call of the first layer's last projection, and what ``run`` returns."""
+def _sliced(decoder, **options):
+    twin = twin_of(decoder)
+    slice_mlps(twin, **options)
+    return twin
+
+
+def _rows_seen(decoder, input_ids, **options):
+    """The rows of every call of the first layer's last projection, and what the decoder with slices returns."""
     seen = []
-    with mlps_in_slices(decoder, **options):
-        handle = decoder.layers[0].mlp.down_proj.register_forward_pre_hook(
-            lambda _, args: seen.append(args[0].shape[-2])
-        )
-        try:
-            with torch.no_grad():
-                return seen, run()
-        finally:
-            handle.remove()
+    twin = _sliced(decoder, **options)
+    twin.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2]))
+    with torch.no_grad():
+        return seen, twin(input_ids).last_hidden_state
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -30,7 +32,7 @@ def test_three_slices_compute_what_the_whole_computes(architecture):
     input_ids = torch.randint(3, 128, (3, 33))
     with torch.no_grad():
         whole = decoder(input_ids).last_hidden_state
-        seen, sliced = _rows_seen(decoder, lambda: decoder(input_ids).last_hidden_state, min_rows=20)
+    seen, sliced = _rows_seen(decoder, input_ids, min_rows=20)
     assert seen == [33, 33, 33]
     torch.testing.assert_close(sliced, whole, rtol=1e-5, atol=1e-5)
 
@@ -38,22 +40,23 @@ def test_three_slices_compute_what_the_whole_computes(architecture):
 @pytest.mark.parametrize(("rows", "expected"), [(39, [39]), (40, [20, 20]), (59, [30, 29]), (90, [30, 30, 30])])
 def test_no_slice_is_shorter_than_asked(rows, expected):
     decoder = text_decoder(tiny_model())
-    seen, _ = _rows_seen(decoder, lambda: decoder(torch.ones(1, rows, dtype=torch.long)), min_rows=20)
+    seen, _ = _rows_seen(decoder, torch.ones(1, rows, dtype=torch.long), min_rows=20)
     assert seen == expected
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError])
-def test_afterwards_the_modules_are_as_they_were(error):
+def test_a_forward_that_covers_the_class_s_is_sliced_too():
     decoder = text_decoder(tiny_model())
-    decoder.layers[1].mlp.forward = own = lambda hidden_states: hidden_states  # as accelerate covers a forward
+    lengths = []
+    decoder.layers[1].mlp.forward = lambda x: lengths.append(x.shape[-2]) or x  # as accelerate covers a forward
+    with torch.no_grad():
+        _sliced(decoder, min_rows=8)(torch.ones(1, 24, dtype=torch.long))
+    assert lengths == [8, 8, 8]
+
+
+def test_the_decoder_itself_stays_as_it_was():
+    decoder = text_decoder(tiny_model())
     before = [dict(vars(layer.mlp)) for layer in decoder.layers]
-    try:
-        with mlps_in_slices(decoder):
-            assert decoder.layers[1].mlp.forward is not own
-            if error is not None:
-                raise error
-    except RuntimeError:
-        pass
+    _sliced(decoder)
     assert [dict(vars(layer.mlp)) for layer in decoder.layers] == before
 
 
@@ -62,6 +65,5 @@ def test_what_returns_more_than_a_tensor_runs_as_it_is():
     mlp = decoder.layers[0].mlp
     mlp.forward = lambda hidden_states: (hidden_states, "router logits")
     hidden_states = torch.randn(1, 50, 64)
-    with mlps_in_slices(decoder, min_rows=8):
-        returned, _ = mlp(hidden_states)
+    returned, _ = _sliced(decoder, min_rows=8).layers[0].mlp(hidden_states)
     assert returned is hidden_states

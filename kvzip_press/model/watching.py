@@ -1,0 +1,125 @@
+"""Hooks and settings that belong to one thread of control: what one thread watches or sets, no other meets.
+
+A model is one object that several threads may run at a time. A hook is on the module, so it is called for the forwards
+of all threads; the hooks made here ignore those of other threads. (While a hook is removed in one thread, torch may
+call it in another with fewer arguments: such a call is foreign, and ignored before they are looked at.)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+from weakref import ref
+
+from torch import nn
+
+T = TypeVar("T")
+
+
+def in_this_thread() -> Callable[[], bool]:
+    """Returns a function that tells whether it is called in the thread that is running now."""
+    owner = threading.get_ident()
+    return lambda: threading.get_ident() == owner
+
+
+@contextmanager
+def before_forward(
+    module: nn.Module,
+    look: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
+    *,
+    is_mine: Callable[[], bool] | None = None,
+) -> Iterator[None]:
+    """While open, calls ``look(module, args, kwargs)`` before each forward of ``module``.
+
+    Args:
+        module: The module.
+        look: Called with the forward's arguments; an exception that it raises ends the forward.
+        is_mine: Tells whether the running forward is to be looked at; by default whether it is in the thread that
+            opened this.
+    """
+    is_mine = in_this_thread() if is_mine is None else is_mine
+
+    def hook(module: nn.Module, *arguments: Any) -> None:
+        if is_mine():
+            look(module, *arguments)
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def after_forward(
+    module: nn.Module,
+    look: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None],
+    *,
+    is_mine: Callable[[], bool] | None = None,
+    always: bool = False,
+) -> Iterator[None]:
+    """While open, calls ``look(module, args, kwargs, output)`` after each forward of ``module``.
+
+    Args:
+        module: The module.
+        look: Called with the forward's arguments and its output.
+        is_mine: See :func:`before_forward`.
+        always: Whether to call it also for a forward that raised, with None as the output.
+    """
+    is_mine = in_this_thread() if is_mine is None else is_mine
+
+    def hook(module: nn.Module, *arguments: Any) -> None:
+        if is_mine():
+            look(module, *arguments)
+
+    handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass
+class _Opened(Generic[T]):
+    model: ref[nn.Module]
+    value: T
+    is_open: bool = True
+
+
+class OpenFor(Generic[T]):
+    """What is open for models in this thread of control (`contextvars`): other threads and tasks do not see it.
+
+    A thread that is started inside sees it only if it runs in a copy of the context
+    (``contextvars.copy_context().run``, ``asyncio.to_thread``).
+
+    Args:
+        name: Names it, for debuggers.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._opened: ContextVar[tuple[_Opened[T], ...]] = ContextVar(name, default=())
+
+    @contextmanager
+    def opened(self, model: nn.Module, value: T) -> Iterator[None]:
+        """While open, :meth:`of` returns ``value`` for ``model``; of several values for one model, the newest."""
+        entry = _Opened(ref(model), value)
+        self._opened.set((*self._open(), entry))
+        try:
+            yield
+        finally:
+            entry.is_open = False  # also where this ends in another context than it began in (a generator, say)
+            self._opened.set(self._open())
+
+    def of(self, model: nn.Module) -> T | None:
+        """Returns what is open for a model; None if nothing is."""
+        return next((entry.value for entry in reversed(self._open()) if entry.model() is model), None)
+
+    def __contains__(self, value: T) -> bool:
+        return any(entry.value is value for entry in self._open())
+
+    def _open(self) -> tuple[_Opened[T], ...]:
+        return tuple(entry for entry in self._opened.get() if entry.is_open)
