@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any
 
@@ -34,7 +35,8 @@ def twin_of(module: nn.Module, only: Collection[nn.Module] | None = None) -> Any
         configs = {id(config): config for one in copied if (config := vars(one).get("config")) is not None}
         twins |= {key: copy.copy(config) for key, config in configs.items()}
     for one in copied:
-        vars(twins[id(one)]).update({name: _of_twin(name, value, twins) for name, value in vars(one).items()})
+        attributes = tuple(vars(one).items())  # in one step: other threads may set some
+        vars(twins[id(one)]).update({name: _of_twin(name, value, twins) for name, value in attributes})
     return twins[id(module)]
 
 
@@ -51,9 +53,9 @@ def _of_twin(name: str, value: Any, twins: dict[int, Any]) -> Any:
     if name == "_compiled_call_impl":  # of module.compile(): it calls the original
         return None
     if isinstance(value, dict) and name.startswith("_"):  # submodules, parameters, buffers and hooks
-        own = copy.copy(value)
-        own.update({key: twins[id(item)] for key, item in value.items() if id(item) in twins})
-        return own
+        items = tuple(value.items())  # in one step: other threads may add hooks and remove them
+        kind = OrderedDict if isinstance(value, OrderedDict) else dict
+        return kind((key, twins.get(id(item), item)) for key, item in items)
     return _rebound(value, twins)
 
 

@@ -90,7 +90,9 @@ def _loop(run: Run, works: Sequence[Work], model: Any, tokenizer: Any) -> Answer
                     with original.run_original(press, model, context, tokenizer) as read:
                         for question in work.sample.questions:
                             name = f"{work.task.name}/{work.sample.sample_id}", question.question_id
-                            answers[spec.label, ratio, *name] = _ask(model, tokenizer, read.cache, len(ids), question)
+                            answers[spec.label, ratio, *name] = _ask(
+                                read.model, tokenizer, read.cache, len(ids), question
+                            )
                     shown.advance(bar)
     return answers
 

@@ -152,7 +152,7 @@ def _kvpress(subject: Subject, case: Case) -> dict[str, Any]:
             "resident_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in run.cache.layers),
             "dense_bytes": _dense_bytes(model, run.cache, case.context_length),
             "kept_fraction": run.kept_fraction,
-            "decode_ms_eager": plain_ms(model, run.cache, case.decode_tokens),
+            "decode_ms_eager": plain_ms(run.model, run.cache, case.decode_tokens),
             "notes": {"graph": NO_GRAPH},
         }
 

@@ -8,7 +8,7 @@ distance, and takes the area under the cumulated attention as the score: it is h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from kvzip_press.heads.scores import HeadScores, check_texts
 from kvzip_press.model.chat import encode
 from kvzip_press.model.devices import input_device
 from kvzip_press.model.structure import full_attention_layers, layer_index
+from kvzip_press.model.watching import before_forward
 from kvzip_press.prefilling.whole import run_prefill
 
 
@@ -70,12 +71,10 @@ def _areas(model: nn.Module, length: int) -> Iterator[dict[int, torch.Tensor]]:
         cos, sin = kwargs["position_embeddings"]  # RoPE of positions 0, 1, ..., those of the copies of the mean key
         areas[layer_index(module)] = _area(module, hidden_states, cos[0, :length].float(), sin[0, :length].float())
 
-    handles = [layer.module.register_forward_pre_hook(look, with_kwargs=True) for layer in full_attention_layers(model)]
-    try:
+    with ExitStack() as stack:
+        for layer in full_attention_layers(model):
+            stack.enter_context(before_forward(layer.module, look))
         yield areas
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _area(module: Any, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,6 @@ In some presses of kvpress, rows do depend on their neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +16,8 @@ from kvzip_press import compat
 from kvzip_press.cache.compressible import last_pairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.model.twin import twin_of
 from kvzip_press.presses.kvpress_adapter.keep_masks import kept_pairs
-from kvzip_press.presses.kvpress_adapter.module_state import untouched
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,14 @@ class LayerRow:
         """Returns the rows of one call of an attention module.
 
         Raises:
-            InvalidArgumentError: A dense cache layer does not hold exactly the tokens of this call.
+            InvalidArgumentError: The cache layer is neither dense nor ragged.
         """
         hidden_states = args[0] if args else kwargs["hidden_states"]
         batch, n = hidden_states.shape[:2]
         cache: Any = kwargs["past_key_values"] if "past_key_values" in kwargs else kwargs["past_key_value"]
         layer = cache.layers[module.layer_idx]
-        if not isinstance(layer, RaggedLayer) and not (
-            issubclass(type(layer), compat.DynamicLayer) and layer.keys.shape[2] == n
-        ):
-            raise InvalidArgumentError(f"expected a dense cache layer of just the {n} tokens read, got {layer}")
+        if not isinstance(layer, RaggedLayer | compat.DynamicLayer):
+            raise InvalidArgumentError(f"expected a dense cache layer with the {n} tokens read, got {layer}")
         every = last_pairs(layer, n)
         call = {**kwargs, "hidden_states": hidden_states}
         rows = []
@@ -70,9 +66,9 @@ class LayerRow:
         Raises:
             InvalidArgumentError: The press returned scores of another shape.
         """
-        with self._prepared(rotary_emb):
-            hidden_states, attentions = self.kwargs["hidden_states"], self.output[1]
-            scores = press.score(self.module, hidden_states, self.keys, self.values, attentions, self.kwargs)
+        hidden_states, attentions = self.kwargs["hidden_states"], self.output[1]
+        module = self._prepared(rotary_emb)
+        scores = press.score(module, hidden_states, self.keys, self.values, attentions, self.kwargs)
         if scores.shape != self.keys.shape[:3]:
             raise InvalidArgumentError(f"expected scores {tuple(self.keys.shape[:3])}, got {tuple(scores.shape)}")
         bound = torch.finfo(torch.float32).max  # some presses protect or doom by infinity, or by float64's largest
@@ -83,19 +79,18 @@ class LayerRow:
         """Returns which pairs the press keeps, ``[num_key_value_heads, n]``, bool; it acts on a copy of the pairs."""
         scratch = SimpleNamespace(keys=self.keys.clone(), values=self.values.clone())
         cache = SimpleNamespace(layers={self.module.layer_idx: scratch})
-        with self._prepared(rotary_emb):
-            press.forward_hook(self.module, [], {**self.kwargs, "past_key_values": cache}, self.output)
-            masked = self.module.masked_key_indices
+        module = self._prepared(rotary_emb)
+        press.forward_hook(module, [], {**self.kwargs, "past_key_values": cache}, self.output)
+        masked: Any = module.masked_key_indices
         return kept_pairs((self.keys, self.values), (scratch.keys, scratch.values), masked, type(press).__name__)
 
-    @contextmanager
-    def _prepared(self, rotary_emb: nn.Module | None) -> Iterator[None]:
-        """While open, the module is as kvpress expects it; afterwards it is as it was."""
-        with untouched([self.module]):
-            if rotary_emb is not None:
-                self.module.rotary_emb = rotary_emb
-            vars(self.module)["masked_key_indices"] = None
-            yield
+    def _prepared(self, rotary_emb: nn.Module | None) -> nn.Module:
+        """Returns a twin of the module that is as kvpress expects it."""
+        module: nn.Module = twin_of(self.module)
+        if rotary_emb is not None:
+            module.rotary_emb = rotary_emb
+        vars(module)["masked_key_indices"] = None
+        return module
 
 
 def _row_of(value: Any, row: int, batch: int) -> Any:

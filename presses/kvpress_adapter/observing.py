@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import nn
 
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import attention_layers, full_attention_layers, text_decoder
+from kvzip_press.model.watching import after_forward, before_forward
+from kvzip_press.presses.kvpress_adapter.copies import presses_in
 from kvzip_press.presses.kvpress_adapter.layer_rows import LayerRow
-from kvzip_press.presses.kvpress_adapter.module_state import presses_in
 from kvzip_press.presses.kvpress_adapter.refused import as_ours, later_turn
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class KvpressObserver:
 
     def __init__(self, press: WrappedPress, model: nn.Module) -> None:
         self._press, self._model = press, model
-        self._handles: list[Any] = []
+        self._watching = ExitStack()
         self._rows: dict[int, list[torch.Tensor]] = {}
         self._runs: list[Any] = []  # a copy of the press for each row, which may keep state from layer to layer
         self._ratio_reads: list[str] = []
@@ -45,14 +47,14 @@ class KvpressObserver:
             self._runs = [self._new_run()]
         self._rotary_emb = getattr(text_decoder(self._model), "rotary_emb", None)
         first = attention_layers(self._model)[0].module
-        self._handles = [first.register_forward_pre_hook(self._check, with_kwargs=True)]
-        self._handles += [layer.module.register_forward_hook(self._look, with_kwargs=True) for layer in watched]
+        self._watching.enter_context(before_forward(first, self._check))
+        for layer in watched:
+            self._watching.enter_context(after_forward(layer.module, self._look))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._runs = [], []
+        self._watching.close()
+        self._runs = []
 
     @property
     def any_ratio(self) -> bool:

@@ -21,8 +21,9 @@ from kvzip_press import compat
 from kvzip_press.attention.implementation import detach
 from kvzip_press.model.devices import synchronize
 from kvzip_press.model.structure import attention_layers, text_decoder
+from kvzip_press.model.twin import twin_of
+from kvzip_press.presses.kvpress_adapter.copies import fresh_copy
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
-from kvzip_press.presses.kvpress_adapter.module_state import fresh_copy, untouched_model
 from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress
 from kvzip_press.registry import get_press, press_names
 
@@ -34,12 +35,14 @@ class OriginalRun:
     """A context that kvpress read and compressed.
 
     Attributes:
+        model: A twin of the model, on whose modules kvpress left what decode steps need.
         cache: The DynamicCache that it left.
         kept_fraction: Pairs that decode steps see, divided by the pairs that were read.
         prefill_seconds: Seconds of the forward, including what the press does in it.
         compress_seconds: Seconds of what the press does when its context manager ends.
     """
 
+    model: Any
     cache: Any
     kept_fraction: float
     prefill_seconds: float
@@ -67,7 +70,8 @@ def original_press(name: str, compression_ratio: float) -> Any | None:
 def run_original(press: Any, model: Any, input_ids: torch.Tensor, tokenizer: Any = None) -> Iterator[OriginalRun]:
     """Reads ``input_ids`` ``[1, n]`` under kvpress's context manager; while open, decode steps see what it left.
 
-    Meanwhile the model attends as kvpress needs it to (no ragged caches); afterwards everything is as it was.
+    All of it happens on a twin of the model, which attends as kvpress needs it to (no ragged caches). Attention
+    functions of transformers have kvpress's wrappers meanwhile, in the whole process.
 
     Args:
         press: From :func:`original_press`.
@@ -76,9 +80,10 @@ def run_original(press: Any, model: Any, input_ids: torch.Tensor, tokenizer: Any
         tokenizer: For kvpress's KVzip, which loads one from the model's path. If None, it gets a blank one, which makes
             every text one token, so that the replay runs almost without a prompt.
     """
+    model = twin_of(model)
     decoder: Any = text_decoder(model)
     device = input_ids.device
-    with untouched_model(model), _wrapped_attention(), _path_with(model, tokenizer):
+    with _wrapped_attention(), _path_with(model, tokenizer):
         detach(model)
         cache = compat.DynamicCache(config=decoder.config)
         synchronize(device)
@@ -90,7 +95,7 @@ def run_original(press: Any, model: Any, input_ids: torch.Tensor, tokenizer: Any
                 read = time.perf_counter()
             synchronize(device)
         end = time.perf_counter()
-        yield OriginalRun(cache, _kept_fraction(model, cache, input_ids.shape[1]), read - begin, end - read)
+        yield OriginalRun(model, cache, _kept_fraction(model, cache, input_ids.shape[1]), read - begin, end - read)
 
 
 def _kept_fraction(model: Any, cache: Any, n: int) -> float:
@@ -128,7 +133,7 @@ def _path_with(model: Any, tokenizer: Any) -> Iterator[None]:
     """While open, the model's path is a folder with the tokenizer, or with a blank one."""
     before = model.config.name_or_path
     with tempfile.TemporaryDirectory() as folder:
-        (tokenizer or _blank_tokenizer()).save_pretrained(folder)
+        (tokenizer or blank_tokenizer()).save_pretrained(folder)
         model.config.name_or_path = folder
         try:
             yield
@@ -136,7 +141,8 @@ def _path_with(model: Any, tokenizer: Any) -> Iterator[None]:
             model.config.name_or_path = before
 
 
-def _blank_tokenizer() -> Any:
+def blank_tokenizer() -> Any:
+    """Returns a tokenizer that makes every text one token."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast

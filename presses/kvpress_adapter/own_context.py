@@ -14,9 +14,10 @@ from kvzip_press import compat
 from kvzip_press.attention.implementation import attach
 from kvzip_press.errors import UnsupportedModelError
 from kvzip_press.model.structure import attention_layers, full_attention_layers, text_decoder
+from kvzip_press.model.twin import twin_of
+from kvzip_press.model.watching import after_forward
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
 from kvzip_press.presses.kvpress_adapter.keep_masks import Pairs, kept_pairs
-from kvzip_press.presses.kvpress_adapter.module_state import untouched_model
 from kvzip_press.presses.kvpress_adapter.refused import REFUSALS, as_ours
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def run_native(
 
     Args:
         press: The press.
-        model: The model, which is left as it was.
+        model: The model, which is left as it is: all happens on a twin.
         input_ids: ``[1, n]``.
         tokenizer: The tokenizer for a press that loads one from the model's path; if None, the press loads its own.
 
@@ -47,12 +48,13 @@ def run_native(
             f"{press!r} counts every layer as a full one: expected a model without sliding layers"
         )
     attach(model)
-    decoder: Any = text_decoder(model)
+    twin = twin_of(model)  # kvpress leaves masks and hooks on modules
+    decoder: Any = text_decoder(twin)
     cache = compat.DynamicCache(config=decoder.config)
     dense: dict[int, Pairs] = {}
-    with untouched_model(model), _path_of(model, press.press, tokenizer), _dense_pairs(model, cache, dense):
+    with _path_of(twin, press.press, tokenizer), _dense_pairs(twin, cache, dense):
         try:
-            with press.prepared(model)(model):
+            with press.prepared(model)(twin):
                 decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
         except REFUSALS as error:
             raise as_ours(repr(press), error) from error
@@ -60,7 +62,7 @@ def run_native(
             _forget_replay(cache, input_ids.shape[1])
         return {
             layer.layer_idx: [_kept(layer.module, dense[layer.layer_idx], cache.layers[layer.layer_idx], press)]
-            for layer in full_attention_layers(model)
+            for layer in full_attention_layers(twin)
         }
 
 
@@ -86,7 +88,7 @@ def _dense_pairs(model: nn.Module, cache: Any, dense: dict[int, Pairs]) -> Itera
     with ExitStack() as stack:
         for layer in full_attention_layers(model):
             layer.module.__dict__["masked_key_indices"] = None  # the masks of another run are not this one's
-            stack.callback(layer.module.register_forward_hook(note).remove)
+            stack.enter_context(after_forward(layer.module, note))
         yield
 
 

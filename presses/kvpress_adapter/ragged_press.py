@@ -13,9 +13,9 @@ from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling.whole import Prefill, run_prefill
 from kvzip_press.press import Press
+from kvzip_press.presses.kvpress_adapter.copies import fresh_copy
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
 from kvzip_press.presses.kvpress_adapter.kvpress_scores import keep_scores, ratio_scores
-from kvzip_press.presses.kvpress_adapter.module_state import fresh_copy
 from kvzip_press.presses.kvpress_adapter.observing import KvpressObserver
 from kvzip_press.presses.kvpress_adapter.own_context import run_native
 from kvzip_press.presses.kvpress_adapter.refused import REFUSALS, as_ours, check_supported, later_turn, scores_any_span

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
-from kvzip_press.presses.kvpress_adapter.module_state import presses_in
+from kvzip_press.presses.kvpress_adapter.copies import presses_in
 
 _WHILE_DECODING = "it evicts while tokens are generated, and the adapter compresses when a prefill ends"
 

@@ -13,6 +13,7 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.heads.scores import HeadScores, check_texts
 from kvzip_press.model.chat import encode
 from kvzip_press.model.structure import full_attention_layers
+from kvzip_press.model.watching import after_forward
 from kvzip_press.prefilling.whole import prefill
 from kvzip_press.press import Press
 from kvzip_press.registry import get_press
@@ -84,8 +85,5 @@ def _counting(model: nn.Module, say: Callable[[int], object]) -> Iterator[None]:
         done += 1
         say(done)
 
-    hook = full_attention_layers(model)[0].module.register_forward_hook(count)  # a replay ends before the decoder does
-    try:
+    with after_forward(full_attention_layers(model)[0].module, count):  # a replay ends before the decoder does
         yield
-    finally:
-        hook.remove()
