@@ -61,6 +61,7 @@ def compressing(press: SessionPress, model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         session = _Session(press, model)
         stack.enter_context(attached(model))
+        stack.callback(session.close)
         stack.enter_context(session.evictions.opened())
         stack.enter_context(_SESSIONS.opened(decoder, session))
         if decoder is not model:
@@ -75,13 +76,18 @@ _SESSIONS: OpenFor[_Session] = OpenFor("kvzip_press_session")
 
 
 class _Forward(threading.local):
-    """The forward that a thread is running."""
+    """The forward that a thread is running.
 
-    def __init__(self) -> None:
+    Args:
+        watching: Gets what watches it, for whoever has to end that.
+    """
+
+    def __init__(self, watching: list[ExitStack]) -> None:
         self.busy = False  # scoring runs forwards of its own
         self.start = 0
         self.outer: PrefillCall | None = None  # the model's own call, while it runs
         self.watching = ExitStack()
+        watching.append(self.watching)
         self.check: SelfCheck | None = None
         self.observers: dict[Scorer, Any] = {}
         self.eviction: DecodeEviction | None = None  # what sees tokens that count as generated
@@ -97,12 +103,18 @@ class _Session:
 
     def __init__(self, press: SessionPress, model: nn.Module) -> None:
         self.press, self.model = press, model
-        self.forward = _Forward()
+        self._watching: list[ExitStack] = []
+        self.forward = _Forward(self._watching)
         self.evictions = DecodeEvictions(press.decode_eviction, model)
 
     def is_open_here(self) -> bool:
         """Whether the thread that calls this is inside the context."""
         return self in _SESSIONS
+
+    def close(self) -> None:
+        """Stops watching, also forwards that other threads are running."""
+        for watching in self._watching:
+            watching.close()
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Records what the whole model is called with."""
@@ -138,7 +150,12 @@ class _Session:
             )
         valid = call.valid()
         call.positions(forward.start, valid)
-        visible = valid if _is_compressed(call.cache) else torch.cat([call.valid_before(forward.start), valid], dim=1)
+        visible = valid
+        if not _is_compressed(call.cache):
+            prefix = call.valid_before(forward.start)
+            visible = torch.cat([prefix, valid], dim=1)
+            if self.evictions:
+                self.evictions.of(call.cache).schedule.window(int(prefix.sum(dim=-1).max()))  # raises without room
         forward.check = SelfCheck(self.model, visible)
         forward.watching.enter_context(attention_watched(forward.check))
         observer = self.press.observer(self.model)
