@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
-from kvzip_press.errors import CacheMismatchError, UnsupportedModelError
+from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError, UnsupportedModelError
 from kvzip_press.model.structure import attention_layers, text_decoder
 from kvzip_press.model.twin import twin_of
 
@@ -97,7 +97,10 @@ _METADATA = {
     torch.Tensor.size,
     torch.Tensor.dim,
     torch.Tensor.__repr__,
-    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout")),
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad")
+    ),
 }
 
 
@@ -191,6 +194,7 @@ def attention_forward(
 
     Raises:
         UnsupportedModelError: An argument for a layer of this package is one that ragged attention does not implement.
+        UnsupportedCacheError: A forward over a layer of this package records gradients.
     """
     kwargs["dropout"] = dropout
     if not isinstance(key, CacheView):
@@ -199,6 +203,12 @@ def attention_forward(
             watch(module, query, key, value, result[0], kwargs)
         return result
     refuse_unsupported(module, kwargs)
+    if query.requires_grad or key.requires_grad or value.requires_grad:
+        raise UnsupportedCacheError(
+            "expected a forward without gradients over a compressed cache, got one that records them: what a cache "
+            "holds has no history, so gradients would be wrong. Call the model inside torch.no_grad(), or freeze it "
+            "with model.requires_grad_(False)"
+        )
     softcap = softcap_of(module, kwargs)
     output = key.layer.attend(module, query, attention_mask, scaling=kwargs.get("scaling"), softcap=softcap)
     return output.transpose(1, 2).contiguous(), None

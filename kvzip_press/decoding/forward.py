@@ -10,6 +10,7 @@ from kvzip_press.cache.padded_block import block_cache
 from kvzip_press.cache.padding import visible_columns
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheMismatchError
+from kvzip_press.model.rope import check_frequencies, depends_on_length
 
 
 def next_positions(cache: Any, batch_size: int, device: torch.device) -> torch.Tensor:
@@ -18,6 +19,19 @@ def next_positions(cache: Any, batch_size: int, device: torch.device) -> torch.T
     if ragged is None:
         return torch.full((batch_size,), int(cache.get_seq_length()), device=device)
     return ragged.next_positions.to(device)
+
+
+def check_reading(model: Any, cache: Any, held: torch.Tensor, ends: torch.Tensor) -> None:
+    """Raises InvalidArgumentError if reading on would change the frequencies that a compressed cache was made with.
+
+    Args:
+        model: The model.
+        cache: Its cache.
+        held: ``[batch]``, the position of each row's next token.
+        ends: ``[batch]``, the position after the last one that may be read.
+    """
+    if depends_on_length(model) and _first_ragged(cache) is not None:
+        check_frequencies(model, held.tolist(), ends.tolist())
 
 
 @torch.no_grad()

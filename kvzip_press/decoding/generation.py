@@ -11,7 +11,7 @@ import torch
 
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.padding import padding_in
-from kvzip_press.decoding.forward import next_positions, read
+from kvzip_press.decoding.forward import check_reading, next_positions, read
 from kvzip_press.decoding.sampling import Sampling, most_likely
 from kvzip_press.decoding.step import DecodeStep
 from kvzip_press.errors import InvalidArgumentError
@@ -134,10 +134,12 @@ def _tokens(
 def _check_positions(
     model: Any, cache: Any, input_ids: torch.Tensor, padding: torch.Tensor | None, max_new_tokens: int
 ) -> None:
-    ends = next_positions(cache, input_ids.shape[0], input_ids.device) + input_ids.shape[1]
-    needed = int((ends if padding is None else ends - padding).max()) + max_new_tokens
+    held = next_positions(cache, input_ids.shape[0], input_ids.device)
+    ends = held + input_ids.shape[1] + max_new_tokens - (0 if padding is None else padding)
+    needed = int(ends.max())
     limit = max_positions(model)
     if limit is not None and needed > limit:
         raise InvalidArgumentError(
             f"expected context, question and answer within the model's {limit} positions, got up to {needed}"
         )
+    check_reading(model, cache, held, ends)

@@ -18,7 +18,7 @@ import torch
 from kvzip_press import compat
 from kvzip_press.attention.implementation import attach, attention_forward, masks_left_out
 from kvzip_press.decoding.eviction import DecodeEviction, decode_eviction_in
-from kvzip_press.decoding.forward import forward, next_positions, read
+from kvzip_press.decoding.forward import check_reading, forward, next_positions, read
 from kvzip_press.decoding.static_layers import StaticCache, reason_against
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.devices import input_device
@@ -74,6 +74,7 @@ class DecodeStep:
         self._n_left = max_new_tokens
         self._device = input_device(model)
         self._positions = position_ids
+        self._check_reading(max_new_tokens)
         self._static: _StaticStep | None = None
         self._eviction = decode_eviction_in(model, cache)
         if compile and self._eviction is not None:
@@ -87,6 +88,14 @@ class DecodeStep:
             raise InvalidArgumentError(f"compile=True: expected a step in a CUDA graph, but {self.reason}")
         if graph is None and self.reason is not None and self._device.type == "cuda":
             logger.warning("decoding without a CUDA graph: %s", self.reason)
+
+    def _check_reading(self, max_new_tokens: int) -> None:
+        if self._positions is not None:
+            check_reading(self.model, self.cache, self._positions, self._positions + max_new_tokens)
+            return
+        batch_size = getattr(self.cache, "batch_size", 1)
+        held = next_positions(self.cache, batch_size, self._device)
+        check_reading(self.model, self.cache, held, held + max_new_tokens)
 
     def _capture(self, max_new_tokens: int, compiled: bool) -> None:
         if self._eviction is not None:

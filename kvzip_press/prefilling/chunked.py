@@ -77,7 +77,7 @@ def compress_in_chunks(
     if ids.shape[1] <= chunk_size:
         return compress(model, tokenizer, rows[0], press)
     cache = compat.DynamicCache(config=text_config(model))
-    reading = _Reading(model, press, window_size, rerank=rerank, cache=cache)
+    reading = _Reading(model, press, window_size, rerank=rerank, cache=cache, length=ids.shape[1])
     for chunk in ids.split(chunk_size, dim=1):
         is_last = reading.n_seen + chunk.shape[1] == ids.shape[1]
         reading.read(chunk, is_last=is_last, prefix_length=len(frame.prefix), tokenizer=tokenizer)
@@ -90,6 +90,7 @@ class _Reading:
 
     Attributes:
         cache: What is left of it.
+        length: Number of tokens of the whole.
         n_seen: Number of its tokens.
         scores: ``layer_idx -> [1, heads, n_seen]``, fp32, the score that each pair got when its chunk was read.
         alive: ``layer_idx -> [1, heads, n_seen]``, bool, the pairs that each head still has.
@@ -102,6 +103,7 @@ class _Reading:
     window_size: int
     rerank: bool
     cache: Any
+    length: int
     n_seen: int = 0
     scores: dict[int, torch.Tensor] = field(default_factory=dict)
     alive: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -111,7 +113,7 @@ class _Reading:
     def read(self, chunk: torch.Tensor, *, is_last: bool, **template: Any) -> None:
         """Reads ``chunk`` ``[1, n]``, scores it and evicts; ``template`` holds a Prefill's chat-template fields."""
         valid = torch.ones_like(chunk, dtype=torch.bool)
-        done = run_prefill(self.model, chunk, valid, observers=[self.press], cache=self.cache)
+        done = run_prefill(self.model, chunk, valid, observers=[self.press], cache=self.cache, length=self.length)
         new = self.press.score(replace(done, **template))
         if new.is_decided:
             raise InvalidArgumentError(

@@ -22,6 +22,7 @@ from kvzip_press.attention.stand_in_layer import StandInLayer
 from kvzip_press.cache.compressible import compressible_layers
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
+from kvzip_press.model.rope import pin
 from kvzip_press.model.structure import attention_layers, max_positions, text_decoder
 from kvzip_press.model.twin import twin_of
 from kvzip_press.prefilling.eviction import sliding_copy
@@ -199,8 +200,10 @@ class Replay:
     """
 
     def __init__(self, prefill: Prefill, row: int, n_sink: int, look: Callable[[int, ReplayedAttention], None]) -> None:
-        self._decoder = twin_of(text_decoder(prefill.model))  # other threads run the model meanwhile
+        decoder = text_decoder(prefill.model)
+        self._decoder = twin_of(decoder)  # other threads run the model meanwhile
         slice_mlps(self._decoder)
+        pin(self._decoder, decoder, prefill.turned_for)  # a replay reads further than the context, and must not turn
         self._look = look
         self._n_seen = prefill.start + prefill.valid.shape[1] - _left_padding(prefill, row)
         self._next_position = int(prefill.positions[row][prefill.valid[row]][-1]) + 1

@@ -25,6 +25,7 @@ from kvzip_press.cache.sliding_windows import windows_only
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import Context, chat_frame, context_rows
 from kvzip_press.model.devices import input_device, synchronize
+from kvzip_press.model.rope import check_context, pinned
 from kvzip_press.model.structure import check_length, text_config, text_decoder
 from kvzip_press.prefilling.eviction import Span, evicted_layers
 from kvzip_press.prefilling.self_check import SelfCheck
@@ -70,6 +71,7 @@ class Prefill:
         tokenizer: The tokenizer; None if none was given.
         seconds: Wall time of the forward, in seconds.
         observers: The observers that watched the forward, by press.
+        length: Number of tokens of the whole context of which this is a part; None if this is its end.
     """
 
     model: Any
@@ -82,6 +84,12 @@ class Prefill:
     tokenizer: Any = None
     seconds: float = 0.0
     observers: dict[Scorer, Observer] = field(default_factory=dict)
+    length: int | None = None
+
+    @property
+    def turned_for(self) -> int:
+        """The number of tokens that RoPE turned keys for, if its frequencies depend on how far a context reaches."""
+        return int(self.positions.max()) + 1 if self.length is None else self.length
 
     @property
     def dense_bytes(self) -> int:
@@ -279,16 +287,30 @@ def run_prefill(
     *,
     observers: Sequence[Scorer] = (),
     cache: Any = None,
+    length: int | None = None,
 ) -> Prefill:
     """Runs one forward of the decoder (no logits) over ``input_ids`` ``[batch, n]``, padding where ``valid`` is False.
 
-    ``cache`` is the cache to read them into, which must have no padding; None for a new one.
+    Args:
+        model: A causal language model.
+        input_ids: The tokens, int64.
+        valid: ``[batch, n]``, bool.
+        observers: Presses whose scorers watch the forward.
+        cache: The cache to read them into, which must have no padding; None for a new one.
+        length: Number of tokens of the whole context, if this is a part of it that more is to follow.
+
+    Raises:
+        InvalidArgumentError: The tokens are more than the model's positions, or RoPE has other frequencies for some
+            rows than for others, or for each further token.
     """
     decoder, config = text_decoder(model), text_config(model)
     cache = compat.DynamicCache(config=config) if cache is None else cache
     start = int(cache.get_seq_length())
     check_length(model, start + input_ids.shape[1])
+    lengths: list[int] = (start + valid.sum(dim=-1)).tolist()
+    check_context(model, lengths if length is None else [length])
     attach(model)
+    decoder = pinned(decoder, max(lengths) if length is None else length)
     padded = not bool(valid.all())
     positions = start + (valid.long().cumsum(dim=-1) - 1).clamp(min=0)
     check = SelfCheck(model, valid)
@@ -309,4 +331,6 @@ def run_prefill(
     check.finish(cache)
     synchronize(input_ids.device)
     seconds = time.perf_counter() - begin
-    return Prefill(model, cache, input_ids, valid, positions.int(), start, seconds=seconds, observers=watching)
+    return Prefill(
+        model, cache, input_ids, valid, positions.int(), start, seconds=seconds, observers=watching, length=length
+    )

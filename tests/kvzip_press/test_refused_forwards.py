@@ -1,0 +1,80 @@
+"""Forwards that would give a silent wrong answer behind a press or a compressed cache: refused, always the same way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvzip_press import compress
+from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.errors import UnsupportedCacheError
+from kvzip_press.presses.kvzip import KVzipPress
+from kvzip_press.presses.random import RandomPress
+from kvzip_press.testing import ByteTokenizer, tiny_model
+
+TOKENIZER = ByteTokenizer()
+
+
+def repeating_ids() -> torch.Tensor:
+    """A prompt in which look-up finds candidates."""
+    return torch.tensor([[5, 6, 7, 8, 9, 10] * 8])
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+@pytest.mark.parametrize("way", ["look-up", "assistant"])
+def test_assisted_decoding_inside_a_press_is_refused_before_anything_is_read(way: str, ratio: float) -> None:
+    model, ids = tiny_model(), repeating_ids()
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": 3} if way == "look-up" else {"assistant_model": tiny_model()}
+    cache = DynamicCache(config=model.config)
+    with KVzipPress(ratio)(model), pytest.raises(UnsupportedCacheError, match="assisted decoding or prompt look-up"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False, **options)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("accepted", ["all", "some"])
+def test_assisted_decoding_after_a_press_gives_what_plain_decoding_gives(accepted: str) -> None:
+    """All candidates of an assistant that is the model itself are accepted; of one with other weights, some."""
+    model, ids = tiny_model(), repeating_ids()
+    assistant = tiny_model(seed=0 if accepted == "all" else 1)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for cache in caches:
+        with torch.no_grad(), RandomPress(0.5)(model):
+            model(ids[:, :-1], past_key_values=cache, use_cache=True)
+    plain, assisted = (
+        model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False, **options).tolist()
+        for cache, options in zip(caches, [{}, {"assistant_model": assistant}], strict=True)
+    )
+    assert assisted == plain
+    assert all(isinstance(layer, RaggedLayer) for layer in caches[1].layers)
+
+
+def test_gradients_behind_a_compressed_cache_are_refused() -> None:
+    """Keys and values in a cache have no history, so what came back would be a part of the gradient."""
+    model = tiny_model()
+    cache = compress(model, TOKENIZER, list(range(5, 65)), RandomPress(0.5))
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(UnsupportedCacheError, match=r"torch.no_grad\(\)"):
+        model(ids, past_key_values=cache.fork(), use_cache=True)
+    with pytest.raises(UnsupportedCacheError, match=r"torch.no_grad\(\)"):
+        model(inputs_embeds=torch.randn(1, 3, 64, requires_grad=True), past_key_values=cache.fork(), use_cache=True)
+    with torch.no_grad():
+        expected = model(ids, past_key_values=cache.fork(), use_cache=True).logits
+    model.requires_grad_(False)
+    model.model.layers[2].self_attn.v_proj.weight.requires_grad_(True)  # the last layer's: no query depends on it
+    with pytest.raises(UnsupportedCacheError, match=r"torch.no_grad\(\)"):
+        model(ids, past_key_values=cache.fork(), use_cache=True)
+    model.requires_grad_(False)
+    assert torch.equal(model(ids, past_key_values=cache.fork(), use_cache=True).logits, expected)  # nothing to train
+
+
+def test_a_prefill_with_gradients_gives_them_as_without_a_press() -> None:
+    model, ids = tiny_model(), repeating_ids()
+    with RandomPress(0.5)(model):
+        model(ids, use_cache=True).logits[:, -1].sum().backward()
+    got = model.model.layers[0].self_attn.k_proj.weight.grad.clone()
+    model.zero_grad()
+    model(ids, use_cache=True).logits[:, -1].sum().backward()
+    torch.testing.assert_close(got, model.model.layers[0].self_attn.k_proj.weight.grad)
