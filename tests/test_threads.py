@@ -274,3 +274,18 @@ def test_prefills_with_other_observers_run_at_once() -> None:
     contexts = [ids_of(80, seed) for seed in range(N_THREADS)]
     seen = [evicted(ids) for ids in contexts]
     assert side_by_side(*(lambda ids=ids: evicted(ids) for ids in contexts)) == seen
+
+
+def test_contexts_on_both_sides_of_a_switch_of_rope_are_read_at_once() -> None:
+    """transformers keeps the frequencies of the last forward on the model; ours have them for themselves."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope["original_max_position_embeddings"] = 64
+    model = tiny_model("phi3", max_position_embeddings=512, original_max_position_embeddings=64, rope_parameters=rope)
+
+    def work(length: int) -> Any:
+        cache = compress(model, TOKENIZER, ids_of(length, length), KVzipPress(0.5))
+        return held(cache), answer(model, TOKENIZER, cache, "?", max_new_tokens=5)
+
+    alone = [work(length) for length in (40, 100)]
+    together = side_by_side(*(lambda n=n: [work(n) for _ in range(3)] for n in (40, 100)))
+    assert together == [[expected] * 3 for expected in alone]

@@ -10,7 +10,7 @@ from kvzip_press.cache.padded_block import block_cache
 from kvzip_press.cache.padding import visible_columns
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheMismatchError
-from kvzip_press.model.rope import check_frequencies, depends_on_length
+from kvzip_press.model.rope import check_frequencies, depends_on_length, with_own_rotation
 
 
 def next_positions(cache: Any, batch_size: int, device: torch.device) -> torch.Tensor:
@@ -96,7 +96,7 @@ def forward(
     Returns:
         Logits ``[batch, vocabulary]`` of the last tokens.
     """
-    output = model(
+    output = with_own_rotation(model)(
         input_ids=token_ids,
         attention_mask=mask,
         position_ids=position_ids,

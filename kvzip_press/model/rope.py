@@ -98,6 +98,14 @@ def pinned(decoder: nn.Module, length: int) -> Any:
     return twin
 
 
+def with_own_rotation(model: nn.Module) -> Any:
+    """Returns a twin of a model that shares all but its rotary embedding, whose state other threads' forwards change.
+
+    The model itself, if its frequencies do not depend on the length.
+    """
+    return twin_of(model, only=list(_rotary_modules(text_decoder(model)))) if depends_on_length(model) else model
+
+
 def pin(twin: nn.Module, decoder: nn.Module, length: int) -> None:
     """Makes a twin of a decoder turn all that it will read as a forward up to ``length`` tokens does.
 

@@ -96,6 +96,15 @@ def test_a_replay_that_reads_further_than_the_context_changes_nothing(model_of: 
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
+def test_reading_and_answering_leave_the_model_s_frequencies_to_others() -> None:
+    """Another thread may be reading on the other side of the switch."""
+    model = longrope()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    cache = compress_in_chunks(model, TOKENIZER, ids_of(100), KVzipPress(0.5), chunk_size=40)
+    answer(model, TOKENIZER, cache, "?", max_new_tokens=3)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+
+
 def test_a_replay_turns_as_the_context_was_turned() -> None:
     """A replay across the switch has the scores of a model without one."""
     static = longrope()
