@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+_PLAIN = frozenset({type(None), bool, int, float, str})
+
 
 def twin_of(module: nn.Module, only: Collection[nn.Module] | None = None) -> Any:
     """Returns a copy of a module in which every submodule is a copy, too; parameters and buffers are the same tensors.
@@ -50,12 +52,16 @@ def _on_the_way(module: nn.Module, only: set[nn.Module]) -> set[nn.Module]:
 
 def _of_twin(name: str, value: Any, twins: dict[int, Any]) -> Any:
     """Returns what an attribute of a module is on its twin."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is set:
+        return set(value)
+    if (kind is dict or kind is OrderedDict) and name.startswith("_"):  # submodules, parameters, buffers and hooks
+        items = tuple(value.items())  # in one step: other threads may add hooks and remove them
+        return kind((key, twins.get(id(item), item)) for key, item in items) if items else kind()
     if name == "_compiled_call_impl":  # of module.compile(): it calls the original
         return None
-    if isinstance(value, dict) and name.startswith("_"):  # submodules, parameters, buffers and hooks
-        items = tuple(value.items())  # in one step: other threads may add hooks and remove them
-        kind = OrderedDict if isinstance(value, OrderedDict) else dict
-        return kind((key, twins.get(id(item), item)) for key, item in items)
     return _rebound(value, twins)
 
 
