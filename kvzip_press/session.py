@@ -19,6 +19,7 @@ from kvzip_press.cache.compressible import check_cache
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding.eviction import DecodeEviction, DecodeEvictions
 from kvzip_press.errors import KVzipPressError, UnsupportedCacheError
+from kvzip_press.model.in_use import computing
 from kvzip_press.model.structure import full_attention_layers, text_decoder
 from kvzip_press.model.watching import OpenFor, after_forward, before_forward
 from kvzip_press.prefilling.call import PrefillCall
@@ -156,6 +157,7 @@ class _Session:
             visible = torch.cat([prefix, valid], dim=1)
             if self.evictions:
                 self.evictions.of(call.cache).schedule.window(int(prefix.sum(dim=-1).max()))  # raises without room
+        forward.watching.enter_context(computing())
         forward.check = SelfCheck(self.model, visible)
         forward.watching.enter_context(attention_watched(forward.check))
         observer = self.press.observer(self.model)

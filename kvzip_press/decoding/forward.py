@@ -10,6 +10,7 @@ from kvzip_press.cache.padded_block import block_cache
 from kvzip_press.cache.padding import visible_columns
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheMismatchError
+from kvzip_press.model.in_use import computing
 from kvzip_press.model.rope import check_frequencies, depends_on_length, with_own_rotation
 
 
@@ -34,6 +35,7 @@ def check_reading(model: Any, cache: Any, held: torch.Tensor, ends: torch.Tensor
         check_frequencies(model, held.tolist(), ends.tolist())
 
 
+@computing()
 @torch.no_grad()
 def read(
     model: Any,

@@ -16,6 +16,7 @@ from kvzip_press.decoding.sampling import Sampling, most_likely
 from kvzip_press.decoding.step import DecodeStep
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.devices import input_device
+from kvzip_press.model.in_use import computing
 from kvzip_press.model.structure import max_positions
 
 MIN_GRAPH_TOKENS = 16
@@ -28,6 +29,7 @@ def eos_ids(model: Any, tokenizer: Any) -> set[int]:
     return ids | ({tokenizer.eos_token_id} - {None})
 
 
+@computing()
 @torch.no_grad()
 def generate(
     model: Any,

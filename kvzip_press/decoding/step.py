@@ -8,7 +8,6 @@ layers (``static_layers.py``) that share the cache's memory, and counts its posi
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from kvzip_press.decoding.forward import check_reading, forward, next_positions,
 from kvzip_press.decoding.static_layers import StaticCache, reason_against
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.devices import input_device
+from kvzip_press.model.in_use import alone, computing
 from kvzip_press.model.structure import attention_layers, text_decoder
 from kvzip_press.model.twin import twin_of
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a capture does at its beginning (it waits for the GPU, it empties caches) would end another thread's.
-_CAPTURING = threading.Lock()
 _TRIALS = 2  # steps before the capture, in which kernels are compiled and libraries set up
 
 
@@ -101,11 +99,15 @@ class DecodeStep:
         if self._eviction is not None:
             max_new_tokens = min(max_new_tokens, self._eviction.tokens_to_eviction(self.cache))
         step = _StaticStep(self.model, self.cache, max_new_tokens, self._positions, self._device, self._eviction)
-        try:
-            step.capture(compiled)
-        except RuntimeError as error:
-            self.reason = f"the capture failed: {error}"
-            return
+        with alone() as is_alone:
+            if not is_alone:
+                self.reason = "another thread is computing, and a capture has to be alone"
+                return
+            try:
+                step.capture(compiled)
+            except RuntimeError as error:
+                self.reason = f"the capture failed: {error}"
+                return
         self._static = step
 
     @property
@@ -129,6 +131,10 @@ class DecodeStep:
         if self._n_left == 0:
             raise InvalidArgumentError("expected at most max_new_tokens calls, which were made already")
         self._n_left -= 1
+        with computing():
+            return self._decoded(token_ids)
+
+    def _decoded(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self._static is not None:
             return self._replayed(self._static, token_ids)
         token_ids = token_ids.to(self._device)
@@ -203,7 +209,6 @@ class _StaticStep:
         """Runs the step as a trial, undoes that, and captures it."""
         with ExitStack() as stack:
             stack.enter_context(torch.cuda.device(self.positions.device))
-            stack.enter_context(_CAPTURING)
             model = stack.enter_context(_compiled_layers(self.model, self.cache)) if compiled else None
             start = self.positions.clone()
             side = torch.cuda.Stream()

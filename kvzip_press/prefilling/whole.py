@@ -25,6 +25,7 @@ from kvzip_press.cache.sliding_windows import windows_only
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import Context, chat_frame, context_rows
 from kvzip_press.model.devices import input_device, synchronize
+from kvzip_press.model.in_use import computing
 from kvzip_press.model.rope import check_context, pinned
 from kvzip_press.model.structure import check_length, text_config, text_decoder
 from kvzip_press.prefilling.eviction import Span, evicted_layers
@@ -259,6 +260,7 @@ def prefill(
     return done
 
 
+@computing()
 def compress(model: nn.Module, tokenizer: Any, context: Context | Sequence[Context], press: Scorer) -> RaggedCache:
     """Reads a context and compresses it into a cache that is ready for many questions (see :func:`kvzip_press.answer`).
 
@@ -279,6 +281,7 @@ def compress(model: nn.Module, tokenizer: Any, context: Context | Sequence[Conte
     return RaggedCache.of(done.cache)
 
 
+@computing()
 @torch.no_grad()
 def run_prefill(
     model: nn.Module,
