@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from kvzip_press import compat
 from kvzip_press.attention.implementation import attach, attention_watched, detach, is_attached
 from kvzip_press.cache.compressible import check_cache
 from kvzip_press.decoding.eviction import DecodeEviction
@@ -132,12 +133,13 @@ class _Session:
         self.close()
         if check is None:
             return  # a decode step
-        check.finish(output.past_key_values)
         call = PrefillCall.of(decoder, args, kwargs).within(self.outer)
+        cache = compat.cache_after(output, call.cache)
+        check.finish(cache)
         self.busy = True
         try:
             with torch.no_grad():
-                prefill = call.prefill(self.model, output.past_key_values, start, observers)
+                prefill = call.prefill(self.model, cache, start, observers)
                 prefill.evict_in_place(self.press.score(prefill))
         finally:
             self.busy = False

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvzip_press import compat
 from kvzip_press.model.structure import full_attention_layers, layer_index
 
 _COMMON = {
@@ -72,7 +73,7 @@ def evicted_keys_masked(model: nn.Module, keep: Mapping[int, torch.Tensor]) -> I
     def mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         kept = keep[layer_index(module)]
         states = args[0] if args else kwargs["hidden_states"]
-        q_len, n_seen = states.shape[1], kwargs["past_key_values"].get_seq_length(layer_index(module))
+        q_len, n_seen = states.shape[1], compat.cache_given(kwargs).get_seq_length(layer_index(module))
         if n_seen == 0:
             return None  # the prefill itself is dense
         tail = n_seen + q_len - kept.shape[-1]

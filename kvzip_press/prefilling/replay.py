@@ -236,7 +236,9 @@ class Replay:
             layers[idx] = _repeated(layer, len(chunks))
         cache = compat.Cache(layers=layers)
         with suppress(_LastLayerSeen), mlps_in_slices(self._decoder):
-            self._decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+            self._decoder(
+                input_ids=ids, position_ids=positions, use_cache=True, **compat.cache_argument(self._decoder, cache)
+            )
 
     def _warn_beyond(self, end: int) -> None:
         if self._limit is not None and end > self._limit:

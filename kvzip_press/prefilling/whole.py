@@ -303,8 +303,8 @@ def run_prefill(
             input_ids=input_ids,
             attention_mask=valid.long() if padded else None,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **compat.cache_argument(decoder, cache),
         )
     check.finish(cache)
     synchronize(input_ids.device)

@@ -49,7 +49,7 @@ class LayerRow:
         """
         hidden_states = args[0] if args else kwargs["hidden_states"]
         batch, n = hidden_states.shape[:2]
-        cache: Any = kwargs["past_key_values"] if "past_key_values" in kwargs else kwargs["past_key_value"]
+        cache: Any = compat.cache_given(kwargs)
         layer = cache.layers[module.layer_idx]
         if not isinstance(layer, RaggedLayer) and not (
             issubclass(type(layer), compat.DynamicLayer) and layer.keys.shape[2] == n

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from kvzip_press import compat
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import attention_layers, full_attention_layers, text_decoder
 from kvzip_press.presses.kvpress_adapter.layer_rows import LayerRow
@@ -76,7 +77,7 @@ class KvpressObserver:
 
     def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises InvalidArgumentError for a later turn that the press cannot score, before any of it is cached."""
-        cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
+        cache = compat.cache_given(kwargs)
         if cache is not None and (seen := cache.get_seq_length()) and not self._press.scores_any_span:
             raise InvalidArgumentError(later_turn(repr(self._press), seen))
 
