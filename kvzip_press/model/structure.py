@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from torch import nn
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
 
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_OWNERS: WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], bool]] = WeakKeyDictionary()  # of attention
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -52,9 +55,24 @@ def text_decoder(model: nn.Module) -> nn.Module:
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """Returns all softmax-attention layers of the text decoder, in order (linear-attention layers are left out)."""
-    layers: Any = text_decoder(model).layers
-    modules = [_attention_of(layer) for layer in layers]
-    return [AttentionLayer(layer_index(m), m, _sliding_window(m)) for m in modules if m is not None]
+    decoder: Any = text_decoder(model)
+    modules = [_attention_of(layer) for layer in decoder.layers]
+    layers = [AttentionLayer(layer_index(m), m, _sliding_window(m)) for m in modules if m is not None]
+    first = next((layer.module for layer in layers if layer.is_full), None)
+    for layer in layers:
+        _OWNERS[layer.module] = (weakref.ref(decoder), layer.module is first)
+    return layers
+
+
+def decoder_of(module: nn.Module) -> nn.Module | None:
+    """Returns the decoder that an attention module is a part of; None if no model with it has been looked at."""
+    decoder, _ = _OWNERS.get(module, (lambda: None, False))
+    return decoder()
+
+
+def is_first_full(module: nn.Module) -> bool:
+    """Returns whether an attention module is the first of its decoder that sees the whole context."""
+    return _OWNERS.get(module, (None, False))[1]
 
 
 def layer_index(module: nn.Module) -> int:

@@ -26,6 +26,7 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import Context, chat_frame, context_rows
 from kvzip_press.model.devices import input_device, synchronize
 from kvzip_press.model.structure import check_length, text_config, text_decoder
+from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.prefilling.eviction import Span, evicted_layers
 from kvzip_press.prefilling.self_check import SelfCheck
 
@@ -70,6 +71,7 @@ class Prefill:
         tokenizer: The tokenizer; None if none was given.
         seconds: Wall time of the forward, in seconds.
         observers: The observers that watched the forward, by press.
+        weights: Fingerprint of the decoder as it read the span: adapters may be switched before an eviction.
     """
 
     model: Any
@@ -82,6 +84,11 @@ class Prefill:
     tokenizer: Any = None
     seconds: float = 0.0
     observers: dict[Scorer, Observer] = field(default_factory=dict)
+    weights: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Notes which weights made the keys and values."""
+        self.weights = weights_fingerprint(text_decoder(self.model))
 
     @property
     def dense_bytes(self) -> int:
@@ -210,7 +217,8 @@ class Prefill:
 
     def _evicted(self, scores: Scores, keep: Mapping[int, torch.Tensor]) -> Iterator[tuple[int, Any]]:
         span = Span(self.valid, self.positions, scores.protected)
-        return evicted_layers(self.model, self.cache, span, keep, scores=scores.layers if scores.carried else None)
+        carried = scores.layers if scores.carried else None
+        return evicted_layers(self.model, self.cache, span, keep, scores=carried, weights=self.weights)
 
     def _checked(self, scores: Scores) -> Scores:
         expected = set(compressible_layers(self.model, self.cache))
