@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ __all__ = [
     "mask_function",
     "query_length_of",
     "register_attention",
+    "uncompiled",
 ]
 
 TRANSFORMERS_VERSION = Version(transformers.__version__)
@@ -95,6 +96,18 @@ def length_after_crop(argument: int, n_seen: int) -> int:
     Zero drops nothing, as in the newest transformers; older versions never pass it.
     """
     return n_seen + argument if argument <= 0 else min(argument, n_seen)
+
+
+def uncompiled(model: Any) -> AbstractContextManager[None]:
+    """While open, a model that was compiled as a whole runs as it is written; any other is left alone.
+
+    ``torch.compile`` traces what it can of a forward, which a ragged cache's views of memory are not.
+    """
+    compiled = getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod")
+    if not compiled and not hasattr(model.forward, "_torchdynamo_orig_callable"):
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def attention_function(name: str) -> Callable[..., Any] | None:

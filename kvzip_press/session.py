@@ -14,10 +14,10 @@ import torch
 
 from kvzip_press import compat
 from kvzip_press.attention.implementation import attach, attention_watched, detach, is_attached
-from kvzip_press.cache.compressible import check_cache
+from kvzip_press.cache.compressible import check_cache, check_continues
 from kvzip_press.decoding.eviction import DecodeEviction
 from kvzip_press.errors import KVzipPressError, UnsupportedCacheError
-from kvzip_press.model.structure import full_attention_layers, text_decoder
+from kvzip_press.model.structure import check_keeps_cache, full_attention_layers, text_decoder
 from kvzip_press.prefilling.call import PrefillCall
 from kvzip_press.prefilling.self_check import SelfCheck
 from kvzip_press.prefilling.whole import Scorer
@@ -54,6 +54,7 @@ def compressing(press: SessionPress, model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         session = _Session(press, model)
         attach(model)
+        stack.enter_context(compat.uncompiled(model))
         stack.callback(session.close)
         if decoder is not model:
             stack.callback(model.register_forward_pre_hook(session.enter, with_kwargs=True).remove)
@@ -105,12 +106,18 @@ class _Session:
         call = PrefillCall.of(decoder, args, kwargs).within(self.outer)
         if call.use_cache is False:
             raise UnsupportedCacheError("expected use_cache=True inside `with press(model):`, got use_cache=False")
+        check_keeps_cache(decoder)
         self.start = call.n_seen
         if self.decode is not None and self.start:
             self.decode.begin(call.cache, call.query_length)
             return
         if call.cache is not None:
             check_cache(call.cache)
+            check_continues(self.model, call.cache)
+        elif call.use_cache is None and getattr(decoder.config, "use_cache", True) is False:
+            raise UnsupportedCacheError(
+                "expected a cache to fill inside `with press(model):`, got config.use_cache=False"
+            )
         if not call.is_prefill:
             return
         valid = call.valid()

@@ -77,7 +77,7 @@ def evicted_keys_masked(model: nn.Module, keep: Mapping[int, torch.Tensor]) -> I
         if n_seen == 0:
             return None  # the prefill itself is dense
         tail = n_seen + q_len - kept.shape[-1]
-        groups: Any = module.num_key_value_groups
+        groups: Any = getattr(module, "num_key_value_groups", 1)  # without it, every head has keys of its own
         seen = kept.repeat_interleave(groups, dim=1)[:, :, None].expand(-1, -1, q_len, -1)
         causal = torch.ones(q_len, tail, dtype=torch.bool).tril(tail - q_len).expand(*seen.shape[:2], -1, -1)
         visible = torch.cat([seen, causal], dim=-1)

@@ -53,6 +53,20 @@ def check_cache(cache: Any) -> None:
             )
 
 
+def check_continues(model: nn.Module, cache: Any) -> None:
+    """Raises UnsupportedCacheError if a cache holds dense pairs of earlier tokens, which no press has seen.
+
+    A press chooses among the pairs of its span, and those of tokens that were read before it are no part of that.
+    """
+    for layer_idx in (layer.layer_idx for layer in full_attention_layers(model)):
+        layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+        if layer is not None and not isinstance(layer, RaggedLayer) and (seen := int(layer.get_seq_length())):
+            raise UnsupportedCacheError(
+                f"expected an empty cache, or one that a press compressed, got {seen} tokens in layer {layer_idx} that "
+                "were read before `with press(model):`, or are a learned prefix: read everything under the press"
+            )
+
+
 def check_not_evicted(cache: Any, start: int) -> None:
     """Raises UnsupportedCacheError if pairs of the span that begins at ``start`` have already been evicted."""
     for layer in cache.layers:
@@ -88,4 +102,5 @@ def last_pairs(layer: Any, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
             "tokens: they were evicted already"
         )
     first = keys.shape[2] - n_tokens
-    return keys[:, :, first:], values[:, :, first:]
+    # autocast leaves them in two dtypes where RoPE is computed in fp32; the wider one loses nothing
+    return keys[:, :, first:], values[:, :, first:].to(keys.dtype)

@@ -99,7 +99,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         given = (key_states.shape[0], key_states.shape[1], key_states.dtype, key_states.device)
         if given != expected:
             raise CacheMismatchError(f"expected keys with (batch, heads, dtype, device) = {expected}, got {given}")
-        self.tail.append(key_states, value_states, padding)
+        self.tail.append(key_states, value_states.to(key_states.dtype), padding)  # autocast: see last_pairs
         assert self.tail.keys is not None and self.tail.values is not None
         return CacheView.of(self, self.tail.keys), CacheView.of(self, self.tail.values)
 

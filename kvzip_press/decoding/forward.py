@@ -83,13 +83,14 @@ def forward(
     Returns:
         Logits ``[batch, vocabulary]`` of the last tokens.
     """
-    output = model(
-        input_ids=token_ids,
-        attention_mask=mask,
-        position_ids=position_ids,
-        use_cache=True,
-        logits_to_keep=1,
-        **compat.cache_argument(model, cache),
-    )
+    with compat.uncompiled(model):
+        output = model(
+            input_ids=token_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            use_cache=True,
+            logits_to_keep=1,
+            **compat.cache_argument(model, cache),
+        )
     logits: torch.Tensor = output.logits[:, -1]
     return logits

@@ -148,7 +148,7 @@ class ReplayLayer(StandInLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Attended:
         """Keeps the replayed tokens' keys and values for the attention call that follows."""
-        self.keys, self.values = key_states, value_states
+        self.keys, self.values = key_states, value_states.to(key_states.dtype)  # autocast: see last_pairs
         return CacheView.of(self, key_states), CacheView.of(self, value_states)
 
     def attend(

@@ -25,7 +25,13 @@ from kvzip_press.cache.sliding_windows import windows_only
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import Context, chat_frame, context_rows
 from kvzip_press.model.devices import input_device, synchronize
-from kvzip_press.model.structure import check_length, text_config, text_decoder
+from kvzip_press.model.structure import (
+    check_keeps_cache,
+    check_length,
+    full_attention_layers,
+    text_config,
+    text_decoder,
+)
 from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.prefilling.eviction import Span, evicted_layers
 from kvzip_press.prefilling.self_check import SelfCheck
@@ -293,6 +299,8 @@ def run_prefill(
     ``cache`` is the cache to read them into, which must have no padding; None for a new one.
     """
     decoder, config = text_decoder(model), text_config(model)
+    check_keeps_cache(decoder)
+    full_attention_layers(model)
     cache = compat.DynamicCache(config=config) if cache is None else cache
     start = int(cache.get_seq_length())
     check_length(model, start + input_ids.shape[1])
