@@ -94,7 +94,9 @@ class KvpressObserver:
                 look(row, run, self._rotary_emb) for row, run in zip(rows, self._runs, strict=True)
             ]
         except Exception as error:  # noqa: BLE001  # kept for rows(): half a forward would leave half a cache
-            self._failure = as_ours(repr(self._press), error, f" in layer {layer_idx}").with_traceback(None)
+            n_tokens = (args[0] if args else kwargs["hidden_states"]).shape[1]
+            refused = as_ours(repr(self._press), error, f" in layer {layer_idx}", n_tokens=n_tokens)
+            self._failure = refused.with_traceback(None)
 
     def _new_run(self) -> Any:
         run = self._press.prepared(self._model)

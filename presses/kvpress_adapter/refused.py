@@ -60,11 +60,26 @@ def check_supported(press: Any, base: Any) -> None:
             )
 
 
-def as_ours(press: str, error: Exception, where: str = "") -> Exception:
-    """Returns a refusal of kvpress's own as an error of ours, with its message; any other error as it is."""
-    if isinstance(error, KVzipPressError) or not isinstance(error, REFUSALS):
+# Fewer tokens than this may leave a press with empty tensors, of which torch says something in a RuntimeError.
+_FEW = 64
+
+
+def as_ours(press: str, error: Exception, where: str = "", n_tokens: int | None = None) -> Exception:
+    """Returns a refusal of kvpress's own as an error of ours, with its message; any other error as it is.
+
+    Args:
+        press: What the press is called.
+        error: What it raised.
+        where: Where it did, with a space before it.
+        n_tokens: The length of what it read, if that may be too short for it.
+    """
+    too_short = n_tokens is not None and n_tokens < _FEW
+    if isinstance(error, KVzipPressError) or not (
+        isinstance(error, REFUSALS) or (too_short and type(error) is RuntimeError)
+    ):
         return error
-    return InvalidArgumentError(f"{press} refused{where}: {type(error).__name__}: {error}")
+    length = f", of {n_tokens} token{'s' if n_tokens != 1 else ''}" if too_short else ""
+    return InvalidArgumentError(f"{press} refused{where}{length}: {type(error).__name__}: {error}")
 
 
 def later_turn(press: str, seen: int) -> str:
