@@ -213,16 +213,3 @@ def test_a_model_that_is_compiled_as_a_whole_runs_as_it_is_written(how) -> None:
         with press(model):
             written.append((one, model.generate(ids(), max_new_tokens=3, do_sample=False, pad_token_id=0).tolist()))
     assert written[0] == written[1]
-
-
-@pytest.mark.parametrize("questions", [["What?", "And where was it?"]])
-def test_stand_ins_for_layers_say_that_they_hold_something(questions) -> None:
-    """Gemma 3 with images asks each layer whether it is initialised (transformers 5.2)."""
-    from kvzip_press.attention.stand_in_layer import StandInLayer
-    from kvzip_press.cache.padded_block import BlockLayer
-
-    model = tiny_model("gemma3_text")
-    cache = compress(model, TOKENIZER, [ids()[0].tolist()] * 2, RandomPress(0.5))
-    assert StandInLayer.is_initialized is True
-    assert BlockLayer(cache.layers[1], torch.zeros(2)).is_initialized is True
-    assert len(answer(model, TOKENIZER, cache, questions, max_new_tokens=2)) == 2
