@@ -117,7 +117,7 @@ def _refuse_other_reading(model: nn.Module, decoder: Any) -> None:
             f"expected a model that reads the tokens it is given, got {name} with {type(learned).__name__}, which puts "
             "virtual tokens before them: use the base model, or adapters that change weights (LoRA)"
         )
-    modules = [_attention_of(layer) for layer in decoder.layers]
+    modules = [module for layer in decoder.layers if (module := _attention_of(layer)) is not None]
     shared = [layer_index(module) for module in modules if getattr(module, "is_kv_shared_layer", False)]
     if shared:
         raise UnsupportedModelError(

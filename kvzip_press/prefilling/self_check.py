@@ -120,7 +120,7 @@ class SelfCheck:
         log-sum-exp. In measurements, that rounding caused a fifth of what is allowed for it here.
         """
         mask = self._valid[:, None, None, :].to(keys.device) if self._is_padded else None
-        options = {"scaling": kwargs.get("scaling"), "softcap": softcap_of(module, kwargs)}
+        options: dict[str, Any] = {"scaling": kwargs.get("scaling"), "softcap": softcap_of(module, kwargs)}
         keys, values = keys.to(query.dtype), values.to(query.dtype)  # autocast may leave them in several
         with torch.autocast(keys.device.type, enabled=False):
             ours, lse = attention_with_lse(query, keys, values, causal=False, mask=mask, **options)
