@@ -5,14 +5,17 @@ The differences that matter here:
 - up to 5.3 a cache layer is called with ``get_mask_sizes(cache_position)``, from 5.4 on with
 ``get_mask_sizes(query_length)``;
 - ``Cache.crop(n)`` took the length to keep (or minus the number to drop); from 5.2x on it takes only the latter;
-- the flash-attention integration reads the name of the implementation back from the module's config.
+- the flash-attention integration reads the name of the implementation back from the module's config;
+- up to 5.23 a model takes and returns its cache as ``past_key_values``, from 5.24 on as ``cache``.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +26,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from kvzip_press.errors import UnsupportedModelError
+
 __all__ = [
     "TRANSFORMERS_VERSION",
     "Cache",
@@ -31,15 +36,55 @@ __all__ = [
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "attention_function",
+    "cache_after",
+    "cache_argument",
+    "cache_given",
     "in_assisted_decoding",
     "is_kvpress_wrapper",
     "length_after_crop",
     "mask_function",
     "query_length_of",
     "register_attention",
+    "uncompiled",
 ]
 
 TRANSFORMERS_VERSION = Version(transformers.__version__)
+# What forwards call their cache, the newest name first; a model of older code keeps the older one.
+_CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
+_CACHE_NAME = "cache" if Version("5.24") <= TRANSFORMERS_VERSION else "past_key_values"
+
+
+def cache_given(arguments: Mapping[str, Any]) -> Any:
+    """Returns the cache among the named arguments of a forward; None if there is none."""
+    return next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """Returns ``cache`` under the name by which the model's forward takes it, as keyword arguments."""
+    return {_cache_name(getattr(model.forward, "__func__", model.forward)): cache}
+
+
+@functools.lru_cache(maxsize=64)
+def _cache_name(forward: Callable[..., Any]) -> str:
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in _CACHE_NAMES if name in parameters), _CACHE_NAME)
+
+
+def cache_after(output: Any, given: Any = None) -> Any:
+    """Returns the cache that a forward filled: that of its output, whatever its name and form, else the one ``given``.
+
+    Raises:
+        UnsupportedModelError: The output has no cache, and none was given.
+    """
+    fields = output if isinstance(output, Mapping) else {}
+    candidates = output if isinstance(output, tuple) else (cache_given(fields),)
+    found = next((item for item in candidates if isinstance(item, Cache)), given)
+    if found is None:
+        raise UnsupportedModelError(
+            "expected a forward that returns its cache, as `cache` or `past_key_values`, got "
+            f"{type(output).__name__}{f' with {sorted(fields)}' if fields else ''}: pass the cache to the model"
+        )
+    return found
 
 
 def query_length_of(argument: int | torch.Tensor) -> int:
@@ -53,6 +98,18 @@ def length_after_crop(argument: int, n_seen: int) -> int:
     Zero drops nothing, as in the newest transformers; older versions never pass it.
     """
     return n_seen + argument if argument <= 0 else min(argument, n_seen)
+
+
+def uncompiled(model: Any) -> AbstractContextManager[None]:
+    """While open, a model that was compiled as a whole runs as it is written; any other is left alone.
+
+    ``torch.compile`` traces what it can of a forward, which a ragged cache's views of memory are not.
+    """
+    compiled = getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod")
+    if not compiled and not hasattr(model.forward, "_torchdynamo_orig_callable"):
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def attention_function(name: str) -> Callable[..., Any] | None:

@@ -20,7 +20,7 @@ from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding.eviction import DecodeEviction, DecodeEvictions
 from kvzip_press.errors import KVzipPressError, UnsupportedCacheError
 from kvzip_press.model.in_use import computing
-from kvzip_press.model.structure import full_attention_layers, text_decoder
+from kvzip_press.model.structure import check_keeps_cache, full_attention_layers, text_decoder
 from kvzip_press.model.watching import OpenFor, after_forward, before_forward
 from kvzip_press.prefilling.call import PrefillCall
 from kvzip_press.prefilling.eviction import pack_prefix
@@ -62,6 +62,7 @@ def compressing(press: SessionPress, model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         session = _Session(press, model)
         stack.enter_context(attached(model))
+        stack.enter_context(compat.uncompiled(model))
         stack.callback(session.close)
         stack.enter_context(session.evictions.opened())
         stack.enter_context(_SESSIONS.opened(decoder, session))
@@ -132,8 +133,7 @@ class _Session:
         forward = self.forward
         forward.close()
         call = PrefillCall.of(decoder, args, kwargs).within(forward.outer)
-        if call.use_cache is False:
-            raise UnsupportedCacheError("expected use_cache=True inside `with press(model):`, got use_cache=False")
+        _check_fills_a_cache(call, decoder)
         forward.start = call.n_seen
         if self.evictions and forward.start and _is_compressed(call.cache):
             forward.eviction = self.evictions.of(call.cache)
@@ -141,8 +141,12 @@ class _Session:
             return
         if call.cache is not None:
             check_cache(call.cache)
-        if not call.is_prefill:
-            return
+        if call.is_prefill:
+            self._watch(call)
+
+    def _watch(self, call: PrefillCall) -> None:
+        """Looks at a prefill that begins."""
+        forward = self.forward
         if compat.in_assisted_decoding():
             raise UnsupportedCacheError(
                 "expected a prompt or a later turn inside `with press(model):`, got candidates of assisted decoding or "
@@ -181,9 +185,9 @@ class _Session:
             return
         if check is None:
             return  # a decode step
-        cache = output.past_key_values
-        check.finish(cache)
         call = PrefillCall.of(decoder, args, kwargs).within(forward.outer)
+        cache = compat.cache_after(output, call.cache)
+        check.finish(cache)
         forward.busy = True
         try:
             with torch.no_grad():
@@ -200,6 +204,16 @@ class _Session:
     def _is_ours(self) -> bool:
         """Whether the forward is not the user's, because a press scores or a static decode step runs."""
         return self.forward.busy or self.evictions.in_static_step
+
+
+def _check_fills_a_cache(call: PrefillCall, decoder: nn.Module) -> None:
+    """Raises if a forward will leave no keys and values to compress."""
+    if call.use_cache is False:
+        raise UnsupportedCacheError("expected use_cache=True inside `with press(model):`, got use_cache=False")
+    config: Any = decoder.config
+    if call.cache is None and call.use_cache is None and getattr(config, "use_cache", True) is False:
+        raise UnsupportedCacheError("expected a cache to fill inside `with press(model):`, got config.use_cache=False")
+    check_keeps_cache(decoder)
 
 
 def _is_compressed(cache: Any) -> bool:

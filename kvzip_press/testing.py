@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvzip_press import compat
 from kvzip_press.model.structure import full_attention_layers, layer_index
 
 _COMMON = {
@@ -72,11 +73,11 @@ def evicted_keys_masked(model: nn.Module, keep: Mapping[int, torch.Tensor]) -> I
     def mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         kept = keep[layer_index(module)]
         states = args[0] if args else kwargs["hidden_states"]
-        q_len, n_seen = states.shape[1], kwargs["past_key_values"].get_seq_length(layer_index(module))
+        q_len, n_seen = states.shape[1], compat.cache_given(kwargs).get_seq_length(layer_index(module))
         if n_seen == 0:
             return None  # the prefill itself is dense
         tail = n_seen + q_len - kept.shape[-1]
-        groups: Any = module.num_key_value_groups
+        groups: Any = getattr(module, "num_key_value_groups", 1)  # without it, every head has keys of its own
         seen = kept.repeat_interleave(groups, dim=1)[:, :, None].expand(-1, -1, q_len, -1)
         causal = torch.ones(q_len, tail, dtype=torch.bool).tril(tail - q_len).expand(*seen.shape[:2], -1, -1)
         visible = torch.cat([seen, causal], dim=-1)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kvzip_press import RaggedCache, attach, generate, get_press
+from kvzip_press import RaggedCache, attach, compat, generate, get_press
 from kvzip_press.decoding.generation import eos_ids
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, NothingEvictedError
 from kvzip_press.leaderboard.lm_eval_prompts import SPLITS, Generation, Split, find_split, last_paragraph, n_equal
@@ -189,7 +189,9 @@ class PressLM(HFLM):
         attach(self.model)
         # padding is on the right, where no token that counts attends to it
         padded = torch.tensor([[*ids, *ids[-1:] * (width - len(ids))] for ids in read], device=input_device(self.model))
-        output = self.model(input_ids=padded, past_key_values=grown, use_cache=True, logits_to_keep=width - first)
+        output = self.model(
+            input_ids=padded, use_cache=True, logits_to_keep=width - first, **compat.cache_argument(self.model, grown)
+        )
         scores = []
         for row, ids, logits in zip(rows, continuations, output.logits, strict=True):
             begin = len(row.question) - 1 - first

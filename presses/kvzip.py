@@ -16,7 +16,7 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.kv_scoring import kv_scoring
 from kvzip_press.model.chat import chat_frame, encode, find_tokenizer
 from kvzip_press.model.hidden_states import watching_hidden_states
-from kvzip_press.model.structure import dense_weight
+from kvzip_press.model.structure import dense_weight, full_attention_layers, output_projection
 from kvzip_press.prefilling.replay import Replay, ReplayedAttention
 from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import AllocatingPress
@@ -72,6 +72,16 @@ class KVzipPress(AllocatingPress):
             raise InvalidArgumentError(
                 f"expected chunk_size >= 1 and n_sink >= 0, got {self.chunk_size} and {self.n_sink}"
             )
+
+    def observer(self, model: nn.Module) -> None:
+        """Returns None, after a look at what the scores will need.
+
+        Raises:
+            UnsupportedModelError: ``kvzip_plus`` finds no output projection in a layer.
+        """
+        if self.kvzip_plus:
+            for layer in full_attention_layers(model):
+                output_projection(layer.module)
 
     @torch.no_grad()
     def score(self, prefill: Prefill) -> Scores:
@@ -175,8 +185,7 @@ def _output_norms(module: nn.Module, values: torch.Tensor, num_attention_heads: 
         ``[batch, num_attention_heads, chunk]``, fp32.
     """
     _, heads, _, dim = values.shape
-    projection: Any = module.o_proj
-    weight = dense_weight(projection, values).view(-1, num_attention_heads, dim)
+    weight = dense_weight(output_projection(module), values).view(-1, num_attention_heads, dim)
     gram = torch.einsum("ohi,ohj->hij", weight, weight)  # ||W v||^2 = v^T (W^T W) v: no [chunk, hidden_size] tensor
     grouped = values.float().repeat_interleave(num_attention_heads // heads, dim=1)
     return torch.einsum("bhti,hij,bhtj->bht", grouped, gram, grouped).clamp(min=0).sqrt()

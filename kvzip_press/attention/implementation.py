@@ -210,7 +210,8 @@ def attention_forward(
             "with model.requires_grad_(False)"
         )
     softcap = softcap_of(module, kwargs)
-    output = key.layer.attend(module, query, attention_mask, scaling=kwargs.get("scaling"), softcap=softcap)
+    with torch.autocast(query.device.type, enabled=False):  # it would round what the kernels keep exact
+        output = key.layer.attend(module, query, attention_mask, scaling=kwargs.get("scaling"), softcap=softcap)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -13,6 +13,7 @@ class StandInLayer(compat.CacheLayerMixin):
     """A cache layer for one kind of forward after ``n_seen`` tokens; a subclass adds ``update`` and ``attend``."""
 
     is_sliding = False
+    is_initialized = True  # Gemma 3 with images asks
     n_seen: int
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:

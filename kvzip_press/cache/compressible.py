@@ -88,4 +88,5 @@ def last_pairs(layer: Any, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
             "tokens: they were evicted already"
         )
     first = keys.shape[2] - n_tokens
-    return keys[:, :, first:], values[:, :, first:]
+    # autocast leaves them in two dtypes where RoPE is computed in fp32; the wider one loses nothing
+    return keys[:, :, first:], values[:, :, first:].to(keys.dtype)

@@ -25,6 +25,8 @@ class BlockLayer(compat.CacheLayerMixin):
         padding: int64 ``[batch]``, columns of padding on the left of the block.
     """
 
+    is_initialized = True  # Gemma 3 with images asks
+
     def __init__(self, layer: Any, padding: torch.Tensor) -> None:
         self.layer, self.padding = layer, padding
         self.is_sliding = not isinstance(layer, RaggedLayer)

@@ -18,7 +18,8 @@ from kvzip_press.cache.moving import move_layers
 from kvzip_press.cache.padded_block import drop_ends_of_sliding
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
-from kvzip_press.model.structure import attention_layers
+from kvzip_press.model.structure import attention_layers, text_decoder
+from kvzip_press.model.weights import weights_fingerprint
 
 
 class RaggedCache(compat.Cache):
@@ -259,11 +260,12 @@ class RaggedCache(compat.Cache):
     def _config(self, model: nn.Module | None) -> Any:
         """Returns the config of the model that made the cache."""
         if model is not None:
+            weights = weights_fingerprint(text_decoder(model))
             by_idx = {layer.layer_idx: layer.module for layer in attention_layers(model)}
             for layer_idx, layer in self.ragged_layers():
                 if layer_idx not in by_idx:
                     raise CacheMismatchError(f"expected a model with attention in layer {layer_idx}, got one without")
-                layer.check_module(by_idx[layer_idx])
+                layer.check_module(by_idx[layer_idx], again=True, weights=weights)
         known = self._any_ragged()._known_module()  # noqa: SLF001  # the layer and its cache
         if known is None:
             raise InvalidArgumentError("expected save(..., model=...), got no model, and the one of the cache is gone")

@@ -15,7 +15,8 @@ from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.tail import Tail
 from kvzip_press.cache.tail_mask import tail_mask
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
-from kvzip_press.model.identity import layer_fingerprint
+from kvzip_press.model.identity import check_fingerprint, layer_fingerprint
+from kvzip_press.model.structure import is_first_full
 
 
 class RaggedLayer(compat.CacheLayerMixin):
@@ -30,6 +31,8 @@ class RaggedLayer(compat.CacheLayerMixin):
         context_ends: For each packed row, the position after its context.
         module: The attention module that made the keys and values; the layer refuses any other.
         row_index: Batch row -> packed row, int64 ``[batch]``; None if they are the same.
+        weights: Fingerprint of the decoder that made them (:mod:`kvzip_press.model.weights`); None for that of the
+            module's decoder as it is now.
     """
 
     is_sliding = False
@@ -47,6 +50,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         context_ends: tuple[int, ...],
         module: nn.Module,
         row_index: torch.Tensor | None = None,
+        weights: str | None = None,
     ) -> None:
         self.packed = packed
         self.n_context = n_context
@@ -54,7 +58,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         self.tail = Tail(scored=packed.scores is not None)
         self.row_index = row_index
         self.n_rearranged = 0  # times that rows were reordered, repeated or dropped
-        self.fingerprint = layer_fingerprint(module)
+        self.fingerprint = layer_fingerprint(module, weights)
         self._known_module = weakref.ref(module)
 
     # What Hugging Face asks of a cache layer -----------------------------------------------------------------------
@@ -95,7 +99,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         given = (key_states.shape[0], key_states.shape[1], key_states.dtype, key_states.device)
         if given != expected:
             raise CacheMismatchError(f"expected keys with (batch, heads, dtype, device) = {expected}, got {given}")
-        self.tail.append(key_states, value_states, padding)
+        self.tail.append(key_states, value_states.to(key_states.dtype), padding)  # autocast: see last_pairs
         assert self.tail.keys is not None and self.tail.values is not None
         return CacheView.of(self, self.tail.keys), CacheView.of(self, self.tail.values)
 
@@ -238,9 +242,11 @@ class RaggedLayer(compat.CacheLayerMixin):
             ``[batch, num_attention_heads, query_length, v_head_dim]``, in the dtype of ``query``.
 
         Raises:
-            CacheMismatchError: The module's weights are not those that made this layer.
+            CacheMismatchError: The weights of the module's decoder are not those that made this layer.
         """
-        self.check_module(module)
+        # Once a forward that reads more than one token, or the first after the context, all weights are looked at.
+        reads = query.shape[2] > 1 or self.tail.length <= query.shape[2]
+        self.check_module(module, again=reads and is_first_full(module))
         mask = tail_mask(
             attention_mask, query_length=query.shape[2], tail_length=self.tail.length, padding=self.tail.padding
         )
@@ -256,15 +262,17 @@ class RaggedLayer(compat.CacheLayerMixin):
         assert isinstance(output, torch.Tensor)
         return output
 
-    def check_module(self, module: nn.Module) -> None:
-        """Raises CacheMismatchError if the module's weights are not those that made this layer."""
-        if self._known_module() is module:
+    def check_module(self, module: nn.Module, *, again: bool = False, weights: str | None = None) -> None:
+        """Raises CacheMismatchError if the weights of the module's decoder are not those that made this layer.
+
+        Args:
+            module: The attention module.
+            again: Whether to look at the weights of a module that is known: adapters may have been switched.
+            weights: The fingerprint of the module's decoder; made here if None.
+        """
+        if self._known_module() is module and not again:
             return
-        if layer_fingerprint(module) != self.fingerprint:
-            raise CacheMismatchError(
-                "this ragged cache was made by another model: expected an attention layer with fingerprint "
-                f"{self.fingerprint}, got {type(module).__name__} {module.layer_idx} with {layer_fingerprint(module)}"
-            )
+        check_fingerprint(self.fingerprint, module, weights)
         self._known_module = weakref.ref(module)
 
     def take(self, packed: PackedPairs) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kvzip_press import compat
 from kvzip_press.cache.padded_block import block_cache
 from kvzip_press.cache.padding import visible_columns
 from kvzip_press.cache.ragged_layer import RaggedLayer
@@ -98,13 +99,15 @@ def forward(
     Returns:
         Logits ``[batch, vocabulary]`` of the last tokens.
     """
-    output = with_own_rotation(model)(
-        input_ids=token_ids,
-        attention_mask=mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    own = with_own_rotation(model)
+    with compat.uncompiled(model):
+        output = own(
+            input_ids=token_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            use_cache=True,
+            logits_to_keep=1,
+            **compat.cache_argument(own, cache),
+        )
     logits: torch.Tensor = output.logits[:, -1]
     return logits

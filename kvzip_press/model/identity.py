@@ -1,9 +1,11 @@
-"""Ties caches and files to the model that they were made for: by its shape, and by a sample of its weights."""
+"""Ties caches and files to the model that they were made for: by its shape, a sketch of its weights, or all of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.errors import UnsupportedModelError
-from kvzip_press.model.structure import full_attention_layers, text_config
+from kvzip_press.errors import CacheMismatchError
+from kvzip_press.model.structure import decoder_of, full_attention_layers, is_first_full, layer_index, text_config
+from kvzip_press.model.weights import MARK, first_difference, in_memory, weights_fingerprint
+
+logger = logging.getLogger(__name__)
 
 SHAPE = ("model_type", "num_hidden_layers", "num_key_value_heads", "hidden_size", "vocab_size")
 """Settings that models of one shape share; keys of the facts that files record of their model."""
@@ -80,34 +85,74 @@ def _key_norm(module: nn.Module) -> torch.Tensor:
     return torch.stack([p.detach().float().norm() for p in module.parameters()]).norm()
 
 
-def layer_fingerprint(module: nn.Module) -> str:
-    """Returns a short digest of an attention module's place, shape and a sample of its weights.
+def layer_fingerprint(module: nn.Module, weights: str | None = None) -> str:
+    """Returns a text that says which weights made the keys and values of a layer: its place, and its decoder's weights.
 
-    Keys and values make sense only to the weights that made them, so a cache is tied to this digest, not to the config
-    alone. Quantized weights count as they are stored, including scales and packed buffers.
+    Args:
+        module: The layer's attention module.
+        weights: The :func:`~kvzip_press.model.weights.weights_fingerprint` of its decoder, for a caller who needs it
+            for every layer; made here if None. Of a module whose decoder is not known
+            (:func:`~kvzip_press.model.structure.decoder_of`) only its own weights count.
+
+    Raises:
+        UnsupportedModelError: Weights are neither in memory nor offloaded by accelerate, or cannot be read.
+    """
+    if weights is None:
+        decoder = decoder_of(module)
+        weights = weights_fingerprint(module if decoder is None else decoder)
+    return f"{weights}/{type(module).__name__}:{layer_index(module)}"
+
+
+def check_fingerprint(expected: str, module: nn.Module, weights: str | None = None) -> None:
+    """Raises CacheMismatchError if an attention module's layer fingerprint is not the one that a cache was made with.
+
+    Args:
+        expected: The fingerprint of a layer of the cache.
+        module: The module that is to attend to it.
+        weights: See :func:`layer_fingerprint`.
+    """
+    if not expected.startswith(MARK):
+        _check_sample(expected, module)
+        return
+    got = layer_fingerprint(module, weights)
+    if got == expected:
+        return
+    name = first_difference(expected.partition("/")[0], got.partition("/")[0])
+    known = weights is not None or decoder_of(module) is not None
+    raise CacheMismatchError(
+        "this cache was made by another model, or by this one with other weights or adapters: expected fingerprint "
+        f"{reprlib.repr(expected)}, got {reprlib.repr(got)}{f' (they differ first in {name})' if name else ''}"
+        + ("" if known else "; only one layer of this model can be seen from here: call kvzip_press.attach(model) once")
+    )
+
+
+def _check_sample(expected: str, module: nn.Module) -> None:
+    """Does what :func:`check_fingerprint` does with a fingerprint of files that an earlier version wrote."""
+    got = sampled_fingerprint(module)
+    if got != expected:
+        raise CacheMismatchError(
+            "this cache was made by another model: expected an attention layer with fingerprint "
+            f"{reprlib.repr(expected)}, got {type(module).__name__} {layer_index(module)} with {got}"
+        )
+    if is_first_full(module):
+        logger.warning(
+            "this cache was saved by an earlier version of kvzip-press, which noted a sample of the attention weights: "
+            "that the adapters, MLPs and embeddings that made it are those of this model is not checked"
+        )
+
+
+def sampled_fingerprint(module: nn.Module) -> str:
+    """Returns the fingerprint of earlier versions: of an attention module's place, shape and 64 values of each weight.
 
     Raises:
         UnsupportedModelError: Weights are neither in memory nor offloaded by accelerate.
     """
-    digest = hashlib.sha256(f"{type(module).__name__}:{module.layer_idx}".encode())
+    digest = hashlib.sha256(f"{type(module).__name__}:{layer_index(module)}".encode())
     for name, tensor in module.state_dict().items():
         if isinstance(tensor, torch.Tensor):
-            sample = _in_memory(module, name, tensor).detach().reshape(-1)[:64]
+            owner = module.get_submodule(name.rpartition(".")[0])
+            sample = in_memory(owner, name, tensor).detach().reshape(-1)[:64]
             if sample.element_size() == 1:  # fp8, int8 and packed weights: bytes, whatever they stand for
                 sample = sample.view(torch.uint8)
             digest.update(f"{name}:{tuple(tensor.shape)}".encode() + sample.to(torch.float32).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _in_memory(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a weight's values, even if accelerate has offloaded them and left a tensor on "meta" in their place."""
-    if tensor.device.type != "meta":
-        return tensor
-    owner, _, leaf = name.rpartition(".")
-    offloaded: Any = getattr(getattr(module.get_submodule(owner), "_hf_hook", None), "weights_map", None)
-    if offloaded is None:
-        raise UnsupportedModelError(
-            f"expected weights in memory, or offloaded by accelerate, got {type(module).__name__}.{name} on meta"
-        )
-    values: torch.Tensor = offloaded[leaf]
-    return values

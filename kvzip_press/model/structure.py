@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from torch import nn
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
 
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_OWNERS: WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], bool]] = WeakKeyDictionary()  # of attention
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -52,9 +55,24 @@ def text_decoder(model: nn.Module) -> nn.Module:
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """Returns all softmax-attention layers of the text decoder, in order (linear-attention layers are left out)."""
-    layers: Any = text_decoder(model).layers
-    modules = [_attention_of(layer) for layer in layers]
-    return [AttentionLayer(layer_index(m), m, _sliding_window(m)) for m in modules if m is not None]
+    decoder: Any = text_decoder(model)
+    modules = [_attention_of(layer) for layer in decoder.layers]
+    layers = [AttentionLayer(layer_index(m), m, _sliding_window(m)) for m in modules if m is not None]
+    first = next((layer.module for layer in layers if layer.is_full), None)
+    for layer in layers:
+        _OWNERS[layer.module] = (weakref.ref(decoder), layer.module is first)
+    return layers
+
+
+def decoder_of(module: nn.Module) -> nn.Module | None:
+    """Returns the decoder that an attention module is a part of; None if no model with it has been looked at."""
+    decoder, _ = _OWNERS.get(module, (lambda: None, False))
+    return decoder()
+
+
+def is_first_full(module: nn.Module) -> bool:
+    """Returns whether an attention module is the first of its decoder that sees the whole context."""
+    return _OWNERS.get(module, (None, False))[1]
 
 
 def layer_index(module: nn.Module) -> int:
@@ -69,9 +87,11 @@ def full_attention_layers(model: nn.Module) -> list[AttentionLayer]:
     Raises:
         UnsupportedModelError: No layer of the model sees the whole context; or some keep a state instead of keys and
             values (linear attention, convolution, state spaces). Such a state is written in place: a replay or a
-            question would change it for everything that comes after.
+            question would change it for everything that comes after. Or the model is an encoder-decoder, layers share
+            the keys and values of others, or adapters put virtual tokens before those of the context.
     """
     decoder = text_decoder(model)
+    _refuse_other_reading(model, decoder)
     kinds = [_kind(layer, index, decoder.config) for index, layer in enumerate(decoder.layers)]  # type: ignore[arg-type]
     if others := sorted(set(kinds) - _KINDS):
         raise UnsupportedModelError(
@@ -84,6 +104,58 @@ def full_attention_layers(model: nn.Module) -> list[AttentionLayer]:
             "uses a sliding window, whose cache is already bounded"
         )
     return full
+
+
+def _refuse_other_reading(model: nn.Module, decoder: Any) -> None:
+    """Raises UnsupportedModelError for a model whose keys and values are not one pair a token and layer."""
+    name = type(model).__name__
+    if getattr(decoder.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"expected a decoder-only model, got the encoder-decoder {name}")
+    learned = getattr(model, "active_peft_config", None)
+    if getattr(learned, "is_prompt_learning", False):
+        raise UnsupportedModelError(
+            f"expected a model that reads the tokens it is given, got {name} with {type(learned).__name__}, which puts "
+            "virtual tokens before them: use the base model, or adapters that change weights (LoRA)"
+        )
+    modules = [module for layer in decoder.layers if (module := _attention_of(layer)) is not None]
+    shared = [layer_index(module) for module in modules if getattr(module, "is_kv_shared_layer", False)]
+    if shared:
+        raise UnsupportedModelError(
+            f"expected keys and values of its own in every layer, got {name}, whose layers {shared} use those of others"
+        )
+
+
+def check_keeps_cache(decoder: nn.Module) -> None:
+    """Raises UnsupportedModelError if a decoder is set to forget keys and values: it trains with checkpoints.
+
+    transformers then reads without a cache, whatever it is asked.
+    """
+    forgets = (getattr(part, "gradient_checkpointing", False) and part.training for part in decoder.modules())
+    if any(forgets):
+        raise UnsupportedModelError(
+            f"expected a model that fills its cache, got {type(decoder).__name__} in training mode with gradient "
+            "checkpointing, which drops it: call model.eval() or model.gradient_checkpointing_disable()"
+        )
+
+
+_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+
+
+def output_projection(module: nn.Module) -> nn.Module:
+    """Returns the linear layer that an attention module ends with, whatever it is called.
+
+    Raises:
+        UnsupportedModelError: There is none of a known name.
+    """
+    for name in _OUTPUT_PROJECTIONS:
+        projection = getattr(module, name, None)
+        if isinstance(projection, nn.Module) and hasattr(projection, "in_features"):
+            return projection
+    parts = ", ".join(name for name, _ in module.named_children())
+    raise UnsupportedModelError(
+        f"expected an attention module with an output projection, one of {', '.join(_OUTPUT_PROJECTIONS)}, got "
+        f"{type(module).__name__} with {parts or 'no parts'}"
+    )
 
 
 def text_config(model: nn.Module) -> Any:
@@ -120,6 +192,8 @@ def _kind(layer: nn.Module, index: int, config: Any) -> str:
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         return str(layer_types[index])
+    if hasattr(layer, "mamba"):
+        return "mamba beside attention"  # Falcon H1 has both in every layer
     return type(layer).__name__ if _attention_of(layer) is None else "full_attention"
 
 

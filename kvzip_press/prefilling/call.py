@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvzip_press import compat
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling.whole import Prefill, Scorer
 
@@ -21,7 +22,7 @@ class PrefillCall:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.input_ids: torch.Tensor | None = arguments.get("input_ids")
         self.embeds: torch.Tensor | None = arguments.get("inputs_embeds")
-        self.cache = arguments.get("past_key_values")
+        self.cache = compat.cache_given(arguments)
         self.use_cache: bool | None = arguments.get("use_cache")
         self.position_ids: torch.Tensor | None = arguments.get("position_ids")
         self.attention_mask = arguments.get("attention_mask")

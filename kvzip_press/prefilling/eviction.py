@@ -15,7 +15,8 @@ from kvzip_press.cache.compressible import last_pairs
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.sliding_windows import own_window
-from kvzip_press.model.structure import AttentionLayer, attention_layers, full_attention_layers
+from kvzip_press.model.structure import AttentionLayer, attention_layers, full_attention_layers, text_decoder
+from kvzip_press.model.weights import weights_fingerprint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,6 +61,7 @@ def evicted_layers(
     *,
     earlier: Mapping[int, torch.Tensor] | None = None,
     scores: Mapping[int, torch.Tensor] | None = None,
+    weights: str | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Yields ``(layer_idx, layer)`` for the layers of the compressed cache in order, each built when it is asked for.
 
@@ -71,7 +73,9 @@ def evicted_layers(
         earlier: ``layer_idx -> [total]``, bool: which packed pairs of earlier spans stay; None for all of them.
         scores: ``layer_idx -> [batch, num_heads, span]``, fp32, for the pairs to carry; None for none. After an earlier
             context they are only carried if its pairs carry scores, and the span follows it directly.
+        weights: Fingerprint of the decoder that read the span; None for that of the decoder as it is now.
     """
+    weights = weights_fingerprint(text_decoder(model)) if weights is None else weights
     by_idx = {layer.layer_idx: layer for layer in attention_layers(model)}
     for layer_idx, layer in enumerate(cache.layers):
         if layer_idx not in keep:
@@ -81,7 +85,7 @@ def evicted_layers(
         carried = None if scores is None else scores[layer_idx]
         if isinstance(layer, RaggedLayer):
             survivors = None if earlier is None else earlier[layer_idx]
-            yield layer_idx, _merged(layer, span, kept, survivors, carried, module)
+            yield layer_idx, _merged(layer, span, kept, survivors, carried, module, weights)
         else:
             n_tokens = kept.shape[-1]
             keys, values = last_pairs(layer, n_tokens)
@@ -95,6 +99,7 @@ def evicted_layers(
                     n_padding=span.n_padding,
                     context_ends=span.ends,
                     module=module,
+                    weights=weights,
                 ),
             )
 
@@ -142,6 +147,7 @@ def _merged(
     kept: torch.Tensor | None,
     scores: torch.Tensor | None,
     module: nn.Module,
+    weights: str,
 ) -> RaggedLayer:
     """Builds the layer for a later span.
 
@@ -167,6 +173,7 @@ def _merged(
         n_padding=n_padding,
         context_ends=span.ends,
         module=module,
+        weights=weights,
     )
 
 

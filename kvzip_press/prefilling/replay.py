@@ -150,7 +150,7 @@ class ReplayLayer(StandInLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Attended:
         """Keeps the replayed tokens' keys and values for the attention call that follows."""
-        self.keys, self.values = key_states, value_states
+        self.keys, self.values = key_states, value_states.to(key_states.dtype)  # autocast: see last_pairs
         return CacheView.of(self, key_states), CacheView.of(self, value_states)
 
     def attend(
@@ -241,7 +241,9 @@ class Replay:
             layers[idx] = _repeated(layer, len(chunks))
         cache = compat.Cache(layers=layers)
         with suppress(_LastLayerSeen):
-            self._decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+            self._decoder(
+                input_ids=ids, position_ids=positions, use_cache=True, **compat.cache_argument(self._decoder, cache)
+            )
 
     def _warn_beyond(self, end: int) -> None:
         if self._limit is not None and end > self._limit:

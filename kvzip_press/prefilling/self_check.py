@@ -120,12 +120,14 @@ class SelfCheck:
         log-sum-exp. In measurements, that rounding caused a fifth of what is allowed for it here.
         """
         mask = self._valid[:, None, None, :].to(keys.device) if self._is_padded else None
-        scaling, softcap = kwargs.get("scaling"), softcap_of(module, kwargs)
-        ours, lse = attention_with_lse(query, keys, values, causal=False, mask=mask, scaling=scaling, softcap=softcap)
+        options: dict[str, Any] = {"scaling": kwargs.get("scaling"), "softcap": softcap_of(module, kwargs)}
+        keys, values = keys.to(query.dtype), values.to(query.dtype)  # autocast may leave them in several
+        with torch.autocast(keys.device.type, enabled=False):
+            ours, lse = attention_with_lse(query, keys, values, causal=False, mask=mask, **options)
         ours, theirs = ours.transpose(1, 2).float(), output.reshape(ours.transpose(1, 2).shape).float()
         size = ours.norm(dim=-1) + theirs.norm(dim=-1)
         deviation = (ours - theirs).norm(dim=-1) / size.clamp(min=torch.finfo(torch.float32).tiny)
-        eps = _precision(keys)
+        eps = max(_precision(keys), _autocast_eps(keys.device))
         excess = deviation / (max(2 * eps, 1e-4) + eps / 2 * lse.transpose(1, 2).abs())
         return excess.where(theirs.isfinite().all(dim=-1), 0).amax()  # infinities are the model's own
 
@@ -134,6 +136,13 @@ def _precision(tensor: torch.Tensor) -> float:
     """Returns the relative precision of products; on a GPU, fp32 products may be computed in TF32."""
     eps = torch.finfo(tensor.dtype).eps
     return max(eps, 2**-10) if tensor.is_cuda else eps
+
+
+def _autocast_eps(device: torch.device) -> float:
+    """Returns the relative precision to which autocast casts what attention multiplies; 0 without it."""
+    if not torch.is_autocast_enabled(device.type):
+        return 0.0
+    return torch.finfo(torch.get_autocast_dtype(device.type)).eps
 
 
 def _equal(used: torch.Tensor, held: torch.Tensor) -> bool:

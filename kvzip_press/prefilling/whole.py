@@ -27,7 +27,14 @@ from kvzip_press.model.chat import Context, chat_frame, context_rows
 from kvzip_press.model.devices import input_device, synchronize
 from kvzip_press.model.in_use import computing
 from kvzip_press.model.rope import check_context, pinned
-from kvzip_press.model.structure import check_length, text_config, text_decoder
+from kvzip_press.model.structure import (
+    check_keeps_cache,
+    check_length,
+    full_attention_layers,
+    text_config,
+    text_decoder,
+)
+from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.prefilling.eviction import Span, evicted_layers
 from kvzip_press.prefilling.self_check import SelfCheck
 
@@ -73,6 +80,7 @@ class Prefill:
         seconds: Wall time of the forward, in seconds.
         observers: The observers that watched the forward, by press.
         length: Number of tokens of the whole context of which this is a part; None if this is its end.
+        weights: Fingerprint of the decoder as it read the span: adapters may be switched before an eviction.
     """
 
     model: Any
@@ -86,6 +94,11 @@ class Prefill:
     seconds: float = 0.0
     observers: dict[Scorer, Observer] = field(default_factory=dict)
     length: int | None = None
+    weights: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Notes which weights made the keys and values."""
+        self.weights = weights_fingerprint(text_decoder(self.model))
 
     @property
     def turned_for(self) -> int:
@@ -219,7 +232,8 @@ class Prefill:
 
     def _evicted(self, scores: Scores, keep: Mapping[int, torch.Tensor]) -> Iterator[tuple[int, Any]]:
         span = Span(self.valid, self.positions, scores.protected)
-        return evicted_layers(self.model, self.cache, span, keep, scores=scores.layers if scores.carried else None)
+        carried = scores.layers if scores.carried else None
+        return evicted_layers(self.model, self.cache, span, keep, scores=carried, weights=self.weights)
 
     def _checked(self, scores: Scores) -> Scores:
         expected = set(compressible_layers(self.model, self.cache))
@@ -307,6 +321,8 @@ def run_prefill(
             rows than for others, or for each further token.
     """
     decoder, config = text_decoder(model), text_config(model)
+    check_keeps_cache(decoder)
+    full_attention_layers(model)
     cache = compat.DynamicCache(config=config) if cache is None else cache
     start = int(cache.get_seq_length())
     check_length(model, start + input_ids.shape[1])
@@ -328,8 +344,8 @@ def run_prefill(
             input_ids=input_ids,
             attention_mask=valid.long() if padded else None,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **compat.cache_argument(decoder, cache),
         )
     check.finish(cache)
     synchronize(input_ids.device)

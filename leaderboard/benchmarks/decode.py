@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from kvzip_press import compat
 from kvzip_press.attention.implementation import attach, detach
 from kvzip_press.compat import DynamicCache
 from kvzip_press.errors import KVzipPressError
@@ -79,7 +80,7 @@ def _step(model: Any, cache: Any) -> tuple[torch.Tensor, float]:
     token = torch.tensor([[7]], device=model.device)
     synchronize(model.device)
     begin = time.perf_counter()
-    logits = model(token, past_key_values=cache, use_cache=True).logits
+    logits = model(token, use_cache=True, **compat.cache_argument(model, cache)).logits
     synchronize(model.device)
     return logits, time.perf_counter() - begin
 

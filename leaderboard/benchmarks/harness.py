@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kvzip_press import load_model
+from kvzip_press import compat, load_model
 from kvzip_press.decoding.answering import decoded, question_ids
 from kvzip_press.decoding.generation import eos_ids
 from kvzip_press.leaderboard.rows.results import Row
@@ -105,7 +105,9 @@ def _ask(model: Any, tokenizer: Any, cache: Any, n_context: int, question: Quest
     ended, said, position = eos_ids(model, tokenizer), [], n_context
     for _ in range(question.max_new_tokens):
         positions = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
-        logits = model(input_ids=ids, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits
+        logits = model(
+            input_ids=ids, position_ids=positions, logits_to_keep=1, **compat.cache_argument(model, cache)
+        ).logits
         position += ids.shape[1]
         token = int(logits[0, -1].argmax())
         if token in ended:

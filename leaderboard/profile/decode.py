@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kvzip_press import compat
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.model.devices import synchronize
 
@@ -44,7 +45,9 @@ def stepped_ms(model: Any, cache: RaggedCache, n_tokens: int, *, compiled: bool)
 def plain_ms(model: Any, cache: Any, n_tokens: int) -> float:
     """Times the model's own forward on a cache, which grows."""
     token = torch.full((1, 1), TOKEN, device=model.device)
-    return _median_ms(lambda: model(token, past_key_values=cache, use_cache=True).logits, model.device, n_tokens)
+    return _median_ms(
+        lambda: model(token, use_cache=True, **compat.cache_argument(model, cache)).logits, model.device, n_tokens
+    )
 
 
 def _attempt(name: str, notes: dict[str, str], measure: Callable[[], tuple[float | None, str | None]]) -> float | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvzip_press import compat
 from kvzip_press.attention.implementation import detach
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.compat import DynamicCache
@@ -125,7 +126,7 @@ def _dense(subject: Subject, case: Case) -> dict[str, Any]:
     cache = DynamicCache(config=text_config(model))
     synchronize(subject.device)
     begin = time.perf_counter()
-    decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+    decoder(input_ids=ids, use_cache=True, **compat.cache_argument(decoder, cache))
     synchronize(subject.device)
     figures: dict[str, Any] = {"prefill_seconds": time.perf_counter() - begin, "peak_prefill_bytes": memory.peak()}
     seen = RaggedCache(cache.layers)

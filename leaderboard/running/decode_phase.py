@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from kvzip_press import compat
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.compat import DynamicCache
 from kvzip_press.decoding.generation import eos_ids, generate
@@ -35,7 +36,7 @@ def generate_evicting(
     ids = torch.tensor([list(prompt)], device=input_device(model))
     cache, ended = DynamicCache(config=text_config(model)), eos_ids(model, tokenizer)
     with torch.no_grad(), press(model):
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **compat.cache_argument(model, cache)).logits
         first = logits[:, -1].argmax(dim=-1, keepdim=True)
         compressed = RaggedCache.of(cache)
         if int(first) in ended:

@@ -10,8 +10,8 @@ import torch
 
 from kvzip_press.compat import TRANSFORMERS_VERSION
 from kvzip_press.kernels.benchmarks.report import commit
-from kvzip_press.model.identity import layer_fingerprint
-from kvzip_press.model.structure import full_attention_layers
+from kvzip_press.model.structure import text_decoder
+from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.version import __version__
 
 ABSENT = "-"
@@ -38,12 +38,11 @@ def provenance(model: Any) -> dict[str, str]:
 
 
 def model_revision(model: Any) -> str:
-    """Returns the hub's commit of the model's files, or, if there is none, a digest of a sample of its weights."""
+    """Returns the hub's commit of the model's files, or, if there is none, a digest of its weights."""
     known = getattr(model.config, "_commit_hash", None)
     if known:
         return str(known)
-    digests = "".join(layer_fingerprint(layer.module) for layer in full_attention_layers(model))
-    return f"weights:{hashlib.sha256(digests.encode()).hexdigest()[:12]}"
+    return f"weights:{hashlib.sha256(weights_fingerprint(text_decoder(model)).encode()).hexdigest()[:12]}"
 
 
 def _version(package: str) -> str:

@@ -47,7 +47,7 @@ class LayerRow:
         """
         hidden_states = args[0] if args else kwargs["hidden_states"]
         batch, n = hidden_states.shape[:2]
-        cache: Any = kwargs["past_key_values"] if "past_key_values" in kwargs else kwargs["past_key_value"]
+        cache: Any = compat.cache_given(kwargs)
         layer = cache.layers[module.layer_idx]
         if not isinstance(layer, RaggedLayer | compat.DynamicLayer):
             raise InvalidArgumentError(f"expected a dense cache layer with the {n} tokens read, got {layer}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from kvzip_press import compat
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import attention_layers, full_attention_layers, text_decoder
 from kvzip_press.model.watching import after_forward, before_forward
@@ -78,7 +79,7 @@ class KvpressObserver:
 
     def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises InvalidArgumentError for a later turn that the press cannot score, before any of it is cached."""
-        cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
+        cache = compat.cache_given(kwargs)
         if cache is not None and (seen := cache.get_seq_length()) and not self._press.scores_any_span:
             raise InvalidArgumentError(later_turn(repr(self._press), seen))
 
@@ -95,7 +96,9 @@ class KvpressObserver:
                 look(row, run, self._rotary_emb) for row, run in zip(rows, self._runs, strict=True)
             ]
         except Exception as error:  # noqa: BLE001  # kept for rows(): half a forward would leave half a cache
-            self._failure = as_ours(repr(self._press), error, f" in layer {layer_idx}").with_traceback(None)
+            n_tokens = (args[0] if args else kwargs["hidden_states"]).shape[1]
+            refused = as_ours(repr(self._press), error, f" in layer {layer_idx}", n_tokens=n_tokens)
+            self._failure = refused.with_traceback(None)
 
     def _new_run(self) -> Any:
         run = self._press.prepared(self._model)

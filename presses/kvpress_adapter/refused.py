@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
@@ -60,11 +61,26 @@ def check_supported(press: Any, base: Any) -> None:
             )
 
 
-def as_ours(press: str, error: Exception, where: str = "") -> Exception:
-    """Returns a refusal of kvpress's own as an error of ours, with its message; any other error as it is."""
-    if isinstance(error, KVzipPressError) or not isinstance(error, REFUSALS):
+# What torch says, in a RuntimeError, of the empty tensors that a few tokens leave some presses with.
+_OF_NOTHING = re.compile(r"numel\(\) == 0|of 0 elements")
+_FEW = 64  # tokens; of so short a context the length is said
+
+
+def as_ours(press: str, error: Exception, where: str = "", n_tokens: int | None = None) -> Exception:
+    """Returns a refusal of kvpress's own as an error of ours, with its message; any other error as it is.
+
+    Args:
+        press: What the press is called.
+        error: What it raised.
+        where: Where it did, with a space before it.
+        n_tokens: The length of what it read, if that may be too short for it.
+    """
+    of_nothing = type(error) is RuntimeError and _OF_NOTHING.search(str(error))
+    if isinstance(error, KVzipPressError) or not (isinstance(error, REFUSALS) or of_nothing):
         return error
-    return InvalidArgumentError(f"{press} refused{where}: {type(error).__name__}: {error}")
+    is_short = n_tokens is not None and n_tokens < _FEW
+    length = f", of {n_tokens} token{'s' if n_tokens != 1 else ''}" if is_short else ""
+    return InvalidArgumentError(f"{press} refused{where}{length}: {type(error).__name__}: {error}")
 
 
 def later_turn(press: str, seen: int) -> str:

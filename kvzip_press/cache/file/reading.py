@@ -26,8 +26,9 @@ from kvzip_press.cache.storage import ModelDtype
 from kvzip_press.errors import CacheFileError, CacheMismatchError
 from kvzip_press.files import digest_of, digest_of_tensor, to_json
 from kvzip_press.model.devices import execution_device
-from kvzip_press.model.identity import layer_fingerprint
+from kvzip_press.model.identity import check_fingerprint
 from kvzip_press.model.structure import AttentionLayer, attention_layers, text_config, text_decoder
+from kvzip_press.model.weights import weights_fingerprint
 
 
 def load_layers(
@@ -52,13 +53,13 @@ def load_layers(
     """
     with opened_cache(path) as file:
         record = record_in(file)
-        modules = _check_model(record, model)
+        modules, weights = _check_model(record, model)
         tensors = _Tensors(file, record, verify=verify)
         layers = []
         for index, (layer, module) in enumerate(zip(record.layers, modules, strict=True)):
             target = execution_device(module) if device is None else torch.device(device)
             if layer.kind == "ragged":
-                layers.append(_ragged(index, record, tensors, module, target))
+                layers.append(_ragged(index, record, tensors, module, target, weights))
             else:
                 layers.append(_dense(index, record, tensors, target))
         return layers, record
@@ -75,8 +76,8 @@ def read_record(path: Path) -> CacheRecord:
         return record_in(file)
 
 
-def _check_model(record: CacheRecord, model: nn.Module) -> list[nn.Module]:
-    """Returns the attention module of every layer, after checking that the model fits the cache."""
+def _check_model(record: CacheRecord, model: nn.Module) -> tuple[list[nn.Module], str]:
+    """Returns every layer's attention module and the weights' fingerprint, after checking that model and cache fit."""
     expected, got = record.config, settings_of(text_config(model))
     if expected != got:
         names = [name for name in sorted({*expected, *got}) if expected.get(name) != got.get(name)]
@@ -93,12 +94,13 @@ def _check_model(record: CacheRecord, model: nn.Module) -> list[nn.Module]:
         raise CacheMismatchError(
             f"expected a model with attention in each of {len(record.layers)} layers, got layers {sorted(attention)}"
         )
+    weights = weights_fingerprint(text_decoder(model))
     for index, layer in enumerate(record.layers):
-        _check_layer(layer, attention[index])
-    return [attention[index].module for index in range(len(record.layers))]
+        _check_layer(layer, attention[index], weights)
+    return [attention[index].module for index in range(len(record.layers))], weights
 
 
-def _check_layer(layer: LayerRecord, attention: AttentionLayer) -> None:
+def _check_layer(layer: LayerRecord, attention: AttentionLayer, weights: str) -> None:
     module, where = attention.module, f"layer {attention.layer_idx}"
     kinds = ("ragged", "dense") if attention.is_full else ("sliding",)
     if layer.kind not in kinds or (not attention.is_full and layer.sliding_window != attention.sliding_window):
@@ -115,11 +117,8 @@ def _check_layer(layer: LayerRecord, attention: AttentionLayer) -> None:
         raise CacheMismatchError(
             f"{where}: expected (KV heads, head_dim) = {(layer.num_heads, layer.head_dim)}, got {(heads, head_dim)}"
         )
-    if layer.kind == "ragged" and layer.fingerprint != layer_fingerprint(module):
-        raise CacheMismatchError(
-            f"{where}: this cache was made by another model: expected an attention module with fingerprint "
-            f"{reprlib.repr(layer.fingerprint)}, got {layer_fingerprint(module)}"
-        )
+    if layer.kind == "ragged":
+        check_fingerprint(layer.fingerprint, module, weights)
 
 
 class _Tensors:
@@ -151,7 +150,9 @@ def _part_names(layer: LayerRecord, record: CacheRecord) -> list[str]:
     return [*names, "positions", "cu_seqlens", *tail, *(["row_index"] if layer.has_row_index else [])]
 
 
-def _ragged(index: int, record: CacheRecord, tensors: _Tensors, module: nn.Module, device: torch.device) -> RaggedLayer:
+def _ragged(
+    index: int, record: CacheRecord, tensors: _Tensors, module: nn.Module, device: torch.device, weights: str
+) -> RaggedLayer:
     layer = record.layers[index]
     row_index = None
     if layer.has_row_index:
@@ -165,6 +166,7 @@ def _ragged(index: int, record: CacheRecord, tensors: _Tensors, module: nn.Modul
         context_ends=layer.context_ends,
         module=module,
         row_index=row_index,
+        weights=weights,
     )
     if record.n_seen > record.n_context:
         shape = (record.batch_size, layer.num_heads, record.n_seen - record.n_context)

@@ -99,6 +99,16 @@ def test_compress_and_answer(name) -> None:
     assert answer(model, tokenizer, smaller, "what?", max_new_tokens=6)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_several_questions_at_once_are_answered_as_one_by_one(name) -> None:
+    """Questions of different lengths are read as a padded block, through layers that stand in for the cache's."""
+    model, tokenizer = build(name), ByteTokenizer()
+    cache = compress(model, tokenizer, "a context that several questions are about, all at once", RandomPress(0.3))
+    questions = ["what?", "and where was it, then?", "who?"]
+    alone = [answer(model, tokenizer, cache, question, max_new_tokens=4) for question in questions]
+    assert answer(model, tokenizer, cache, questions, max_new_tokens=4) == alone
+
+
 def with_image(model: Any) -> dict[str, torch.Tensor]:
     n_image = {"gemma3": 4, "llava": 16}[model.config.model_type]
     ids = token_ids()

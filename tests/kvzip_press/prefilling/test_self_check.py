@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from kvzip_press import RandomPress, prefill
+from kvzip_press import RandomPress, compat, prefill
 from kvzip_press.errors import UnsupportedModelError
 from kvzip_press.prefilling.self_check import SelfCheck
 from kvzip_press.prefilling.whole import run_prefill
@@ -112,22 +112,24 @@ def test_every_supported_model_passes(architecture, implementation, dtype, paddi
 class CallsTwice(LlamaAttention):
     def forward(self, hidden_states, *args, **kwargs):
         again, weights = super().forward(hidden_states, *args, **kwargs)
-        output, _ = super().forward(hidden_states, *args, **{**kwargs, "past_key_values": DynamicCache()})
+        output, _ = super().forward(
+            hidden_states, *args, **{**kwargs, **compat.cache_argument(LlamaAttention, DynamicCache())}
+        )
         return output + 0 * again, weights
 
 
 class CallsNothing(LlamaAttention):
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         keys, values = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.k_proj, self.v_proj))
-        past_key_values.update(keys, values, self.layer_idx)
+        compat.cache_given(kwargs).update(keys, values, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
 class CachesOthers(LlamaAttention):
     def forward(self, *args, **kwargs):
         result = super().forward(*args, **kwargs)
-        layer = kwargs["past_key_values"].layers[self.layer_idx]
+        layer = compat.cache_given(kwargs).layers[self.layer_idx]
         layer.keys = layer.keys * 1.5
         return result
 
