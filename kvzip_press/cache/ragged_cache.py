@@ -12,11 +12,11 @@ from torch import nn
 
 from kvzip_press import compat
 from kvzip_press.attention.implementation import attach
+from kvzip_press.cache.all_layers import all_or_nothing, move_layers, truncate_columns, truncate_rows
 from kvzip_press.cache.file import kept_export
 from kvzip_press.cache.file import writing as cache_file
-from kvzip_press.cache.moving import move_layers
-from kvzip_press.cache.padded_block import drop_ends_of_sliding
-from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cache.ragged_layer import NOT_PICKLED, RaggedLayer
+from kvzip_press.cache.rows import Turns, batch_rows
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.structure import attention_layers
 
@@ -33,8 +33,6 @@ class RaggedCache(compat.Cache):
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
-        # Tokens seen before each kept turn (a question and its answer): what `truncate` takes.
-        self.turn_starts: list[int | list[int]] = []
 
     @classmethod
     def of(cls, cache: Any) -> RaggedCache:
@@ -48,8 +46,7 @@ class RaggedCache(compat.Cache):
         if not any(isinstance(layer, RaggedLayer) for layer in getattr(cache, "layers", [])):
             raise CacheMismatchError(f"expected a cache with ragged layers, got {type(cache).__name__} without any")
         view = cls.__new__(cls)
-        cache.__dict__.setdefault("turn_starts", [])  # one list for all views of the cache
-        view.__dict__.update(cache.__dict__)
+        vars(view).update(vars(cache))
         return view
 
     def ragged_layers(self) -> Iterable[tuple[int, RaggedLayer]]:
@@ -72,6 +69,15 @@ class RaggedCache(compat.Cache):
             return int(self.get_seq_length())
         counts: list[int] = (layer.n_context + layer.n_tail_tokens).tolist()
         return counts
+
+    @property
+    def turn_starts(self) -> list[int | list[int]]:
+        """Tokens seen before each kept turn (a question and its answer), as :meth:`truncate` takes them.
+
+        Each is a value that :attr:`n_seen` had; where a press has compressed a later turn, turns lie in the context.
+        The list is a new one.
+        """
+        return self._any_ragged().turns.as_list()
 
     @property
     def resident_bytes(self) -> int:
@@ -136,65 +142,70 @@ class RaggedCache(compat.Cache):
         """
         seen = self.n_seen
         if not isinstance(n_seen, int):
-            self._truncate_rows(n_seen)
+            truncate_rows(self, self._any_ragged(), n_seen)
         elif isinstance(seen, int):
-            self._truncate_columns(n_seen)
+            truncate_columns(self, n_seen)
         else:
-            self._truncate_rows([min(n_seen, tokens) for tokens in seen])
-        layer = self._any_ragged()
-        left = layer.n_context + layer.n_tail_tokens
-        starts = [torch.as_tensor(start, device=left.device) for start in self.turn_starts]
-        self.turn_starts[:] = [
-            start for start, tokens in zip(self.turn_starts, starts, strict=True) if bool((tokens < left).any())
-        ]
+            truncate_rows(self, self._any_ragged(), [min(n_seen, tokens) for tokens in seen])
 
-    def _truncate_columns(self, n_seen: int) -> None:
-        if n_seen > self.get_seq_length():
-            raise InvalidArgumentError(f"expected at most the {self.get_seq_length()} tokens seen, got {n_seen}")
-        surplus = [layer.get_seq_length() - n_seen for layer in self.layers]
-        for layer, excess in zip(self.layers, surplus, strict=True):
-            if excess > 0:
-                _check_holds_all(layer)
-        layers: list[Any] = self.layers
-        for layer, excess in zip(layers, surplus, strict=True):
-            if excess > 0:
-                layer.crop(-excess)
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps only the given batch rows, by number or as a bool mask, in that order; all that is held follows them.
 
-    def _truncate_rows(self, n_seen: Sequence[int]) -> None:
-        """Truncates every row to its own number of tokens, and drops columns that are padding in every row."""
-        ragged = self._any_ragged()
-        if len(n_seen) != ragged.batch_size:
-            raise InvalidArgumentError(f"expected a number for each of {ragged.batch_size} rows, got {len(n_seen)}")
-        if len({layer.get_seq_length() for layer in self.layers}) > 1:
-            raise InvalidArgumentError("expected layers that have seen the same tokens, but a forward failed half-way")
-        counts = ragged.n_context + ragged.n_tail_tokens
-        counts = counts - torch.tensor(n_seen, device=counts.device)
-        if bool((counts < 0).any()):
-            raise InvalidArgumentError(f"expected at most the {self.n_seen} tokens seen, got {list(n_seen)}")
-        sliding = [layer for layer in self.layers if not isinstance(layer, RaggedLayer)]
-        for layer in sliding if bool(counts.any()) else ():
-            _check_holds_all(layer)
-        for _, layer in self.ragged_layers():
-            layer.tail.drop_ends(counts)
-        for layer in sliding:
-            drop_ends_of_sliding(layer, counts, n_columns=ragged.get_seq_length())
+        Columns that are then padding in every row are dropped.
+
+        Raises:
+            InvalidArgumentError: ``indices`` does not name rows of the cache.
+        """
+        index = batch_rows(indices, self.batch_size)
+        with all_or_nothing(self):
+            super().batch_select_indices(index)
+            if not isinstance(self.n_seen, int):
+                self.truncate(self.n_seen)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Goes on with row ``beam_idx[i]`` as row i; rows share the packed context.
+
+        Raises:
+            InvalidArgumentError: ``beam_idx`` does not name rows of the cache.
+        """
+        index = batch_rows(beam_idx, self.batch_size)
+        with all_or_nothing(self):
+            super().reorder_cache(index)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row ``repeats`` times, at least once; copies share the packed context."""
+        self._any_ragged().check_repeats(repeats)
+        with all_or_nothing(self):
+            super().batch_repeat_interleave(repeats)
 
     def fork(self) -> RaggedCache:
         """Returns a cache that shares the packed context and copies only what came after it.
 
         Pairs in a pool, which change while a model generates, are copied, too.
         """
-        layers = [layer.fork() if isinstance(layer, RaggedLayer) else copy.copy(layer) for layer in self.layers]
-        twin = RaggedCache(layers)
-        twin.turn_starts = list(self.turn_starts)
-        return twin
+        layers: list[Any] = list(self.layers)  # at once: another thread may give the cache its next turn meanwhile
+        return RaggedCache([layer.fork() if isinstance(layer, RaggedLayer) else copy.copy(layer) for layer in layers])
+
+    def __copy__(self) -> RaggedCache:
+        """Returns a fork."""
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
+        """Returns a fork: nothing writes into the packed context that it shares."""
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises UnsupportedCacheError, for pickle: reading one would run code."""
+        raise UnsupportedCacheError(NOT_PICKLED)
 
     def adopt_turn(self, grown: RaggedCache) -> None:
         """Takes over, as one turn, what a fork of this cache has read since."""
         if not isinstance(grown.n_seen, int):
             grown.truncate(grown.n_seen)  # drops the columns that are padding in every row
-        self.turn_starts.append(self.n_seen)
-        self.layers[:] = grown.layers
+        turns = Turns.of([*self.turn_starts, self.n_seen])
+        for _, layer in grown.ragged_layers():
+            layer.turns = turns
+        self.layers[:] = grown.layers  # at once
 
     def move_to(self, target: torch.device | str | nn.Module) -> None:
         """Moves the whole cache in place: to a device, or to the devices of a model's layers.
@@ -207,7 +218,7 @@ class RaggedCache(compat.Cache):
             CacheMismatchError: The model has other layers.
             UnsupportedCacheError: A layer holds no keys and values.
         """
-        move_layers(self.layers, target)
+        move_layers(self, target)
 
     def save(self, path: str | Path, *, press: Any = None, model: nn.Module | None = None) -> None:
         """Writes the cache as a safetensors file of about ``resident_bytes``, replacing an existing file atomically.
@@ -245,7 +256,8 @@ class RaggedCache(compat.Cache):
         """
         layers, record = cache_file.load_layers(Path(path), model, device=device, verify=verify)
         cache = cls(layers)
-        cache.turn_starts = list(record.turn_starts)
+        for _, layer in cache.ragged_layers():
+            layer.turns = Turns.of(record.turn_starts)
         attach(model)
         return cache
 
@@ -281,15 +293,6 @@ class RaggedCache(compat.Cache):
             indices = [index for index, _ in self.ragged_layers()]
             raise InvalidArgumentError(f"expected one of the compressed layers {indices}, got layer {layer_idx}")
         return layer
-
-
-def _check_holds_all(layer: Any) -> None:
-    window = getattr(layer, "sliding_window", None)
-    if window is not None and layer.get_seq_length() >= window:
-        raise InvalidArgumentError(
-            f"a sliding layer holds only its last {window} tokens and cannot go back: expected a fork() made "
-            "before the tokens that are to be forgotten"
-        )
 
 
 def _tensors_of(layer: Any) -> tuple[torch.Tensor, ...]:

@@ -131,6 +131,7 @@ def _merged(
         n_padding=n_padding,
         context_ends=span.ends,
         module=module,
+        turns=layer.turns,
     )
 
 
