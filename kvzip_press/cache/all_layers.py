@@ -16,6 +16,7 @@ from torch import nn
 
 from kvzip_press.cache.padded_block import drop_ends_of_sliding
 from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cache.sliding_windows import own_window
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.devices import execution_device
 from kvzip_press.model.structure import attention_layers
@@ -70,6 +71,7 @@ def truncate_columns(cache: Any, n_columns: int) -> None:
         for layer, excess in zip(layers, surplus, strict=True):
             if excess > 0:
                 layer.crop(-excess)
+                own_window(layer)
 
 
 def truncate_rows(cache: Any, ragged: RaggedLayer, n_seen: Sequence[int]) -> None:
@@ -149,3 +151,11 @@ def _move(layer: Any, device: torch.device) -> None:
     else:
         layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
         layer.device = device
+
+
+def tensors_of(layer: Any) -> tuple[torch.Tensor, ...]:
+    """Returns every tensor that a layer of any kind holds."""
+    if isinstance(layer, RaggedLayer):
+        return layer.tensors
+    held = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return tuple(tensor for tensor in held if isinstance(tensor, torch.Tensor))

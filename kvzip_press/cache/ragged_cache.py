@@ -12,11 +12,12 @@ from torch import nn
 
 from kvzip_press import compat
 from kvzip_press.attention.implementation import attach
-from kvzip_press.cache.all_layers import all_or_nothing, move_layers, truncate_columns, truncate_rows
+from kvzip_press.cache.all_layers import all_or_nothing, move_layers, tensors_of, truncate_columns, truncate_rows
 from kvzip_press.cache.file import kept_export
 from kvzip_press.cache.file import writing as cache_file
 from kvzip_press.cache.ragged_layer import NOT_PICKLED, RaggedLayer
 from kvzip_press.cache.rows import Turns, batch_rows
+from kvzip_press.cache.sliding_windows import own_window
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.structure import attention_layers
 
@@ -82,7 +83,7 @@ class RaggedCache(compat.Cache):
     @property
     def resident_bytes(self) -> int:
         """Bytes really held in memory, each storage once: packed pairs, positions, lengths, tails and dense layers."""
-        tensors = [tensor for layer in self.layers for tensor in _tensors_of(layer)]
+        tensors = [tensor for layer in self.layers for tensor in tensors_of(layer)]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values())
 
@@ -90,7 +91,7 @@ class RaggedCache(compat.Cache):
     def dense_bytes(self) -> int:
         """Bytes that the same tokens would take without compression (sliding layers count what they hold)."""
         dense = [layer for layer in self.layers if not isinstance(layer, RaggedLayer)]
-        held = sum(tensor.nbytes for layer in dense for tensor in _tensors_of(layer))
+        held = sum(tensor.nbytes for layer in dense for tensor in tensors_of(layer))
         return held + sum(layer.dense_bytes for _, layer in self.ragged_layers())
 
     @property
@@ -148,6 +149,13 @@ class RaggedCache(compat.Cache):
         else:
             truncate_rows(self, self._any_ragged(), [min(n_seen, tokens) for tokens in seen])
 
+    def crop(self, max_length: int) -> None:
+        """Drops columns from the end of every layer, as transformers asks for it; see :meth:`truncate` for rows."""
+        with all_or_nothing(self):
+            super().crop(max_length)
+            for layer in self.layers:
+                own_window(layer)
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps only the given batch rows, by number or as a bool mask, in that order; all that is held follows them.
 
@@ -199,7 +207,17 @@ class RaggedCache(compat.Cache):
         raise UnsupportedCacheError(NOT_PICKLED)
 
     def adopt_turn(self, grown: RaggedCache) -> None:
-        """Takes over, as one turn, what a fork of this cache has read since."""
+        """Takes over, as one turn, what a fork of this cache has read since.
+
+        Raises:
+            InvalidArgumentError: The fork has read nothing in some row.
+        """
+        before, after = self._any_ragged().next_positions, grown._any_ragged().next_positions
+        if before.shape != after.shape or not bool((before < after).all()):
+            raise InvalidArgumentError(
+                f"expected a fork that has read more in every row, got rows that end at {after.tolist()} instead of "
+                f"{before.tolist()}"
+            )
         if not isinstance(grown.n_seen, int):
             grown.truncate(grown.n_seen)  # drops the columns that are padding in every row
         turns = Turns.of([*self.turn_starts, self.n_seen])
@@ -231,7 +249,8 @@ class RaggedCache(compat.Cache):
         Raises:
             CacheFileError: The file cannot be written; an existing one stays as it was.
             CacheMismatchError: ``model`` did not make the cache.
-            InvalidArgumentError: The original model object is gone and none was given, or a forward failed half-way.
+            InvalidArgumentError: The original model object is gone and none was given, a forward failed half-way, or
+                some rows, but not all, have forgotten a turn.
             UnsupportedCacheError: No layer is ragged, or a layer is of a kind or dtype that cannot be saved.
         """
         config, starts = self._config(model), self.turn_starts
@@ -293,10 +312,3 @@ class RaggedCache(compat.Cache):
             indices = [index for index, _ in self.ragged_layers()]
             raise InvalidArgumentError(f"expected one of the compressed layers {indices}, got layer {layer_idx}")
         return layer
-
-
-def _tensors_of(layer: Any) -> tuple[torch.Tensor, ...]:
-    if isinstance(layer, RaggedLayer):
-        return layer.tensors
-    held = (getattr(layer, "keys", None), getattr(layer, "values", None))
-    return tuple(tensor for tensor in held if isinstance(tensor, torch.Tensor))

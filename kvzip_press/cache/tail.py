@@ -172,7 +172,8 @@ class Tail:
             for buffer in (self._keys, self._values, self._scores)
         )
         if self.padding is not None:
-            self.padding = self.padding[index.to(self.padding.device)]
+            padding = self.padding[index.to(self.padding.device)]
+            self.padding = padding if bool(padding.any()) else None
 
     def copy(self, device: torch.device | None = None) -> Tail:
         """Returns an independent tail with the same tokens, without spare room, on ``device`` or where this one is."""
