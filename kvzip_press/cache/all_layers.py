@@ -30,7 +30,7 @@ def all_or_nothing(cache: Any) -> Iterator[None]:
     pool are the exception: an eviction writes into them. It is the last thing that a forward does, so the layers are
     left as they are behind it.
     """
-    layers: list[Any] = cache.layers
+    layers: list[Any] = getattr(cache, "layers", [])
     before = [(layer, dict(vars(layer)), _tail_of(layer)) for layer in layers]
     try:
         yield

@@ -18,6 +18,7 @@ from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cache.tail import is_writable
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
 
 ROWS_AT_ONCE = 8  # rows that are laid out together: bounds the memory that takes, whatever the batch
@@ -112,7 +113,7 @@ class PairPool:
     def _put(self, new: PackedPairs) -> None:
         """Takes over the new pairs, in the memory of the old ones if they fit it."""
         old = self.packed
-        if new.positions.shape != old.positions.shape:
+        if new.positions.shape != old.positions.shape or not is_writable(old.positions):
             self.packed = new
             return
         for place, tensor in zip(old.tensors, new.tensors, strict=True):

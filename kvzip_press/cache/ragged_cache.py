@@ -16,7 +16,7 @@ from kvzip_press.cache.all_layers import all_or_nothing, move_layers, tensors_of
 from kvzip_press.cache.file import kept_export
 from kvzip_press.cache.file import writing as cache_file
 from kvzip_press.cache.ragged_layer import NOT_PICKLED, RaggedLayer
-from kvzip_press.cache.rows import Turns, batch_rows
+from kvzip_press.cache.rows import TurnLock, Turns, batch_rows
 from kvzip_press.cache.sliding_windows import own_window
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.structure import attention_layers
@@ -34,6 +34,7 @@ class RaggedCache(compat.Cache):
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
+        self.turn_lock = TurnLock()
 
     @classmethod
     def of(cls, cache: Any) -> RaggedCache:
@@ -46,6 +47,7 @@ class RaggedCache(compat.Cache):
             return cache
         if not any(isinstance(layer, RaggedLayer) for layer in getattr(cache, "layers", [])):
             raise CacheMismatchError(f"expected a cache with ragged layers, got {type(cache).__name__} without any")
+        vars(cache).setdefault("turn_lock", TurnLock())  # one for all views of the cache
         view = cls.__new__(cls)
         vars(view).update(vars(cache))
         return view

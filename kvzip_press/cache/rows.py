@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,25 @@ def _one_if_equal(numbers: list[int]) -> int | tuple[int, ...]:
 
 
 NO_TURNS = Turns()
+
+
+class TurnLock:
+    """Held while a turn is read and kept, so that no other thread keeps one in between, which would be lost.
+
+    A deep copy of a cache has a lock of its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TurnLock:
+        return TurnLock()
 
 
 def batch_rows(given: Any, batch_size: int) -> torch.Tensor:

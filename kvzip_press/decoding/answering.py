@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar, overload
 
 from kvzip_press.attention.implementation import attach
@@ -72,7 +72,8 @@ def answer(
         answer_prefix: How each answer begins; not part of what is returned. One for all, or a list with one for each
             question.
         max_new_tokens: Most tokens to generate. One bound for all, or a list with one for each question.
-        keep: Whether the cache remembers this question and its answer. If an error is raised, it stays as it was.
+        keep: Whether the cache remembers this question and its answer. If an error is raised, it stays as it was. In
+            several threads, turns that one cache keeps follow one another.
 
     Returns:
         The answer as a text, for one question and a cache of one row; otherwise a list of answers. For a cache of
@@ -112,19 +113,12 @@ def answer_ids(
         )
     prefixes = _one_each("answer_prefix", answer_prefix, str, len(questions))
     bounds = _one_each("max_new_tokens", max_new_tokens, int, len(questions))
-    is_first = not cache.turn_starts
-    rows = [
-        question_ids(tokenizer, text, prefix, is_first=is_first)
-        for text, prefix in zip(questions, prefixes, strict=True)
-    ]
-    grown = cache.fork()
-    if len(rows) > batch_size:
-        grown.batch_repeat_interleave(len(rows))
-    generated = _generate_rows(model, grown, rows, max(bounds), eos_ids(model, tokenizer))
-    answers = [ids[:bound] for ids, bound in zip(generated, bounds, strict=True)]
-    if keep:
-        as_read = answers == generated  # False if an answer was cut at a lower bound, beyond which its row has read on
-        cache.adopt_turn(_after_turn(model, cache, grown if as_read else None, rows, answers))
+    asked = list(zip(questions, prefixes, bounds, strict=True))
+    if not keep:
+        return _answered(model, tokenizer, cache, asked)[0]
+    with cache.turn_lock:  # one turn after another: each begins where the one before it ends
+        answers, grown = _answered(model, tokenizer, cache, asked, keep=True)
+        cache.adopt_turn(grown)
     return answers
 
 
@@ -150,11 +144,26 @@ def question_ids(tokenizer: Any, question: str, answer_prefix: str = "", *, is_f
     return [*before, *encode(tokenizer, text), *chat_frame(tokenizer).suffix, *encode(tokenizer, answer_prefix)]
 
 
-def _generate_rows(
-    model: Any, cache: RaggedCache, rows: list[list[int]], max_new_tokens: int, ended: Collection[int]
-) -> list[list[int]]:
+def _answered(
+    model: Any, tokenizer: Any, cache: RaggedCache, asked: Sequence[tuple[str, str, int]], *, keep: bool = False
+) -> tuple[list[list[int]], RaggedCache]:
+    """Returns the ids of the answers, and a fork of the cache that has read what is to be kept of them.
+
+    ``asked`` holds a question, the beginning of its answer and the most tokens to generate for each.
+    """
+    grown = cache.fork()
+    is_first = not grown.turn_starts
+    rows = [question_ids(tokenizer, text, prefix, is_first=is_first) for text, prefix, _ in asked]
+    if len(rows) > grown.batch_size:
+        grown.batch_repeat_interleave(len(rows))
     ids, valid = left_padded(rows, input_device(model))
-    return generate(model, cache, ids, max_new_tokens, attention_mask=valid, eos_ids=ended)
+    most, ended = max(bound for *_, bound in asked), eos_ids(model, tokenizer)
+    generated = generate(model, grown, ids, most, attention_mask=valid, eos_ids=ended)
+    answers = [ids[:bound] for ids, (*_, bound) in zip(generated, asked, strict=True)]
+    if not keep:
+        return answers, grown
+    as_read = answers == generated  # False if an answer was cut at a lower bound, beyond which its row has read on
+    return answers, _after_turn(model, cache, grown if as_read else None, rows, answers)
 
 
 def _after_turn(
@@ -168,8 +177,10 @@ def _after_turn(
         grown = cache.fork()
         unread = [[*question, *answer] for question, answer in zip(rows, generated, strict=True)]
     else:
-        n_read = max(len(row) for row in rows) + len(generated[0])
-        unread = [row[-1:] for row in generated] if grown.get_seq_length() - cache.get_seq_length() < n_read else []
+        n_read = grown.get_seq_length() - cache.get_seq_length()
+        n_left = max(len(row) for row in rows) + len(generated[0]) - n_read  # the last token, or all if none was asked
+        unread = [[*question, *answer][-n_left:] for question, answer in zip(rows, generated, strict=True)]
+        unread = unread if n_left else []
     if unread:
         attach(model)
         ids, valid = left_padded(unread, input_device(model))
