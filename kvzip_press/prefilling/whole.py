@@ -213,14 +213,25 @@ class Prefill:
         return evicted_layers(self.model, self.cache, span, keep, scores=scores.layers if scores.carried else None)
 
     def _checked(self, scores: Scores) -> Scores:
-        expected = set(compressible_layers(self.model, self.cache))
         check_not_evicted(self.cache, self.start)
-        if scores.protected.shape != self.valid.shape or set(scores.layers) != expected:
-            raise InvalidArgumentError(
-                f"expected scores of layers {sorted(expected)} over {tuple(self.valid.shape)} [batch, span], got "
-                f"layers {sorted(scores.layers)} over {tuple(scores.protected.shape)}: made for another prefill?"
-            )
+        self.check(scores)
         return scores
+
+    def check(self, scores: object) -> None:
+        """Raises InvalidArgumentError unless these are scores of this prefill: before anything is evicted by them."""
+        if not isinstance(scores, Scores):
+            raise InvalidArgumentError(f"expected Scores, got {type(scores).__name__}")
+        if scores.protected.shape != self.valid.shape or set(scores.layers) != set(self._compressible):
+            raise InvalidArgumentError(
+                f"expected scores of layers {list(self._compressible)} over {tuple(self.valid.shape)} [batch, span], "
+                f"got layers {sorted(scores.layers)} over {tuple(scores.protected.shape)}: made for another prefill?"
+            )
+        for layer_idx, values in scores.layers.items():
+            expected, got = heads_and_device(self.cache.layers[layer_idx]), (values.shape[1], values.device)
+            if got != expected:
+                raise InvalidArgumentError(
+                    f"expected scores of layer {layer_idx} for (KV heads, device) = {expected}, got {got}"
+                )
 
 
 def prefill(
