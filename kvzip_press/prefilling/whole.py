@@ -235,7 +235,12 @@ class Prefill:
 
 
 def prefill(
-    model: nn.Module, tokenizer: Any, context: Context | Sequence[Context], *, observers: Sequence[Scorer] = ()
+    model: nn.Module,
+    tokenizer: Any,
+    context: Context | Sequence[Context],
+    *,
+    observers: Sequence[Scorer] = (),
+    split_special_tokens: bool = False,
 ) -> Prefill:
     """Reads a context once, framed by the model's chat template, ready for a question to follow it.
 
@@ -248,6 +253,8 @@ def prefill(
             contexts.
         observers: Presses whose scorers watch the forward; each must be hashable. Scoring with them then needs no
             further forward for watching.
+        split_special_tokens: Whether control tokens that are spelled out in a text (``<|im_end|>``) are read as
+            ordinary text, as those of others should be; otherwise they become control tokens.
 
     Raises:
         InvalidArgumentError: A context is empty, longer than the model's positions, or neither text nor token ids.
@@ -255,14 +262,23 @@ def prefill(
             cache.
     """
     frame = chat_frame(tokenizer)
-    rows = [[*frame.prefix, *ids] for ids in context_rows(tokenizer, context)]
+    rows = [
+        [*frame.prefix, *ids] for ids in context_rows(tokenizer, context, split_special_tokens=split_special_tokens)
+    ]
     input_ids, valid = left_padded(rows, input_device(model))
     done = run_prefill(model, input_ids, valid, observers=observers)
     done.prefix_length, done.tokenizer = len(frame.prefix), tokenizer
     return done
 
 
-def compress(model: nn.Module, tokenizer: Any, context: Context | Sequence[Context], press: Scorer) -> RaggedCache:
+def compress(
+    model: nn.Module,
+    tokenizer: Any,
+    context: Context | Sequence[Context],
+    press: Scorer,
+    *,
+    split_special_tokens: bool = False,
+) -> RaggedCache:
     """Reads a context and compresses it into a cache that is ready for many questions (see :func:`kvzip_press.answer`).
 
     Args:
@@ -270,6 +286,8 @@ def compress(model: nn.Module, tokenizer: Any, context: Context | Sequence[Conte
         tokenizer: Its tokenizer.
         context: The text or its token ids; or a list of such contexts, which become the rows of one cache.
         press: The press, with its compression ratio.
+        split_special_tokens: Whether control tokens that are spelled out in a text (``<|im_end|>``) are read as
+            ordinary text, as those of others should be; otherwise they become control tokens.
 
     Raises:
         InvalidArgumentError: A context is empty, longer than the model's positions, or neither text nor token ids; or
@@ -277,7 +295,7 @@ def compress(model: nn.Module, tokenizer: Any, context: Context | Sequence[Conte
         UnsupportedModelError: The model has no layer that can be compressed, or its attention is not that of a ragged
             cache.
     """
-    done = prefill(model, tokenizer, context, observers=[press])
+    done = prefill(model, tokenizer, context, observers=[press], split_special_tokens=split_special_tokens)
     done.evict_in_place(press.score(done))
     return RaggedCache.of(done.cache)
 
