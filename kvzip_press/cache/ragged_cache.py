@@ -178,7 +178,7 @@ class RaggedCache(compat.Cache):
         Raises:
             InvalidArgumentError: ``beam_idx`` does not name rows of the cache.
         """
-        index = batch_rows(beam_idx, self.batch_size)
+        index: Any = batch_rows(beam_idx, self.batch_size)
         with all_or_nothing(self):
             super().reorder_cache(index)
 

@@ -52,7 +52,7 @@ def _special_tokens(tokenizer: Any) -> dict[int, str]:
     )
     found |= {int(i): str(token) for i, token in named}
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown not in [getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES]:
+    if unknown is not None and unknown not in [getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES]:
         found.pop(unknown, None)
     return found
 

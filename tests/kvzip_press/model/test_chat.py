@@ -120,7 +120,7 @@ def test_control_tokens_in_a_text_are_letters_if_they_are_to_be_split(name) -> N
 def test_a_tokenizer_that_makes_control_tokens_of_any_text_is_refused(text) -> None:
     """A control token of one letter cannot be cut."""
     stubborn = Ignoring(fast("#"))
-    with pytest.raises(InvalidArgumentError, match=r"read # in a text as letters .* split_special_tokens=False"):
+    with pytest.raises(InvalidArgumentError, match=r"read # in a text as letters, .* split_special_tokens=False"):
         encode(stubborn, text, split_special_tokens=True)
     assert len(encode(stubborn, text)) == len(text)
 
