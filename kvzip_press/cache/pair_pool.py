@@ -86,7 +86,16 @@ class PairPool:
             torch.stack([getattr(tail, name) for tail in tails]).flatten(0, 1) for name in ("keys", "values")
         )
         every, n_packed = positions.repeat(self.num_layers, 1), self.packed.positions.numel()
-        self._put(self.packed.merge(keys, values, every, kept[n_packed:].view_as(scores), kept[:n_packed], scores))
+        new = self.packed.merge(keys, values, every, kept[n_packed:].view_as(scores), kept[:n_packed], scores)
+        try:
+            self._take_over(new, layers)
+        except BaseException:  # an interrupt: the old pairs are written over in part, so what has begun is finished
+            self._take_over(new, layers)
+            raise
+
+    def _take_over(self, new: PackedPairs, layers: Sequence[RaggedLayer]) -> None:
+        """Replaces the pairs of the pool and of its layers; done again after an interrupt, it has the same result."""
+        self._put(new)
         self._hand_out(layers)
 
     def _all_pairs(

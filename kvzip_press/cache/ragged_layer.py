@@ -219,12 +219,15 @@ class RaggedLayer(LayerRows, compat.CacheLayerMixin):
 
     def take(self, packed: PackedPairs) -> None:
         """Replaces the layer's pairs and its tail by ``packed``, in which the tail's tokens are part of the context."""
-        whole = self.tail.padding is None
-        self.n_padding = self.n_padding if whole else (-1,) * self.batch_size
-        self.context_ends = tuple(self.next_positions.tolist())
-        self.n_context += self.tail.length
-        self.packed = packed
-        self.tail.truncate(0)
+        whole, tail = self.tail.padding is None, self.tail.emptied()
+        changed = {
+            "packed": packed,
+            "n_context": self.get_seq_length(),
+            "n_padding": self.n_padding if whole else (-1,) * self.batch_size,
+            "context_ends": tuple(self.next_positions.tolist()),
+            "tail": tail,
+        }
+        vars(self).update(changed)  # at once: an interrupt comes before or behind it
 
     def move_to(self, device: torch.device) -> None:
         """Moves everything that the layer holds; forks keep the tensors that they share with it where they are."""

@@ -161,6 +161,13 @@ class Tail:
         if not self.length and self._keys is not None and self._keys.shape[2] > -(-n_tokens // BLOCK) * BLOCK:
             self._keys = self._values = self._scores = None
 
+    def emptied(self) -> Tail:
+        """Returns an empty tail over the same buffers, at their addresses; its tokens have no scores."""
+        tail = Tail(scored=self.scored)
+        vars(tail).update(vars(self), length=0, padding=None)
+        tail.truncate(0)
+        return tail
+
     def truncate(self, length: int) -> None:
         """Forgets every column from ``length`` on; the buffer stays."""
         self.length = min(self.length, length)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from kvzip_press import RaggedCache, RandomPress, answer, compress
+from kvzip_press import FastKVzipPress, Gates, RaggedCache, RandomPress, answer, compress
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.padding import left_padded, padding_in
+from kvzip_press.cache.pair_pool import PairPool
+from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cache.tail import Tail
 from kvzip_press.decoding.answering import question_ids
 from kvzip_press.decoding.forward import read
 from kvzip_press.decoding.generation import generate
 from kvzip_press.model.structure import attention_layers
+from kvzip_press.presses.fastkvzip import LayerGate
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -217,3 +222,75 @@ def test_turns_that_are_kept_by_several_threads_follow_one_another() -> None:
     starts = [*cache.turn_starts, cache.n_seen]
     assert len(cache.turn_starts) == len(questions) and starts[0] == n_before
     assert starts == sorted(set(starts))
+
+
+def gated(model) -> FastKVzipPress:
+    """Evicts every 8 tokens from a budget of 24."""
+    gates = [LayerGate(64, 2, 2) for _ in attention_layers(model)]
+    for number, gate in enumerate(gates):
+        for parameter in gate.requires_grad_(False).parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    return FastKVzipPress(decoding=True, gate=Gates(gates), budget=24, buffer=8, n_sink=2)
+
+
+def written(model, press: FastKVzipPress, n_tokens: int, stop: Callable[[], object] = nullcontext) -> RaggedCache:
+    """What is left of a context, and of ``n_tokens`` that follow it, or of those before something stops the model."""
+    cache = DynamicCache()
+    with torch.no_grad(), press(model):
+        model(torch.arange(3, 43)[None], past_key_values=cache)
+        with suppress(Stop), stop():
+            generate(model, cache, QUESTION, n_tokens)
+    return RaggedCache.of(cache)
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
+@pytest.mark.parametrize(("owner", "name"), [(PairPool, "_put"), (RaggedLayer, "take"), (Tail, "emptied")], ids=str)
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_an_eviction_that_is_interrupted_anywhere_is_finished(owner, name, number, behind, monkeypatch) -> None:
+    """While the model writes: half of the pairs written over, or half of the layers emptied, would be lost."""
+    model, calls, original = MODELS["llama"], [0], getattr(owner, name)
+
+    def interrupted(*args: object) -> object:
+        calls[0] += 1
+        if calls[0] == number + 1 and not behind:
+            raise Stop
+        result = original(*args)
+        if calls[0] == number + 1:
+            raise Stop
+        return result
+
+    @contextmanager
+    def stop() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            yield
+
+    press, n_before = gated(model), 40
+    cache = written(model, press, 40, stop)
+    expected = written(model, press, cache.n_seen - n_before - QUESTION.shape[1] + 1)
+    assert cache.n_seen == expected.n_seen < n_before + QUESTION.shape[1] + 39
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(layer.packed.tensors, other.packed.tensors, strict=True))
+        assert (layer.tail.length, layer.context_ends) == (other.tail.length, other.context_ends)
+    assert torch.equal(logits_after(model, cache), logits_after(model, expected))
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference"])
+def test_pairs_that_are_evicted_while_the_model_writes_do_so_in_any_mode(mode) -> None:
+    """A cache that began in one mode goes on in another, its scores moved and forked with it."""
+    model = MODELS["llama"]
+    press, cache = gated(model), DynamicCache()
+    with MODES[mode](), press(model):
+        model(torch.arange(3, 43)[None], past_key_values=cache)
+        begun = generate(model, cache, QUESTION, 20)
+    ragged = RaggedCache.of(cache).fork()
+    ragged.move_to("cpu")
+    end = torch.tensor([begun[0][-1:]])
+    answers = []
+    for one in (ragged, cache):
+        with press(model):
+            answers.append(generate(model, one, end, 20))
+    assert answers[0] == answers[1]
+    for layer, other in zip(ragged.layers, cache.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(layer.packed.tensors, other.packed.tensors, strict=True))
+        assert torch.equal(layer.tail.scores, other.tail.scores)
