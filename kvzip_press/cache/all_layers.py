@@ -7,7 +7,7 @@ enough to stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -159,3 +159,23 @@ def tensors_of(layer: Any) -> tuple[torch.Tensor, ...]:
         return layer.tensors
     held = (getattr(layer, "keys", None), getattr(layer, "values", None))
     return tuple(tensor for tensor in held if isinstance(tensor, torch.Tensor))
+
+
+def config_of(layers: Mapping[int, RaggedLayer], model: nn.Module | None) -> Any:
+    """Returns the config of the model that made ragged layers, at least one, which are given by their indices.
+
+    Raises:
+        CacheMismatchError: ``model`` did not make them.
+        InvalidArgumentError: The original model object is gone, and none is given.
+    """
+    if model is not None:
+        by_idx = {layer.layer_idx: layer.module for layer in attention_layers(model)}
+        for layer_idx, layer in layers.items():
+            if layer_idx not in by_idx:
+                raise CacheMismatchError(f"expected a model with attention in layer {layer_idx}, got one without")
+            layer.check_module(by_idx[layer_idx])
+    known = next(iter(layers.values()))._known_module()  # noqa: SLF001  # the layer and its cache
+    if known is None:
+        raise InvalidArgumentError("expected save(..., model=...), got no model, and the one of the cache is gone")
+    config: Any = known.config
+    return config

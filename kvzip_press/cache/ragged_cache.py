@@ -12,17 +12,23 @@ from torch import nn
 
 from kvzip_press import compat
 from kvzip_press.attention.implementation import attach
-from kvzip_press.cache.all_layers import all_or_nothing, move_layers, tensors_of, truncate_columns, truncate_rows
+from kvzip_press.cache.all_layers import (
+    all_or_nothing,
+    config_of,
+    move_layers,
+    tensors_of,
+    truncate_columns,
+    truncate_rows,
+)
 from kvzip_press.cache.file import kept_export
 from kvzip_press.cache.file import writing as cache_file
-from kvzip_press.cache.ragged_layer import NOT_PICKLED, RaggedLayer
+from kvzip_press.cache.ragged_layer import CopiedByFork, RaggedLayer
 from kvzip_press.cache.rows import TurnLock, Turns, batch_rows
 from kvzip_press.cache.sliding_windows import own_window
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
-from kvzip_press.model.structure import attention_layers
 
 
-class RaggedCache(compat.Cache):
+class RaggedCache(CopiedByFork, compat.Cache):
     """A transformers cache whose compressed layers are :class:`RaggedLayer`; the others stay dense.
 
     It is made by ``compress``, ``Prefill.evict`` or ``with press(model)`` (use :meth:`of` to get the figures of the
@@ -196,18 +202,6 @@ class RaggedCache(compat.Cache):
         layers: list[Any] = list(self.layers)  # at once: another thread may give the cache its next turn meanwhile
         return RaggedCache([layer.fork() if isinstance(layer, RaggedLayer) else copy.copy(layer) for layer in layers])
 
-    def __copy__(self) -> RaggedCache:
-        """Returns a fork."""
-        return self.fork()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
-        """Returns a fork: nothing writes into the packed context that it shares."""
-        return self.fork()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raises UnsupportedCacheError, for pickle: reading one would run code."""
-        raise UnsupportedCacheError(NOT_PICKLED)
-
     def adopt_turn(self, grown: RaggedCache) -> None:
         """Takes over, as one turn, what a fork of this cache has read since.
 
@@ -255,7 +249,7 @@ class RaggedCache(compat.Cache):
                 some rows, but not all, have forgotten a turn.
             UnsupportedCacheError: No layer is ragged, or a layer is of a kind or dtype that cannot be saved.
         """
-        config, starts = self._config(model), self.turn_starts
+        starts, config = self.turn_starts, config_of(dict(self.ragged_layers()), model)
         cache_file.save_layers(Path(path), self.layers, config=config, press=press, turn_starts=starts)
 
     @classmethod
@@ -288,20 +282,6 @@ class RaggedCache(compat.Cache):
         See :func:`kvzip_press.cache.file.kept_export.export_kept`.
         """
         kept_export.export_kept(Path(path), self.layers)
-
-    def _config(self, model: nn.Module | None) -> Any:
-        """Returns the config of the model that made the cache."""
-        if model is not None:
-            by_idx = {layer.layer_idx: layer.module for layer in attention_layers(model)}
-            for layer_idx, layer in self.ragged_layers():
-                if layer_idx not in by_idx:
-                    raise CacheMismatchError(f"expected a model with attention in layer {layer_idx}, got one without")
-                layer.check_module(by_idx[layer_idx])
-        known = self._any_ragged()._known_module()  # noqa: SLF001  # the layer and its cache
-        if known is None:
-            raise InvalidArgumentError("expected save(..., model=...), got no model, and the one of the cache is gone")
-        config: Any = known.config
-        return config
 
     def _any_ragged(self) -> RaggedLayer:
         for _, layer in self.ragged_layers():

@@ -17,13 +17,28 @@ from kvzip_press.cache.tail_mask import tail_mask
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.identity import layer_fingerprint
 
-NOT_PICKLED = (
-    "expected save(path) to write a compressed cache, RaggedCache.load(path, model) to read it and fork() to copy it, "
-    "got pickle (or torch.save), which runs code of whoever wrote the file when it is read"
-)
+
+class CopiedByFork:
+    """Is copied by its :meth:`fork`, which shares what nothing writes to, and is not pickled."""
+
+    def fork(self) -> Any:
+        """Returns a copy."""
+        raise NotImplementedError
+
+    def __copy__(self) -> Any:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedCacheError(
+            "expected save(path) to write a compressed cache, RaggedCache.load(path, model) to read it and fork() to "
+            "copy it, got pickle (or torch.save), which runs code of whoever wrote the file when it is read"
+        )
 
 
-class RaggedLayer(LayerRows, compat.CacheLayerMixin):
+class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
     """One layer's cache in which every head of every row keeps its own number of context pairs.
 
     Args:
@@ -239,14 +254,6 @@ class RaggedLayer(LayerRows, compat.CacheLayerMixin):
         twin = RaggedLayer.__new__(RaggedLayer)
         vars(twin).update(vars(self), packed=self.packed.frozen(), tail=self.tail.copy())
         return twin
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedLayer:
-        """Returns a fork: nothing writes into the packed context that it shares."""
-        return self.fork()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raises UnsupportedCacheError, for pickle: reading one would run code."""
-        raise UnsupportedCacheError(NOT_PICKLED)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
