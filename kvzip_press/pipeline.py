@@ -34,9 +34,11 @@ class KVzipPressTextGenerationPipeline(Pipeline):
     """Answers questions about a context through a compressed cache; called like kvpress's pipeline.
 
     ``pipe(context, question=None, questions=None, answer_prefix="", press=None, max_new_tokens=50,
-    max_context_length=None)``: with one ``question`` (or none: then the answer follows the context) it returns
-    ``{"answer": str}``, with a list of ``questions`` ``{"answers": [str, ...]}``. Without a press nothing is removed. A
-    context longer than ``max_context_length`` tokens is cut at its end, with a warning.
+    max_context_length=None, split_special_tokens=True)``: with one ``question`` (or none: then the answer follows the
+    context) it returns ``{"answer": str}``, with a list of ``questions`` ``{"answers": [str, ...]}``. Without a press
+    nothing is removed. A context longer than ``max_context_length`` tokens is cut at its end, with a warning. Control
+    tokens that are spelled out in a text (``<|im_end|>``) are read as ordinary text; with
+    ``split_special_tokens=False`` they take effect.
     """
 
     def _sanitize_parameters(
@@ -47,24 +49,32 @@ class KVzipPressTextGenerationPipeline(Pipeline):
         press: Press | None = None,
         max_new_tokens: int = 50,
         max_context_length: int | None = None,
+        split_special_tokens: bool = True,
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown:
             raise InvalidArgumentError(f"expected the arguments in the pipeline's docstring, got {sorted(unknown)}")
         if question is not None and questions is not None:
             raise InvalidArgumentError("expected one of question and questions, got both")
+        if isinstance(questions, str):
+            raise InvalidArgumentError(f"expected questions as a list of texts, got one text: {questions!r:.80}")
+        if max_context_length is not None and max_context_length < 1:
+            raise InvalidArgumentError(f"expected max_context_length of 1 or more tokens, got {max_context_length}")
         asked = [question or ""] if questions is None else list(questions)
         forward = {
             "questions": asked,
             "answer_prefix": answer_prefix or "",
             "press": press,
             "max_new_tokens": max_new_tokens,
+            "split_special_tokens": split_special_tokens,
         }
-        return {"max_context_length": max_context_length}, forward, {"single": questions is None}
+        reading = {"max_context_length": max_context_length, "split_special_tokens": split_special_tokens}
+        return reading, forward, {"single": questions is None}
 
     def preprocess(self, input_: Any, **parameters: Any) -> dict[str, Any]:
         """Returns the context's token ids, cut to ``max_context_length``."""
-        ids, max_context_length = encode(self.tokenizer, input_), parameters["max_context_length"]
+        max_context_length = parameters["max_context_length"]
+        ids = encode(self.tokenizer, input_, split_special_tokens=parameters["split_special_tokens"])
         if max_context_length is not None and len(ids) > max_context_length:
             logger.warning("context cut from %d to max_context_length=%d tokens", len(ids), max_context_length)
         return {"context_ids": ids[:max_context_length]}
@@ -79,13 +89,18 @@ class KVzipPressTextGenerationPipeline(Pipeline):
         answer_prefix: str,
         press: Press | None,
         max_new_tokens: int,
+        *,
+        split_special_tokens: bool,
     ) -> list[str]:
         press = get_press("none") if press is None else press
         cache = compress(self.model, self.tokenizer, context_ids, press)
         answers: list[str] = []
         for start in range(0, len(questions), ASKED_AT_ONCE):
             batch = list(questions[start : start + ASKED_AT_ONCE])
-            answers += answer(self.model, self.tokenizer, cache, batch, answer_prefix, max_new_tokens)
+            split = split_special_tokens
+            answers += answer(
+                self.model, self.tokenizer, cache, batch, answer_prefix, max_new_tokens, split_special_tokens=split
+            )
         return answers
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> dict[str, Any]:

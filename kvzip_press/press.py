@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from kvzip_press.budget.allocators import SAFEGUARD, Allocation
 from kvzip_press.budget.amount import Amount, LayerRatios, amount_of, check_compression_ratio
 from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling.whole import Observer, Prefill
 from kvzip_press.session import compressing
 
@@ -50,11 +51,21 @@ class Press(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "score" in cls.__dict__:  # applies a budget to every scorer's result: scorers need no code for it
-            setattr(cls, "score", _within_budget(cls.score))  # noqa: B010  # mypy: a method is not assigned to
+        # What an author returns is checked, and named, here; and a budget is applied: scorers need no code for it.
+        if "score" in cls.__dict__:
+            setattr(cls, "score", _checked_score(cls.score))  # noqa: B010  # mypy: a method is not assigned to
+        if "observer" in cls.__dict__:
+            setattr(cls, "observer", _checked_observer(cls.observer))  # noqa: B010  # mypy, as above
 
     def __post_init__(self) -> None:
-        _ = self.policy  # raises for values out of range
+        with _named(self):
+            policy, amount = self.policy, self.amount  # raises for values out of range
+        if not isinstance(policy, Policy) or not isinstance(amount, Amount):
+            name = type(self).__name__
+            raise InvalidArgumentError(
+                f"{name}: expected {name}.policy to be a Policy and {name}.amount an Amount, got "
+                f"{type(policy).__name__} and {type(amount).__name__}"
+            )
 
     @property
     def amount(self) -> Amount:
@@ -105,13 +116,42 @@ class Press(ABC):
         return compressing(self, model)
 
 
-def _within_budget(score: Callable[[Any, Prefill], Scores]) -> Callable[[Any, Prefill], Scores]:
+@contextmanager
+def _named(press: Press, method: str = "") -> Iterator[None]:
+    """Names the press, and its method, in what is raised about a value that it was given or returned."""
+    name = type(press).__name__
+    try:
+        yield
+    except InvalidArgumentError as error:
+        if name in str(error):
+            raise
+        raise InvalidArgumentError(f"{name}{method}: {error}") from error
+
+
+def _checked_score(score: Callable[[Any, Prefill], Scores]) -> Callable[[Any, Prefill], Scores]:
     @functools.wraps(score)
     def scored(self: Press, prefill: Prefill) -> Scores:
-        scores = score(self, prefill)
-        return scores if self.budget is None else scores.asked_for(budget=self.budget)
+        with _named(self, ".score"):
+            scores = score(self, prefill)
+            prefill.check(scores)
+            return scores if self.budget is None else scores.asked_for(budget=self.budget)
 
     return scored
+
+
+def _checked_observer(observer: Callable[[Any, nn.Module], Any]) -> Callable[[Any, nn.Module], Any]:
+    @functools.wraps(observer)
+    def observed(self: Press, model: nn.Module) -> Any:
+        found = observer(self, model)
+        missing = [name for name in ("__enter__", "__exit__", "scores") if not callable(getattr(found, name, None))]
+        if missing and not (found is None and not isinstance(self, ObservingPress)):
+            raise InvalidArgumentError(
+                f"{type(self).__name__}.observer: expected a context manager with a method `scores`, got "
+                f"{type(found).__name__} without {', '.join(missing)}"
+            )
+        return found
+
+    return observed
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class ComposedPress(Press):
                     f"expected presses that follow a budget after the first, got one at {i} that decides its own "
                     f"counts over all pairs: {press!r}; put it first"
                 )
-        ratios = [press.compression_ratio for press in presses]
+        ratios = [_ratio(press) for press in presses]
         object.__setattr__(self, "presses", presses)
         object.__setattr__(
             self, "compression_ratio", 1 - math.prod(1 - ratio for ratio in ratios if not math.isnan(ratio))
@@ -141,6 +141,14 @@ class Observers:
         """Returns the scores of the prefill that was observed."""
         prefill.observers.update(self.by_press)
         return self._press.composed(prefill)
+
+
+def _ratio(press: Press) -> float:
+    """Returns a press's ratio, NaN if it has none."""
+    ratio: object = press.compression_ratio
+    if isinstance(ratio, (int, float)):
+        return float(ratio)
+    raise InvalidArgumentError(f"expected {type(press).__name__}.compression_ratio to be a number, got {ratio!r}")
 
 
 def _flat(presses: object) -> Iterator[Press]:

@@ -407,7 +407,7 @@ ALLOWED = [
     ("kernels/op/benchmarks/b.py", "import flashinfer\nimport numpy"),
     ("kvzip_press/press.py", "from kvzip_press.kernels.op import api\nfrom kvzip_press import compat"),
     (
-        "kvzip_press/cache/moving.py",
+        "kvzip_press/cache/all_layers.py",
         "from kvzip_press.cache.tail import Tail\nfrom kvzip_press.errors import CacheFileError",
     ),
     ("kvzip_press/registry.py", "def f():\n    from kvzip_press.presses import PRESSES"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from kvzip_press.budget.allocators import Allocation, Decided
 from kvzip_press.budget.candidates import Candidates, Counts, Masks
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
@@ -51,8 +52,28 @@ def allocate(
     standing = standing_pairs(scores, valid, among)
     base = standing_pairs(scores, valid, None) if of_all else standing
     candidates = Candidates.of_rows(scores.layers, standing, base, scores.protected, scores.charged, held or {})
-    rows = [scores.policy.allocation.counts(row, scores.policy.amount) for row in candidates]
+    allocation = scores.policy.allocation
+    rows = [allocation.counts(row, scores.policy.amount) for row in candidates]
+    if type(allocation).counts not in (Allocation.counts, Decided.counts):  # someone else's code
+        for row, counts in zip(candidates, rows, strict=True):
+            _check_counts(allocation, row, counts)
     return {layer_idx: torch.stack([row[layer_idx] for row in rows]) for layer_idx in scores.layers}
+
+
+def _check_counts(allocation: Allocation, row: Candidates, counts: Counts) -> None:
+    """Raises InvalidArgumentError unless every head of a row has a count of pairs that it can keep."""
+    for layer_idx, free in row.free.items():
+        of_layer = counts.get(layer_idx) if isinstance(counts, dict) else None
+        if not isinstance(of_layer, torch.Tensor) or of_layer.dtype != torch.int64 or of_layer.shape != (len(free),):
+            raise InvalidArgumentError(
+                f"expected {type(allocation).__name__}.counts to return int64 [{len(free)}] for layer {layer_idx}, got "
+                f"{of_layer!r:.80}"
+            )
+        if not all(0 <= count <= available for count, available in zip(of_layer.tolist(), free, strict=True)):
+            raise InvalidArgumentError(
+                f"expected {type(allocation).__name__}.counts of 0 to {list(free)} in layer {layer_idx}, the pairs "
+                f"that compete there, got {of_layer.tolist()}"
+            )
 
 
 def standing_pairs(scores: Scores, valid: torch.Tensor, among: Masks | None) -> dict[int, torch.Tensor]:

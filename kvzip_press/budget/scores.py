@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 
 from kvzip_press.budget.allocators import Allocation, Decided
+from kvzip_press.budget.amount import is_int
 from kvzip_press.budget.policy import Policy
 from kvzip_press.errors import InvalidArgumentError
 
@@ -27,8 +29,8 @@ class Scores:
         carried: Whether the pairs that stay carry their scores, for evictions while the model generates.
 
     Raises:
-        InvalidArgumentError: The scores are not finite or not of one span, ``policy`` is not a Policy, or the policy is
-            for other layers than were scored.
+        InvalidArgumentError: A field is of another type, dtype or shape; the scores are not finite or not of one span;
+            or the policy is for other layers than were scored, or decided negative counts. The message names the field.
     """
 
     layers: Mapping[int, torch.Tensor]
@@ -39,19 +41,31 @@ class Scores:
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
-            raise InvalidArgumentError(f"expected a Policy, as `press.policy` is one, got {self.policy!r}")
+            raise InvalidArgumentError(f"expected a Policy as policy, like `press.policy`, got {self.policy!r:.80}")
+        if not isinstance(self.layers, Mapping) or not all(is_int(layer_idx) for layer_idx in self.layers):
+            raise InvalidArgumentError(f"expected layers as a mapping of layer_idx -> tensor, got {self.layers!r:.80}")
+        shape = self._check_positions()
+        for layer_idx, values in self.layers.items():
+            _check_values(layer_idx, values, shape)
         self.policy.amount.check_layers(self.layers)
         if isinstance(self.policy.allocation, Decided):
             self._check_decided(self.policy.allocation)
-        batch, span = self.protected.shape
-        for layer_idx, values in self.layers.items():
-            if values.dim() != 3 or (values.shape[0], values.shape[2]) != (batch, span):
-                raise InvalidArgumentError(
-                    f"expected scores [batch={batch}, heads, span={span}] for layer {layer_idx}, "
-                    f"got {tuple(values.shape)}"
-                )
-            if not bool(torch.isfinite(values).all()):
-                raise InvalidArgumentError(f"expected finite scores, got NaN or infinity in layer {layer_idx}")
+
+    def _check_positions(self) -> tuple[int, int]:
+        """Checks the masks over positions, and returns their shape: batch and span."""
+        if not _is_mask(self.protected) or self.protected.dim() != 2:
+            raise InvalidArgumentError(
+                f"expected protected as a bool tensor [batch, span], got {_described(self.protected)}"
+            )
+        shape = (self.protected.shape[0], self.protected.shape[1])
+        counted = self.protected_count
+        if not isinstance(counted, bool) and not (_is_mask(counted) and tuple(counted.shape) == shape):
+            raise InvalidArgumentError(
+                f"expected protected_count to be True, False or a bool tensor {shape}, got {_described(counted)}"
+            )
+        if not isinstance(self.carried, bool):
+            raise InvalidArgumentError(f"expected carried to be True or False, got {_described(self.carried)}")
+        return shape
 
     @property
     def charged(self) -> torch.Tensor:
@@ -80,11 +94,42 @@ class Scores:
 
     def _check_decided(self, allocation: Decided) -> None:
         expected = {i: tuple(values.shape[:2]) for i, values in self.layers.items()}
+        per_head = allocation.per_head
         got = {
             i: tuple(counts.shape) if isinstance(counts, torch.Tensor) and counts.dtype == torch.int64 else type(counts)
-            for i, counts in allocation.per_head.items()
+            for i, counts in (per_head.items() if isinstance(per_head, Mapping) else ())
         }
         if got != expected:
             raise InvalidArgumentError(
                 f"expected decided counts as int64 tensors of these layers and [batch, heads]: {expected}, got {got}"
             )
+        for layer_idx, counts in per_head.items():
+            if counts.numel() and int(counts.min()) < 0:
+                raise InvalidArgumentError(
+                    f"expected decided counts of 0 or more in layer {layer_idx}, got {int(counts.min())}"
+                )
+
+
+def _check_values(layer_idx: int, values: object, shape: tuple[int, int]) -> None:
+    """Raises InvalidArgumentError unless these are finite fp32 scores over a span."""
+    if not isinstance(values, torch.Tensor) or values.dtype != torch.float32 or values.is_meta:
+        raise InvalidArgumentError(
+            f"expected scores of layer {layer_idx} as a float32 tensor with data, got {_described(values)}"
+        )
+    if values.dim() != 3 or (values.shape[0], values.shape[2]) != shape:
+        raise InvalidArgumentError(
+            f"expected scores [batch={shape[0]}, heads, span={shape[1]}] for layer {layer_idx}, "
+            f"got {tuple(values.shape)}"
+        )
+    if not bool(torch.isfinite(values).all()):
+        raise InvalidArgumentError(f"expected finite scores, got NaN or infinity in layer {layer_idx}")
+
+
+def _is_mask(value: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool and not value.is_meta
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"a tensor of {value.dtype} and shape {tuple(value.shape)} on {value.device}"

@@ -18,6 +18,7 @@ from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cache.tail import is_writable
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
 
 ROWS_AT_ONCE = 8  # rows that are laid out together: bounds the memory that takes, whatever the batch
@@ -85,7 +86,16 @@ class PairPool:
             torch.stack([getattr(tail, name) for tail in tails]).flatten(0, 1) for name in ("keys", "values")
         )
         every, n_packed = positions.repeat(self.num_layers, 1), self.packed.positions.numel()
-        self._put(self.packed.merge(keys, values, every, kept[n_packed:].view_as(scores), kept[:n_packed], scores))
+        new = self.packed.merge(keys, values, every, kept[n_packed:].view_as(scores), kept[:n_packed], scores)
+        try:
+            self._take_over(new, layers)
+        except BaseException:  # an interrupt: the old pairs are written over in part, so what has begun is finished
+            self._take_over(new, layers)
+            raise
+
+    def _take_over(self, new: PackedPairs, layers: Sequence[RaggedLayer]) -> None:
+        """Replaces the pairs of the pool and of its layers; done again after an interrupt, it has the same result."""
+        self._put(new)
         self._hand_out(layers)
 
     def _all_pairs(
@@ -112,7 +122,7 @@ class PairPool:
     def _put(self, new: PackedPairs) -> None:
         """Takes over the new pairs, in the memory of the old ones if they fit it."""
         old = self.packed
-        if new.positions.shape != old.positions.shape:
+        if new.positions.shape != old.positions.shape or not is_writable(old.positions):
             self.packed = new
             return
         for place, tensor in zip(old.tensors, new.tensors, strict=True):

@@ -12,17 +12,23 @@ from torch import nn
 
 from kvzip_press import compat
 from kvzip_press.attention.implementation import attach
+from kvzip_press.cache.all_layers import (
+    all_or_nothing,
+    config_of,
+    move_layers,
+    tensors_of,
+    truncate_columns,
+    truncate_rows,
+)
 from kvzip_press.cache.file import kept_export
 from kvzip_press.cache.file import writing as cache_file
-from kvzip_press.cache.moving import move_layers
-from kvzip_press.cache.padded_block import drop_ends_of_sliding
-from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cache.ragged_layer import CopiedByFork, RaggedLayer
+from kvzip_press.cache.rows import TurnLock, Turns, batch_rows
+from kvzip_press.cache.sliding_windows import own_window
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
-from kvzip_press.model.structure import attention_layers, text_decoder
-from kvzip_press.model.weights import weights_fingerprint
 
 
-class RaggedCache(compat.Cache):
+class RaggedCache(CopiedByFork, compat.Cache):
     """A transformers cache whose compressed layers are :class:`RaggedLayer`; the others stay dense.
 
     It is made by ``compress``, ``Prefill.evict`` or ``with press(model)`` (use :meth:`of` to get the figures of the
@@ -34,8 +40,7 @@ class RaggedCache(compat.Cache):
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
-        # Tokens seen before each kept turn (a question and its answer): what `truncate` takes.
-        self.turn_starts: list[int | list[int]] = []
+        self.turn_lock = TurnLock()
 
     @classmethod
     def of(cls, cache: Any) -> RaggedCache:
@@ -48,9 +53,9 @@ class RaggedCache(compat.Cache):
             return cache
         if not any(isinstance(layer, RaggedLayer) for layer in getattr(cache, "layers", [])):
             raise CacheMismatchError(f"expected a cache with ragged layers, got {type(cache).__name__} without any")
+        vars(cache).setdefault("turn_lock", TurnLock())  # one for all views of the cache
         view = cls.__new__(cls)
-        cache.__dict__.setdefault("turn_starts", [])  # one list for all views of the cache
-        view.__dict__.update(cache.__dict__)
+        vars(view).update(vars(cache))
         return view
 
     def ragged_layers(self) -> Iterable[tuple[int, RaggedLayer]]:
@@ -75,9 +80,18 @@ class RaggedCache(compat.Cache):
         return counts
 
     @property
+    def turn_starts(self) -> list[int | list[int]]:
+        """Tokens seen before each kept turn (a question and its answer), as :meth:`truncate` takes them.
+
+        Each is a value that :attr:`n_seen` had; where a press has compressed a later turn, turns lie in the context.
+        The list is a new one.
+        """
+        return self._any_ragged().turns.as_list()
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes really held in memory, each storage once: packed pairs, positions, lengths, tails and dense layers."""
-        tensors = [tensor for layer in self.layers for tensor in _tensors_of(layer)]
+        tensors = [tensor for layer in self.layers for tensor in tensors_of(layer)]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values())
 
@@ -85,7 +99,7 @@ class RaggedCache(compat.Cache):
     def dense_bytes(self) -> int:
         """Bytes that the same tokens would take without compression (sliding layers count what they hold)."""
         dense = [layer for layer in self.layers if not isinstance(layer, RaggedLayer)]
-        held = sum(tensor.nbytes for layer in dense for tensor in _tensors_of(layer))
+        held = sum(tensor.nbytes for layer in dense for tensor in tensors_of(layer))
         return held + sum(layer.dense_bytes for _, layer in self.ragged_layers())
 
     @property
@@ -137,65 +151,75 @@ class RaggedCache(compat.Cache):
         """
         seen = self.n_seen
         if not isinstance(n_seen, int):
-            self._truncate_rows(n_seen)
+            truncate_rows(self, self._any_ragged(), n_seen)
         elif isinstance(seen, int):
-            self._truncate_columns(n_seen)
+            truncate_columns(self, n_seen)
         else:
-            self._truncate_rows([min(n_seen, tokens) for tokens in seen])
-        layer = self._any_ragged()
-        left = layer.n_context + layer.n_tail_tokens
-        starts = [torch.as_tensor(start, device=left.device) for start in self.turn_starts]
-        self.turn_starts[:] = [
-            start for start, tokens in zip(self.turn_starts, starts, strict=True) if bool((tokens < left).any())
-        ]
+            truncate_rows(self, self._any_ragged(), [min(n_seen, tokens) for tokens in seen])
 
-    def _truncate_columns(self, n_seen: int) -> None:
-        if n_seen > self.get_seq_length():
-            raise InvalidArgumentError(f"expected at most the {self.get_seq_length()} tokens seen, got {n_seen}")
-        surplus = [layer.get_seq_length() - n_seen for layer in self.layers]
-        for layer, excess in zip(self.layers, surplus, strict=True):
-            if excess > 0:
-                _check_holds_all(layer)
-        layers: list[Any] = self.layers
-        for layer, excess in zip(layers, surplus, strict=True):
-            if excess > 0:
-                layer.crop(-excess)
+    def crop(self, max_length: int) -> None:
+        """Drops columns from the end of every layer, as transformers asks for it; see :meth:`truncate` for rows."""
+        with all_or_nothing(self):
+            super().crop(max_length)
+            for layer in self.layers:
+                own_window(layer)
 
-    def _truncate_rows(self, n_seen: Sequence[int]) -> None:
-        """Truncates every row to its own number of tokens, and drops columns that are padding in every row."""
-        ragged = self._any_ragged()
-        if len(n_seen) != ragged.batch_size:
-            raise InvalidArgumentError(f"expected a number for each of {ragged.batch_size} rows, got {len(n_seen)}")
-        if len({layer.get_seq_length() for layer in self.layers}) > 1:
-            raise InvalidArgumentError("expected layers that have seen the same tokens, but a forward failed half-way")
-        counts = ragged.n_context + ragged.n_tail_tokens
-        counts = counts - torch.tensor(n_seen, device=counts.device)
-        if bool((counts < 0).any()):
-            raise InvalidArgumentError(f"expected at most the {self.n_seen} tokens seen, got {list(n_seen)}")
-        sliding = [layer for layer in self.layers if not isinstance(layer, RaggedLayer)]
-        for layer in sliding if bool(counts.any()) else ():
-            _check_holds_all(layer)
-        for _, layer in self.ragged_layers():
-            layer.tail.drop_ends(counts)
-        for layer in sliding:
-            drop_ends_of_sliding(layer, counts, n_columns=ragged.get_seq_length())
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps only the given batch rows, by number or as a bool mask, in that order; all that is held follows them.
+
+        Columns that are then padding in every row are dropped.
+
+        Raises:
+            InvalidArgumentError: ``indices`` does not name rows of the cache.
+        """
+        index = batch_rows(indices, self.batch_size)
+        with all_or_nothing(self):
+            super().batch_select_indices(index)
+            if not isinstance(self.n_seen, int):
+                self.truncate(self.n_seen)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Goes on with row ``beam_idx[i]`` as row i; rows share the packed context.
+
+        Raises:
+            InvalidArgumentError: ``beam_idx`` does not name rows of the cache.
+        """
+        index: Any = batch_rows(beam_idx, self.batch_size)
+        with all_or_nothing(self):
+            super().reorder_cache(index)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row ``repeats`` times, at least once; copies share the packed context."""
+        self._any_ragged().check_repeats(repeats)
+        with all_or_nothing(self):
+            super().batch_repeat_interleave(repeats)
 
     def fork(self) -> RaggedCache:
         """Returns a cache that shares the packed context and copies only what came after it.
 
         Pairs in a pool, which change while a model generates, are copied, too.
         """
-        layers = [layer.fork() if isinstance(layer, RaggedLayer) else copy.copy(layer) for layer in self.layers]
-        twin = RaggedCache(layers)
-        twin.turn_starts = list(self.turn_starts)
-        return twin
+        layers: list[Any] = list(self.layers)  # at once: another thread may give the cache its next turn meanwhile
+        return RaggedCache([layer.fork() if isinstance(layer, RaggedLayer) else copy.copy(layer) for layer in layers])
 
     def adopt_turn(self, grown: RaggedCache) -> None:
-        """Takes over, as one turn, what a fork of this cache has read since."""
+        """Takes over, as one turn, what a fork of this cache has read since.
+
+        Raises:
+            InvalidArgumentError: The fork has read nothing in some row.
+        """
+        before, after = self._any_ragged().next_positions, grown._any_ragged().next_positions
+        if before.shape != after.shape or not bool((before < after).all()):
+            raise InvalidArgumentError(
+                f"expected a fork that has read more in every row, got rows that end at {after.tolist()} instead of "
+                f"{before.tolist()}"
+            )
         if not isinstance(grown.n_seen, int):
             grown.truncate(grown.n_seen)  # drops the columns that are padding in every row
-        self.turn_starts.append(self.n_seen)
-        self.layers[:] = grown.layers
+        turns = Turns.of([*self.turn_starts, self.n_seen])
+        for _, layer in grown.ragged_layers():
+            layer.turns = turns
+        self.layers[:] = grown.layers  # at once
 
     def move_to(self, target: torch.device | str | nn.Module) -> None:
         """Moves the whole cache in place: to a device, or to the devices of a model's layers.
@@ -208,7 +232,7 @@ class RaggedCache(compat.Cache):
             CacheMismatchError: The model has other layers.
             UnsupportedCacheError: A layer holds no keys and values.
         """
-        move_layers(self.layers, target)
+        move_layers(self, target)
 
     def save(self, path: str | Path, *, press: Any = None, model: nn.Module | None = None) -> None:
         """Writes the cache as a safetensors file of about ``resident_bytes``, replacing an existing file atomically.
@@ -221,10 +245,11 @@ class RaggedCache(compat.Cache):
         Raises:
             CacheFileError: The file cannot be written; an existing one stays as it was.
             CacheMismatchError: ``model`` did not make the cache.
-            InvalidArgumentError: The original model object is gone and none was given, or a forward failed half-way.
+            InvalidArgumentError: The original model object is gone and none was given, a forward failed half-way, or
+                some rows, but not all, have forgotten a turn.
             UnsupportedCacheError: No layer is ragged, or a layer is of a kind or dtype that cannot be saved.
         """
-        config, starts = self._config(model), self.turn_starts
+        starts, config = self.turn_starts, config_of(dict(self.ragged_layers()), model)
         cache_file.save_layers(Path(path), self.layers, config=config, press=press, turn_starts=starts)
 
     @classmethod
@@ -246,7 +271,8 @@ class RaggedCache(compat.Cache):
         """
         layers, record = cache_file.load_layers(Path(path), model, device=device, verify=verify)
         cache = cls(layers)
-        cache.turn_starts = list(record.turn_starts)
+        for _, layer in cache.ragged_layers():
+            layer.turns = Turns.of(record.turn_starts)
         attach(model)
         return cache
 
@@ -256,21 +282,6 @@ class RaggedCache(compat.Cache):
         See :func:`kvzip_press.cache.file.kept_export.export_kept`.
         """
         kept_export.export_kept(Path(path), self.layers)
-
-    def _config(self, model: nn.Module | None) -> Any:
-        """Returns the config of the model that made the cache."""
-        if model is not None:
-            weights = weights_fingerprint(text_decoder(model))
-            by_idx = {layer.layer_idx: layer.module for layer in attention_layers(model)}
-            for layer_idx, layer in self.ragged_layers():
-                if layer_idx not in by_idx:
-                    raise CacheMismatchError(f"expected a model with attention in layer {layer_idx}, got one without")
-                layer.check_module(by_idx[layer_idx], again=True, weights=weights)
-        known = self._any_ragged()._known_module()  # noqa: SLF001  # the layer and its cache
-        if known is None:
-            raise InvalidArgumentError("expected save(..., model=...), got no model, and the one of the cache is gone")
-        config: Any = known.config
-        return config
 
     def _any_ragged(self) -> RaggedLayer:
         for _, layer in self.ragged_layers():
@@ -283,19 +294,3 @@ class RaggedCache(compat.Cache):
             indices = [index for index, _ in self.ragged_layers()]
             raise InvalidArgumentError(f"expected one of the compressed layers {indices}, got layer {layer_idx}")
         return layer
-
-
-def _check_holds_all(layer: Any) -> None:
-    window = getattr(layer, "sliding_window", None)
-    if window is not None and layer.get_seq_length() >= window:
-        raise InvalidArgumentError(
-            f"a sliding layer holds only its last {window} tokens and cannot go back: expected a fork() made "
-            "before the tokens that are to be forgotten"
-        )
-
-
-def _tensors_of(layer: Any) -> tuple[torch.Tensor, ...]:
-    if isinstance(layer, RaggedLayer):
-        return layer.tensors
-    held = (getattr(layer, "keys", None), getattr(layer, "values", None))
-    return tuple(tensor for tensor in held if isinstance(tensor, torch.Tensor))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from typing import Any
 
@@ -12,14 +11,35 @@ from torch import nn
 from kvzip_press import compat
 from kvzip_press.attention.implementation import CacheView
 from kvzip_press.cache.packed_pairs import PackedPairs
+from kvzip_press.cache.rows import NO_TURNS, LayerRows, Turns
 from kvzip_press.cache.tail import Tail
 from kvzip_press.cache.tail_mask import tail_mask
-from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
+from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.identity import check_fingerprint, layer_fingerprint
 from kvzip_press.model.structure import is_first_full
 
 
-class RaggedLayer(compat.CacheLayerMixin):
+class CopiedByFork:
+    """Is copied by its :meth:`fork`, which shares what nothing writes to, and is not pickled."""
+
+    def fork(self) -> Any:
+        """Returns a copy."""
+        raise NotImplementedError
+
+    def __copy__(self) -> Any:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedCacheError(
+            "expected save(path) to write a compressed cache, RaggedCache.load(path, model) to read it and fork() to "
+            "copy it, got pickle (or torch.save), which runs code of whoever wrote the file when it is read"
+        )
+
+
+class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
     """One layer's cache in which every head of every row keeps its own number of context pairs.
 
     Args:
@@ -33,6 +53,7 @@ class RaggedLayer(compat.CacheLayerMixin):
         row_index: Batch row -> packed row, int64 ``[batch]``; None if they are the same.
         weights: Fingerprint of the decoder that made them (:mod:`kvzip_press.model.weights`); None for that of the
             module's decoder as it is now.
+        turns: The kept turns of each batch row.
     """
 
     is_sliding = False
@@ -51,12 +72,13 @@ class RaggedLayer(compat.CacheLayerMixin):
         module: nn.Module,
         row_index: torch.Tensor | None = None,
         weights: str | None = None,
+        turns: Turns = NO_TURNS,
     ) -> None:
         self.packed = packed
         self.n_context = n_context
         self.n_protected, self.n_padding, self.context_ends = n_protected, n_padding, context_ends
         self.tail = Tail(scored=packed.scores is not None)
-        self.row_index = row_index
+        self.row_index, self.turns = row_index, turns
         self.n_rearranged = 0  # times that rows were reordered, repeated or dropped
         self.fingerprint = layer_fingerprint(module, weights)
         self._known_module = weakref.ref(module)
@@ -129,6 +151,12 @@ class RaggedLayer(compat.CacheLayerMixin):
                 f"expected to crop to at least the {self.n_context} tokens of the compressed context, got {length}"
             )
         self.tail.truncate(length - self.n_context)
+        self._forget_turns()
+
+    def drop_ends(self, counts: torch.Tensor) -> None:
+        """Forgets the last ``counts`` ``[batch]`` tokens of each row: see :meth:`Tail.drop_ends`."""
+        self.tail.drop_ends(counts)
+        self._forget_turns()
 
     def reset(self) -> None:
         """Empties the layer; the next update may have any batch size."""
@@ -136,32 +164,8 @@ class RaggedLayer(compat.CacheLayerMixin):
         self.n_context, self.tail = 0, Tail(scored=self.packed.scores is not None)
 
     def _empty(self, num_rows: int) -> None:
-        self.packed, self.row_index = self.packed.emptied(num_rows), None
+        self.packed, self.row_index, self.turns = self.packed.emptied(num_rows), None, NO_TURNS
         self.n_protected = self.n_padding = self.context_ends = (0,) * num_rows
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Reorders rows for beam search: batch row i continues as row ``beam_idx[i]``.
-
-        The packed context is shared, not copied.
-        """
-        index = beam_idx.to(self.packed.device)
-        self.row_index = self._rows()[index]
-        self.tail.select_rows(index)
-        self.n_rearranged += 1
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row ``repeats`` times; the packed context stays as it is."""
-        self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps only the given batch rows, and frees the context of the others."""
-        rows = self._rows()[indices.to(self.packed.device)].tolist()
-        self.n_protected = tuple(self.n_protected[row] for row in rows)
-        self.n_padding = tuple(self.n_padding[row] for row in rows)
-        self.context_ends = tuple(self.context_ends[row] for row in rows)
-        self.packed, self.row_index = self.packed.select_rows(rows), None
-        self.tail.select_rows(torch.as_tensor(indices))
-        self.n_rearranged += 1
 
     def offload(self) -> None:
         """Raises CacheMismatchError: moving layers to the CPU and back is not supported for ragged layers."""
@@ -172,13 +176,6 @@ class RaggedLayer(compat.CacheLayerMixin):
     # What is ours ------------------------------------------------------------------------------------------------
 
     @property
-    def batch_size(self) -> int:
-        """Number of batch rows."""
-        return self.packed.num_rows if self.row_index is None else self.row_index.numel()
-
-    max_batch_size = batch_size
-
-    @property
     def blank_token(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A key and a value for every row and head, ``[batch, num_heads, 1, head_dim]`` each, of arbitrary content."""
         packed, size = self.packed, (self.batch_size, self.packed.num_heads, 1)
@@ -187,38 +184,6 @@ class RaggedLayer(compat.CacheLayerMixin):
             for dim in (packed.storage.head_dim, packed.storage.v_head_dim)
         )
         return keys, values
-
-    @property
-    def next_positions(self) -> torch.Tensor:
-        """The position of each batch row's next token, int64 ``[batch]``."""
-        return self._by_batch_row(self.context_ends) + self.tail.length - self._tail_padding
-
-    @property
-    def left_padding(self) -> torch.Tensor:
-        """Number of the columns seen that are padding on the left of each batch row, int64 ``[batch]``.
-
-        Raises:
-            InvalidArgumentError: The context has padding elsewhere than on the left.
-        """
-        if min(self.n_padding, default=0) < 0:
-            raise InvalidArgumentError(
-                "expected a context padded on the left, got padding on the right or between turns, which the model's "
-                "sliding layers hold without a note of it"
-            )
-        return self._by_batch_row(self.n_padding) + self._tail_padding
-
-    @property
-    def n_tail_tokens(self) -> torch.Tensor:
-        """Number of tokens of each batch row since the context, int64 ``[batch]``."""
-        return torch.full((self.batch_size,), self.tail.length, device=self.packed.device) - self._tail_padding
-
-    @property
-    def _tail_padding(self) -> torch.Tensor | int:
-        return 0 if self.tail.padding is None else self.tail.padding
-
-    def _by_batch_row(self, numbers: tuple[int, ...]) -> torch.Tensor:
-        """Returns numbers of packed rows by batch row: int64 ``[batch]``, on the layer's device."""
-        return torch.tensor(numbers, device=self.packed.device)[self._rows()]
 
     def attend(
         self,
@@ -277,12 +242,15 @@ class RaggedLayer(compat.CacheLayerMixin):
 
     def take(self, packed: PackedPairs) -> None:
         """Replaces the layer's pairs and its tail by ``packed``, in which the tail's tokens are part of the context."""
-        whole = self.tail.padding is None
-        self.n_padding = self.n_padding if whole else (-1,) * self.batch_size
-        self.context_ends = tuple(self.next_positions.tolist())
-        self.n_context += self.tail.length
-        self.packed = packed
-        self.tail.truncate(0)
+        whole, tail = self.tail.padding is None, self.tail.emptied()
+        changed = {
+            "packed": packed,
+            "n_context": self.get_seq_length(),
+            "n_padding": self.n_padding if whole else (-1,) * self.batch_size,
+            "context_ends": tuple(self.next_positions.tolist()),
+            "tail": tail,
+        }
+        vars(self).update(changed)  # at once: an interrupt comes before or behind it
 
     def move_to(self, device: torch.device) -> None:
         """Moves everything that the layer holds; forks keep the tensors that they share with it where they are."""
@@ -291,9 +259,8 @@ class RaggedLayer(compat.CacheLayerMixin):
 
     def fork(self) -> RaggedLayer:
         """Returns a layer that shares the packed context and has its own copy of the tail."""
-        twin = copy.copy(self)
-        twin.packed = self.packed.frozen()
-        twin.tail = self.tail.copy()
+        twin = RaggedLayer.__new__(RaggedLayer)
+        vars(twin).update(vars(self), packed=self.packed.frozen(), tail=self.tail.copy())
         return twin
 
     @property
@@ -306,8 +273,3 @@ class RaggedLayer(compat.CacheLayerMixin):
         """Bytes that an uncompressed layer would hold for the tokens seen."""
         pairs = self.batch_size * self.packed.num_heads * self.get_seq_length()
         return pairs * self.packed.storage.dense_pair_bytes
-
-    def _rows(self) -> torch.Tensor:
-        if self.row_index is not None:
-            return self.row_index
-        return torch.arange(self.packed.num_rows, device=self.packed.device)

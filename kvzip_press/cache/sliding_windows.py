@@ -20,7 +20,7 @@ def own_window(layer: Any) -> None:
     stays taken until the next token: in a Gemma 3, five sixths of the whole cache.
     """
     for name in ("keys", "values"):
-        tensor = getattr(layer, name, None)
+        tensor = vars(layer).get(name)  # a ragged layer has none
         if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() > tensor.nbytes:
             setattr(layer, name, tensor.clone())
 

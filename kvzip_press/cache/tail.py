@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from kvzip_press.cache.padding import ends_dropped, moved_over_padding
 from kvzip_press.errors import InvalidArgumentError
 
 BLOCK = 256  # tokens that a buffer grows by at least; between two growths a decode step allocates and moves nothing
+
+
+def is_writable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor may be written into here: one that was made in inference mode only may in that mode."""
+    return torch.is_inference_mode_enabled() or not tensor.is_inference()
+
+
+def _in_new_buffer(columns: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Returns a new buffer that begins with these columns, ``[batch, num_heads, capacity, dim]``."""
+    buffer = columns.new_empty(*columns.shape[:2], capacity, columns.shape[3])
+    buffer[:, :, : columns.shape[2]] = columns
+    return buffer
 
 
 class Tail:
@@ -73,8 +87,9 @@ class Tail:
             self._scores[:, :, self.length : end] = torch.nan
         if padding is not None:
             padding = padding.to(keys.device)
-            for buffer in self.tensors if self.length else ():
-                buffer[:, :, :end] = moved_over_padding(buffer[:, :, :end], self.length, padding)
+            if self.length:
+                n_before = self.length
+                self._replace(lambda buffer: moved_over_padding(buffer[:, :, :end], n_before, padding))
             self.padding = padding if self.padding is None else self.padding + padding
         self.length = end
 
@@ -86,8 +101,9 @@ class Tail:
             first: The column of the first of these tokens.
             where: Bool, broadcastable to the shape of ``scores``, False where the present score stays; None sets all.
         """
-        assert self.scores is not None
-        place = self.scores[:, :, first : first + scores.shape[2]]
+        assert self._scores is not None
+        self._scores = self._scores if is_writable(self._scores) else self._scores.clone()
+        place = self._scores[:, :, : self.length, 0][:, :, first : first + scores.shape[2]]
         place.copy_(scores if where is None else torch.where(where, scores, place))
 
     def reserve(self, n_tokens: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,6 +121,16 @@ class Tail:
         assert self._keys is not None and self._values is not None
         return self._keys, self._values
 
+    def _replace(self, columns: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replaces each buffer by a new one with other columns: the old one still holds what was there.
+
+        So a tail is restored, when a forward fails, by what it referred to.
+        """
+        self._keys, self._values, self._scores = (
+            None if buffer is None else _in_new_buffer(columns(buffer), buffer.shape[2])
+            for buffer in (self._keys, self._values, self._scores)
+        )
+
     def _make_room(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._keys = self._room_for(self._keys, keys)
         self._values = self._room_for(self._values, values)
@@ -121,13 +147,10 @@ class Tail:
                     "expected (batch, heads, head_dim, dtype, device) = "
                     f"{expected}, got {(batch, heads, dim, new.dtype, new.device)}"
                 )
-            if self.length + t <= buffer.shape[2]:
+            if self.length + t <= buffer.shape[2] and is_writable(buffer):
                 return buffer
         capacity = -(-(self.length + t + self.length // 2) // BLOCK) * BLOCK
-        grown = new.new_empty(batch, heads, capacity, dim)
-        if buffer is not None:
-            grown[:, :, : self.length] = buffer[:, :, : self.length]
-        return grown
+        return _in_new_buffer(new[:, :, :0] if buffer is None else buffer[:, :, : self.length], capacity)
 
     def wrote(self, n_tokens: int) -> None:
         """Counts tokens that other code has written after those that are there: see :meth:`reserve`."""
@@ -138,10 +161,18 @@ class Tail:
         if not self.length and self._keys is not None and self._keys.shape[2] > -(-n_tokens // BLOCK) * BLOCK:
             self._keys = self._values = self._scores = None
 
+    def emptied(self) -> Tail:
+        """Returns an empty tail over the same buffers, at their addresses; its tokens have no scores."""
+        tail = Tail(scored=self.scored)
+        vars(tail).update(vars(self), length=0, padding=None)
+        tail.truncate(0)
+        return tail
+
     def truncate(self, length: int) -> None:
         """Forgets every column from ``length`` on; the buffer stays."""
         self.length = min(self.length, length)
         if self._scores is not None:
+            self._scores = self._scores if is_writable(self._scores) else self._scores.clone()
             self._scores[:, :, self.length :] = torch.nan  # a captured step writes pairs there, but no scores
         if self.padding is not None:
             self.padding = self.padding.clamp(max=self.length) if self.length else None
@@ -160,8 +191,8 @@ class Tail:
             raise InvalidArgumentError(f"expected to drop at most {have} tokens of the rows, got {counts.tolist()}")
         n_columns = int(n_left.max())
         if n_columns:
-            for buffer in self.tensors:
-                buffer[:, :, :n_columns] = ends_dropped(buffer[:, :, : self.length], counts, n_columns)
+            n_before = self.length
+            self._replace(lambda buffer: ends_dropped(buffer[:, :, :n_before], counts, n_columns))
         self.length = n_columns
         self.padding = n_columns - n_left if bool((n_left < n_columns).any()) else None
 
@@ -172,7 +203,8 @@ class Tail:
             for buffer in (self._keys, self._values, self._scores)
         )
         if self.padding is not None:
-            self.padding = self.padding[index.to(self.padding.device)]
+            padding = self.padding[index.to(self.padding.device)]
+            self.padding = padding if bool(padding.any()) else None
 
     def copy(self, device: torch.device | None = None) -> Tail:
         """Returns an independent tail with the same tokens, without spare room, on ``device`` or where this one is."""

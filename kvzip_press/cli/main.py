@@ -90,6 +90,13 @@ def ask(
         str, typer.Option("--answer-prefix", help="How every answer begins; small models need the help.")
     ] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    split_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--split-special-tokens/--no-split-special-tokens",
+            help="Read control tokens that stand in the file or in a question (<|im_end|>) as ordinary text.",
+        ),
+    ] = True,
 ) -> None:
     """Asks questions about a file, and shows the answers of the full and of the compressed cache side by side.
 
@@ -104,12 +111,13 @@ def ask(
     if cache is not None:
         if save is not None:
             raise InvalidArgumentError("expected --save with --context, got it with --cache, which is a saved cache")
-        _ask_saved(cache, load_model(model), question, answer_prefix, max_new_tokens)
+        _ask_saved(cache, load_model(model), question, answer_prefix, max_new_tokens, split=split_special_tokens)
         return
     assert context is not None
     chosen = get_press(press, compression_ratio)
     loaded, tokenizer = load_model(model)
-    done = prefill(loaded, tokenizer, context.read_text(encoding="utf-8").rstrip(), observers=[chosen])
+    text = context.read_text(encoding="utf-8").rstrip()
+    done = prefill(loaded, tokenizer, text, observers=[chosen], split_special_tokens=split_special_tokens)
     begin = time.perf_counter()
     compressed = done.evict(chosen.score(done))
     seconds = time.perf_counter() - begin
@@ -117,7 +125,8 @@ def ask(
         compressed.save(save, press=chosen)
     full = done.evict(get_press("none").score(done))
     caches = {"full cache": full, f"{press}, {compression_ratio:.0%} removed": compressed}
-    _print_answers(loaded, tokenizer, caches, question, answer_prefix, max_new_tokens)
+    split = split_special_tokens
+    _print_answers(loaded, tokenizer, caches, question, answer_prefix, max_new_tokens, split=split)
     _print_figures(caches, f"{done.valid.shape[1]} tokens read in {done.seconds:.1f} s, compressed in {seconds:.1f} s")
 
 
@@ -175,7 +184,7 @@ def presses() -> None:
 
 
 def _print_answers(
-    model: Any, tokenizer: Any, caches: dict[str, Any], questions: list[str], prefix: str, limit: int
+    model: Any, tokenizer: Any, caches: dict[str, Any], questions: list[str], prefix: str, limit: int, *, split: bool
 ) -> None:
     from rich.console import Console
     from rich.progress import track
@@ -185,12 +194,17 @@ def _print_answers(
 
     table = Table("question", *caches, show_lines=True)
     for question in track(questions, description="answering", transient=True):
-        answers = [answer(model, tokenizer, cache, question, prefix, limit) for cache in caches.values()]
+        answers = [
+            answer(model, tokenizer, cache, question, prefix, limit, split_special_tokens=split)
+            for cache in caches.values()
+        ]
         table.add_row(question, *answers)
     Console().print(table)
 
 
-def _ask_saved(path: Path, model_and_tokenizer: tuple[Any, Any], questions: list[str], prefix: str, limit: int) -> None:
+def _ask_saved(
+    path: Path, model_and_tokenizer: tuple[Any, Any], questions: list[str], prefix: str, limit: int, *, split: bool
+) -> None:
     from kvzip_press.cache.file.writing import read_record
     from kvzip_press.cache.ragged_cache import RaggedCache
 
@@ -199,7 +213,7 @@ def _ask_saved(path: Path, model_and_tokenizer: tuple[Any, Any], questions: list
     caches = {path.name: RaggedCache.load(path, model)}
     seconds = time.perf_counter() - begin
     record = read_record(path)
-    _print_answers(model, tokenizer, caches, questions, prefix, limit)
+    _print_answers(model, tokenizer, caches, questions, prefix, limit, split=split)
     _print_figures(caches, f"{record.n_seen} tokens, {record.press or 'press not named'}; loaded in {seconds:.1f} s")
 
 

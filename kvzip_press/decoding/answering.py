@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 from kvzip_press.attention.implementation import attach
@@ -28,6 +29,7 @@ def answer(
     max_new_tokens: int | Sequence[int] = 64,
     *,
     keep: bool = False,
+    split_special_tokens: bool = False,
 ) -> str: ...
 
 
@@ -41,6 +43,7 @@ def answer(
     max_new_tokens: int | Sequence[int] = 64,
     *,
     keep: bool = False,
+    split_special_tokens: bool = False,
 ) -> list[str]: ...
 
 
@@ -53,6 +56,7 @@ def answer(
     max_new_tokens: int | Sequence[int] = 64,
     *,
     keep: bool = False,
+    split_special_tokens: bool = False,
 ) -> str | list[str]:
     """Answers one question about a compressed context, or many in one batch, decoding greedily.
 
@@ -72,7 +76,11 @@ def answer(
         answer_prefix: How each answer begins; not part of what is returned. One for all, or a list with one for each
             question.
         max_new_tokens: Most tokens to generate. One bound for all, or a list with one for each question.
-        keep: Whether the cache remembers this question and its answer. If an error is raised, it stays as it was.
+        keep: Whether the cache remembers this question and its answer. If an error is raised, it stays as it was. In
+            several threads, turns that one cache keeps follow one another.
+        split_special_tokens: Whether control tokens that are spelled out in a question or in the beginning of an answer
+            (``<|im_end|>``) are read as ordinary text, as those of others should be; otherwise they become control
+            tokens. Those of the chat template always are.
 
     Returns:
         The answer as a text, for one question and a cache of one row; otherwise a list of answers. For a cache of
@@ -81,10 +89,11 @@ def answer(
     Raises:
         CacheMismatchError: The cache was made by another model.
         InvalidArgumentError: Context, question and answer exceed the model's positions; the number of questions does
-            not fit the rows, or the number of prefixes or bounds the questions; or several questions are to be kept in
-            one row.
+            not fit the rows, or the number of prefixes or bounds the questions; several questions are to be kept in one
+            row; one is no text, or a bound is negative; or the tokenizer cannot split special tokens.
     """
-    generated = answer_ids(model, tokenizer, cache, question, answer_prefix, max_new_tokens, keep=keep)
+    options = {"keep": keep, "split_special_tokens": split_special_tokens}
+    generated = answer_ids(model, tokenizer, cache, question, answer_prefix, max_new_tokens, **options)
     answers = [decoded(tokenizer, row) for row in generated]
     return answers[0] if isinstance(question, str) and cache.batch_size == 1 else answers
 
@@ -98,8 +107,11 @@ def answer_ids(
     max_new_tokens: int | Sequence[int] = 64,
     *,
     keep: bool = False,
+    split_special_tokens: bool = False,
 ) -> list[list[int]]:
     """Returns the ids of the answers that :func:`answer` returns as texts, without the ids that ended them."""
+    if isinstance(question, bytes) or not isinstance(question, Iterable):
+        raise InvalidArgumentError(f"expected a question as text, or a list of questions, got {question!r:.80}")
     batch_size = cache.batch_size
     questions = [question] if isinstance(question, str) else list(question)
     if len(questions) == 1:
@@ -112,19 +124,17 @@ def answer_ids(
         )
     prefixes = _one_each("answer_prefix", answer_prefix, str, len(questions))
     bounds = _one_each("max_new_tokens", max_new_tokens, int, len(questions))
-    is_first = not cache.turn_starts
-    rows = [
-        question_ids(tokenizer, text, prefix, is_first=is_first)
-        for text, prefix in zip(questions, prefixes, strict=True)
-    ]
-    grown = cache.fork()
-    if len(rows) > batch_size:
-        grown.batch_repeat_interleave(len(rows))
-    generated = _generate_rows(model, grown, rows, max(bounds), eos_ids(model, tokenizer))
-    answers = [ids[:bound] for ids, bound in zip(generated, bounds, strict=True)]
-    if keep:
-        as_read = answers == generated  # False if an answer was cut at a lower bound, beyond which its row has read on
-        cache.adopt_turn(_after_turn(model, cache, grown if as_read else None, rows, answers))
+    if not all(isinstance(text, str) for text in (*questions, *prefixes)) or min(bounds) < 0:
+        raise InvalidArgumentError(
+            f"expected questions and prefixes as texts, and max_new_tokens of 0 or more, got {questions!r:.80}, "
+            f"{prefixes!r:.80} and {bounds!r:.80}"
+        )
+    asked = _Asked(questions, prefixes, bounds, split_special_tokens)
+    if not keep:
+        return _answered(model, tokenizer, cache, asked)[0]
+    with cache.turn_lock:  # one turn after another: each begins where the one before it ends
+        answers, grown = _answered(model, tokenizer, cache, asked, keep=True)
+        cache.adopt_turn(grown)
     return answers
 
 
@@ -141,20 +151,63 @@ def _one_each(name: str, given: _T | Sequence[_T], kind: type[_T], n: int) -> li
     return values
 
 
-def question_ids(tokenizer: Any, question: str, answer_prefix: str = "", *, is_first: bool = True) -> list[int]:
+def question_ids(
+    tokenizer: Any,
+    question: str,
+    answer_prefix: str = "",
+    *,
+    is_first: bool = True,
+    split_special_tokens: bool = False,
+) -> list[int]:
     """Returns the ids of a question: the question, the end of the user's turn, and the beginning of the answer."""
+    asked, begun = (
+        encode(tokenizer, part, split_special_tokens=split_special_tokens)
+        for part in (_after_context(question) if is_first else question.strip(), answer_prefix)
+    )
     before = () if is_first else turn_break(tokenizer)
+    return [*before, *asked, *chat_frame(tokenizer).suffix, *begun]
+
+
+def _after_context(question: str) -> str:
     text = question.strip()
-    if is_first and text:
-        text = "\n\n" + text
-    return [*before, *encode(tokenizer, text), *chat_frame(tokenizer).suffix, *encode(tokenizer, answer_prefix)]
+    return "\n\n" + text if text else ""
 
 
-def _generate_rows(
-    model: Any, cache: RaggedCache, rows: list[list[int]], max_new_tokens: int, ended: Collection[int]
-) -> list[list[int]]:
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked: a question, the beginning of its answer and the most tokens to generate, for each."""
+
+    questions: Sequence[str]
+    prefixes: Sequence[str]
+    bounds: Sequence[int]
+    split_special_tokens: bool
+
+    def rows(self, tokenizer: Any, *, is_first: bool) -> list[list[int]]:
+        """Returns the ids of each question."""
+        split = self.split_special_tokens
+        return [
+            question_ids(tokenizer, text, prefix, is_first=is_first, split_special_tokens=split)
+            for text, prefix in zip(self.questions, self.prefixes, strict=True)
+        ]
+
+
+def _answered(
+    model: Any, tokenizer: Any, cache: RaggedCache, asked: _Asked, *, keep: bool = False
+) -> tuple[list[list[int]], RaggedCache]:
+    """Returns the ids of the answers, and a fork of the cache that has read what is to be kept of them."""
+    grown = cache.fork()
+    is_first = not grown.turn_starts
+    rows = asked.rows(tokenizer, is_first=is_first)
+    if len(rows) > grown.batch_size:
+        grown.batch_repeat_interleave(len(rows))
     ids, valid = left_padded(rows, input_device(model))
-    return generate(model, cache, ids, max_new_tokens, attention_mask=valid, eos_ids=ended)
+    ended = eos_ids(model, tokenizer)
+    generated = generate(model, grown, ids, max(asked.bounds), attention_mask=valid, eos_ids=ended)
+    answers = [ids[:bound] for ids, bound in zip(generated, asked.bounds, strict=True)]
+    if not keep:
+        return answers, grown
+    as_read = answers == generated  # False if an answer was cut at a lower bound, beyond which its row has read on
+    return answers, _after_turn(model, cache, grown if as_read else None, rows, answers)
 
 
 def _after_turn(
@@ -168,8 +221,10 @@ def _after_turn(
         grown = cache.fork()
         unread = [[*question, *answer] for question, answer in zip(rows, generated, strict=True)]
     else:
-        n_read = max(len(row) for row in rows) + len(generated[0])
-        unread = [row[-1:] for row in generated] if grown.get_seq_length() - cache.get_seq_length() < n_read else []
+        n_read = grown.get_seq_length() - cache.get_seq_length()
+        n_left = max(len(row) for row in rows) + len(generated[0]) - n_read  # the last token, or all if none was asked
+        unread = [[*question, *answer][-n_left:] for question, answer in zip(rows, generated, strict=True)]
+        unread = unread if n_left else []
     if unread:
         attach(model)
         ids, valid = left_padded(unread, input_device(model))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kvzip_press import compat
+from kvzip_press.cache.all_layers import all_or_nothing
 from kvzip_press.cache.padded_block import block_cache
 from kvzip_press.cache.padding import visible_columns
 from kvzip_press.cache.ragged_layer import RaggedLayer
@@ -58,6 +59,8 @@ def read(
     Returns:
         Logits ``[batch, vocabulary]`` of each row's last token.
 
+    If an error is raised, or the program is interrupted, the cache stays as it was.
+
     Raises:
         CacheMismatchError: The cache has another number of rows.
         InvalidArgumentError: Sliding layers hold padding that is not on the left.
@@ -69,10 +72,11 @@ def read(
         raise CacheMismatchError(f"expected tokens for the {first.shape[0]} rows of the cache, got {batch_size} rows")
     rows = first[:, None] + torch.arange(n, device=token_ids.device)
     mask = _mask_of_dense_layers(cache, n, padding)
-    if padding is not None:
+    with all_or_nothing(cache):
+        if padding is None:
+            return forward(model, cache, token_ids, rows, mask)
         rows = (rows - padding[:, None]).clamp(min=0)
-        cache = block_cache(cache, padding)
-    return forward(model, cache, token_ids, rows, mask)
+        return forward(model, block_cache(cache, padding), token_ids, rows, mask)
 
 
 def _first_ragged(cache: Any) -> RaggedLayer | None:

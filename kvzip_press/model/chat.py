@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.model.chat_template import around_turns
+from kvzip_press.model.text import encode
 
 logger = logging.getLogger(__name__)
 
-_SENTINEL = "kvzippresscontextgoeshere"
+__all__ = ["ChatFrame", "Context", "chat_frame", "context_rows", "encode", "find_tokenizer", "turn_break"]
 
 #: One context: its text, or its token ids.
 Context = str | Sequence[int]
@@ -32,14 +34,15 @@ class ChatFrame:
 
 
 def chat_frame(tokenizer: Any) -> ChatFrame:
-    """Returns the ids around a user turn, from the tokenizer's chat template; without one, BOS and a newline."""
+    """Returns the ids around a user turn, from the tokenizer's chat template; without one, BOS and a newline.
+
+    Raises:
+        InvalidArgumentError: The template does not insert the user's text once and as it is.
+    """
     if not getattr(tokenizer, "chat_template", None):
         bos = () if tokenizer.bos_token_id is None else (int(tokenizer.bos_token_id),)
         return ChatFrame(bos, encode(tokenizer, "\n"))
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _SENTINEL}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    prefix, suffix = text.split(_SENTINEL)
+    prefix, suffix = around_turns(tokenizer, ["user"])
     return ChatFrame(encode(tokenizer, prefix), encode(tokenizer, suffix))
 
 
@@ -47,24 +50,26 @@ def turn_break(tokenizer: Any) -> tuple[int, ...]:
     """Returns the ids between an answer and the user's next question: the answer's end of turn and the user's header.
 
     They come from the tokenizer's chat template; without one, they are an empty line.
+
+    Raises:
+        InvalidArgumentError: The template does not insert the texts of a dialogue once and as they are.
     """
     if not getattr(tokenizer, "chat_template", None):
         return encode(tokenizer, "\n\n")
-    turns = [{"role": role, "content": f"{_SENTINEL}{role}"} for role in ("user", "assistant", "user")]
-    turns[2]["content"] = _SENTINEL + "again"
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    return encode(tokenizer, text.split(turns[1]["content"])[1].split(turns[2]["content"])[0])
+    return encode(tokenizer, around_turns(tokenizer, ["user", "assistant", "user"])[2])
 
 
-def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Returns the ids of a text, without adding special tokens (those spelled out in it are recognised)."""
-    return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
-
-
-def context_rows(tokenizer: Any, context: Context | Sequence[Context]) -> list[tuple[int, ...]]:
+def context_rows(
+    tokenizer: Any, context: Context | Sequence[Context], *, split_special_tokens: bool = False
+) -> list[tuple[int, ...]]:
     """Returns the token ids of each context.
 
     A text is one context, and so is a sequence of integers; a sequence of these is several.
+
+    Args:
+        tokenizer: The tokenizer.
+        context: One or several, as texts or token ids, which are taken as they are.
+        split_special_tokens: See :func:`kvzip_press.model.text.encode`.
 
     Raises:
         InvalidArgumentError: A context is empty, there is none, or one is neither text nor token ids.
@@ -73,16 +78,16 @@ def context_rows(tokenizer: Any, context: Context | Sequence[Context]) -> list[t
     if not one:
         context = _plain(context)
         one = all(isinstance(item, int) for item in context)
-    rows = [_context_ids(tokenizer, item) for item in ([context] if one else context)]
+    rows = [_context_ids(tokenizer, item, split=split_special_tokens) for item in ([context] if one else context)]
     if not all(rows):
         which = "" if one else f" at index {rows.index(())} of {len(rows)}"
         raise InvalidArgumentError(f"expected a context of at least one token, got an empty one{which}")
     return rows
 
 
-def _context_ids(tokenizer: Any, context: Any) -> tuple[int, ...]:
+def _context_ids(tokenizer: Any, context: Any, *, split: bool) -> tuple[int, ...]:
     if isinstance(context, str):
-        return encode(tokenizer, context)
+        return encode(tokenizer, context, split_special_tokens=split)
     ids = _plain(context)
     if not all(isinstance(token, int) for token in ids):
         raise InvalidArgumentError(f"expected a context as text or token ids, got {ids!r:.80}")

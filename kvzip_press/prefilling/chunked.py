@@ -42,6 +42,7 @@ def compress_in_chunks(
     chunk_size: int = CHUNK_SIZE,
     window_size: int = WINDOW_SIZE,
     rerank: bool = True,
+    split_special_tokens: bool = False,
 ) -> RaggedCache:
     """Reads and compresses a context that is too long to be held uncompressed.
 
@@ -61,6 +62,7 @@ def compress_in_chunks(
         rerank: Whether pairs of all chunks compete, with the scores that they got, so that an informative chunk can
             keep more than a dull one. If False, each chunk keeps its own share for good, as in the code of Fast KVzip's
             authors.
+        split_special_tokens: See :func:`kvzip_press.compress`.
 
     Returns:
         The compressed cache, ready for questions (see :func:`kvzip_press.answer`).
@@ -71,7 +73,7 @@ def compress_in_chunks(
     """
     if chunk_size < 1 or window_size < 0:
         raise InvalidArgumentError(f"expected chunk_size >= 1 and window_size >= 0, got {chunk_size} and {window_size}")
-    frame, rows = chat_frame(tokenizer), context_rows(tokenizer, context)
+    frame, rows = chat_frame(tokenizer), context_rows(tokenizer, context, split_special_tokens=split_special_tokens)
     if len(rows) != 1:
         raise InvalidArgumentError(f"expected one context to read in chunks, got {len(rows)}")
     ids = torch.tensor([[*frame.prefix, *rows[0]]], device=input_device(model))

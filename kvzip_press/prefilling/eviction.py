@@ -174,6 +174,7 @@ def _merged(
         context_ends=span.ends,
         module=module,
         weights=weights,
+        turns=layer.turns,
     )
 
 

@@ -236,18 +236,34 @@ class Prefill:
         return evicted_layers(self.model, self.cache, span, keep, scores=carried, weights=self.weights)
 
     def _checked(self, scores: Scores) -> Scores:
-        expected = set(compressible_layers(self.model, self.cache))
         check_not_evicted(self.cache, self.start)
-        if scores.protected.shape != self.valid.shape or set(scores.layers) != expected:
-            raise InvalidArgumentError(
-                f"expected scores of layers {sorted(expected)} over {tuple(self.valid.shape)} [batch, span], got "
-                f"layers {sorted(scores.layers)} over {tuple(scores.protected.shape)}: made for another prefill?"
-            )
+        self.check(scores)
         return scores
+
+    def check(self, scores: object) -> None:
+        """Raises InvalidArgumentError unless these are scores of this prefill: before anything is evicted by them."""
+        if not isinstance(scores, Scores):
+            raise InvalidArgumentError(f"expected Scores, got {type(scores).__name__}")
+        if scores.protected.shape != self.valid.shape or set(scores.layers) != set(self._compressible):
+            raise InvalidArgumentError(
+                f"expected scores of layers {list(self._compressible)} over {tuple(self.valid.shape)} [batch, span], "
+                f"got layers {sorted(scores.layers)} over {tuple(scores.protected.shape)}: made for another prefill?"
+            )
+        for layer_idx, values in scores.layers.items():
+            expected, got = heads_and_device(self.cache.layers[layer_idx]), (values.shape[1], values.device)
+            if got != expected:
+                raise InvalidArgumentError(
+                    f"expected scores of layer {layer_idx} for (KV heads, device) = {expected}, got {got}"
+                )
 
 
 def prefill(
-    model: nn.Module, tokenizer: Any, context: Context | Sequence[Context], *, observers: Sequence[Scorer] = ()
+    model: nn.Module,
+    tokenizer: Any,
+    context: Context | Sequence[Context],
+    *,
+    observers: Sequence[Scorer] = (),
+    split_special_tokens: bool = False,
 ) -> Prefill:
     """Reads a context once, framed by the model's chat template, ready for a question to follow it.
 
@@ -260,6 +276,8 @@ def prefill(
             contexts.
         observers: Presses whose scorers watch the forward; each must be hashable. Scoring with them then needs no
             further forward for watching.
+        split_special_tokens: Whether control tokens that are spelled out in a text (``<|im_end|>``) are read as
+            ordinary text, as those of others should be; otherwise they become control tokens.
 
     Raises:
         InvalidArgumentError: A context is empty, longer than the model's positions, or neither text nor token ids.
@@ -267,7 +285,9 @@ def prefill(
             cache.
     """
     frame = chat_frame(tokenizer)
-    rows = [[*frame.prefix, *ids] for ids in context_rows(tokenizer, context)]
+    rows = [
+        [*frame.prefix, *ids] for ids in context_rows(tokenizer, context, split_special_tokens=split_special_tokens)
+    ]
     input_ids, valid = left_padded(rows, input_device(model))
     done = run_prefill(model, input_ids, valid, observers=observers)
     done.prefix_length, done.tokenizer = len(frame.prefix), tokenizer
@@ -275,7 +295,14 @@ def prefill(
 
 
 @computing()
-def compress(model: nn.Module, tokenizer: Any, context: Context | Sequence[Context], press: Scorer) -> RaggedCache:
+def compress(
+    model: nn.Module,
+    tokenizer: Any,
+    context: Context | Sequence[Context],
+    press: Scorer,
+    *,
+    split_special_tokens: bool = False,
+) -> RaggedCache:
     """Reads a context and compresses it into a cache that is ready for many questions (see :func:`kvzip_press.answer`).
 
     Args:
@@ -283,6 +310,8 @@ def compress(model: nn.Module, tokenizer: Any, context: Context | Sequence[Conte
         tokenizer: Its tokenizer.
         context: The text or its token ids; or a list of such contexts, which become the rows of one cache.
         press: The press, with its compression ratio.
+        split_special_tokens: Whether control tokens that are spelled out in a text (``<|im_end|>``) are read as
+            ordinary text, as those of others should be; otherwise they become control tokens.
 
     Raises:
         InvalidArgumentError: A context is empty, longer than the model's positions, or neither text nor token ids; or
@@ -290,7 +319,7 @@ def compress(model: nn.Module, tokenizer: Any, context: Context | Sequence[Conte
         UnsupportedModelError: The model has no layer that can be compressed, or its attention is not that of a ragged
             cache.
     """
-    done = prefill(model, tokenizer, context, observers=[press])
+    done = prefill(model, tokenizer, context, observers=[press], split_special_tokens=split_special_tokens)
     done.evict_in_place(press.score(done))
     return RaggedCache.of(done.cache)
 

@@ -52,6 +52,10 @@ def test_wrong_arguments_are_refused(pipe) -> None:
         pipe(CONTEXT, question="a", questions=["b"])
     with pytest.raises(InvalidArgumentError, match="answer_prefx"):
         pipe(CONTEXT, question="a", answer_prefx="b")
+    with pytest.raises(InvalidArgumentError, match="questions as a list of texts"):
+        pipe(CONTEXT, questions="Who?")
+    with pytest.raises(InvalidArgumentError, match="max_context_length"):
+        pipe(CONTEXT, question="a", max_context_length=-1)
 
 
 def test_the_name_is_registered() -> None:

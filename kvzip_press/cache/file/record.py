@@ -174,7 +174,7 @@ def record_in(file: Any) -> CacheRecord:
     layers = tuple(_layer_record(layer) for layer in _field(data, "layers", list))
     rows = {"turn_starts": _turn_starts(data), "tail_padding": _integers(data, "tail_padding")}
     record: CacheRecord = _checked(CacheRecord, {**data, "layers": layers, **rows})
-    _check_record(record)
+    check_record(record)
     return record
 
 
@@ -220,7 +220,7 @@ def _turn_starts(data: Any) -> tuple[int | list[int], ...]:
     return tuple(starts)
 
 
-def _check_record(record: CacheRecord) -> None:
+def check_record(record: CacheRecord) -> None:
     """Raises CacheFileError if the metadata contradict themselves."""
     if record.dtype not in ("BF16", "F16", "F32"):
         raise CacheFileError(f"expected dtype BF16, F16 or F32, got {reprlib.repr(record.dtype)}")

@@ -24,11 +24,12 @@ from kvzip_press.cache.file.record import (
     TEXT,
     CacheRecord,
     LayerRecord,
+    check_record,
     live_tokens,
     settings_of,
 )
 from kvzip_press.cache.ragged_layer import RaggedLayer
-from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.errors import CacheFileError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.files import digest_of, digest_of_tensor, to_json, write_tensors
 from kvzip_press.version import __version__
 
@@ -51,7 +52,7 @@ def save_layers(
     Raises:
         CacheFileError: The file cannot be written; an existing one stays as it was.
         InvalidArgumentError: The layers have not seen the same tokens, because a forward failed half-way, or none is
-            ragged, or a position is negative.
+            ragged, or a position is negative; or some rows, but not all, have forgotten a turn.
         UnsupportedCacheError: A layer is of another kind, or of another dtype than bf16, fp16 and fp32.
     """
     records = [_record_of(layer) for layer in layers]
@@ -79,6 +80,10 @@ def save_layers(
     )
     if record.dtype not in ("BF16", "F16", "F32"):
         raise UnsupportedCacheError(f"expected a cache in bf16, fp16 or fp32, got {record.dtype}")
+    try:
+        check_record(record)  # what no reader would take is not written
+    except CacheFileError as error:
+        raise InvalidArgumentError(f"a file of this cache could not be read again: {error}") from error
     write_tensors(path, tensors, {TEXT: to_json(asdict(record))}, seal=TEXT)
 
 

@@ -91,3 +91,33 @@ def test_ask_says_which_file_it_needs(tiny, tmp_path, monkeypatch, capsys, optio
         main()
     assert ended.value.code == 1
     assert message in capsys.readouterr().err
+
+
+class Controlled(ByteTokenizer):
+    """Bytes, and a control token that a text may spell out."""
+
+    all_special_ids, all_special_tokens = (2,), ("<end>",)
+
+    def encode(self, text: str, add_special_tokens: bool = False, split_special_tokens: bool = False) -> list[int]:
+        pieces = [text] if split_special_tokens else text.split("<end>")
+        ids = super().encode(pieces[0])
+        for piece in pieces[1:]:
+            ids += [2, *super().encode(piece)]
+        return ids
+
+
+@pytest.mark.parametrize(("option", "n_control"), [([], 0), (["--no-split-special-tokens"], 5)])
+def test_ask_reads_control_tokens_of_a_file_and_a_question_as_letters(option, n_control, tmp_path, monkeypatch) -> None:
+    """Unless it is told otherwise; from a saved cache, too."""
+    model, read = tiny_model(), []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, args: read.extend(args[0].flatten().tolist()))
+    model.generation_config.eos_token_id = 0
+    monkeypatch.setattr(loading, "load_model", lambda name: (model, Controlled()))
+    context, saved = tmp_path / "notes.txt", tmp_path / "cache.safetensors"
+    context.write_text("Vera has 47.<end> The baker opens early.<end>")
+    asked = ["--question", "Who<end>?", "--max-new-tokens", "1", *option]
+    made = run(app, ["ask", "--context", str(context), "--press", "random", "--save", str(saved), *asked])
+    loaded = run(app, ["ask", "--cache", str(saved), *asked])
+    assert made.exit_code == loaded.exit_code == 0, made.output + loaded.output
+    assert read.count(2) == n_control  # two in the file, one in each of three questions
