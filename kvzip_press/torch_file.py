@@ -26,6 +26,7 @@ _MAX_RECORDS = 20_000
 _MAX_OPCODES = 2_000_000
 _MAX_TUPLES = 10_000  # one inside another, a key of a dict is hashed by recursion
 _MAX_DIMENSIONS = 16
+_MAX_SHARING = 4  # bytes of all tensors for each byte of the file
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -46,7 +47,7 @@ _DATA_ONLY = (  # names of opcodes, of all protocols up to 5
 )
 _OPCODES = frozenset(_DATA_ONLY.split())
 _SKIPPED = re.compile(
-    r"numpy\.(core\.multiarray|_core\.multiarray|_core\.numeric|dtypes)\.\w+|numpy\.(ndarray|dtype)|_codecs\.encode"
+    r"numpy\.(core\.multiarray|_core\.multiarray|_core\.numeric|dtypes)\.\w+|numpy\.ndarray|_codecs\.encode"
     r"|torch\.(b?float\d*|u?int\d+|bool|Size)"
 )
 
@@ -114,13 +115,15 @@ class _Reader(pickle.Unpickler):
         super().__init__(io.BytesIO(program))
         self._records = records
         self._storages: dict[str, torch.Tensor] = {}
+        self._bytes = 0
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns what stands for a name; no module is imported, so nothing that a file names is ever found or run."""
         known = {
             "collections.OrderedDict": dict,
-            "torch._utils._rebuild_tensor_v2": _tensor,
-            "torch._utils._rebuild_parameter": _parameter,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "numpy.dtype": _dtype,
             **{f"torch.{storage}": dtype for storage, dtype in _STORAGES.items()},
         }
         full = f"{module}.{name}"
@@ -145,9 +148,17 @@ class _Reader(pickle.Unpickler):
             raise ValueError(f"expected record {key[:20]!r} of {n} numbers of {dtype}, got {storage.numel()}")
         return storage
 
+    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> torch.Tensor:
+        """Returns a view of a storage; all of them together have not many more numbers than the file."""
+        tensor = view(storage, offset, shape, strides)
+        self._bytes += tensor.nbytes
+        if self._bytes > _MAX_SHARING * sum(map(len, self._records.values())):
+            raise ValueError("expected tensors of numbers of their own, got many of the same")
+        return tensor
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> torch.Tensor:
-    """Returns a view of a storage that has no more numbers than the storage: none is counted twice."""
+
+def view(storage: Any, offset: Any, shape: Any, strides: Any) -> torch.Tensor:
+    """Returns a view of a storage with no more numbers than that. Raises ValueError if there is none."""
     numbers = (offset, *shape, *strides)
     if not isinstance(storage, torch.Tensor) or not all(type(x) is int and 0 <= x < 2**63 for x in numbers):
         raise ValueError("expected a tensor of a storage, an offset, a shape and strides")
@@ -162,5 +173,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> tor
     return storage.as_strided(shape, strides, offset) if count else storage.new_empty(shape)
 
 
-def _parameter(tensor: Any, *_: Any) -> Any:
-    return tensor
+def _dtype(name: Any, *_: Any) -> _Skipped:
+    if not isinstance(name, str) or not re.fullmatch(r"[<>|=]?[fiub]\d", name):
+        raise ValueError(f"expected arrays of numbers, got one of {name!r}"[:120])
+    return _Skipped()
