@@ -98,8 +98,7 @@ def sweep_temporaries(folder: Path) -> int:
 
     Only regular files are removed that bear a name of :func:`replacing` and that no living process writes: a writer
     holds the operating system's lock on its file, which goes with the process, however that ends. Where files cannot be
-    locked, a day without a change stands for that. Folders inside are not looked at; a folder that does not exist has
-    no such files, and files that may not be removed stay.
+    locked, a day without a change stands for that. Folders inside are not looked at, and a missing folder is empty.
     """
     with suppress(FileNotFoundError, NotADirectoryError):
         return sum(_remove_abandoned(path) for path in sorted(folder.iterdir()) if _TEMPORARY.fullmatch(path.name))
@@ -152,25 +151,41 @@ def write_tensors(
         CacheFileError: The file cannot be written, or its header would be longer than `HEADER_BYTES`; nothing is
             written then.
     """
-    digest = {DIGEST: digest_of(texts[seal].encode())} if seal else {}
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligns each tensor
-    header: dict[str, Any] = {"__metadata__": dict(sorted({**texts, **digest}.items()))}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {**texts, **({DIGEST: digest_of(texts[seal].encode())} if seal else {})}
+    if (length := len(_header(plain, metadata))) > HEADER_BYTES:
+        raise CacheFileError(f"expected to write {path} with a header of at most {HEADER_BYTES} bytes, got {length}")
+    with replacing(path, parents=parents) as temporary:
+        save_file(plain, temporary, metadata=metadata)
+
+
+def save_file(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes CPU tensors and texts into an existing file, in the format of safetensors.
+
+    Theirs would write a file of another name first, which nobody could tell to be ours if the process were killed, and
+    gives the texts in any order.
+    """
+    header = _header(tensors, metadata)
+    with path.open("r+b") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in _order(tensors):
+            file.write(_bytes_of(tensors[name]))
+
+
+def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
-    for name in order:
-        tensor, begin = tensors[name], end
-        end += tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    if len(encoded) > HEADER_BYTES:
-        raise CacheFileError(
-            f"expected to write {path} with a header of at most {HEADER_BYTES} bytes, got {len(encoded)} from "
-            f"{len(tensors)} tensors and their description"
-        )
-    with replacing(path, parents=parents) as temporary, temporary.open("r+b") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in order:
-            file.write(_bytes_of(tensors[name].detach().cpu()))
+    for name in _order(tensors):
+        begin, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        entries[name] = {"dtype": _NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    return header + b" " * (-len(header) % 8)
+
+
+def _order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Returns the names, those of the largest numbers first: then each tensor is aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 @contextmanager

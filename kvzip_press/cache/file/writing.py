@@ -10,13 +10,14 @@ tensor is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvzip_press import compat
+from kvzip_press.cache.file.checks import check_numbers, check_pairs, check_record
+from kvzip_press.cache.file.metadata import text_of
 from kvzip_press.cache.file.reading import load_layers, read_record
 from kvzip_press.cache.file.record import (
     FORMAT,
@@ -28,7 +29,7 @@ from kvzip_press.cache.file.record import (
     settings_of,
 )
 from kvzip_press.cache.ragged_layer import RaggedLayer
-from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.errors import CacheFileError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.files import digest_of, digest_of_tensor, to_json, write_tensors
 from kvzip_press.version import __version__
 
@@ -49,9 +50,11 @@ def save_layers(
         turn_starts: Tokens seen before each kept turn: one number, or one for each batch row.
 
     Raises:
-        CacheFileError: The file cannot be written; an existing one stays as it was.
+        CacheFileError: The file cannot be written, or there are too many rows to describe; an existing file stays as it
+            was.
         InvalidArgumentError: The layers have not seen the same tokens, because a forward failed half-way, or none is
-            ragged, or a position is negative.
+            ragged, or :func:`load_layers` would refuse the file: a head's positions do not ascend within the context,
+            or a key, value or score is NaN or infinite.
         UnsupportedCacheError: A layer is of another kind, or of another dtype than bf16, fp16 and fp32.
     """
     records = [_record_of(layer) for layer in layers]
@@ -79,7 +82,22 @@ def save_layers(
     )
     if record.dtype not in ("BF16", "F16", "F32"):
         raise UnsupportedCacheError(f"expected a cache in bf16, fp16 or fp32, got {record.dtype}")
-    write_tensors(path, tensors, {TEXT: to_json(asdict(record))}, seal=TEXT)
+    _check(record, tensors)
+    write_tensors(path, tensors, {TEXT: text_of(record)}, seal=TEXT)
+
+
+def _check(record: CacheRecord, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises InvalidArgumentError if the file would not be read again: nothing is written then."""
+    try:
+        check_record(record)
+        for index, layer in enumerate(record.layers):
+            if layer.kind == "ragged":
+                cu_seqlens, positions = tensors[f"{index}.cu_seqlens"], tensors[f"{index}.positions"]
+                check_pairs(cu_seqlens, positions, layer, record, str(index))
+        for name, tensor in tensors.items():
+            check_numbers(tensor, name)
+    except CacheFileError as error:
+        raise InvalidArgumentError(f"this cache would not be read again: {error}") from error
 
 
 def _record_of(layer: Any) -> LayerRecord:
