@@ -110,6 +110,13 @@ class _Skipped:
         pass
 
 
+class _Mapping(dict[Any, Any]):
+    """Stands for an ordered dict; what is set on it beside its items (a state dict's versions) is not read."""
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 class _Reader(pickle.Unpickler):
     def __init__(self, program: bytes, records: dict[str, bytes]) -> None:
         super().__init__(io.BytesIO(program))
@@ -120,7 +127,7 @@ class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Returns what stands for a name; no module is imported, so nothing that a file names is ever found or run."""
         known = {
-            "collections.OrderedDict": dict,
+            "collections.OrderedDict": _Mapping,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
             "numpy.dtype": _dtype,
