@@ -7,6 +7,7 @@ streaming; it is our ``compression_ratio``.
 
 from __future__ import annotations
 
+import io
 import json
 import reprlib
 from os import PathLike
@@ -37,10 +38,14 @@ def export_duo(scores: HeadScores, folder: str | PathLike[str], sink_size: int =
 
     Raises:
         CacheFileError: A file cannot be written; what it was to replace stays.
-        InvalidArgumentError: A size is negative, or 2**31 or more.
+        InvalidArgumentError: A size is negative, or 2**31 or more; or the scores are all equal or far outside [0, 1].
     """
     sizes = _sizes({"sink_size": sink_size, "recent_size": recent_size}, "arguments")
     target = Path(folder)
+    try:
+        _checked(scores.values)
+    except ValueError as error:
+        raise InvalidArgumentError(f"these scores cannot be read as a pattern: {error}") from error
     config = json.dumps({"sink_size": sizes[0], "recent_size": sizes[1]}, indent=2) + "\n"
     rows = ["\t".join(f"{value:.18e}" for value in row) + "\n" for row in scores.values.double().tolist()]
     for name, text in ((HEADS, "".join(rows)), (CONFIG, config)):
@@ -75,7 +80,12 @@ def import_duo(folder: str | PathLike[str]) -> tuple[HeadScores, int, int]:
 
 def _table(text: str) -> torch.Tensor:
     """Returns the numbers of a table, fp64 ``[layers, heads]``. Raises ValueError if they cannot be a pattern's."""
-    values = torch.from_numpy(np.loadtxt(text.splitlines(), delimiter="\t", dtype=np.float64, ndmin=2))
+    if not text.strip():
+        raise ValueError("expected a row for each layer, got none")
+    return _checked(torch.from_numpy(np.loadtxt(io.StringIO(text), delimiter="\t", dtype=np.float64, ndmin=2)))
+
+
+def _checked(values: torch.Tensor) -> torch.Tensor:
     low, high = _RANGE
     if not values.numel() or not bool(((values >= low) & (values <= high)).all()):  # NaN is in no range
         raise ValueError(f"expected numbers from {low} to {high}, got others or none")
