@@ -96,7 +96,9 @@ def _check_program(program: bytes) -> None:
         n_tuples += opcode.name.startswith("TUPLE")
         if opcode.name not in _OPCODES or number > _MAX_OPCODES or n_tuples > _MAX_TUPLES:
             raise ValueError(f"expected a few instructions that build data, got {opcode.name} as number {number}")
-        if "PUT" in opcode.name and not 0 <= int(argument) <= number:  # room is made for all lower indices
+        if "PUT" in opcode.name and not (
+            isinstance(argument, int) and 0 <= argument <= number
+        ):  # room is made for all lower indices
             raise ValueError(f"expected objects stored one after another, got one as number {argument}")
 
 

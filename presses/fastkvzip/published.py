@@ -86,7 +86,7 @@ def download(model: nn.Module, repository: str = REPOSITORY) -> Path:
     from huggingface_hub import hf_hub_download
 
     name, _, revision = repository.partition("@")
-    options = {"revision": revision} if revision else {}
+    options: dict[str, Any] = {"revision": revision} if revision else {}
     wanted = file_name(model)
     with suppress(OSError, ValueError):  # what the hub raises for anything missing, unreachable or misspelled
         return Path(hf_hub_download(name, wanted.removesuffix(".pt") + ".safetensors", **options))

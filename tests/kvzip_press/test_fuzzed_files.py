@@ -1,7 +1,7 @@
 """Damaged files of every format: refused with an error of ours, or read as what they were, bit for bit; never more.
 
-Formats that cannot notice damage (DuoAttention's text, our files without a checksum) may give other numbers; the rest
-holds for them, too.
+Formats that cannot notice damage (DuoAttention's text, GGUF, our files without a checksum) may give other numbers; the
+rest holds for them, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 import torch
 from fuzzing import mutations
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from kvzip_press import RaggedCache, RandomPress
@@ -25,6 +25,7 @@ from kvzip_press.errors import KVzipPressError
 from kvzip_press.files import DIGEST
 from kvzip_press.heads.file import SEALED
 from kvzip_press.heads.scores import HeadScores
+from kvzip_press.loading.gguf_conversion import convert_gguf
 from kvzip_press.presses.duo_attention.pattern import CONFIG, HEADS, export_duo, import_duo
 from kvzip_press.presses.fastkvzip.gate import LayerGate
 from kvzip_press.presses.fastkvzip.gates import Gates
@@ -106,6 +107,38 @@ def read_config(path: Path) -> list[torch.Tensor]:
     return [torch.tensor(import_duo(path.parent / "pattern")[1:])]
 
 
+def gguf_file(path: Path) -> None:
+    writer = pytest.importorskip("gguf").GGUFWriter(str(path), "llama")
+    counts = {
+        "embedding_length": 32,
+        "attention.head_count": 2,
+        "attention.head_count_kv": 1,
+        "feed_forward_length": 32,
+    }
+    for field, count in {**counts, "block_count": 1, "context_length": 64}.items():
+        writer.add_uint32(f"llama.{field}", count)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_float32("llama.rope.freq_base", 1e4)
+    writer.add_string("tokenizer.ggml.pre", "smollm")
+    writer.add_array("tokenizer.ggml.tokens", ["<s>", "</s>", "a", "b", "ab"])
+    writer.add_array("tokenizer.ggml.token_type", [3, 3, 1, 1, 1])
+    writer.add_array("tokenizer.ggml.merges", ["a b"])
+    for field, token in {"bos": 0, "eos": 1, "padding": 1, "unknown": 0}.items():
+        writer.add_uint32(f"tokenizer.ggml.{field}_token_id", token)
+    for field, shape in {"token_embd": (5, 32), "blk.0.attn_q": (32, 32), "blk.0.ffn_norm": (32,)}.items():
+        writer.add_tensor(f"{field}.weight", np.full(shape, 0.5, np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+
+
+def read_gguf(path: Path) -> list[torch.Tensor]:
+    folder = path.parent / "converted"
+    folder.mkdir(exist_ok=True)
+    convert_gguf(path, folder)
+    texts = b"".join(file.read_bytes() for file in sorted(folder.glob("*.json")))
+    return [*load_file(folder / "model.safetensors").values(), torch.frombuffer(bytearray(texts), dtype=torch.uint8)]
+
+
 # Name of the file, how it is written and read, how many mutations, and whether it notices all that matters.
 FORMATS: dict[str, tuple[str, Callable[[Path], None], Callable[[Path], list[torch.Tensor]], int, bool]] = {
     "a cache": ("a.safetensors", cache_file, read_cache, 330, True),
@@ -116,6 +149,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path], None], Callable[[Path], list[torc
     "KVzip's head scores": ("a.pt", lambda path: torch.save(SCORES.values, path), read_heads, 330, True),
     "Fast KVzip's gates": ("a.pt", gate_pt, read_gates, 330, True),
     "DuoAttention's table": ("a.tsv", pattern, read_pattern, 220, False),
+    "a model's GGUF": ("a.gguf", gguf_file, read_gguf, 220, False),
     "DuoAttention's sizes": ("a.json", config, read_config, 220, False),
 }
 
