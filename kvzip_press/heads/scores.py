@@ -134,6 +134,8 @@ class HeadScores:
 
         Raises:
             CacheFileError: The file cannot be written.
+            InvalidArgumentError: :meth:`load` would refuse it: a text of the provenance is too long, or no JSON where
+                one is expected.
         """
         head_file.write(Path(path), self.values, {**self.provenance, "layer_indices": json.dumps(self.layer_indices)})
 
@@ -142,7 +144,7 @@ class HeadScores:
         """Reads a file that :meth:`save` wrote, or one of KVzip's if its name ends in ``.pt``, see :meth:`from_kvzip`.
 
         Raises:
-            InvalidArgumentError: The file does not exist or is of another kind.
+            InvalidArgumentError: The file does not exist, is of another kind, or was changed or damaged.
         """
         if Path(path).suffix == ".pt":
             return cls.from_kvzip(path)
@@ -153,7 +155,8 @@ class HeadScores:
     def from_kvzip(cls, path: str | PathLike[str]) -> HeadScores:
         """Reads a file of KVzip's: a ``.pt`` with one tensor ``[layers, heads]``.
 
-        Further dimensions of size 1 are removed. No code of the file is run. To combine several files of a model, use
+        Further dimensions of size 1 are removed. No code of the file is run. Its records' CRC-32 are compared, but it
+        does not say which model it is of: that is not checked. To combine several files of a model, use
         :meth:`merged`, as KVzip does.
 
         Raises:

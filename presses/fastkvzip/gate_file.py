@@ -43,10 +43,12 @@ def write(
 
     Raises:
         CacheFileError: The file cannot be written.
+        InvalidArgumentError: The provenance is longer than :func:`read` takes.
     """
     tensors = {f"{row}.{name}": tensor.cpu() for row, state in enumerate(states) for name, tensor in state.items()}
     header = {**provenance, INDICES: indices, LAYERS: len(states), FORMAT: 1}
     texts = {HEADER: json.dumps(header, sort_keys=True)}
+    json_of(texts[HEADER], InvalidArgumentError, f"expected a description of gates for {path} that can be read again")
     write_tensors(path, tensors, {**texts, DIGEST: digest_of_contents(tensors, texts)}, parents=True)
 
 

@@ -85,8 +85,16 @@ class Gates:
         return cls.of_state_dicts(*gate_file.read(path))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all; its folder is created if it does not exist."""
-        gate_file.write(Path(path), [gate.state_dict() for gate in self.layers], self.layer_indices, self.provenance)
+        """Writes a safetensors file, whole or not at all; its folder is created if it does not exist.
+
+        Raises:
+            CacheFileError: The file cannot be written.
+            InvalidArgumentError: :meth:`load` would refuse it: a parameter is not finite, or the provenance too long.
+        """
+        states = [gate.state_dict() for gate in self.layers]
+        for row, state in enumerate(states):
+            gate_of(state, row)
+        gate_file.write(Path(path), states, self.layer_indices, self.provenance)
 
     def check(self, model: nn.Module) -> Gates:
         """Returns these gates with a model's layer indices, if they fit its layers, heads, groups and hidden size.

@@ -264,6 +264,20 @@ def test_what_comes_with_the_package_has_checksums(caplog) -> None:
     assert caplog.records == []
 
 
+def test_what_would_not_be_read_again_is_not_written(tmp_path) -> None:
+    made = gates_of(tiny_model())
+    long = Gates(made.layers, made.layer_indices, {"model": "m" * 2**24})
+    with torch.no_grad():
+        made.layers[1].b[0, 0, 0] = torch.nan
+    scores = [
+        HeadScores(torch.rand(3, 2), (0, 1, 2), {name: text}) for name, text in [("texts", "{"), ("k_proj_norms", "3")]
+    ]
+    for held in (long, made, *scores):
+        with pytest.raises(InvalidArgumentError, match="expected"):
+            held.save(tmp_path / "file.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 # Written whole or not at all ----------------------------------------------------------------------------------------
 
 
