@@ -30,7 +30,7 @@ MOST_BYTES = 100 * 2**20
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def in_little_memory() -> Iterator[None]:
     """What the whole process has taken at most grows by little, however much a file asks for."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -108,7 +108,7 @@ HEADS_OF: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", GATES)
-def test_gates_that_claim_too_much_are_refused(tmp_path, what) -> None:
+def test_gates_that_claim_too_much_are_refused(tmp_path, in_little_memory, what) -> None:
     path = tmp_path / "gates.safetensors"
     write_gates(path)
     assert Gates.load(path).shape == (8, 1, 2, 2, 2), "only what is changed is refused"
@@ -118,7 +118,7 @@ def test_gates_that_claim_too_much_are_refused(tmp_path, what) -> None:
 
 
 @pytest.mark.parametrize("what", HEADS_OF)
-def test_head_scores_that_claim_too_much_are_refused(tmp_path, what) -> None:
+def test_head_scores_that_claim_too_much_are_refused(tmp_path, in_little_memory, what) -> None:
     path = tmp_path / "scores.safetensors"
     write_heads(path)
     HeadScores.load(path)
@@ -130,13 +130,13 @@ def test_head_scores_that_claim_too_much_are_refused(tmp_path, what) -> None:
 @pytest.mark.parametrize(
     "held", [torch.zeros(1).expand(10**6, 10**6), torch.full((3, 2), 0.5), torch.full((3, 2), torch.nan)]
 )
-def test_scores_of_kvzips_that_cannot_be_scores_are_refused(tmp_path, held) -> None:
+def test_scores_of_kvzips_that_cannot_be_scores_are_refused(tmp_path, in_little_memory, held) -> None:
     torch.save(held, tmp_path / "scores.pt")
     with pytest.raises(InvalidArgumentError, match="expected"):
         HeadScores.load(tmp_path / "scores.pt")
 
 
-def test_published_gates_that_claim_terabytes_are_refused(tmp_path) -> None:
+def test_published_gates_that_claim_terabytes_are_refused(tmp_path, in_little_memory) -> None:
     torch.save({"module": [state(**{"q_proj.weight": torch.zeros(1).expand(4, 10**12)})]}, tmp_path / "gates.pt")
     with pytest.raises(InvalidArgumentError, match="within its record"):
         Gates.load(tmp_path / "gates.pt")
@@ -174,14 +174,14 @@ def pattern(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("what", CONFIGS)
-def test_sizes_of_a_pattern_that_cannot_be_are_refused(pattern, what) -> None:
+def test_sizes_of_a_pattern_that_cannot_be_are_refused(pattern, in_little_memory, what) -> None:
     (pattern / CONFIG).write_text(CONFIGS[what], encoding="utf-8")
     with pytest.raises(InvalidArgumentError, match="expected"):
         import_duo(pattern)
 
 
 @pytest.mark.parametrize("what", TABLES)
-def test_a_table_that_orders_no_heads_is_refused(pattern, what) -> None:
+def test_a_table_that_orders_no_heads_is_refused(pattern, in_little_memory, what) -> None:
     (pattern / HEADS).write_text(TABLES[what], encoding="utf-8")
     with pytest.raises(InvalidArgumentError, match="expected a DuoAttention pattern"):
         import_duo(pattern)
