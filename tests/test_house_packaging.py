@@ -93,6 +93,17 @@ def test_the_wheel_carries_the_licence_and_the_command(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+def test_beside_what_is_derived_from_a_model_the_wheel_has_the_models_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        derived = [PurePosixPath(name) for name in names if name.endswith(".safetensors")]
+        assert len(derived) >= 3
+        for file in derived:
+            notice = archive.read(str(file.parent / "NOTICE.txt")).decode()
+            assert file.name in notice and "SmolLM2-135M-Instruct" in notice
+            assert "https://www.apache.org/licenses/LICENSE-2.0" in notice
+
+
 def test_the_installed_wheel_imports_without_the_tree(installed: Path, tmp_path: Path) -> None:
     names = ["kvzip_press", *(f"kvzip_press.{name}" for name in ["presses", "kernels", "leaderboard", "cli"])]
     code = (

@@ -16,7 +16,7 @@ from torch import nn
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.heads import file as head_file
 from kvzip_press.model.chat import encode
-from kvzip_press.model.identity import SHAPE, facts_of, num_kv_heads, same_shape, same_weights, shape_of
+from kvzip_press.model.identity import SHAPE, check_facts, facts_of, num_kv_heads, same_shape, same_weights, shape_of
 from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.version import __version__
 
@@ -134,6 +134,8 @@ class HeadScores:
 
         Raises:
             CacheFileError: The file cannot be written.
+            InvalidArgumentError: :meth:`load` would refuse it: a text of the provenance is too long, or no JSON where
+                one is expected.
         """
         head_file.write(Path(path), self.values, {**self.provenance, "layer_indices": json.dumps(self.layer_indices)})
 
@@ -142,7 +144,7 @@ class HeadScores:
         """Reads a file that :meth:`save` wrote, or one of KVzip's if its name ends in ``.pt``, see :meth:`from_kvzip`.
 
         Raises:
-            InvalidArgumentError: The file does not exist or is of another kind.
+            InvalidArgumentError: The file does not exist, is of another kind, or was changed or damaged.
         """
         if Path(path).suffix == ".pt":
             return cls.from_kvzip(path)
@@ -153,7 +155,8 @@ class HeadScores:
     def from_kvzip(cls, path: str | PathLike[str]) -> HeadScores:
         """Reads a file of KVzip's: a ``.pt`` with one tensor ``[layers, heads]``.
 
-        Further dimensions of size 1 are removed. No code of the file is run. To combine several files of a model, use
+        Further dimensions of size 1 are removed. No code of the file is run. Its records' CRC-32 are compared, but it
+        does not say which model it is of: that is not checked. To combine several files of a model, use
         :meth:`merged`, as KVzip does.
 
         Raises:
@@ -178,8 +181,11 @@ class HeadScores:
     def check(self, model: nn.Module) -> HeadScores:
         """Returns these scores if they fit a model's layers and heads.
 
+        If the scores record the model that they were made with, it must have the same weights. To use them with others
+        all the same, leave the record out: ``HeadScores(scores.values, scores.layer_indices)``.
+
         Raises:
-            InvalidArgumentError: They do not fit.
+            InvalidArgumentError: They do not fit, or were made with other weights.
         """
         indices = tuple(layer.layer_idx for layer in full_attention_layers(model))
         expected, got = (len(indices), num_kv_heads(model)), tuple(self.values.shape)
@@ -190,6 +196,7 @@ class HeadScores:
             )
         if self.layer_indices and self.layer_indices != indices:
             raise InvalidArgumentError(f"expected scores of the layers {indices}, got those of {self.layer_indices}")
+        check_facts(self.provenance, model, "head scores", "HeadScores(scores.values, scores.layer_indices)")
         return self
 
 

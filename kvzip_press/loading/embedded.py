@@ -20,6 +20,7 @@ from typing import Any
 
 from kvzip_press.errors import MissingDependencyError
 from kvzip_press.loading.gguf_conversion import convert_gguf
+from kvzip_press.untrusted import MEGABYTE, parse_json, read_bytes
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _whole(parts: Sequence[Path], folder: Path) -> Iterator[Path]:
 
 def _is_intact(target: Path, gguf_sha256: str) -> bool:
     try:
-        manifest: dict[str, Any] = json.loads((target / _MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = parse_json(read_bytes(target / _MANIFEST, max_bytes=MEGABYTE))
         if (manifest["format_version"], manifest["gguf_sha256"]) != (FORMAT_VERSION, gguf_sha256):
             return False
         return all(_sha256(target / name) == digest for name, digest in manifest["files"].items())

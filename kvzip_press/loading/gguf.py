@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
+from kvzip_press.loading.gguf_lengths import check_lengths
 
 CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 USER_DEFINED_TOKEN = 4
+_MAX_TOKEN = 1000  # letters; each is cut at every place in search of its halves
 
 
 class GGUF:
@@ -21,6 +23,7 @@ class GGUF:
         path: The file.
 
     Raises:
+        InvalidArgumentError: The file does not exist, or is not a whole GGUF.
         MissingDependencyError: The package ``gguf`` is not installed.
     """
 
@@ -29,7 +32,13 @@ class GGUF:
             from gguf import GGUFReader
         except ImportError as error:
             raise MissingDependencyError("reading a GGUF file needs the package gguf: pip install gguf") from error
-        self._reader = GGUFReader(str(path))
+        check_lengths(path)
+        try:
+            self._reader = GGUFReader(str(path))
+        except Exception as error:  # it trusts what it reads, and fails in any way
+            raise InvalidArgumentError(
+                f"expected a whole GGUF file at {path}, got {type(error).__name__}: {error}"
+            ) from error
 
     def field(self, name: str) -> Any:
         """Returns a field's value. Raises InvalidArgumentError if there is no such field."""
@@ -37,6 +46,13 @@ class GGUF:
         if field is None:
             raise InvalidArgumentError(f"the GGUF has no field {name!r}")
         return field.contents()
+
+    def n_layers(self, name: str) -> int:
+        """Returns a number of layers. Raises InvalidArgumentError if there are fewer tensors than that."""
+        count = int(self.field(name))
+        if not 0 < count <= len(self._reader.tensors):
+            raise InvalidArgumentError(f"expected {name} of 1 to {len(self._reader.tensors)}, got {count}")
+        return count
 
     def has_field(self, name: str) -> bool:
         """Returns whether there is a field of that name."""
@@ -66,4 +82,7 @@ class GGUF:
     def tokens(self) -> list[tuple[str, int]]:
         """Returns the text and the kind of each token."""
         kinds: list[int] = self.field("tokenizer.ggml.token_type")
-        return list(zip(self.field("tokenizer.ggml.tokens"), kinds, strict=True))
+        tokens: list[str] = self.field("tokenizer.ggml.tokens")
+        if max(map(len, tokens), default=0) > _MAX_TOKEN:
+            raise InvalidArgumentError(f"expected tokens of at most {_MAX_TOKEN} letters, got a longer one")
+        return list(zip(tokens, kinds, strict=True))

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 from kvzip_press.loading import gguf_gemma3, gguf_llama
 from kvzip_press.loading.gguf import GGUF
 
@@ -30,9 +30,20 @@ def convert_gguf(gguf_path: Path, output_dir: Path) -> None:
 
     Raises:
         MissingDependencyError: The package ``gguf`` is not installed.
-        InvalidArgumentError: The GGUF has another architecture or tokenizer than those above.
+        InvalidArgumentError: The file is no whole GGUF, or has another architecture or tokenizer than those above.
     """
     gguf = GGUF(gguf_path)
+    try:
+        _convert(gguf, output_dir)
+    except (KVzipPressError, OSError):
+        raise
+    except Exception as error:  # fields, tensors and tokens that do not fit together fail in any way
+        raise InvalidArgumentError(
+            f"expected a GGUF whose fields and tensors fit together at {gguf_path}, got {type(error).__name__}: {error}"
+        ) from error
+
+
+def _convert(gguf: GGUF, output_dir: Path) -> None:
     name = gguf.field("general.architecture")
     if name not in _ARCHITECTURES:
         raise InvalidArgumentError(f"expected a GGUF of architecture {' or '.join(_ARCHITECTURES)}, got {name!r}")

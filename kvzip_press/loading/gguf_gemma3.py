@@ -43,7 +43,7 @@ def check(gguf: GGUF) -> None:
 
 def model_config(gguf: GGUF) -> dict[str, Any]:
     """Returns the config in the terms of transformers 4.56, which newer releases still read (the reverse fails)."""
-    head_dim, num_layers = int(gguf.field("gemma3.attention.key_length")), int(gguf.field("gemma3.block_count"))
+    head_dim, num_layers = int(gguf.field("gemma3.attention.key_length")), gguf.n_layers("gemma3.block_count")
     return {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",

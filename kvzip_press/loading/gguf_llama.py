@@ -42,7 +42,7 @@ def model_config(gguf: GGUF) -> dict[str, Any]:
         "hidden_act": "silu",
         "hidden_size": hidden_size,
         "intermediate_size": int(gguf.field("llama.feed_forward_length")),
-        "num_hidden_layers": int(gguf.field("llama.block_count")),
+        "num_hidden_layers": gguf.n_layers("llama.block_count"),
         "num_attention_heads": num_attention_heads,
         "num_key_value_heads": int(gguf.field("llama.attention.head_count_kv")),
         "head_dim": hidden_size // num_attention_heads,

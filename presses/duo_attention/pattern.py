@@ -7,7 +7,9 @@ streaming; it is our ``compression_ratio``.
 
 from __future__ import annotations
 
+import io
 import json
+import reprlib
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,13 @@ import numpy as np
 import torch
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.files import replacing
 from kvzip_press.heads.scores import HeadScores
+from kvzip_press.untrusted import MEGABYTE, parse_json, read_bytes, read_text
 
 HEADS, CONFIG = "full_attention_heads.tsv", "config.json"
+_TABLE_BYTES, _CONFIG_BYTES = 16 * MEGABYTE, MEGABYTE
+_RANGE = (-1.0, 2.0)  # trained scores are a little outside [0, 1]
 
 
 def export_duo(scores: HeadScores, folder: str | PathLike[str], sink_size: int = 128, recent_size: int = 256) -> None:
@@ -31,41 +37,67 @@ def export_duo(scores: HeadScores, folder: str | PathLike[str], sink_size: int =
         recent_size: Last tokens that a streaming head keeps.
 
     Raises:
-        InvalidArgumentError: A negative size.
+        CacheFileError: A file cannot be written; what it was to replace stays.
+        InvalidArgumentError: A size is negative, or 2**31 or more; or the scores are all equal or far outside [0, 1].
     """
     sizes = _sizes({"sink_size": sink_size, "recent_size": recent_size}, "arguments")
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    np.savetxt(target / HEADS, scores.values.double().numpy(), fmt="%.18e", delimiter="\t")
-    config = {"sink_size": sizes[0], "recent_size": sizes[1]}
-    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    try:
+        _checked(scores.values)
+    except ValueError as error:
+        raise InvalidArgumentError(f"these scores cannot be read as a pattern: {error}") from error
+    config = json.dumps({"sink_size": sizes[0], "recent_size": sizes[1]}, indent=2) + "\n"
+    rows = ["\t".join(f"{value:.18e}" for value in row) + "\n" for row in scores.values.double().tolist()]
+    for name, text in ((HEADS, "".join(rows)), (CONFIG, config)):
+        with replacing(target / name, parents=True) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def import_duo(folder: str | PathLike[str]) -> tuple[HeadScores, int, int]:
     """Reads a DuoAttention pattern.
 
+    The format has no checksum: a number that was changed to another in range is not noticed.
+
     Returns:
         The scores (clipped to [0, 1] as in DuoAttention: trained ones are a little outside), sink and recent size.
 
     Raises:
-        InvalidArgumentError: A file is missing or malformed.
+        InvalidArgumentError: A file is missing or malformed, or the scores are all equal or far outside [0, 1].
     """
     source = Path(folder)
     try:
-        values = np.loadtxt(source / HEADS, delimiter="\t", dtype=np.float64, ndmin=2)
-        config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+        values = _table(read_text(source / HEADS, max_bytes=_TABLE_BYTES))
+        config = parse_json(read_bytes(source / CONFIG, max_bytes=_CONFIG_BYTES))
     except (OSError, ValueError) as error:
         raise InvalidArgumentError(
             f"expected a DuoAttention pattern ({HEADS} and {CONFIG}) in {source}, got {type(error).__name__}: {error}"
         ) from error
     sink_size, recent_size = _sizes(config, str(source / CONFIG))
     provenance = {"method": "duo-attention", "sink_size": str(sink_size), "recent_size": str(recent_size)}
-    scores = HeadScores(torch.from_numpy(values).clamp(0, 1), (), provenance)
+    scores = HeadScores(values.clamp(0, 1), (), provenance)
     return scores, sink_size, recent_size
+
+
+def _table(text: str) -> torch.Tensor:
+    """Returns the numbers of a table, fp64 ``[layers, heads]``. Raises ValueError if they cannot be a pattern's."""
+    if not text.strip():
+        raise ValueError("expected a row for each layer, got none")
+    return _checked(torch.from_numpy(np.loadtxt(io.StringIO(text), delimiter="\t", dtype=np.float64, ndmin=2)))
+
+
+def _checked(values: torch.Tensor) -> torch.Tensor:
+    low, high = _RANGE
+    if not values.numel() or not bool(((values >= low) & (values <= high)).all()):  # NaN is in no range
+        raise ValueError(f"expected numbers from {low} to {high}, got others or none")
+    if values.numel() > 1 and bool((values == values[0, 0]).all()):
+        raise ValueError(f"expected numbers that order the heads, got {float(values[0, 0])} for all")
+    return values
 
 
 def _sizes(config: Any, where: str) -> tuple[int, int]:
     sizes: list[Any] = [config.get(name) if isinstance(config, dict) else None for name in ("sink_size", "recent_size")]
-    if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
-        raise InvalidArgumentError(f"expected sink_size >= 0 and recent_size >= 0 in {where}, got {sizes}")
+    if not all(isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**31 for size in sizes):
+        raise InvalidArgumentError(
+            f"expected sink_size >= 0 and recent_size >= 0 in {where}, got {reprlib.repr(sizes)}"
+        )
     return sizes[0], sizes[1]

@@ -50,9 +50,9 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
         budget: Tokens' worth of pairs to keep, instead of a ratio. This, ``layer_ratios``, ``safeguard`` and
             ``min_kept_per_head`` are explained in :class:`kvzip_press.press.AllocatingPress`; all four are
             keyword-only.
-        gate: :class:`Gates`; a file of them, ours or (``.pt``) a published one; a folder or a hub repository with the
-            layout of the authors' ``Jang-Hyun/Fast-KVzip``; None for those that the package ships for the model, or
-            else those in that repository.
+        gate: :class:`Gates`; a file of them, ours or (``.pt``) a published one; a folder or a hub repository (``name``,
+            or ``name@revision``) with the layout of the authors' ``Jang-Hyun/Fast-KVzip``; None for those that the
+            package ships for the model, or else those in that repository.
         window_size: Most last tokens of a row that every head keeps.
         window_ratio: The same limit as a fraction of the row's tokens, in [0, 1]; the smaller of the two applies.
         n_sink: Number of first tokens that are protected if the chat-template prefix is not known.

@@ -1,17 +1,28 @@
 """Files of ours: written whole or not at all, and read with the caller's error for whatever is wrong with one."""
 
 import json
+import os
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from faults import FORBIDDEN, FULL, TORN, every_fault
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kvzip_press import files
 from kvzip_press.errors import CacheFileError, CacheMismatchError, InvalidArgumentError
-from kvzip_press.files import check_format, check_seal, digest_of, digest_of_tensor, opened, replacing, write_tensors
+from kvzip_press.files import (
+    check_format,
+    check_seal,
+    digest_of,
+    digest_of_tensor,
+    opened,
+    replacing,
+    sweep_temporaries,
+    write_tensors,
+)
 from kvzip_press.heads import file as head_file
 from kvzip_press.presses.fastkvzip import gate_file
 
@@ -57,17 +68,21 @@ def test_a_text_that_is_not_the_sealed_one_is_refused(path, changed) -> None:
         check_seal({**metadata_of(path), **changed}, "made_by", InvalidArgumentError)
 
 
-def test_an_error_while_writing_leaves_the_old_file_and_no_temporary(path, monkeypatch) -> None:
-    def full_disk(tensors: Any, file: Path, metadata: Any) -> None:
-        file.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    write_tensors(path, TENSORS, MADE_BY)
-    before = path.read_bytes()
-    monkeypatch.setattr(files, "save_file", full_disk)
-    with pytest.raises(CacheFileError, match=r"expected to write .*tensors.safetensors, got OSError.*No space left"):
-        write_tensors(path, {}, {})
-    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+@pytest.mark.parametrize("error", [FULL, FORBIDDEN, TORN], ids=repr)
+def test_whatever_fails_while_writing_the_old_file_stays_or_the_new_one_is_there(path, error) -> None:
+    """And no temporary; the error names the path and the cause."""
+    write_tensors(path, TENSORS, {"made_by": "another test"})
+    old, faults = path.read_bytes(), []
+    for fault, raised in every_fault(lambda: write_tensors(path, TENSORS, MADE_BY), error):
+        is_old = path.read_bytes() == old
+        assert is_old or (metadata_of(path) == MADE_BY and torch.equal(load_file(path)["b"], TENSORS["b"]))
+        assert not raised or (
+            isinstance(raised, CacheFileError) and str(path) in str(raised) and str(error) in str(raised)
+        )
+        assert list(path.parent.iterdir()) == [path] and is_old == (raised is not None)
+        faults.append(fault)
+        path.write_bytes(old)
+    assert faults.count("write to a file") == 1 + len(TENSORS) and {"os.fsync", "os.replace"} <= set(faults)
 
 
 def test_an_error_of_the_writer_leaves_the_old_file_and_no_temporary(path) -> None:
@@ -92,6 +107,77 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_ours(path) -> None:
     path.write_bytes(b"a file where a folder should be")
     with pytest.raises(CacheFileError, match=r"expected to write .*FileExistsError"):
         write_tensors(path / "tensors", TENSORS, MADE_BY, parents=True)
+
+
+# Sweeping ---------------------------------------------------------------------------------------------------------
+
+
+def killed_while_writing(path: Path) -> None:
+    """A process that ends without cleaning up, as one does that is killed."""
+    if (pid := os.fork()) == 0:
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"half")
+            os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def test_what_a_killed_process_left_is_swept_and_nothing_else(path) -> None:
+    """Names that only resemble ours, folders and links stay."""
+    pytest.importorskip("fcntl")
+    path.write_bytes(b"old")
+    for _ in range(3):
+        killed_while_writing(path)
+    assert path.read_bytes() == b"old" and len(list(path.parent.iterdir())) == 4
+    ours = ".kvzip-press-1-0123456789abcdef.tmp"
+    resembling = {f".{'0' * 16}.tmp", ".kvzip-press-1-0123.tmp", ours[1:], f"{ours}.old"}
+    for name in resembling:
+        (path.parent / name).write_bytes(b"of someone else")
+    (path.parent / ours).mkdir()
+    (path.parent / ours.replace("-1-", "-2-")).symlink_to(path)
+    assert sweep_temporaries(path.parent) == 3
+    assert {one.name for one in path.parent.iterdir()} == {path.name, ours, ours.replace("-1-", "-2-"), *resembling}
+    assert path.read_bytes() == b"old" and sweep_temporaries(path.parent) == 0
+
+
+def test_a_sweep_leaves_what_someone_writes_now(path) -> None:
+    pytest.importorskip("fcntl")
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"new")
+        os.utime(temporary, (0, 0))  # however old
+        assert sweep_temporaries(path.parent) == 0
+    assert path.read_bytes() == b"new"
+
+
+def test_a_writer_whose_file_is_swept_before_it_is_locked_takes_another(path, monkeypatch) -> None:
+    lock, swept = files._lock, []
+
+    def late(descriptor: int) -> bool:
+        if not swept:
+            swept.append(None)
+            swept.append(sweep_temporaries(path.parent))
+        return lock(descriptor)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert swept[1] == 1 and path.read_bytes() == b"new" and list(path.parent.iterdir()) == [path]
+
+
+def test_without_locks_a_day_without_a_change_is_what_counts(path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "fcntl", None)
+    with replacing(path) as temporary:
+        assert sweep_temporaries(path.parent) == 0
+        os.utime(temporary, (time.time() - 23 * 3600,) * 2)
+        assert sweep_temporaries(path.parent) == 0
+    left = path.with_name(".kvzip-press-1-0123456789abcdef.tmp")
+    left.write_bytes(b"half")
+    os.utime(left, (time.time() - 25 * 3600,) * 2)
+    assert sweep_temporaries(path.parent) == 1 and not left.exists()
+
+
+def test_a_folder_that_does_not_exist_has_nothing_to_sweep(path) -> None:
+    path.write_bytes(b"a file")
+    assert sweep_temporaries(path.parent / "missing") == sweep_temporaries(path) == 0
 
 
 # Reading ----------------------------------------------------------------------------------------------------------
@@ -171,3 +257,11 @@ def test_a_foreign_file_is_neither_head_scores_nor_gates(path) -> None:
             InvalidArgumentError, match=r"^expected gates of format 1 in .*got the tensors .*layer.4'\]$"
         ):
             read(path)
+
+
+def test_a_file_is_the_same_bytes_whatever_order_its_tensors_and_texts_came_in(path) -> None:
+    texts = {f"text {number}": "é" * number for number in range(9)}
+    write_tensors(path, TENSORS, texts)
+    before = path.read_bytes()
+    write_tensors(path, dict(reversed(TENSORS.items())), dict(reversed(texts.items())))
+    assert path.read_bytes() == before and metadata_of(path) == texts

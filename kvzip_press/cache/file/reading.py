@@ -10,16 +10,9 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
-from kvzip_press.cache.file.record import (
-    DTYPES,
-    NAMES,
-    CacheRecord,
-    LayerRecord,
-    live_tokens,
-    opened_cache,
-    record_in,
-    settings_of,
-)
+from kvzip_press.cache.file.checks import check_numbers, check_pairs
+from kvzip_press.cache.file.metadata import opened_cache, record_in
+from kvzip_press.cache.file.record import DTYPES, NAMES, CacheRecord, LayerRecord, live_tokens, settings_of
 from kvzip_press.cache.packed_pairs import POSITIONS, SCORES, PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.storage import ModelDtype
@@ -40,8 +33,8 @@ def load_layers(
         path: A file that :func:`kvzip_press.cache.file.writing.save_layers` wrote.
         model: The model that made the cache.
         device: Where the layers go; by default each goes to the device of its attention module.
-        verify: Whether to check the bytes of every tensor against their SHA-256 (about 1 GB/s); shapes, dtypes, lengths
-            and positions are always checked.
+        verify: Whether to check the bytes of every tensor against their SHA-256 (about 1 GB/s), and whether all numbers
+            are finite; shapes, dtypes, lengths and positions are always checked.
 
     Returns:
         The layers, one per decoder layer, and the file's metadata.
@@ -139,6 +132,8 @@ class _Tensors:
         tensor: torch.Tensor = self._file.get_tensor(name).clone(memory_format=torch.contiguous_format)
         if self._verify and digest_of_tensor(tensor) != self._digests[name]:
             raise CacheFileError(f"expected {name!r} with the SHA-256 that was saved, got another: a byte was changed")
+        if self._verify:
+            check_numbers(tensor, name)
         return tensor.to(device)
 
 
@@ -184,10 +179,10 @@ def _packed(index: int, record: CacheRecord, tensors: _Tensors, device: torch.de
     segments = len(layer.n_protected) * layer.num_heads
     cu_seqlens = tensors.read(f"{index}.cu_seqlens", "I32", (segments + 1,), device)
     total = int(cu_seqlens[-1])
-    if int(cu_seqlens[0]) != 0 or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
-        raise CacheFileError(f"expected '{index}.cu_seqlens' to ascend from 0, got {reprlib.repr(cu_seqlens.tolist())}")
+    if total < 0:
+        raise CacheFileError(f"expected '{index}.cu_seqlens' to ascend from 0, got {total} at its end")
     positions = tensors.read(f"{index}.positions", "I32", (total,), device)
-    _check_range(positions, record.n_positions, f"{index}.positions")
+    check_pairs(cu_seqlens, positions, layer, record, str(index))
     storage = ModelDtype(layer.head_dim, layer.v_head_dim, DTYPES[record.dtype])
     columns = {
         name: tensors.read(f"{index}.{name}", NAMES[dtype], (total, *shape), device)

@@ -10,13 +10,14 @@ tensor is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvzip_press import compat
+from kvzip_press.cache.file.checks import check_numbers, check_pairs, check_record
+from kvzip_press.cache.file.metadata import text_of
 from kvzip_press.cache.file.reading import load_layers, read_record
 from kvzip_press.cache.file.record import (
     FORMAT,
@@ -24,7 +25,6 @@ from kvzip_press.cache.file.record import (
     TEXT,
     CacheRecord,
     LayerRecord,
-    check_record,
     live_tokens,
     settings_of,
 )
@@ -50,9 +50,11 @@ def save_layers(
         turn_starts: Tokens seen before each kept turn: one number, or one for each batch row.
 
     Raises:
-        CacheFileError: The file cannot be written; an existing one stays as it was.
+        CacheFileError: The file cannot be written, or there are too many rows to describe; an existing file stays as it
+            was.
         InvalidArgumentError: The layers have not seen the same tokens, because a forward failed half-way, or none is
-            ragged, or a position is negative; or some rows, but not all, have forgotten a turn.
+            ragged, or :func:`load_layers` would refuse the file: a head's positions do not ascend within the context,
+            a key, value or score is NaN or infinite, or some rows, but not all, have forgotten a turn.
         UnsupportedCacheError: A layer is of another kind, or of another dtype than bf16, fp16 and fp32.
     """
     records = [_record_of(layer) for layer in layers]
@@ -80,11 +82,22 @@ def save_layers(
     )
     if record.dtype not in ("BF16", "F16", "F32"):
         raise UnsupportedCacheError(f"expected a cache in bf16, fp16 or fp32, got {record.dtype}")
+    _check(record, tensors)
+    write_tensors(path, tensors, {TEXT: text_of(record)}, seal=TEXT)
+
+
+def _check(record: CacheRecord, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises InvalidArgumentError if the file would not be read again: nothing is written then."""
     try:
-        check_record(record)  # what no reader would take is not written
+        check_record(record)
+        for index, layer in enumerate(record.layers):
+            if layer.kind == "ragged":
+                cu_seqlens, positions = tensors[f"{index}.cu_seqlens"], tensors[f"{index}.positions"]
+                check_pairs(cu_seqlens, positions, layer, record, str(index))
+        for name, tensor in tensors.items():
+            check_numbers(tensor, name)
     except CacheFileError as error:
-        raise InvalidArgumentError(f"a file of this cache could not be read again: {error}") from error
-    write_tensors(path, tensors, {TEXT: to_json(asdict(record))}, seal=TEXT)
+        raise InvalidArgumentError(f"this cache would not be read again: {error}") from error
 
 
 def _record_of(layer: Any) -> LayerRecord:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import every_fault
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
@@ -527,3 +528,105 @@ def test_metadata_that_are_no_json_are_refused(saved, hybrid, path) -> None:
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(CacheFileError, match="metadata"):
         RaggedCache.load(path, hybrid)
+
+
+def test_a_shared_list_that_is_not_there_is_refused(saved, hybrid, path) -> None:
+    """Files of very many rows write each list of numbers once, and layers point to them."""
+    record = json.loads(_text_of(saved, path))
+    rows = [record["layers"][1][name] for name in ("n_protected", "n_padding", "context_ends")]
+    right = dict(zip(("n_protected", "n_padding", "context_ends"), range(3), strict=True))
+
+    def with_rows(entries: dict[str, Any], shared: Any) -> None:
+        layers = [{**layer, **entries} if layer["kind"] == "ragged" else layer for layer in record["layers"]]
+        forge(saved, path, lambda record, _: record.update(layers=layers, rows=shared))
+
+    with_rows(right, rows)
+    RaggedCache.load(path, hybrid)
+    for entries, shared in [
+        ({**right, "n_padding": 3}, rows),
+        ({**right, "n_padding": -1}, rows),
+        ({**right, "n_padding": True}, rows),
+        (right, []),
+        (right, {"0": rows[0]}),
+        (right, [*rows[:2], "x"]),
+        (right, [rows[0], rows[2], rows[0]]),
+    ]:
+        with_rows(entries, shared)
+        _refused(path, hybrid)
+
+
+def swapped(tensor: torch.Tensor) -> None:
+    tensor[[0, 1]] = tensor[[1, 0]]
+
+
+FORGED: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]] = {
+    "a key that is NaN": lambda _, t: t["1.keys"].view(-1).__setitem__(5, torch.nan),
+    "an infinite value": lambda _, t: t["1.values"].view(-1).__setitem__(-1, -torch.inf),
+    "a key of a sliding layer that is NaN": lambda _, t: t["0.keys"].view(-1).__setitem__(0, torch.nan),
+    "a key of the tail that is NaN": lambda _, t: t["1.tail_keys"].view(-1).__setitem__(0, torch.nan),
+    "positions out of order": lambda _, t: swapped(t["1.positions"]),
+    "a position twice": lambda _, t: t["1.positions"].__setitem__(1, t["1.positions"][0]),
+    "a position beyond its row's context": lambda _, t: t["1.positions"].__setitem__(-1, N - 5),
+    "more pairs than tokens": lambda _, t: t["1.cu_seqlens"].__setitem__(slice(1, -1), t["1.cu_seqlens"][-1]),
+    "a context that ends before its pairs": lambda r, _: r["layers"][1].update(context_ends=[N // 2, N - 5]),
+    "a batch of two billion rows": lambda r, _: r.update(batch_size=2**31 - 1),
+    "heads without end": lambda r, _: r["layers"][1].update(num_heads=2**31 - 1),
+    "a head as wide as memory": lambda r, _: r["layers"][0].update(head_dim=2**31 - 1),
+    "a million turns of a hundred thousand rows": lambda r, _: r.update(
+        turn_starts=list(range(10**6)), tail_padding=[0] * 10**5
+    ),
+    "a window of two billion tokens": lambda r, _: r["layers"][0].update(sliding_window=2**31 - 1),
+    "an infinite setting": lambda r, _: r.update({"config": {**r["config"], "x": float("inf")}}),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_forged_cache_whose_sums_are_right_is_refused(saved, hybrid, path, what) -> None:
+    forge(saved, path, FORGED[what])
+    _refused(path, hybrid)
+
+
+def test_what_would_not_be_read_again_is_not_written(model, path) -> None:
+    """Saving checks what loading checks: the old file stays."""
+    compressed(model).save(path)
+    before = path.read_bytes()
+    changes: list[Callable[[Any], Any]] = [
+        lambda layer: layer.packed.columns["keys"].view(-1).__setitem__(3, torch.nan),
+        lambda layer: swapped(layer.packed.positions),
+        lambda layer: layer.packed.positions.__setitem__(-1, N),
+        lambda layer: setattr(layer, "context_ends", (3,)),
+        lambda layer: setattr(layer, "n_protected", (N + 1,)),
+    ]
+    for change in changes:
+        cache = compressed(model)
+        change(cache.layers[1])
+        with pytest.raises(InvalidArgumentError, match="would not be read again"):
+            cache.save(path)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_a_cache_of_sixty_thousand_rows_is_read_again(path) -> None:
+    """Layers of one batch have the same numbers of rows: with very many, the file says them once."""
+    made = tiny_model(num_layers=6, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
+    cache = compressed(made, n=2)
+    for layer in cache.layers:  # heads that have lost all: what is in the rows plays no part
+        layer.packed, layer.context_ends = layer.packed.emptied(60_000), (10**8 + 2,) * 60_000
+        layer.n_protected = layer.n_padding = (0,) * 60_000
+    cache.save(path)
+    loaded = RaggedCache.load(path, made)
+    assert [layer.context_ends for layer in loaded.layers] == [(10**8 + 2,) * 60_000] * 6
+    assert loaded.resident_bytes == cache.resident_bytes
+
+
+def test_whatever_fails_while_saving_the_old_cache_stays_or_the_new_one_is_there(model, path) -> None:
+    old, new = compressed(model), compressed(model, ratio=0.3)
+    old.save(path)
+    before = path.read_bytes()
+    faults = set()
+    for fault, raised in every_fault(lambda: new.save(path)):
+        assert raised is None or isinstance(raised, CacheFileError)
+        assert (path.read_bytes() == before) == (raised is not None) and list(path.parent.iterdir()) == [path]
+        RaggedCache.load(path, model)
+        faults.add(fault)
+        path.write_bytes(before)
+    assert {"write to a file", "os.fsync", "os.replace", "os.open"} <= faults
