@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,32 +19,39 @@ from safetensors.torch import save_file
 
 from kvzip_press.errors import CacheFileError, KVzipPressError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 DIGEST = "sha256"  # metadata key of a text's seal, which is stored beside the text
+_TEMPORARY = re.compile(r"\.kvzip-press-\d+-[0-9a-f]{16}\.tmp")
+_ABANDONED_SECONDS = 24 * 3600
+_BINARY = getattr(os, "O_BINARY", 0)
 
 
 @contextmanager
 def replacing(path: Path, *, parents: bool = False) -> Iterator[Path]:
     """Yields a temporary file beside ``path`` that replaces it when all is written; after an error the old file stays.
 
+    The caller writes into that very file. It is locked until then, so that :func:`sweep_temporaries` leaves it alone.
     With ``parents``, its folder is created if it does not exist.
 
     Raises:
         CacheFileError: The file cannot be written. The message names the path and the cause.
     """
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # minus the umask
-        mode = temporary.stat().st_mode & 0o777
+        temporary, descriptor = _new_temporary(path.parent)
         try:
             yield temporary
-            temporary.chmod(mode)  # safetensors puts a file of its own there, which only the owner may read
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+            os.close(descriptor)
         with suppress(OSError):  # makes the new name survive a power cut, if folders can be opened
             folder = os.open(path.parent, os.O_RDONLY)
             try:
@@ -51,6 +60,65 @@ def replacing(path: Path, *, parents: bool = False) -> Iterator[Path]:
                 os.close(folder)
     except (OSError, SafetensorError) as error:
         raise CacheFileError(f"expected to write {path}, got {type(error).__name__}: {error}") from error
+
+
+def _new_temporary(folder: Path) -> tuple[Path, int]:
+    """Returns a new empty file and its descriptor, which holds the lock that says that someone writes there."""
+    while True:
+        path = folder / f".kvzip-press-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)  # minus the umask
+        with suppress(BlockingIOError):  # a sweep came between its creation and its lock, and removes it
+            _lock(descriptor)
+            if path.exists():  # nor has a sweep removed it already
+                return path, descriptor
+        os.close(descriptor)
+
+
+def sweep_temporaries(folder: Path) -> int:
+    """Removes the temporary files that killed processes left in a folder, and returns how many there were.
+
+    Only regular files are removed that bear a name of :func:`replacing` and that no living process writes: a writer
+    holds the operating system's lock on its file, which goes with the process, however that ends. Where files cannot be
+    locked, a day without a change stands for that. Folders inside are not looked at; a folder that does not exist has
+    no such files, and files that may not be removed stay.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return sum(_remove_abandoned(path) for path in sorted(folder.iterdir()) if _TEMPORARY.fullmatch(path.name))
+    return 0
+
+
+def _remove_abandoned(path: Path) -> bool:
+    try:
+        if path.is_symlink() or not path.is_file():
+            return False
+        descriptor = os.open(path, os.O_RDWR | _BINARY)
+        try:
+            locked = _lock(descriptor)
+            if not locked and time.time() - os.fstat(descriptor).st_mtime < _ABANDONED_SECONDS:
+                return False
+            path.unlink()  # under the lock: a writer that created it just now sees that it is gone
+        finally:
+            os.close(descriptor)
+    except OSError:  # somebody writes it, removed it first, or owns it
+        return False
+    return True
+
+
+def _lock(descriptor: int) -> bool:
+    """Locks an open file until it is closed. Returns False where files cannot be locked.
+
+    Raises:
+        BlockingIOError: Someone else holds the lock.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # some network file systems
+        return False
+    return True
 
 
 def write_tensors(

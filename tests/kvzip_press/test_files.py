@@ -1,6 +1,8 @@
 """Files of ours: written whole or not at all, and read with the caller's error for whatever is wrong with one."""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from kvzip_press import files
 from kvzip_press.errors import CacheFileError, CacheMismatchError, InvalidArgumentError
-from kvzip_press.files import check_format, check_seal, digest_of, digest_of_tensor, opened, replacing, write_tensors
+from kvzip_press.files import (
+    check_format,
+    check_seal,
+    digest_of,
+    digest_of_tensor,
+    opened,
+    replacing,
+    sweep_temporaries,
+    write_tensors,
+)
 from kvzip_press.heads import file as head_file
 from kvzip_press.presses.fastkvzip import gate_file
 
@@ -92,6 +103,77 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_ours(path) -> None:
     path.write_bytes(b"a file where a folder should be")
     with pytest.raises(CacheFileError, match=r"expected to write .*FileExistsError"):
         write_tensors(path / "tensors", TENSORS, MADE_BY, parents=True)
+
+
+# Sweeping ---------------------------------------------------------------------------------------------------------
+
+
+def killed_while_writing(path: Path) -> None:
+    """A process that ends without cleaning up, as one does that is killed."""
+    if (pid := os.fork()) == 0:
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"half")
+            os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def test_what_a_killed_process_left_is_swept_and_nothing_else(path) -> None:
+    """Names that only resemble ours, folders and links stay."""
+    pytest.importorskip("fcntl")
+    path.write_bytes(b"old")
+    for _ in range(3):
+        killed_while_writing(path)
+    assert path.read_bytes() == b"old" and len(list(path.parent.iterdir())) == 4
+    ours = ".kvzip-press-1-0123456789abcdef.tmp"
+    resembling = {f".{'0' * 16}.tmp", ".kvzip-press-1-0123.tmp", ours[1:], f"{ours}.old"}
+    for name in resembling:
+        (path.parent / name).write_bytes(b"of someone else")
+    (path.parent / ours).mkdir()
+    (path.parent / ours.replace("-1-", "-2-")).symlink_to(path)
+    assert sweep_temporaries(path.parent) == 3
+    assert {one.name for one in path.parent.iterdir()} == {path.name, ours, ours.replace("-1-", "-2-"), *resembling}
+    assert path.read_bytes() == b"old" and sweep_temporaries(path.parent) == 0
+
+
+def test_a_sweep_leaves_what_someone_writes_now(path) -> None:
+    pytest.importorskip("fcntl")
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"new")
+        os.utime(temporary, (0, 0))  # however old
+        assert sweep_temporaries(path.parent) == 0
+    assert path.read_bytes() == b"new"
+
+
+def test_a_writer_whose_file_is_swept_before_it_is_locked_takes_another(path, monkeypatch) -> None:
+    lock, swept = files._lock, []
+
+    def late(descriptor: int) -> bool:
+        if not swept:
+            swept.append(None)
+            swept.append(sweep_temporaries(path.parent))
+        return lock(descriptor)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert swept[1] == 1 and path.read_bytes() == b"new" and list(path.parent.iterdir()) == [path]
+
+
+def test_without_locks_a_day_without_a_change_is_what_counts(path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "fcntl", None)
+    with replacing(path) as temporary:
+        assert sweep_temporaries(path.parent) == 0
+        os.utime(temporary, (time.time() - 23 * 3600,) * 2)
+        assert sweep_temporaries(path.parent) == 0
+    left = path.with_name(".kvzip-press-1-0123456789abcdef.tmp")
+    left.write_bytes(b"half")
+    os.utime(left, (time.time() - 25 * 3600,) * 2)
+    assert sweep_temporaries(path.parent) == 1 and not left.exists()
+
+
+def test_a_folder_that_does_not_exist_has_nothing_to_sweep(path) -> None:
+    path.write_bytes(b"a file")
+    assert sweep_temporaries(path.parent / "missing") == sweep_temporaries(path) == 0
 
 
 # Reading ----------------------------------------------------------------------------------------------------------

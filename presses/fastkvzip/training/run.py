@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from kvzip_press.errors import DiskFullError, InvalidArgumentError
-from kvzip_press.files import replacing
+from kvzip_press.files import replacing, write_tensors
 from kvzip_press.model.devices import input_device
 from kvzip_press.model.identity import facts_of, num_kv_heads
 from kvzip_press.model.structure import text_config
@@ -142,8 +142,7 @@ class Training:
             **{f"parameter.{name}": tensor.detach() for name, tensor in optimiser.parameters.items()},
             **{f"state.{name}": tensor for name, tensor in optimiser.state.items()},
         }
-        with replacing(self._state_path(number)) as temporary:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        write_tensors(self._state_path(number), tensors, {})
 
     def _start(self, number: int, device: torch.device) -> tuple[Stacked, torch.device, Stacked | None]:
         if number == 0:
