@@ -29,6 +29,7 @@ ROOMS = (
         "compat",
         "files",
         "untrusted",
+        "locks",
         "model",
         "budget",
         "loading",
