@@ -22,7 +22,7 @@ class Lock:
     each step that two must not do.
 
     Args:
-        path: The file; its folder must exist. A link is not followed.
+        path: The file. A link is not followed.
         what: What is locked, for the error: ``"the training in out.work"``.
 
     Raises:
@@ -85,8 +85,8 @@ class Lock:
             self._identity = self._of_path()
             if before is not None and before == self._identity:
                 return
-            if isinstance(self._lock, SoftFileLock):  # type: ignore[unreachable]  # where files cannot be locked
-                return  # type: ignore[unreachable]  # to have made the file is the lock
+            if isinstance(self._lock, SoftFileLock):  # where files cannot be locked, to have made the file is the lock
+                return
             self._lock.release()
         raise RunDirectoryError(f"expected {self.path} to be a file that stays, got one that is replaced all the time")
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kvzip_press.errors import DiskFullError, InvalidArgumentError, KVzipPressError, RunDirectoryError
+from kvzip_press.files import sweep_temporaries
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
 from kvzip_press.locks import Lock
 
@@ -110,6 +111,7 @@ def _alone(out: Path) -> Iterator[Lock]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with Lock(out.with_name(f".{out.name}.kvzip-press.lock"), f"the training of {out}") as lock:
+            sweep_temporaries(out.parent)
             yield lock
     except KVzipPressError:
         raise

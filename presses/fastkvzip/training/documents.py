@@ -129,10 +129,10 @@ def _text_of(line: bytes) -> str:
     Raises:
         ValueError: The line has none; the message says what it is instead.
     """
-    if not line.strip():
-        return ""
     if len(line) > JSON_BYTES:
         raise ValueError(f"more than {JSON_BYTES} bytes")
+    if not (line := line.strip()):
+        return ""
     try:
         row = parse_json(line)
     except UnicodeDecodeError as error:

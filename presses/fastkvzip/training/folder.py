@@ -79,7 +79,12 @@ class WorkFolder:
         self._lock.check()
 
     def clear(self, folder: Path) -> None:
-        """Removes what the training made in one of its folders, and the folder if nothing else is in it."""
+        """Removes what the training made in one of its folders, and the folder if nothing else is in it.
+
+        Raises:
+            RunDirectoryError: The lock was removed or replaced.
+        """
+        self.check()
         if folder in self._subfolders():
             (made,) = (files for name, files in _MADE_IN.items() if name.fullmatch(folder.name))
             _remove_files(folder, made)
@@ -123,8 +128,9 @@ class WorkFolder:
             marker = parse_json(read_text(self.path / MARKER, max_bytes=2**16))
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"{expected}, got {type(error).__name__}: {error}; {advice}") from error
+        known = {"kind": _KIND, "run": self.run}
         parents = marker.get("parents") if isinstance(marker, dict) else None
-        if not isinstance(parents, int) or (marker["kind"], marker["run"]) != (_KIND, self.run):
+        if type(parents) is not int or parents < 0 or marker != {**known, "parents": parents}:
             raise RunDirectoryError(f"{expected}, got {str(marker)[:200]}; {advice}")
         return dict(marker)
 

@@ -73,6 +73,8 @@ class Shards:
             CacheFileError: The record of the piece cannot be written.
         """
         _, n_tokens = self.done
+        if self.folder.is_symlink():
+            raise RunDirectoryError(f"expected a folder of the training at {self.folder}, got a link: remove it")
         self.folder.mkdir(parents=True, exist_ok=True)
 
         def write(kind: str, layer_idx: int) -> bytes:
@@ -199,13 +201,12 @@ def _digest(path: Path, offset: int, size: int) -> bytes:
 
 @contextmanager
 def _opened(path: Path, flags: int = 0) -> Iterator[IO[bytes]]:
-    """Opens a file to read and write it, if it is a file of this folder only: no link, and no other name of one."""
+    """Opens a file to read and write it, but no link, and none that has another name somewhere else."""
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
         flags |= getattr(os, name, 0)
-    if path.is_symlink() or path.parent.is_symlink():
-        raise RunDirectoryError(f"expected a file of the training at {path}, got a link: remove it")
-    with os.fdopen(os.open(path, os.O_RDWR | flags, 0o666), "r+b") as file:
-        status = os.fstat(file.fileno())
+    with suppress(FileNotFoundError):
+        status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            raise RunDirectoryError(f"expected a file of the training at {path}, got one with other names: remove it")
+            raise RunDirectoryError(f"expected a file of the training at {path}, got a link or a folder: remove it")
+    with os.fdopen(os.open(path, os.O_RDWR | flags, 0o666), "r+b") as file:
         yield file
