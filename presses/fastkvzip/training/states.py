@@ -31,6 +31,8 @@ def read_state(path: Path, training: str) -> tuple[Stacked, Stacked] | None:
     """Returns parameters and momentum, or None, with a note, if the file is damaged or of another training."""
     expected = f"expected the state of a training at {path}"
     try:
+        if not path.is_file():  # opening a pipe would wait for someone to write into it
+            raise RunDirectoryError(f"{expected}, got something that is no file")
         with opened(path, RunDirectoryError, expected) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
             if (file.metadata() or {}).get("contents") != _contents(training, tensors):
