@@ -26,15 +26,16 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Opens a regular file to read it in parts; whoever reads it bounds each part.
 
     Raises:
-        ValueError: It is no regular file (a folder, a pipe, a device).
-        OSError: It does not exist or cannot be read.
+        ValueError: It is no regular file (a pipe, a device).
+        OSError: It does not exist, is a folder, or cannot be read.
     """
     # Not blocking: opening a pipe would wait for someone to write into it.
     descriptor = os.open(Path(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
-    raise ValueError("expected a regular file, got a folder, a pipe or a device")
+    file = os.fdopen(descriptor, "rb")  # raises for a folder
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise ValueError("expected a regular file, got a pipe or a device")
+    return file
 
 
 def read_bytes(path: str | os.PathLike[str], *, max_bytes: int = TEXT_BYTES) -> bytes:
