@@ -73,6 +73,7 @@ class Lock:
     def _take(self) -> None:
         """Locks the file that is at the path; that it was there before and is there afterwards shows that it is."""
         for _ in range(_ATTEMPTS):  # a file that is new, or that its holder removes just now, takes a second one
+            self._check_empty()
             before = self._of_path()
             try:
                 self._lock.acquire()
@@ -89,6 +90,14 @@ class Lock:
                 return
             self._lock.release()
         raise RunDirectoryError(f"expected {self.path} to be a file that stays, got one that is replaced all the time")
+
+    def _check_empty(self) -> None:
+        """Raises for a file with contents before it is locked: older releases of filelock empty what they lock."""
+        if self.path.is_file() and not self.path.is_symlink() and self.path.stat().st_size > 0:
+            raise RunDirectoryError(
+                f"expected an empty file or none at {self.path}, to lock {self.what}, got one with contents: a process "
+                "holds it where files cannot be locked, or it is not ours. Remove it if neither is so"
+            )
 
     def _of_path(self) -> tuple[int, int] | None:
         try:

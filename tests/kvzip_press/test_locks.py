@@ -69,11 +69,14 @@ def test_a_holder_whose_file_was_removed_is_told(path, again) -> None:
     assert path.exists() == again
 
 
-def test_a_file_of_someone_else_is_not_removed(path) -> None:
+def test_a_file_with_contents_is_neither_emptied_nor_removed(path) -> None:
     path.write_text("not empty")
-    with Lock(path, "a run"):
-        pass
-    assert path.read_text() == "not empty"
+    with pytest.raises(RunDirectoryError, match="expected an empty file or none at"):
+        Lock(path, "a run").__enter__()
+    with (path.parent / "other").open("w") as other, Lock(path.parent / "other", "a run"):
+        other.write("not empty")
+        other.flush()
+    assert path.read_text() == (path.parent / "other").read_text() == "not empty"
 
 
 def test_what_cannot_be_locked_is_an_error_of_ours(path) -> None:
