@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 MEGABYTE = 2**20
 TEXT_BYTES = 256 * MEGABYTE  # the longest text file that is read whole, unless its reader names another bound
@@ -22,6 +22,22 @@ MAX_DIGITS = 400  # of one number: float64 needs 309 before its point
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.?)*+"?|[\[{]|[\]}]', re.DOTALL)  # a string may end with the text
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file to read it in parts; whoever reads it bounds each part.
+
+    Raises:
+        ValueError: It is no regular file (a pipe, a device).
+        OSError: It does not exist, is a folder, or cannot be read.
+    """
+    # Not blocking: opening a pipe would wait for someone to write into it.
+    descriptor = os.open(Path(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    file = os.fdopen(descriptor, "rb")  # raises for a folder
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise ValueError("expected a regular file, got a pipe or a device")
+    return file
+
+
 def read_bytes(path: str | os.PathLike[str], *, max_bytes: int = TEXT_BYTES) -> bytes:
     """Returns the bytes of a regular file.
 
@@ -29,15 +45,11 @@ def read_bytes(path: str | os.PathLike[str], *, max_bytes: int = TEXT_BYTES) -> 
         ValueError: It is no regular file (a folder, a pipe, a device), or longer than ``max_bytes``.
         OSError: It does not exist or cannot be read.
     """
-    # Not blocking: opening a pipe would wait for someone to write into it.
-    descriptor = os.open(Path(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("expected a regular file, got a pipe or a device")
+    with open_regular(path) as file:
         data = file.read(max_bytes + 1)
+        size = os.fstat(file.fileno()).st_size
     if len(data) > max_bytes:
-        raise ValueError(f"expected a file of at most {max_bytes} bytes, got {max(status.st_size, len(data))}")
+        raise ValueError(f"expected a file of at most {max_bytes} bytes, got {max(size, len(data))}")
     return data
 
 

@@ -30,6 +30,7 @@ ROOMS = (
         "untrusted",
         "files",
         "torch_file",
+        "locks",
         "model",
         "budget",
         "loading",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,3 +113,60 @@ def test_the_installed_wheel_imports_without_the_tree(installed: Path, tmp_path:
     )
     files = json.loads(run(sys.executable, "-c", code, cwd=tmp_path).splitlines()[-1])
     assert [file for file in files if not file.startswith(f"{installed}{os.sep}")] == []
+
+
+def floors_of(requirements: list[str]) -> dict[str, str]:
+    """The name and the floor of each requirement, as `name -> version`; one without a floor has an empty one."""
+    found = {}
+    for requirement in requirements:
+        name, _, rest = re.match(r"([\w-]+)(\[[\w,]+\])?(.*)", requirement).groups()
+        if name != "kvzip-press":
+            floor = re.search(r">=([\w.]+)", rest.partition(";")[0])
+            found[re.sub(r"[-_.]+", "-", name).lower()] = floor[1] if floor else ""
+    return found
+
+
+def pins_of(path: Path) -> dict[str, str]:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in (line.split("==") for line in lines)}
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
+def test_every_floor_is_the_version_that_the_oldest_environment_tests(repo_root: Path) -> None:
+    """Of what `make test-oldest` installs; a floor that nothing is tested with is a guess."""
+    settings = tomllib.loads((repo_root / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = settings["project"]["optional-dependencies"]
+    (installed,) = re.findall(r"\.venv-oldest/\.stamp: EXTRAS := (\S+)", (repo_root / "Makefile").read_text())
+    wanted = [*settings["project"]["dependencies"], *settings["build-system"]["requires"]]
+    floors = floors_of([*wanted, *(one for extra in installed.split(",") for one in extras[extra])])
+    pins = pins_of(repo_root / "constraints" / "oldest.txt")
+    assert len(floors) > 10 and floors == {name: pins.get(name) for name in floors}
+
+
+@pytest.mark.parametrize("constraints", ["tested.txt", "newest.txt"])
+def test_no_floor_is_above_what_is_tested(repo_root: Path, constraints: str) -> None:
+    """Of any extra."""
+    project = tomllib.loads((repo_root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [one for extra in project["optional-dependencies"].values() for one in extra]
+    pins = pins_of(repo_root / "constraints" / constraints)
+    floors = floors_of([*extras, *project["dependencies"]])
+    assert {name: floor for name, floor in floors.items() if numbers(floor) > numbers(pins.get(name, floor))} == {}
+
+
+SAFE = {  # the first versions without an advisory that reaches what is called here or by what is called here
+    "torch": "2.10.0",  # torch.load(weights_only=True): CVE-2025-32434, CVE-2026-24747
+    "filelock": "3.20.3",  # links in the place of a lock: CVE-2025-68146, CVE-2026-22701
+    "pyyaml": "5.4",  # safe_load is safe in all; full_load: CVE-2020-14343
+    "setuptools": "78.1.1",  # CVE-2025-47273
+    "nltk": "3.10",  # CVE-2025-14009, CVE-2026-12243, CVE-2026-12259
+    "ray": "2.52",  # the dashboard: CVE-2025-62593
+}
+
+
+def test_floors_leave_out_versions_with_known_holes(repo_root: Path) -> None:
+    project = tomllib.loads((repo_root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    floors = floors_of([*project["dependencies"], *(o for e in project["optional-dependencies"].values() for o in e)])
+    assert {name: floors[name] for name, least in SAFE.items() if numbers(floors[name]) < numbers(least)} == {}

@@ -1,6 +1,7 @@
 """Loads a model and its tokenizer by one name: an alias, a path or a hub id."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,8 @@ def load_model(name_or_path: str, **from_pretrained_kwargs: Any) -> "tuple[PreTr
         ModelNotFoundError: The files are neither on this machine nor reachable. The message has the cause.
         MissingDependencyError: The alias needs packages that are missing, and it has no hub id, or that cannot be
             loaded either. The message says how to get them.
-        InvalidArgumentError: ``dtype`` and ``torch_dtype`` disagree.
+        InvalidArgumentError: ``dtype`` and ``torch_dtype`` disagree; or the model's config names code of a hub
+            repository, and ``trust_remote_code`` is not set.
     """
     options = _with_dtype(from_pretrained_kwargs)
     if name_or_path not in ALIASES:
@@ -97,11 +99,13 @@ def _load_stand_in(
 
 
 def _from_pretrained(name_or_path: str, options: dict[str, Any]) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
     tokenizer_options = {key: options[key] for key in _TOKENIZER_OPTIONS if key in options}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **tokenizer_options)
+        if not options.get("trust_remote_code") and "gguf_file" not in options:
+            _check_config(name_or_path, PretrainedConfig.get_config_dict(name_or_path, **tokenizer_options)[0])
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except OSError as error:  # transformers and huggingface_hub raise OSError for whatever is missing or unreachable
         hint = did_you_mean(name_or_path, ALIASES) or "."
@@ -110,6 +114,31 @@ def _from_pretrained(name_or_path: str, options: dict[str, Any]) -> "tuple[PreTr
             f"reachable, got {name_or_path!r}{hint} Cause: {_first_line(error)}"
         ) from error
     return model.eval(), tokenizer
+
+
+def _check_config(name: str, config: dict[str, Any]) -> None:
+    """Raises if a config has transformers fetch kernels of a repository, whose Python code would run.
+
+    Before 5.3 transformers does that for whatever a config names, asked or not (CVE-2026-4372).
+    """
+    for key, value in _implementations(config):
+        if "/" in value:
+            raise InvalidArgumentError(
+                f"expected a model whose config names no code of others, got {name!r} with {key}={value[:100]!r}: pass "
+                "trust_remote_code=True if you trust that repository as you trust a program"
+            )
+
+
+def _implementations(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yields key and text of every setting that chooses an implementation (of attention, experts ...), at any depth."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _implementations(item, key if "_implementation" in key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _implementations(item, key)
+    elif isinstance(value, str) and "_implementation" in key:
+        yield key, value
 
 
 def _first_line(error: BaseException) -> str:

