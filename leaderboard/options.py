@@ -1,4 +1,4 @@
-"""Checks options that a user gives by name or number, with one message for unknown names, one for numbers and one for kinds."""
+"""Checks options that a user gives, with one message each for unknown names, numbers out of range and other kinds."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +13,9 @@ from kvzip_press.leaderboard.running.grid import load_grid
 from kvzip_press.leaderboard.yaml_files import YAML_BYTES, parse_yaml, read_yaml
 
 BOMB = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))])
-MERGES = "\n".join(["a0: &a0 {k: v}", *(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 12))])
+MERGES = "\n".join(
+    ["a0: &a0 {k: v}", *(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 12))]
+)
 CHAIN = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 2000))])
 
 
@@ -22,7 +23,8 @@ CHAIN = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}]" for i in range(1,
     "text",
     [
         "", "a: 1", "- 1\n- -2\n- 0x1F\n- 1_000\n- 1:30", "[1.5, -0.25, 1.0e+3, 1e3]", "[true, no, null, ~, '', yes]",
-        "a: &b {c: [1, 2]}\nd: *b\ne: {<<: *b, c: 3}\nf: {<<: *b}", "text: |\n  two\n  lines\n", '"\\x41 \\u00e9 \\U0001F600"',
+        "a: &b {c: [1, 2]}\nd: *b\ne: {<<: *b, c: 3}\nf: {<<: *b}",
+        "text: |\n  two\n  lines\n", '"\\x41 \\u00e9 \\U0001F600"',
         "{0: 0.5, 1: 0.9}", "a: 'it''s'", "# nothing\n---\nx: {}\n...",
     ],
 )  # fmt: skip

@@ -34,7 +34,9 @@ class MathematicsTask(HubTask, ABC):
     def _sample(self, rows: Sequence[Record]) -> tuple[str, list[Question]]:
         (row,) = rows
         text = _PROMPT.format(problem=row.text("problem"))
-        return "", [Question("problem", text, row.references("answer", numbers=True), max_new_tokens=self.max_new_tokens)]
+        return "", [
+            Question("problem", text, row.references("answer", numbers=True), max_new_tokens=self.max_new_tokens)
+        ]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ class MRCRTask(HubTask):
         *messages, last = _messages(row)
         context = "".join(f"{message.text('role').title()}: {message.text('content')}\n\n" for message in messages)
         tags = {"prefix": row.text("random_string_to_prepend")}
-        asked = Question("last", last.text("content"), row.references("answer"), max_new_tokens=self.max_new_tokens, tags=tags)
+        asked = Question(
+            "last", last.text("content"), row.references("answer"), max_new_tokens=self.max_new_tokens, tags=tags
+        )
         return context, [asked]
 
 

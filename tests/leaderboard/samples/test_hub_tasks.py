@@ -438,8 +438,8 @@ def ruler_with(**values: Any) -> dict[str, Any]:
 
 def longbench_with(**values: Any) -> dict[str, Any]:
     return {
-        "context": "Alice wrote it.", "question": "Who?", "answer_prefix": "", "answers": ["Alice"], "all_classes": ["a"],
-        "max_new_tokens": 8, **values,
+        "context": "Alice wrote it.", "question": "Who?", "answer_prefix": "", "answers": ["Alice"],
+        "all_classes": ["a"], "max_new_tokens": 8, **values,
     }  # fmt: skip
 
 
