@@ -29,6 +29,7 @@ ROOMS = (
         "compat",
         "files",
         "untrusted",
+        "terminal",
         "model",
         "budget",
         "loading",

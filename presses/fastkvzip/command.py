@@ -13,6 +13,7 @@ import typer
 
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
+from kvzip_press.terminal import printable
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Gates of a model's layers, for the press fastkvzip."
@@ -84,7 +85,7 @@ def train(
     if not keep_work:
         shutil.rmtree(folder)
     _report(agreement, seconds)
-    typer.echo(f"{out}: {gates!r}, {out.stat().st_size / 1e6:.1f} MB")
+    typer.echo(printable(f"{out}: {gates!r}, {out.stat().st_size / 1e6:.1f} MB"))
 
 
 @contextmanager
