@@ -191,11 +191,11 @@ def _print_answers(
 ) -> None:
     from rich.console import Console
     from rich.progress import track
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from kvzip_press.decoding.answering import answer
 
-    table = Table("question", *map(plain, caches), show_lines=True)
+    table = Table("question", *(Column(plain(name)) for name in caches), show_lines=True)
     for question in track(questions, description="answering", transient=True):
         answers = [answer(model, tokenizer, cache, question, prefix, limit) for cache in caches.values()]
         table.add_row(*(plain(text, lines=True) for text in (question, *answers)))
