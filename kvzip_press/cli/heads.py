@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvzip_press.cli.inputs import text_of
+from kvzip_press.cli.inputs import regular, text_of
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
 from kvzip_press.terminal import printable
@@ -71,7 +71,7 @@ def export(
 
     if layout not in FORMATS:
         raise InvalidArgumentError(f"expected --format to be one of {FORMATS}, got {layout!r}")
-    export_duo(HeadScores.load(scores), out, sink_size, recent_size)
+    export_duo(HeadScores.load(regular(scores)), out, sink_size, recent_size)
     typer.echo(printable(f"{out}: a DuoAttention pattern, sink_size={sink_size}, recent_size={recent_size}"))
 
 

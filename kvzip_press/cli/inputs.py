@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from kvzip_press.errors import InvalidArgumentError
@@ -24,3 +25,15 @@ def text_of(path: Path) -> str:
     if (place := text.find("\0")) >= 0:
         raise InvalidArgumentError(f"{path}: expected a text file, got a null byte behind {place} characters")
     return text
+
+
+def regular(path: Path) -> Path:
+    """Returns the path of a file that can be opened without waiting for anybody.
+
+    Raises:
+        InvalidArgumentError: There is no such file, or it is a folder, a pipe or a device. The message names the path.
+    """
+    if not os.path.isfile(path):  # noqa: PTH113  # Path.is_file raises for a name that is too long
+        found = "a folder" if os.path.isdir(path) else "a pipe or a device" if os.path.exists(path) else "nothing"  # noqa: PTH110, PTH112
+        raise InvalidArgumentError(f"{path}: expected a file, got {found}")
+    return path

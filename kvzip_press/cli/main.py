@@ -40,7 +40,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         app()
-    except (KVzipPressError, OSError) as error:
+    except (KVzipPressError, OSError, UnicodeError) as error:
         typer.secho(f"error: {one_line(error)}", fg=typer.colors.RED, err=True)
         raise SystemExit(1) from error
 
