@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP"
 _FULL_COLOUR = "#6B7280"
-_MAX_CHARACTERS = 90
+_MAX_CHARACTERS = 60
 HEAT = "Blues"  # one hue, from light to dark: readable in print and with any kind of colour vision
 
 
