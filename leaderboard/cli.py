@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.terminal import printable
 
 if TYPE_CHECKING:
     from kvzip_press.leaderboard.running.plan import Run
@@ -92,12 +93,12 @@ def report(
 
     rows, heads = rows_of(directory), heads_of(directory)
     write_report(rows, heads, output, title=title, command=command)
-    typer.echo(f"page: {output}")
+    typer.echo(printable(f"page: {output}"))
     if pictures is not None:
         from kvzip_press.leaderboard.pictures import save_all
 
         save_all(rows, heads, pictures)
-        typer.echo(f"pictures: {pictures}")
+        typer.echo(printable(f"pictures: {pictures}"))
 
 
 @app.command()
@@ -116,7 +117,7 @@ def export(
     if form != "kvpress":
         raise InvalidArgumentError(f"expected --format kvpress, got {form!r}")
     export_rows(rows_of(directory), output, data_dir=data_dir)
-    typer.echo(f"folders: {output}")
+    typer.echo(printable(f"folders: {output}"))
 
 
 @app.command("import")
@@ -129,7 +130,7 @@ def import_(
     from kvzip_press.leaderboard.launch import store
 
     count = store(import_rows(folder), output)
-    typer.echo(f"{count} rows: {output}")
+    typer.echo(printable(f"{count} rows: {output}"))
 
 
 @app.command()
@@ -158,7 +159,7 @@ def list_() -> None:
     for title, names in (("tasks", sorted(TASKS)), ("presses", press_names())):
         typer.echo(title)
         for name in names:
-            typer.echo(f"  {name}")
+            typer.echo(printable(f"  {name}"))
 
 
 def _with_contexts(chosen: Run, contexts: int | None) -> Run:

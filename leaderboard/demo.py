@@ -20,6 +20,7 @@ from kvzip_press.leaderboard.running.availability import available
 from kvzip_press.leaderboard.running.grid import load_grid
 from kvzip_press.leaderboard.running.plan import Run, TaskSpec, Work, count_rows, plan
 from kvzip_press.leaderboard.running.runner import execute
+from kvzip_press.terminal import plain
 
 GRID = "quick"
 TIME_LIMIT_SECONDS = 300.0
@@ -68,7 +69,7 @@ def run_demo(
     grid = load_grid(GRID).run
     model, tokenizer = _load(model_name, console)
     with console.status("looking for presses"):
-        presses = available(grid.presses, model, lambda line: console.print(line, style="yellow", markup=False))
+        presses = available(grid.presses, model, lambda line: console.print(plain(line, "yellow")))
     run = replace(
         grid,
         model_name=model_name,
@@ -87,13 +88,15 @@ def run_demo(
     picture_path = _draw(
         cells, rows_path.with_name("pareto.png"), f"{model_name}: accuracy of compressed caches", console
     )
-    console.print(f"rows: {rows_path}", *([f"\npicture: {picture_path}"] if picture_path else []), sep="")
+    console.print(plain(f"rows: {rows_path}"))
+    if picture_path is not None:
+        console.print(plain(f"picture: {picture_path}"))
     return Demo(tuple(cells), rows_path, picture_path)
 
 
 def _load(model_name: str, console: Console) -> tuple[Any, Any]:
     with (
-        console.status(f"loading {model_name} (the embedded model is unpacked once, about 10 seconds)"),
+        console.status(plain(f"loading {model_name} (the embedded model is unpacked once, about 10 seconds)")),
         quiet_loading(),
     ):
         return load_model(model_name)
@@ -128,6 +131,6 @@ def _draw(cells: list[Cell], path: Path, title: str, console: Console) -> Path |
     try:
         save_pareto(cells, path, title)
     except MissingDependencyError as error:
-        console.print(f"no picture: {error}", style="yellow", markup=False)
+        console.print(plain(f"no picture: {error}", "yellow"))
         return None
     return path

@@ -27,6 +27,7 @@ from kvzip_press.leaderboard.running.ray_executor import Cluster, run_with_ray
 from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RUN, RunDirectory, RunRecord
 from kvzip_press.leaderboard.running.shards import run_shard
 from kvzip_press.model.devices import get_device, get_dtype
+from kvzip_press.terminal import plain
 
 if TYPE_CHECKING:
     import os
@@ -60,10 +61,10 @@ def launch(
     console = console or Console()
 
     def say(line: str) -> None:
-        console.print(line, style="yellow", markup=False)
+        console.print(plain(line, "yellow"))
 
     place = get_device(device)
-    with console.status(f"loading {run.model_name}"):
+    with console.status(plain(f"loading {run.model_name}")):
         model, tokenizer = load_for(run, str(place))
     if skip_unavailable:
         run = replace(run, presses=available(run.presses, model, say))
@@ -181,7 +182,7 @@ def print_table(path: str | os.PathLike[str], *, console: Console | None = None)
             console.print(f"at {ratio:g} removed nothing tells the presses apart beyond chance", style="yellow")
     if (Path(path) / RUN).is_file() and len(rows) < (n_rows := RunRecord.read(path).n_rows):
         console.print(f"{len(rows)} of the run's {n_rows} rows", style="yellow", markup=False)
-    console.print(f"rows: {Path(path) / ROWS}", markup=False, highlight=False)
+    console.print(plain(f"rows: {Path(path) / ROWS}"))
 
 
 def _count_done(directory: RunDirectory, works: Iterable[Work]) -> int:

@@ -7,18 +7,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvzip_press.leaderboard.rows.results import Row
+from kvzip_press.terminal import printable
 
 
 @contextmanager
 def row_bar(console: Console, total: int) -> Iterator[Callable[[Row], None]]:
     """Shows a progress bar while open; gives a function to call with each row."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as progress:
+    with Progress(
+        TextColumn("{task.description}", markup=False), *columns, console=console, transient=True
+    ) as progress:
         bar = progress.add_task("reading the first context", total=total)
 
         def on_row(row: Row) -> None:
             what = f"{row.task} {row.sample_id}: {row.press} {row.compression_ratio}"
-            progress.update(bar, advance=1, description=what)
+            progress.update(bar, advance=1, description=printable(what))
 
         yield on_row
 

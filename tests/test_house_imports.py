@@ -31,6 +31,7 @@ ROOMS = (
         "files",
         "torch_file",
         "locks",
+        "terminal",
         "model",
         "budget",
         "loading",

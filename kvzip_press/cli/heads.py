@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from kvzip_press.cli.inputs import regular, text_of
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
+from kvzip_press.terminal import printable
 
 app = typer.Typer(
     no_args_is_help=True, help="Scores of a model's KV heads, for the presses kvzip_head and duo_attention."
@@ -26,9 +28,7 @@ def compute(
     model: ModelOption,
     text: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--text", exists=True, dir_okay=False, help="A text file; several times. Default: eight built-in ones."
-        ),
+        typer.Option("--text", help="A text file; several times. Default: eight built-in ones."),
     ] = None,
     method: Annotated[str, typer.Option("--method", help="kvzip, or duo-attention (kvpress's short cut).")] = "kvzip",
     chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Of kvzip: tokens replayed at a time.")] = 2048,
@@ -48,7 +48,8 @@ def compute(
     scores.save(out)
     n_ones = int((scores.values >= 1).sum())
     typer.echo(
-        f"{out}: {scores.values.shape[0]} layers of {scores.values.shape[1]} heads from {', '.join(texts)}; scores "
+        printable(f"{out}: {scores.values.shape[0]} layers of {scores.values.shape[1]} heads from {', '.join(texts)}")
+        + "; scores "
         f"{scores.values.min():.3f} to {scores.values.max():.3f}, mean {scores.values.mean():.3f}, {n_ones} at 1"
     )
 
@@ -57,7 +58,7 @@ def compute(
 def export(
     scores: Annotated[
         Path,
-        typer.Option("--scores", help="A file of `heads compute`, or a .pt of KVzip's.", exists=True, dir_okay=False),
+        typer.Option("--scores", help="A file of `heads compute`, or a .pt of KVzip's."),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
     layout: Annotated[str, typer.Option("--format", help="duo-attention.")] = "duo-attention",
@@ -70,13 +71,13 @@ def export(
 
     if layout not in FORMATS:
         raise InvalidArgumentError(f"expected --format to be one of {FORMATS}, got {layout!r}")
-    export_duo(HeadScores.load(scores), out, sink_size, recent_size)
-    typer.echo(f"{out}: a DuoAttention pattern, sink_size={sink_size}, recent_size={recent_size}")
+    export_duo(HeadScores.load(regular(scores)), out, sink_size, recent_size)
+    typer.echo(printable(f"{out}: a DuoAttention pattern, sink_size={sink_size}, recent_size={recent_size}"))
 
 
 @app.command(name="import")
 def import_(
-    folder: Annotated[Path, typer.Option("--folder", help="A DuoAttention pattern.", exists=True, file_okay=False)],
+    folder: Annotated[Path, typer.Option("--folder", help="A DuoAttention pattern.")],
     out: OutOption,
 ) -> None:
     """Reads a DuoAttention pattern as scores of heads, and says which sink and window it was made for."""
@@ -84,7 +85,7 @@ def import_(
 
     scores, sink_size, recent_size = import_duo(folder)
     scores.save(out)
-    typer.echo(f"{out}: {scores!r}; made for n_sink={sink_size}, window_size={recent_size}")
+    typer.echo(printable(f"{out}: {scores!r}; made for n_sink={sink_size}, window_size={recent_size}"))
 
 
 def _texts(paths: Sequence[Path] | None) -> dict[str, str]:
@@ -92,7 +93,7 @@ def _texts(paths: Sequence[Path] | None) -> dict[str, str]:
 
     if not paths:
         return builtin_texts()
-    return {str(path): path.read_text(encoding="utf-8") for path in paths}
+    return {str(path): text_of(path) for path in paths}
 
 
 def _compute(method: str, chunk_size: int, model: Any, tokenizer: Any, texts: list[str]) -> Any:

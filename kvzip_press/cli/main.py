@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from kvzip_press.cli import heads
+from kvzip_press.cli.inputs import text_of
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 from kvzip_press.loading.command_options import ModelOption
+from kvzip_press.terminal import one_line, plain, printable
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="KV-cache compression presses whose eviction is real."
@@ -29,13 +31,25 @@ OutputOption = Annotated[Path, typer.Option("--output", help="Directory for the 
 
 
 def main() -> None:
-    """Entry point: prints errors of this package without a traceback, and exits with status 1 after one."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    """Entry point: prints errors of this package and of files as one line without a traceback, and exits with status 1.
+
+    Files are the operating system's: a disk that is full, a folder that may not be written.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         app()
-    except KVzipPressError as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+    except (KVzipPressError, OSError, UnicodeError) as error:
+        typer.secho(f"error: {one_line(error)}", fg=typer.colors.RED, err=True)
         raise SystemExit(1) from error
+
+
+class _OneLine(logging.Formatter):
+    """Shows a warning as one line, whatever it quotes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
 
 
 @app.callback()
@@ -74,9 +88,7 @@ def _hand_on(context: typer.Context, commands: typer.Typer) -> None:
 @app.command()
 def ask(
     question: Annotated[list[str], typer.Option("--question", help="May be given several times.")],
-    context: Annotated[
-        Path | None, typer.Option("--context", exists=True, dir_okay=False, help="A text file to read and compress.")
-    ] = None,
+    context: Annotated[Path | None, typer.Option("--context", help="A text file to read and compress.")] = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", help="A compressed cache that --save kept, instead of --context.")
     ] = None,
@@ -114,10 +126,9 @@ def ask(
         _ask_saved(cache, load_model(model), question, answer_prefix, max_new_tokens, split=split_special_tokens)
         return
     assert context is not None
-    chosen = get_press(press, compression_ratio)
+    text, chosen = text_of(context), get_press(press, compression_ratio)
     loaded, tokenizer = load_model(model)
-    text = context.read_text(encoding="utf-8").rstrip()
-    done = prefill(loaded, tokenizer, text, observers=[chosen], split_special_tokens=split_special_tokens)
+    done = prefill(loaded, tokenizer, text.rstrip(), observers=[chosen], split_special_tokens=split_special_tokens)
     begin = time.perf_counter()
     compressed = done.evict(chosen.score(done))
     seconds = time.perf_counter() - begin
@@ -180,7 +191,7 @@ def presses() -> None:
     from kvzip_press.registry import press_names
 
     for name in press_names():
-        typer.echo(name)
+        typer.echo(printable(name))
 
 
 def _print_answers(
@@ -188,17 +199,17 @@ def _print_answers(
 ) -> None:
     from rich.console import Console
     from rich.progress import track
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from kvzip_press.decoding.answering import answer
 
-    table = Table("question", *caches, show_lines=True)
+    table = Table("question", *(Column(plain(name)) for name in caches), show_lines=True)
     for question in track(questions, description="answering", transient=True):
         answers = [
             answer(model, tokenizer, cache, question, prefix, limit, split_special_tokens=split)
             for cache in caches.values()
         ]
-        table.add_row(question, *answers)
+        table.add_row(*(plain(text, lines=True) for text in (question, *answers)))
     Console().print(table)
 
 
@@ -224,6 +235,6 @@ def _print_figures(caches: dict[str, Any], note: str) -> None:
     table = Table("cache", "kept pairs", "resident MB", "of dense")
     for name, cache in caches.items():
         megabytes, fraction = cache.resident_bytes / 1e6, cache.resident_bytes / cache.dense_bytes
-        table.add_row(name, f"{cache.kept_fraction:.1%}", f"{megabytes:.1f}", f"{fraction:.1%}")
+        table.add_row(plain(name), f"{cache.kept_fraction:.1%}", f"{megabytes:.1f}", f"{fraction:.1%}")
     Console().print(table)
-    Console().print(note, markup=False)
+    Console().print(plain(note))

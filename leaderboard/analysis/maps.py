@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvzip_press.leaderboard.analysis.checks import check_heads
 from kvzip_press.leaderboard.analysis.summary import split
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
@@ -54,7 +55,13 @@ class NeedleMap:
 
 
 def head_maps(heads: Iterable[HeadBudgets]) -> list[HeadMap]:
-    """Returns the map of each press and ratio, in the order of their first lines; all lines are from one run."""
+    """Returns the map of each press and ratio, in the order of their first lines; all lines are from one run.
+
+    Raises:
+        InvalidArgumentError: They have no fractions, or differ in form; see `check_heads`.
+    """
+    heads = list(heads)
+    check_heads(heads)
     groups = split(heads, lambda budgets: (budgets.press, budgets.compression_ratio, budgets.layer_idx))
     return [
         HeadMap(

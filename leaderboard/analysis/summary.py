@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import TypeVar
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.analysis.checks import check_row
 from kvzip_press.leaderboard.rows.results import Row
 
 T = TypeVar("T")
@@ -58,7 +59,14 @@ class Cell:
 
 
 def split_tables(rows: Iterable[Row]) -> list[list[Row]]:
-    """Splits rows into tables: one per run and model, with query-aware and query-agnostic rows apart."""
+    """Splits rows into tables: one per run and model, with query-aware and query-agnostic rows apart.
+
+    Raises:
+        InvalidArgumentError: A row has a value that no table can be made of, see `check_row`.
+    """
+    rows = list(rows)
+    for row in rows:
+        check_row(row)
     return split(rows, _table_of)
 
 
@@ -67,9 +75,11 @@ def one_table(rows: Iterable[Row]) -> list[Row]:
 
     Raises:
         InvalidArgumentError: They belong to several tables (see `split_tables`), or a press answered the same question
-            twice at the same ratio.
+            twice at the same ratio; or a row has a value that no table can be made of, see `check_row`.
     """
     rows = list(rows)
+    for row in rows:
+        check_row(row)
     if len(runs := {row.run_id for row in rows}) > 1:
         raise InvalidArgumentError(f"expected rows of one run, got {len(runs)}: {', '.join(sorted(runs))}")
     if len(tables := {_table_of(row) for row in rows}) > 1:

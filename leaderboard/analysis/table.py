@@ -7,6 +7,7 @@ from rich.table import Table
 
 from kvzip_press.leaderboard.analysis.references import MARKS_CAPTION, CellKey
 from kvzip_press.leaderboard.analysis.summary import Cell
+from kvzip_press.terminal import plain
 
 _CAPTION = (
     "Means over contexts. Prefill is one forward that all presses share, those that watch it included; compress is "
@@ -25,7 +26,7 @@ def results_table(cells: Sequence[Cell], title: str = "", marks: Mapping[CellKey
     marks = marks or {}
     caption = f"{_CAPTION} {MARKS_CAPTION}" if any(marks.values()) else _CAPTION
     table = Table(
-        title=title or None,
+        title=plain(title, "table.title") if title else None,
         caption=caption if cells else "no rows",
         header_style="bold",
         box=box.SIMPLE_HEAD,
@@ -39,7 +40,7 @@ def results_table(cells: Sequence[Cell], title: str = "", marks: Mapping[CellKey
         if above is not None and above != cell.press:
             table.add_section()
         table.add_row(
-            "" if above == cell.press else cell.press,
+            "" if above == cell.press else plain(cell.press),
             *_figures(cell, marks.get((cell.press, cell.compression_ratio), "")),
         )
         above = cell.press

@@ -24,6 +24,7 @@ from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count
 from kvzip_press.leaderboard.running.runner import execute
 from kvzip_press.leaderboard.tasks import TASKS, get_task
 from kvzip_press.model.devices import get_device
+from kvzip_press.terminal import plain
 
 REMOVED = (0.5, 0.7)
 PEERS = ("kvzip", "snapkv", "expected_attention", "knorm", "random")
@@ -72,11 +73,11 @@ def _measure(run: Run, device: str | None, path: Path) -> list[Row]:
 
 
 def _table(cells: list[Cell], title: str) -> Table:
-    table = Table("press", "removed", "accuracy", "kept", "compress s", title=title)
+    table = Table("press", "removed", "accuracy", "kept", "compress s", title=plain(title, "table.title"))
     for cell in cells:
         error = "" if cell.standard_error is None else f" ± {cell.standard_error:.3f}"
         figures = (f"{cell.accuracy:.3f}{error}", f"{cell.kept_fraction:.2f}", f"{cell.compress_seconds:.3f}")
-        table.add_row(cell.press, f"{cell.compression_ratio:.1f}", *figures)
+        table.add_row(plain(cell.press), f"{cell.compression_ratio:.1f}", *figures)
     return table
 
 

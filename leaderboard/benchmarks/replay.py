@@ -21,6 +21,7 @@ from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
 from kvzip_press.leaderboard.samples.task import Task
 from kvzip_press.leaderboard.tasks import get_task
+from kvzip_press.terminal import plain
 
 REMOVED = (0.5, 0.7, 0.9)
 
@@ -65,7 +66,8 @@ def main(
         cost = f"{statistics.median(seconds[name]):.2f}"
         table.add_row(name, f"{ratio:.1f}", f"{statistics.mean(scores):.2f}", cost, common)
     questions = contexts * keys
-    Console().print(table, f"{model}, {contexts} contexts of {tokens} tokens, {questions} questions a row, seed {seed}")
+    Console().print(table)
+    Console().print(plain(f"{model}, {contexts} contexts of {tokens} tokens, {questions} questions a row, seed {seed}"))
 
 
 def _overlap(a: Scores, b: Scores, valid: torch.Tensor, ratio: float) -> float:

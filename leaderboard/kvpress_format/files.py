@@ -10,22 +10,42 @@ from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
 
-_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_QUOTES = {"'": re.compile(r"'(?:[^'\\]|\\.)*+'", re.DOTALL), '"': re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)}
 
 
 def parse_answers(text: str) -> tuple[str, ...]:
     """Parses the references in a cell of the table: one plain text, or a list as Python or numpy prints it.
 
-    numpy puts no commas between strings, and Python would read such a list as one long string.
+    numpy puts no commas between strings, and Python would read such a list as one long string. A text that is in
+    brackets but is no list of strings stays as it is.
     """
     inner = text.strip()
     if not (inner.startswith("[") and inner.endswith("]")):
         return (text,)
-    found = _QUOTED.findall(inner)
-    rest = _QUOTED.sub("", inner[1:-1])
+    found, rest = _quoted(inner[1:-1])
     if rest.strip(" ,\n\r\t"):
-        return (text,)  # a text that happens to be in brackets
-    return tuple(literal_eval(one) for one in found)
+        return (text,)
+    try:
+        return tuple(literal_eval(one) for one in found)
+    except (SyntaxError, ValueError):  # a line break, a null byte or half an escape between quotes
+        return (text,)
+
+
+def _quoted(text: str) -> tuple[list[str], str]:
+    """Returns the quoted strings in a text, from the left, and what is left without them; in time linear in the text.
+
+    A quote that is never closed is text. Then no later quote of its kind is closed either (an escape that is seen from
+    the one is also seen from the other), so the text is searched to its end at most once for each kind.
+    """
+    strings, rest, at, kinds = [], [], 0, "'\""
+    while kinds and (begin := re.compile(f"[{kinds}]").search(text, at)):
+        if closed := _QUOTES[begin[0]].match(text, begin.start()):
+            strings.append(closed[0])
+            rest.append(text[at : begin.start()])
+            at = closed.end()
+        else:
+            kinds = kinds.replace(begin[0], "")
+    return strings, "".join([*rest, text[at:]])
 
 
 def read_table(path: Path) -> Iterator[dict[str, str]]:
@@ -42,11 +62,10 @@ def read_table(path: Path) -> Iterator[dict[str, str]]:
 
 def read_config(path: Path) -> Mapping[str, Any]:
     """Reads the settings of an evaluation."""
-    yaml = load_yaml_package()
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"{path}: expected YAML, got {error}") from error
+    load_yaml_package()
+    from kvzip_press.leaderboard.yaml_files import read_yaml
+
+    config = read_yaml(path)
     needed = {"dataset": str, "model": str, "press_name": str, "compression_ratio": int | float}
     if not isinstance(config, dict) or not all(isinstance(config.get(name), kind) for name, kind in needed.items()):
         raise InvalidArgumentError(f"{path}: expected the settings {', '.join(needed)}, got {config!r}")

@@ -1,5 +1,6 @@
 """RepoQA's metric (arXiv 2406.06025): whether the function in the answer is the one that was asked for."""
 
+import functools
 import importlib
 import re
 from collections.abc import Sequence
@@ -8,7 +9,8 @@ from typing import Any
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
 
 THRESHOLD = 0.8
-_BLOCK = re.compile(r"^```(?:\w+)?\s*\n(.*?)(?=^```)```", re.DOTALL | re.MULTILINE)
+# Its parts give nothing back: a block that is never closed is searched to its end once, not once a blank line.
+_BLOCK = re.compile(r"^```(?>(?:\w+)?\s*\n)(.*?)(?=^```)```", re.DOTALL | re.MULTILINE)
 
 _FUNCTIONS = {
     "python": ("tree_sitter_python", "language", "(function_definition name: (_)) @function"),
@@ -55,11 +57,12 @@ def _first_function(code: str, language: str) -> str | None:
     tree_sitter, grammar, query = _grammar(language)
     source = code.encode()
     root = tree_sitter.Parser(grammar).parse(source).root_node
-    nodes = tree_sitter.QueryCursor(tree_sitter.Query(grammar, query)).captures(root).get("function", [])
+    nodes = tree_sitter.QueryCursor(query).captures(root).get("function", [])
     first = min(nodes, key=lambda node: node.start_byte, default=None)
     return None if first is None else source[first.start_byte : first.end_byte].decode()
 
 
+@functools.cache
 def _grammar(language: str) -> tuple[Any, Any, str]:
     if language not in _FUNCTIONS:
         raise InvalidArgumentError(f"expected a language out of {', '.join(_FUNCTIONS)}, got {language!r}")
@@ -68,7 +71,8 @@ def _grammar(language: str) -> tuple[Any, Any, str]:
         tree_sitter, module = importlib.import_module("tree_sitter"), importlib.import_module(package)
     except ImportError as error:
         raise MissingDependencyError(f"RepoQA needs {package}: pip install 'kvzip-press[tasks]'") from error
-    return tree_sitter, tree_sitter.Language(getattr(module, function)()), query
+    grammar = tree_sitter.Language(getattr(module, function)())
+    return tree_sitter, grammar, tree_sitter.Query(grammar, query)
 
 
 def _bleu(written: str, function: str) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from kvzip_press.errors import MissingDependencyError
 
 TIMEOUT_SECONDS = 10
+MAX_CHARACTERS = 500  # of a result that is parsed: twice the longest of the benchmarks'
 _NUMBER = re.compile(r"-?\d*\.?\d+")
 
 
@@ -27,8 +28,8 @@ def math_equal(answer: str, references: Sequence[str]) -> float:
     """Returns 1.0 if the answer's result equals a reference: as text, as a number (or percentage), or mathematically.
 
     Mathematical equality is decided by the package ``math-verify``, in at most ten seconds per reference; what takes
-    longer counts as wrong. The limit uses an alarm of the operating system, which only a process's main thread can set;
-    in other threads there is no limit.
+    longer counts as wrong, and so does a result of more than `MAX_CHARACTERS`. The limit uses an alarm of the operating
+    system, which only a process's main thread can set; in other threads there is no limit.
 
     Raises:
         MissingDependencyError: ``math-verify`` is not installed.
@@ -44,7 +45,7 @@ def _equal(found: str, reference: str) -> bool:
         return True
     if numbers[0] is not None and numbers[1] is not None:
         return any(abs(numbers[0] - value) <= 1e-4 * max(abs(value), 1e-9) for value in _hundreds(numbers[1]))
-    return _verified(found, reference)
+    return len(found) <= MAX_CHARACTERS and _verified(found, reference)
 
 
 def _hundreds(value: float) -> tuple[float, float, float]:

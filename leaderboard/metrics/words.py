@@ -6,6 +6,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
+MAX_WORDS = 20_000
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " ") | {"'": "", "’": ""})
 
@@ -58,9 +59,10 @@ def _f1(predicted: list[str], expected: list[str]) -> float:
 def words_in_order(prediction: str, references: Sequence[str]) -> float:
     """Returns the fraction of the best reference's words that the prediction has in the same order, both normalised.
 
-    These are the words in the matching blocks of `difflib.SequenceMatcher`; other words between them cost nothing.
+    These are the words in the matching blocks of `difflib.SequenceMatcher`; other words between them cost nothing. Its
+    time grows with the square of the words, so that those behind the first `MAX_WORDS` of a prediction do not count.
     """
-    words = normalise(prediction).split()
+    words = normalise(prediction).split()[:MAX_WORDS]
     return max((_in_order(words, normalise(reference).split()) for reference in references), default=0.0)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvzip_press.errors import MissingDependencyError
+from kvzip_press.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP"
 _FULL_COLOUR = "#6B7280"
+_MAX_CHARACTERS = 60
 HEAT = "Blues"  # one hue, from light to dark: readable in print and with any kind of colour vision
 
 
@@ -36,6 +38,15 @@ def looks(presses: Iterable[str], full: str | None) -> dict[str, Look]:
         for place, press in enumerate(others)
     }
     return found if full is None else {**found, full: Look(_FULL_COLOUR, "h")}
+
+
+def shown(text: str) -> str:
+    """Returns a name as a picture shows it: printable, on one line, and not longer than the picture is wide.
+
+    Whoever draws it also says ``parse_math=False``: else matplotlib reads what stands between dollars as a formula.
+    """
+    name = printable(text)
+    return name if len(name) <= _MAX_CHARACTERS else f"{name[: _MAX_CHARACTERS - 1]}…"
 
 
 @contextmanager
@@ -58,7 +69,7 @@ def canvas(path: str | os.PathLike[str], title: str, size: tuple[float, float]) 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(title)
+    axes.set_title(shown(title), parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     yield axes
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvzip_press.leaderboard.analysis.maps import N_DEPTHS, HeadMap, NeedleMap
 from kvzip_press.leaderboard.analysis.summary import Cell, find_full
-from kvzip_press.leaderboard.pictures.canvas import HEAT, canvas
+from kvzip_press.leaderboard.pictures.canvas import HEAT, canvas, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,12 +32,14 @@ def save_task_map(
         MissingDependencyError: Matplotlib is not installed.
     """
     full = find_full(task_cells)
-    shown = [cell for cell in task_cells if cell.press == full or cell.compression_ratio == compression_ratio]
-    presses, tasks = list(dict.fromkeys(cell.press for cell in shown)), list(dict.fromkeys(cell.task for cell in shown))
-    found = {(cell.press, cell.task): cell.accuracy for cell in shown}
+    drawn = [cell for cell in task_cells if cell.press == full or cell.compression_ratio == compression_ratio]
+    presses, tasks = list(dict.fromkeys(cell.press for cell in drawn)), list(dict.fromkeys(cell.task for cell in drawn))
+    found = {(cell.press, cell.task): cell.accuracy for cell in drawn}
     values = [[found.get((press, task)) for task in tasks] for press in presses]
     with canvas(path, title, (2.6 + 1.05 * len(tasks), 1.6 + 0.36 * len(presses))) as axes:
-        _heat(axes, values, presses, [str(task).replace("_", "\n") for task in tasks])
+        _heat(
+            axes, values, [shown(press) for press in presses], [shown(str(task)).replace("_", "\n") for task in tasks]
+        )
 
 
 def save_head_map(head_map: HeadMap, path: str | os.PathLike[str], title: str = "") -> None:
@@ -70,8 +72,8 @@ def _heat(axes: "Axes", values: Values, rows: Sequence[str], columns: Sequence[s
     grid = np.array([[math.nan if value is None else value for value in row] for row in values])
     image = axes.pcolormesh(grid, vmin=0, vmax=1, cmap=HEAT, edgecolors="white", linewidth=1)
     axes.invert_yaxis()
-    axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, parse_math=False)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows, parse_math=False)
     axes.figure.colorbar(image, ax=axes, shrink=0.8, aspect=24, pad=0.02).outline.set_visible(False)
     for row, column in np.argwhere(~np.isnan(grid)) if numbers else ():
         value = grid[row, column]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvzip_press.leaderboard.analysis.summary import Cell, find_full
-from kvzip_press.leaderboard.pictures.canvas import Look, canvas, looks
+from kvzip_press.leaderboard.pictures.canvas import Look, canvas, looks, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,9 +89,9 @@ def _label(axes: "Axes", ends: Sequence[tuple[Cell, Look, float]]) -> None:
     heights = spread([cell.accuracy for cell, _, _ in ends], _LABEL_GAP, highest=1.0)
     for (cell, look, place), height in zip(ends, heights, strict=True):
         axes.annotate(
-            cell.press, (place, cell.accuracy), color=look.colour, fontweight="bold", annotation_clip=False,
+            shown(cell.press), (place, cell.accuracy), color=look.colour, fontweight="bold", annotation_clip=False,
             xytext=(1.03, height), textcoords=axes.get_yaxis_transform(), ha="left", va="center",
-            arrowprops={"arrowstyle": "-", "color": look.colour, "linewidth": 0.5, "alpha": 0.7},
+            parse_math=False, arrowprops={"arrowstyle": "-", "color": look.colour, "linewidth": 0.5, "alpha": 0.7},
         )  # fmt: skip
 
 

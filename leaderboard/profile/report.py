@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from kvzip_press.leaderboard.profile.rows import ProfileRow
+from kvzip_press.terminal import plain
 
 _CAPTION = (
     "Prefill: one dense forward, with what the press does inside it; compress: scoring and evicting after it. Decode: "
@@ -26,7 +27,7 @@ def profile_table(rows: Sequence[ProfileRow], title: str = "") -> Table:
     names = ["removed", "prefill\ns", "compress\ns", "compress/\nprefill", "decode ms\neager", "decode ms\ngraph"]
     names += ["decode ms\ncompiled"] * compiled + ["resident\nMB", "of\ndense", "peak\nMB"]
     table = Table(
-        title=title or None,
+        title=plain(title, "table.title") if title else None,
         caption=_CAPTION if rows else "no rows",
         header_style="bold",
         box=box.SIMPLE_HEAD,
@@ -41,7 +42,7 @@ def profile_table(rows: Sequence[ProfileRow], title: str = "") -> Table:
         if above is not None and above != row.context_length:
             table.add_section()
         length = "" if above == row.context_length else str(row.context_length)
-        table.add_row(length, row.label, *_figures(row, compiled))
+        table.add_row(length, plain(row.label), *_figures(row, compiled))
         above = row.context_length
     return table
 

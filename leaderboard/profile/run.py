@@ -23,6 +23,7 @@ from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
 from kvzip_press.leaderboard.rows.results import Row, RowWriter
 from kvzip_press.loading.by_name import load_model
 from kvzip_press.model.devices import get_device, get_dtype
+from kvzip_press.terminal import plain
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +61,10 @@ def run_profile(
     known = None if shape is None else get_shape(shape)
 
     def say(line: str) -> None:
-        console.print(line, style="yellow", markup=False)
+        console.print(plain(line, "yellow"))
 
     grid = make_grid(place, say=say, **grid_options)
-    with console.status(f"making {model or shape}"):
+    with console.status(plain(f"making {model or shape}")):
         if known is not None:
             kind = kind or (torch.bfloat16 if place.type == "cuda" else torch.float32)
             subject = Subject(str(shape), random_model(known, place, kind))
@@ -73,8 +74,8 @@ def run_profile(
     rows = list(_measured(subject, grid, path, console))
     console.print(profile_table(rows, _title(rows[0])))
     for sentence in sentences(rows):
-        console.print(sentence, markup=False, highlight=False)
-    console.print(f"rows: {path}", markup=False, highlight=False)
+        console.print(plain(sentence))
+    console.print(plain(f"rows: {path}"))
     return rows
 
 
@@ -87,12 +88,12 @@ def _measured(subject: Subject, grid: Grid, path: Path, console: Console) -> Ite
     cases, about = list(grid.cases()), provenance(subject.model)
     with console.status("warming up") as status:
         for case in grid.warmups():
-            status.update(f"warming up: {case.press} ({case.engine})")
+            status.update(plain(f"warming up: {case.press} ({case.engine})"))
             _figures(subject, case)
         with RowWriter(path) as writer:
             for number, case in enumerate(cases, start=1):
                 what = f"{case.press} ({case.engine}) {case.compression_ratio}"
-                status.update(f"{number} of {len(cases)}: {case.context_length} tokens, {what}")
+                status.update(plain(f"{number} of {len(cases)}: {case.context_length} tokens, {what}"))
                 row = _row(subject, case, about)
                 writer.write(cast("Row", row))  # it asks a row for its JSON and nothing else
                 yield row

@@ -47,9 +47,10 @@ function drawCurves(id, state, cost) {
   const y = (accuracy) => HEIGHT - EDGE.bottom - accuracy * (HEIGHT - EDGE.top - EDGE.bottom);
   const points = known.map((cell) => ({ cell, x: x(cost.value(cell)), y: y(cell.accuracy) }));
   const front = frontOf(points.map((point) => ({ ...point, y: -point.y }))).map((point) => `${point.x},${-point.y}`);
+  const ofPress = Map.groupBy(points, (point) => point.cell.press);
   const picture = svg("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, height: HEIGHT, role: "group", "aria-label": `accuracy against ${cost.name}` },
     ...frame(width, x, y, cost), svg("polyline", { class: "front", points: front.join(" ") }),
-    ...state.table.presses.flatMap((press) => curve(state.table, press, points.filter((point) => point.cell.press === press), width, y)));
+    ...state.table.presses.flatMap((press) => curve(state.table, press, ofPress.get(press) ?? [], width, y)));
   box.replaceChildren(rove(picture));
 }
 

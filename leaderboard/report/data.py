@@ -1,5 +1,6 @@
 """The page's data: aggregated plain values for JSON, so that a run of any length gives a page of a few MB."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -26,9 +27,12 @@ def page_data(rows: Iterable[Row], heads: Iterable[HeadBudgets]) -> dict[str, An
 
 
 def rounded(value: Any) -> Any:
-    """Rounds every float in a value to five significant digits: all that a page shows, in a third of the bytes."""
+    """Rounds every float in a value to five significant digits: all that a page shows, in a third of the bytes.
+
+    What is not finite becomes None, which is shown as a dash.
+    """
     if isinstance(value, float):
-        return float(f"{value:.5g}")
+        return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -34,12 +34,14 @@ const MARKERS = [
   "M0 6.6L6.6-5.4H-6.6Z", // triangle, turned
   "M-6-2.2H-2.2V-6H2.2V-2.2H6V2.2H2.2V6H-2.2V2.2H-6Z", // plus
 ];
+const PLACES = new WeakMap(); // table -> the place of each press, looked up once a point
 const N_COLOURS = 7; // no common divisor with the number of markers: 42 presses before two look alike
 
 /** How a press is drawn in a table: the full cache grey, the others by their place among the rest. */
 function lookOf(table, press) {
   if (press === table.full) return { colour: "var(--full)", path: "M0-7L6-3.5V3.5L0 7L-6 3.5V-3.5Z" };
-  const place = table.presses.filter((other) => other !== table.full).indexOf(press);
+  if (!PLACES.has(table)) PLACES.set(table, new Map(table.presses.filter((other) => other !== table.full).map((other, place) => [other, place])));
+  const place = PLACES.get(table).get(press);
   return { colour: `var(--press-${place % N_COLOURS})`, path: MARKERS[place % MARKERS.length] };
 }
 

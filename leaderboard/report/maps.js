@@ -14,12 +14,13 @@ function heat({ value, tip: text }, fine) {
   return el("td", { class: high, style: `--v:${value}`, ...tipped(text) }, fine ? "" : asScore(value));
 }
 
-/** One map a ratio: presses by tasks, the full cache above for comparison. */
+/** One map a ratio: presses by tasks, the full cache above for comparison. Its rows are made when it is drawn. */
 function taskMaps({ table, allCells }) {
   const found = new Map(allCells.map((cell) => [keyOf(cell.press, cell.compression_ratio, cell.task), cell]));
   const columns = table.tasks.length > 1 ? [...table.tasks, null] : table.tasks;
   const ratioOf = (press, ratio) => (press === table.full ? 0 : ratio);
-  const rowsAt = (ratio) => table.presses.filter((press) => allCells.some((cell) => cell.press === press)).map((press) => ({
+  const measured = new Set(allCells.map((cell) => cell.press));
+  const rowsAt = (ratio) => table.presses.filter((press) => measured.has(press)).map((press) => ({
     label: press,
     values: columns.map((task) => {
       const cell = found.get(keyOf(press, ratioOf(press, ratio), task));
@@ -27,11 +28,11 @@ function taskMaps({ table, allCells }) {
     }),
   }));
   return [...new Set(allCells.map((cell) => cell.compression_ratio))].filter((ratio) => ratio > 0).sort((a, b) => a - b)
-    .map((ratio) => ({ name: `${asRatio(ratio)} removed`, columns: columns.map((task) => task ?? "mean"), rows: rowsAt(ratio) }));
+    .map((ratio) => ({ name: `${asRatio(ratio)} removed`, columns: columns.map((task) => task ?? "mean"), rows: () => rowsAt(ratio) }));
 }
 
 const keyOf = (...parts) => JSON.stringify(parts);
-const drawTaskMap = (map) => byId("task-map").replaceChildren(heatMap("", map.columns, map.rows));
+const drawTaskMap = (map) => byId("task-map").replaceChildren(heatMap("", map.columns, map.rows()));
 
 function drawAreas({ table, shown }) {
   byId("areas").hidden = table.areas === null;

@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import re
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +17,7 @@ from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.version import __version__
 
 _PROGRAM = ("elements.js", "tips.js", "table.js", "curves.js", "maps.js", "examples.js", "page.js")
+_ESCAPED = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 _TITLE = "kvzip-press leaderboard"
 
 
@@ -40,7 +42,8 @@ def write_report(
         command: The command that made the rows, shown at the bottom.
 
     Raises:
-        InvalidArgumentError: A press answered a question of a run twice at the same ratio.
+        InvalidArgumentError: A press answered a question of a run twice at the same ratio, or a row has a value that
+            no table can be made of.
         MissingDependencyError: scipy is not installed.
         CacheFileError: The file cannot be written.
     """
@@ -54,7 +57,7 @@ def write_report(
 def render(data: dict[str, Any], *, title: str, command: str) -> str:
     """Returns the text of the page. Title, command and data are shown literally and never parsed as HTML."""
     parts = {
-        "title": html.escape(title),
+        "title": html.escape(title).encode("utf-8", "replace").decode(),
         "style": _part("style.css"),
         "data": script_json({**data, "command": command, "version": __version__, "marks": MARKS_CAPTION}),
         "program": "\n".join(_part(name) for name in _PROGRAM),
@@ -65,11 +68,12 @@ def render(data: dict[str, Any], *, title: str, command: str) -> str:
 
 
 def script_json(value: Any) -> str:
-    """Returns JSON that is safe in a script element: no character in it can end the element or begin another."""
+    """Returns JSON that is safe in a script element: no character in it can end the element or begin another.
+
+    Halves of surrogate pairs, which UTF-8 cannot hold, are escaped too.
+    """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+    return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _part(name: str) -> str:

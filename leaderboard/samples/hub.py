@@ -105,7 +105,11 @@ def load_rows(paths: Sequence[Path], columns: Sequence[str]) -> Sequence[Mapping
 
 def _check_file(path: Path) -> None:
     if not path.is_file():
-        raise DataNotFoundError(f"expected a file at {path}, got {'a folder' if path.is_dir() else 'nothing'}")
+        raise DataNotFoundError(f"expected a file at {path}, got {_kind(path)}")
+
+
+def _kind(path: Path) -> str:
+    return "a folder" if path.is_dir() else "a pipe or a device" if path.exists() else "nothing"
 
 
 def _missing(package: str) -> MissingDependencyError:

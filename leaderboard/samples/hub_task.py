@@ -1,7 +1,7 @@
 """Base classes of tasks whose data are on the hub."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.samples.hub import COMMIT, HubFiles, fetch, file_revision, load_rows, matching
+from kvzip_press.leaderboard.samples.record import Record, Records
 from kvzip_press.leaderboard.samples.task import Presets, Question, Sample, TokenCounter, approximate_tokens
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,10 @@ class HubData(ABC):
         return self.revision if COMMIT.fullmatch(self.revision) else self._folder.name
 
     @cached_property
-    def rows(self) -> Sequence[Row]:
+    def rows(self) -> Records:
         """All rows. Raises as `load_rows` does."""
         paths = [Path(self.source)] if self.source else matching(self._folder, self.files.pattern)
-        return load_rows(paths, self.files.columns)
+        return Records(self.source or self.files.repo_id, load_rows(paths, self.files.columns))
 
     @cached_property
     def _folder(self) -> Path:
@@ -100,28 +99,28 @@ class HubTask(HubData, ABC):
                 f"({self.name}), got {len(documents)} whose shortest has {shortest}"
             )
 
-    def _documents(self) -> Sequence[Sequence[Row]]:
+    def _documents(self) -> Sequence[Sequence[Record]]:
         """Returns groups of rows that share a context; here every row is a group of its own."""
         return _Singles(self.rows)
 
     @abstractmethod
-    def _sample(self, rows: Sequence[Row]) -> tuple[str, Sequence[Question]]:
+    def _sample(self, rows: Sequence[Record]) -> tuple[str, Sequence[Question]]:
         """Returns the context of these rows, and the questions about it."""
 
 
-def by_context(rows: Sequence[Row], column: str = "context") -> list[list[Row]]:
+def by_context(rows: Sequence[Record], column: str = "context") -> list[list[Record]]:
     """Groups rows with the same context, in the order in which the contexts first appear."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[Record]] = {}
     for row in rows:
-        groups.setdefault(row[column], []).append(row)
+        groups.setdefault(row.text(column), []).append(row)
     return list(groups.values())
 
 
 @dataclass(frozen=True)
-class _Singles(Sequence[Sequence[Row]]):
+class _Singles(Sequence[Sequence[Record]]):
     """Each row as a group of its own, read only when asked for: rows of long-context data sets take megabytes."""
 
-    rows: Sequence[Row]
+    rows: Sequence[Record]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.metrics import substring_match
 
 TokenCounter = Callable[[str], int]
@@ -25,6 +26,10 @@ class Question:
         answer_prefix: How the answer starts; the model continues from there. May be empty.
         max_new_tokens: The most tokens that are generated.
         tags: Further values for its rows, such as ``{"depth": 0.25}``; a metric may need them too.
+
+    Raises:
+        InvalidArgumentError: The references are a single text, which metrics would read letter by letter, or one of
+            them is no text.
     """
 
     question_id: str
@@ -33,6 +38,11 @@ class Question:
     answer_prefix: str = ""
     max_new_tokens: int = 32
     tags: Mapping[str, float | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given: object = self.references
+        if not isinstance(given, tuple) or not all(isinstance(one, str) for one in given):
+            raise InvalidArgumentError(f"expected references as a tuple of texts, got {given!r:.80}")
 
 
 @dataclass(frozen=True)

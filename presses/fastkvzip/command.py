@@ -15,6 +15,7 @@ from kvzip_press.errors import DiskFullError, InvalidArgumentError, KVzipPressEr
 from kvzip_press.files import sweep_temporaries
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
 from kvzip_press.locks import Lock
+from kvzip_press.terminal import printable
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Gates of a model's layers, for the press fastkvzip."
@@ -94,7 +95,7 @@ def train(
             if not keep_work:
                 folder.remove()
     _report(agreement, seconds)
-    typer.echo(f"{out}: {gates!r}, {out.stat().st_size / 1e6:.1f} MB")
+    typer.echo(printable(f"{out}: {gates!r}, {out.stat().st_size / 1e6:.1f} MB"))
 
 
 def _check_places(out: Path, parent: Path, data: list[str]) -> None:

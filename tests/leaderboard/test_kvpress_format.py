@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -140,10 +141,22 @@ def test_another_data_set_needs_its_metric(tmp_path: Path) -> None:
         ("407", ("407",)),
         ("[see note 'a']", ("[see note 'a']",)),
         ("", ("",)),
+        ("""['a\\\\' 'b' "c\\"d"]""", ("a\\", "b", 'c"d')),
+        ("['a' 'b]", ("['a' 'b]",)),
+        ("['two\nlines']", ("['two\nlines']",)),  # no list that Python or numpy prints
+        (r"['\x']", (r"['\x']",)),
     ],
 )
 def test_references_are_read_as_python_and_as_numpy_print_them(text: str, expected: tuple[str, ...]) -> None:
     assert parse_answers(text) == expected
+
+
+@pytest.mark.parametrize("piece", ["\"'\\", "'\"", "'", '"', "\\'", "'\\'", "'a' ", "\\", "["])
+def test_references_of_eighty_thousand_characters_are_read_in_time_that_grows_with_them(piece: str) -> None:
+    text = f"[{piece * (80_000 // len(piece))}]"
+    begin = time.process_time()
+    parse_answers(text)
+    assert time.process_time() - begin < 10  # a tenth of a second; with a search to the end from every quote, minutes
 
 
 def test_what_cannot_be_exported_is_named(rows: list[Row], tmp_path: Path) -> None:

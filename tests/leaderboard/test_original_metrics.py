@@ -1,12 +1,14 @@
 """Golden cases of the benchmarks' metrics: worked out by hand from the definition that each case names."""
 
+import random
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
-from kvzip_press.leaderboard.metrics import mathematics, originals
+from kvzip_press.leaderboard.metrics import mathematics, originals, words
 from kvzip_press.leaderboard.metrics.code import repoqa, written_function
 from kvzip_press.leaderboard.metrics.mathematics import math_equal, result
 
@@ -277,3 +279,41 @@ def test_a_missing_package_is_named_with_its_extra(package: str, monkeypatch: py
             repoqa("x", ["y"], "python")
         else:
             originals.rouge_l("x", ["y"])
+
+
+def test_rouge_l_is_that_of_the_package() -> None:
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    rng = random.Random(0)
+    for _ in range(500):
+        one, other = (
+            " ".join(rng.choices(["a", "b", "Cc", "d1", "é", "--", "x-y"], k=rng.randrange(30))) for _ in range(2)
+        )
+        expected = scorer.score(other, one)["rougeL"].fmeasure
+        assert originals.rouge_l(one, [other]) == expected
+
+
+@pytest.mark.parametrize(
+    ("metric", "piece"),
+    [
+        (lambda text: originals.rouge_l(text, [text]), "a b "),
+        (lambda text: originals.contains(text, ["42"]), "the a "),
+        (lambda text: originals.f1(text, ["one two"]), "one "),
+        (lambda text: originals.numbers_right(text, ["3"]), "3 1"),
+        (lambda text: originals.code_line(text, ["x = abs(y)"]), "x = "),
+        (lambda text: originals.mrcr(text, [f"{text}y"], ""), "ab"),
+        (lambda text: words.words_in_order(text, ["b c d"]), "b c "),
+        (lambda text: written_function(f"```{text}", "python"), "\n"),
+        (lambda text: written_function(f"```{text}", "python"), "a"),
+        (lambda text: written_function(text, "python"), "```\n"),
+        (result, "1."),
+        (result, "\\boxed{"),
+        (lambda text: math_equal(f"\\boxed{{{text}}}", ["1/2"]), "("),
+        (lambda text: math_equal(text, ["1/2"]), "7"),
+    ],
+)
+def test_an_answer_of_eighty_thousand_characters_is_scored_soon(metric: Callable[[str], object], piece: str) -> None:
+    for package in ("rouge_score", "tree_sitter", "math_verify"):
+        pytest.importorskip(package)
+    begin = time.process_time()
+    metric(piece * (80_000 // len(piece)))
+    assert time.process_time() - begin < 20  # most take milliseconds; what is quadratic takes minutes

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("scipy")
 
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.analysis.maps import columns, head_maps, needle_maps
 from kvzip_press.leaderboard.analysis.summary import summarise, summarise_tasks
 from kvzip_press.leaderboard.report import write_report
@@ -188,3 +190,63 @@ def test_provenance_names_every_value(make_row: MakeRow) -> None:
 
 def test_numbers_keep_five_digits() -> None:
     assert rounded({"a": [0.123456789, (1234567.0, None)], "b": 3}) == {"a": [0.12346, [1234600.0, None]], "b": 3}
+
+
+def test_half_a_surrogate_pair_does_not_keep_a_page_from_being_written(make_row: MakeRow, tmp_path: Path) -> None:
+    broken = "a\ud800b\udfff"
+    row = make_row(press=broken, task=broken, model=broken, prediction=broken, references=(broken,),
+                   provenance={broken: broken})  # fmt: skip
+    write_report([row], [], tmp_path / "page.html", title=broken, command=broken)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert data_of(page)["tables"][0]["examples"][0]["answers"][0][3] == broken
+    assert "<title>a?b?</title>" in page
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("score", "1.0", "got '1.0'"),
+        ("score", HUGE, "got an integer of 1329 bits"),
+        ("score", float("nan"), "got nan"),
+        ("score", True, "got True"),
+        ("compression_ratio", float("inf"), "got inf"),
+        ("compression_ratio", None, "got None"),
+        ("resident_bytes", HUGE, "got an integer of 1329 bits"),
+        ("resident_bytes", "7", "got '7'"),
+        ("answer_seconds", 1e308, "got 1e.308"),
+        ("answer_seconds", float("inf"), "got inf"),
+        ("n_context_tokens", HUGE, "got an integer of 1329 bits"),
+        ("n_answer_tokens", [1], r"got \[1\]"),
+        ("kept_fraction", {}, "got {}"),
+        ("press", 3, "to be a text, got 3"),
+        ("run_id", ["a"], r"to be a text, got \['a'\]"),
+        ("prediction", None, "to be a text, got None"),
+        ("references", (7,), "to be texts"),
+        ("seed", "0", "to be an integer"),
+        ("tags", [1], "to be a mapping"),
+        ("provenance", {"torch": 2}, "to be a mapping of names to texts"),
+    ],
+)
+def test_a_value_that_no_table_can_be_made_of_is_named(make_row: MakeRow, name: str, value: Any, shown: str) -> None:
+    row = make_row(**{name: value})
+    for make in (summarise, lambda rows: page_data(rows, [])):
+        with pytest.raises(InvalidArgumentError, match=rf"expected {name} of the row .* {shown}"):
+            make([row])
+
+
+def test_what_heads_kept_is_in_fractions_and_of_one_form(make_heads: MakeHeads) -> None:
+    one, other = make_heads()[:2]
+    for kept in (((0.5,), (float("nan"),), (0.1,)), ((0.5,), ("x",), (0.1,)), ((2.0,), (0.1,), (0.1,))):
+        with pytest.raises(InvalidArgumentError, match="to keep fractions"):
+            head_maps([replace(one, kept=kept)])
+    for kept in (one.kept[:2], (*one.kept[:2], (0.5,))):
+        with pytest.raises(InvalidArgumentError, match="to have 3 layers"):
+            head_maps([one, replace(one, sample_id="9", kept=kept)])
+    assert len(head_maps([one, other])) == 2
+
+
+def test_a_mean_that_overflows_is_not_known() -> None:
+    assert rounded({"a": float("inf"), "b": [float("nan")]}) == {"a": None, "b": [None]}

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from kvzip_press.leaderboard.metrics.originals import last_answer
 from kvzip_press.leaderboard.samples.hub import HubFiles
-from kvzip_press.leaderboard.samples.hub_task import HubTask, Row
+from kvzip_press.leaderboard.samples.hub_task import HubTask
+from kvzip_press.leaderboard.samples.record import Record
 from kvzip_press.leaderboard.samples.task import Question
 
 _ASK = (
@@ -38,16 +39,16 @@ class GSM8KTask(HubTask):
         """Returns 1.0 if the right number follows the last "the answer is"."""
         return last_answer(prediction, question.references)
 
-    def _documents(self) -> list[list[Row]]:
+    def _documents(self) -> list[list[Record]]:
         return [[row] for row in self.rows if len(_parts(row)[0]) >= self.min_characters]
 
-    def _sample(self, rows: Sequence[Row]) -> tuple[str, list[Question]]:
+    def _sample(self, rows: Sequence[Record]) -> tuple[str, list[Question]]:
         context, asked = _parts(rows[0])
-        gold = rows[0]["answer"].strip().rpartition("#### ")[2]
+        gold = rows[0].text("answer").strip().rpartition("#### ")[2]
         return context, [Question("last", f"{_ASK}{asked}", (gold,), max_new_tokens=self.max_new_tokens)]
 
 
-def _parts(row: Row) -> tuple[str, str]:
+def _parts(row: Record) -> tuple[str, str]:
     """Splits a row's problem into context and question."""
-    context, _, asked = row["question"].rpartition(". ")
+    context, _, asked = row.text("question").rpartition(". ")
     return f"{context.strip()}.", asked.strip()

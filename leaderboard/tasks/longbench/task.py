@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from kvzip_press.leaderboard.metrics.originals import code_line, f1, numbers_right, right_class, rouge_l
 from kvzip_press.leaderboard.options import check_name
 from kvzip_press.leaderboard.samples.hub import HubFiles
-from kvzip_press.leaderboard.samples.hub_task import HubTask, Row
+from kvzip_press.leaderboard.samples.hub_task import HubTask
+from kvzip_press.leaderboard.samples.record import Record
 from kvzip_press.leaderboard.samples.task import Question
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -58,15 +59,15 @@ class LongBenchTask(HubTask):
             return right_class(prediction, question.references, str(question.tags["classes"]).split("\n"))
         return METRICS[self.subset](prediction, question.references)
 
-    def _sample(self, rows: Sequence[Row]) -> tuple[str, list[Question]]:
+    def _sample(self, rows: Sequence[Record]) -> tuple[str, list[Question]]:
         (row,) = rows
-        return row["context"], [
+        return row.text("context"), [
             Question(
                 question_id="only",
-                text=row["question"],
-                references=tuple(row["answers"]),
-                answer_prefix=row["answer_prefix"],
-                max_new_tokens=int(row["max_new_tokens"]),
-                tags={"classes": "\n".join(row["all_classes"])} if self.subset == "trec" else {},
+                text=row.text("question"),
+                references=row.references("answers"),
+                answer_prefix=row.text("answer_prefix"),
+                max_new_tokens=row.number("max_new_tokens"),
+                tags={"classes": "\n".join(row.texts("all_classes"))} if self.subset == "trec" else {},
             )
         ]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from kvzip_press.leaderboard.metrics.mathematics import math_equal
 from kvzip_press.leaderboard.samples.hub import HubFiles
-from kvzip_press.leaderboard.samples.hub_task import HubTask, Row
+from kvzip_press.leaderboard.samples.hub_task import HubTask
+from kvzip_press.leaderboard.samples.record import Record
 from kvzip_press.leaderboard.samples.task import Question
 
 _PROMPT = (
@@ -30,10 +31,12 @@ class MathematicsTask(HubTask, ABC):
         """Returns 1.0 if the result is right."""
         return math_equal(prediction, question.references)
 
-    def _sample(self, rows: Sequence[Row]) -> tuple[str, list[Question]]:
+    def _sample(self, rows: Sequence[Record]) -> tuple[str, list[Question]]:
         (row,) = rows
-        text = _PROMPT.format(problem=row["problem"])
-        return "", [Question("problem", text, (str(row["answer"]),), max_new_tokens=self.max_new_tokens)]
+        text = _PROMPT.format(problem=row.text("problem"))
+        return "", [
+            Question("problem", text, row.references("answer", numbers=True), max_new_tokens=self.max_new_tokens)
+        ]
 
 
 @dataclass(frozen=True)

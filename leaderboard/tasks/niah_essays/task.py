@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.metrics.originals import contains
 from kvzip_press.leaderboard.samples.haystack import needle_depths
 from kvzip_press.leaderboard.samples.hub import HubFiles
@@ -57,7 +58,10 @@ class EssaysTask(HubData):
 
     @cached_property
     def _essays(self) -> str:
-        return "\n\n".join(row["context"] for row in self.rows)
+        essays = "\n\n".join(row.text("context") for row in self.rows)
+        if not essays.split():
+            raise InvalidArgumentError(f"expected essays in {self.rows.name}, got no words")
+        return essays
 
 
 def _longest(essays: str, length_tokens: int, count_tokens: TokenCounter) -> str:

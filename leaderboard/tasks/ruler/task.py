@@ -7,7 +7,8 @@ from typing import ClassVar
 from kvzip_press.leaderboard.metrics.originals import ruler_all, ruler_any
 from kvzip_press.leaderboard.options import check_name
 from kvzip_press.leaderboard.samples.hub import HubFiles
-from kvzip_press.leaderboard.samples.hub_task import HubTask, Row, by_context
+from kvzip_press.leaderboard.samples.hub_task import HubTask, by_context
+from kvzip_press.leaderboard.samples.record import Record
 from kvzip_press.leaderboard.samples.task import Presets, Question
 
 SUBSETS = (
@@ -47,18 +48,18 @@ class RULERTask(HubTask):
         metric = ruler_any if str(question.tags["subset"]).startswith("qa") else ruler_all
         return metric(prediction, question.references)
 
-    def _documents(self) -> list[list[Row]]:
-        return by_context([row for row in self.rows if self.subset in {"", row["task"]}])
+    def _documents(self) -> list[list[Record]]:
+        return by_context([row for row in self.rows if self.subset in {"", row.text("task")}])
 
-    def _sample(self, rows: Sequence[Row]) -> tuple[str, list[Question]]:
-        return rows[0]["context"], [
+    def _sample(self, rows: Sequence[Record]) -> tuple[str, list[Question]]:
+        return rows[0].text("context"), [
             Question(
-                question_id=f"{row['task']}/{index}",
-                text=row["question"],
-                references=tuple(row["answer"]),
-                answer_prefix=row["answer_prefix"],
-                max_new_tokens=int(row["max_new_tokens"]),
-                tags={"subset": row["task"]},
+                question_id=f"{row.text('task')}/{index}",
+                text=row.text("question"),
+                references=row.references("answer"),
+                answer_prefix=row.text("answer_prefix"),
+                max_new_tokens=row.number("max_new_tokens"),
+                tags={"subset": row.text("task")},
             )
             for index, row in enumerate(rows)
         ]

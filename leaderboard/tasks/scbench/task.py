@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.metrics import originals
 from kvzip_press.leaderboard.metrics.code import repoqa
 from kvzip_press.leaderboard.options import check_name
 from kvzip_press.leaderboard.samples.hub import HubFiles
-from kvzip_press.leaderboard.samples.hub_task import HubTask, Row
+from kvzip_press.leaderboard.samples.hub_task import HubTask
+from kvzip_press.leaderboard.samples.record import Record
 from kvzip_press.leaderboard.samples.task import Presets, Question
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -70,23 +71,25 @@ class SCBenchTask(HubTask):
             return repoqa(prediction, question.references, str(question.tags["language"]))
         return METRICS[str(question.tags["kind"])](prediction, question.references)
 
-    def _sample(self, rows: Sequence[Row]) -> tuple[str, list[Question]]:
+    def _sample(self, rows: Sequence[Record]) -> tuple[str, list[Question]]:
         (row,) = rows
-        context, *asked = row["prompts"]
-        kinds = [_kind(task) for task in row["task"]] if "task" in self.files.columns else [self.subset] * len(asked)
-        if not len(asked) == len(kinds) == len(row["ground_truth"]):
-            n_each = f"{len(asked)}, {len(kinds)} and {len(row['ground_truth'])}"
-            raise InvalidArgumentError(f"{self.name}: expected as many tasks and answers as questions, got {n_each}")
-        functions = [gold for gold, kind in zip(row["ground_truth"], kinds, strict=True) if kind == "repoqa"]
+        context, *asked = row.texts("prompts") or ("",)
+        mixed = "task" in self.files.columns
+        kinds = [_kind(task) for task in row.texts("task")] if mixed else [self.subset] * len(asked)
+        golds = [", ".join(gold) for gold in row.list_of_references("ground_truth", numbers=True)]
+        if not asked or not len(asked) == len(kinds) == len(golds):
+            n_each = f"{len(asked)}, {len(kinds)} and {len(golds)}"
+            raise InvalidArgumentError(f"{row.place}: expected as many tasks and answers as questions, got {n_each}")
+        functions = [gold for gold, kind in zip(golds, kinds, strict=True) if kind == "repoqa"]
         return context, [
             Question(
                 question_id=f"{index:03d}",
                 text=f"Q: {text}",
                 references=_references(kind, text, gold, functions),
                 max_new_tokens=MAX_NEW_TOKENS.get(self.subset, 96),
-                tags={"kind": kind, **({"language": row["lang"]} if kind == "repoqa" else {})},
+                tags={"kind": kind, **({"language": row.text("lang")} if kind == "repoqa" else {})},
             )
-            for index, (kind, text, gold) in enumerate(zip(kinds, asked, row["ground_truth"], strict=True))
+            for index, (kind, text, gold) in enumerate(zip(kinds, asked, golds, strict=True))
         ]
 
 
@@ -95,9 +98,8 @@ def _kind(task: str) -> str:
     return next((kind for kind in ("repoqa", "summary", "kv") if kind in task), "passkey")
 
 
-def _references(kind: str, asked: str, gold: Any, functions: Sequence[str]) -> tuple[str, ...]:
+def _references(kind: str, asked: str, text: str, functions: Sequence[str]) -> tuple[str, ...]:
     """Returns the references as in KVzip's evaluation."""
-    text = ", ".join(gold) if isinstance(gold, list) else str(gold)
     if kind == "repoqa":  # the right function first, then those it could be confused with
         return (text, *(function for function in functions if function != text))
     if kind == "many_shot":  # the gold is a letter; the reference is the whole line of the option

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from kvzip_press.leaderboard.metrics.originals import contains
 from kvzip_press.leaderboard.samples.hub import HubFiles
-from kvzip_press.leaderboard.samples.hub_task import HubTask, Row, by_context
+from kvzip_press.leaderboard.samples.hub_task import HubTask, by_context
+from kvzip_press.leaderboard.samples.record import Record
 from kvzip_press.leaderboard.samples.task import Question
 
 
@@ -33,15 +34,15 @@ class SQuADTask(HubTask):
         """Returns 1.0 if the answer contains a reference."""
         return contains(prediction, question.references)
 
-    def _documents(self) -> list[list[Row]]:
+    def _documents(self) -> list[list[Record]]:
         return by_context(self.rows)
 
-    def _sample(self, rows: Sequence[Row]) -> tuple[str, list[Question]]:
-        return rows[0]["context"], [
-            Question(f"{index:03d}", f"Q: {row['question']}", _texts(row), max_new_tokens=self.max_new_tokens)
+    def _sample(self, rows: Sequence[Record]) -> tuple[str, list[Question]]:
+        return rows[0].text("context"), [
+            Question(f"{index:03d}", f"Q: {row.text('question')}", _texts(row), max_new_tokens=self.max_new_tokens)
             for index, row in enumerate(rows)
         ]
 
 
-def _texts(row: Row) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(row["answers"]["text"]))
+def _texts(row: Record) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row.record("answers").references("text")))

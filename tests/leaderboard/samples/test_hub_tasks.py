@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvzip_press.errors import DataNotFoundError, InvalidArgumentError, MissingDependencyError
-from kvzip_press.leaderboard.samples.task import Sample, Task
+from kvzip_press.leaderboard.samples.task import Question, Sample, Task
 from kvzip_press.leaderboard.tasks import FROM_HUB, get_task
 
 datasets = pytest.importorskip("datasets", reason="needs the extra `tasks`")
@@ -430,3 +430,87 @@ def test_rows_that_were_read_are_no_part_of_a_task_s_configuration(jsonl: MakeFi
     before = asdict(task)
     samples(task)
     assert asdict(task) == before == asdict(get_task("squad", source=task.source))
+
+
+def ruler_with(**values: Any) -> dict[str, Any]:
+    return {**ruler_row("niah_single_1", "The number is 42.", "Which number?", "42"), **values}
+
+
+def longbench_with(**values: Any) -> dict[str, Any]:
+    return {
+        "context": "Alice wrote it.", "question": "Who?", "answer_prefix": "", "answers": ["Alice"],
+        "all_classes": ["a"], "max_new_tokens": 8, **values,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "references", "right", "wrong"),
+    [
+        ("ruler", ruler_with(answer="42"), ("42",), "It is 42.", "24 apples"),
+        ("longbench_qasper", longbench_with(answers="Alice"), ("Alice",), "Alice", "i c"),
+        ("squad", {"context": "Ada.", "question": "Who?", "answers": {"text": "Ada"}}, ("Ada",), "Ada", "a d"),
+        ("math500", {"problem": "1+1", "answer": 12}, ("12",), "\\boxed{12}", "\\boxed{1}"),
+        ("scbench_mf", scbench_row(["Largest?"], [12]), ("12",), "12", "1"),
+        ("mrcr", {**MRCR, "answer": "aB3 x"}, ("aB3 x",), "aB3 x", "a"),
+    ],
+)
+def test_a_text_is_one_reference(
+    jsonl: MakeFile, name: str, row: dict[str, Any], references: tuple[str, ...], right: str, wrong: str
+) -> None:
+    task = get_task(name, source=jsonl([row]))
+    (question,) = samples(task)[0].questions
+    assert question.references == references
+    if name != "math500":
+        assert (task.score(right, question), task.score(wrong, question)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("ruler", ruler_with(answer=42), r"'answer' to be a text or a list of them, got 42 \(int\)"),
+        ("ruler", ruler_with(answer=None), r"'answer' to be a text or a list of them, got None"),
+        ("ruler", ruler_with(answer=[4, 2]), r"'answer\[0\]' to be a text, got 4 \(int\)"),
+        ("ruler", ruler_with(answer={"a": "b"}), r"'answer' to be .* \(dict\)"),
+        ("ruler", ruler_with(context=["x"]), r"'context' to be a text, got \['x'\] \(list\)"),
+        ("ruler", ruler_with(question=None), r"'question' to be a text, got None"),
+        ("ruler", ruler_with(task=1), r"'task' to be a text, got 1"),
+        ("ruler", ruler_with(max_new_tokens="8"), r"'max_new_tokens' to be a whole number in .*, got '8' \(str\)"),
+        ("ruler", ruler_with(max_new_tokens=8.5), r"'max_new_tokens' to be a whole number in .*, got 8.5"),
+        ("ruler", ruler_with(max_new_tokens=-1), r"'max_new_tokens' to be a whole number in .*, got -1"),
+        ("longbench_qasper", longbench_with(answers=7), r"'answers' to be a text or a list of them, got 7"),
+        ("longbench_trec", longbench_with(all_classes="abc"), r"'all_classes' to be a list, got 'abc' \(str\)"),
+        ("squad", {"context": "x", "question": "y", "answers": "Ada"}, r"'answers' to be a mapping, got 'Ada'"),
+        ("squad", {"context": "x", "question": "y", "answers": {"a": "b"}}, r"answers: expected 'text', got only"),
+        ("gsm8k", {"question": 3, "answer": "#### 3"}, r"'question' to be a text, got 3"),
+        ("math500", {"problem": "x", "answer": 1.5}, r"'answer' to be a text, a whole number or a list .* got 1.5"),
+        ("math500", {"problem": "x", "answer": True}, r"'answer' to be .* got True \(bool\)"),
+        ("mrcr", {**MRCR, "prompt": "[1"}, r"row 1: expected 'prompt' to be JSON"),
+        ("mrcr", {**MRCR, "prompt": "[]"}, r"'prompt' to be a list of messages, got \[\]"),
+        ("mrcr", {**MRCR, "prompt": '[{"role": "user"}]'}, r"row 1, message 1: expected 'content', got only"),
+        ("scbench_kv", {"prompts": "abc", "ground_truth": ["a", "b"]}, r"'prompts' to be a list, got 'abc'"),
+        ("scbench_kv", {"prompts": ["c", "q"], "ground_truth": "a"}, r"'ground_truth' to be a list, got 'a'"),
+        ("scbench_kv", scbench_row(["q"], [1.5]), r"'ground_truth\[0\]' to be .* got 1.5"),
+        ("scbench_kv", {"prompts": [], "ground_truth": []}, "as many tasks and answers as questions, got 0, 0 and 0"),
+        ("niah_essays", {"context": " "}, "expected essays in .*rows.jsonl, got no words"),
+        ("niah_essays", {"context": 3}, r"'context' to be a text, got 3"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_its_row_and_field(
+    jsonl: MakeFile, name: str, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=message) as told:
+        samples(get_task(name, source=jsonl([row])))
+    assert "rows.jsonl" in str(told.value)
+
+
+def test_the_row_that_is_wrong_is_named(jsonl: MakeFile) -> None:
+    rows = [ruler_with(context=f"c{index}") for index in range(3)]
+    rows[1]["max_new_tokens"] = 0.5
+    with pytest.raises(InvalidArgumentError, match=r"rows\.jsonl, row 2: expected 'max_new_tokens'"):
+        samples(get_task("ruler", source=jsonl(rows)))
+
+
+def test_references_of_a_question_are_never_one_text() -> None:
+    for wrong in ("42", ["42"], (42,), None):
+        with pytest.raises(InvalidArgumentError, match="expected references as a tuple of texts"):
+            Question("q", "Which?", wrong)  # type: ignore[arg-type]
