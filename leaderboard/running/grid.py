@@ -1,18 +1,18 @@
 """Reads runs from YAML files. Anything not understood is an error that names the key's path."""
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
-
-import yaml
 
 from kvzip_press import get_press
 from kvzip_press.budget.amount import check_compression_ratio
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, did_you_mean
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec
 from kvzip_press.leaderboard.tasks import get_task
+from kvzip_press.leaderboard.yaml_files import read_yaml
 
 T = TypeVar("T")
 
@@ -52,14 +52,12 @@ def load_grid(name: str) -> Grid:
             or press, or a value of the wrong kind or out of range. The message has the file and the key's path.
     """
     path = GRIDS / f"{name}.yaml" if name in grid_names() else Path(name)
-    if not path.is_file():
+    if not os.path.exists(path):  # noqa: PTH110  # Path.exists raises for a name that is too long
         hint = did_you_mean(name, grid_names())
         raise InvalidArgumentError(f"expected a grid out of {', '.join(grid_names())}, or a file, got {name!r}{hint}")
+    values = read_yaml(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
         return _grid(path.stem, values)
-    except yaml.YAMLError as error:
-        raise InvalidArgumentError(f"{path}: expected YAML, got {error}") from error
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"{path}: {error}") from error
 
@@ -83,7 +81,7 @@ def _grid(name: str, values: Any) -> Grid:
 
 
 def _task(node: "_Node") -> TaskSpec:
-    name, options = node.take("task", str), node.take("options", dict, {})
+    name, options = node.take("task", str), node.options("name")
     task: Any = node.checked("options" if options else "task", lambda: get_task(name, **options))
     spec = TaskSpec(
         replace(task, name=node.take("name", str, task.name)),
@@ -95,7 +93,7 @@ def _task(node: "_Node") -> TaskSpec:
 
 
 def _press(node: "_Node") -> PressSpec:
-    name, options = node.take("press", str), node.take("options", dict, {})
+    name, options = node.take("press", str), node.options("name", "compression_ratio")
     spec = PressSpec(
         name,
         label=node.take("label", str, name),
@@ -152,6 +150,14 @@ class _Node:
         if not values:
             raise InvalidArgumentError(f"{self._at(key)}: expected at least one, got none")
         return [_Node(f"{self._at(key)}[{index}]", value) for index, value in enumerate(values)]
+
+    def options(self, *elsewhere: str) -> Mapping[str, Any]:
+        """Returns the mapping of further arguments, none of which may be one that is given ``elsewhere``."""
+        found: Mapping[Any, Any] = self.take("options", dict, {})
+        for key in found:
+            if not isinstance(key, str) or key in elsewhere:
+                raise InvalidArgumentError(f"{self._at('options')}: expected the names of options, got {key!r:.80}")
+        return found
 
     def checked(self, key: str, make: Any) -> Any:
         """Returns ``make()``; if that raises, the error gets the key's path."""

@@ -1,10 +1,10 @@
 """The tasks by name. Each task or family has a folder, whose module is imported when the task is asked for."""
 
 import importlib
-from typing import Any
+from typing import Any, get_type_hints
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.options import check_name
+from kvzip_press.leaderboard.options import check_kinds, check_name
 from kvzip_press.leaderboard.samples.task import Task
 
 _PACKAGE = "kvzip_press.leaderboard.tasks"
@@ -61,12 +61,13 @@ def get_task(name: str, *, preset: str = "default", **options: Any) -> Task:
         options: Fields of the task's class; they override the preset's.
 
     Raises:
-        InvalidArgumentError: No such task, preset or option.
+        InvalidArgumentError: No such task, preset or option, or an option's value is of another kind than its field.
     """
     check_name("a task", name, TASKS)
     module, _, class_name = TASKS[name].partition(":")
     task_class = getattr(importlib.import_module(module), class_name)
     check_name(f"a preset of task {name!r}", preset, task_class.presets)
+    check_kinds(options, get_type_hints(task_class))
     try:
         task: Task = task_class(**{**task_class.presets[preset], **options}, name=name)
     except TypeError as error:
