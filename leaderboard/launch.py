@@ -31,6 +31,7 @@ from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RUN, OfRu
 from kvzip_press.leaderboard.running.shards import run_shard
 from kvzip_press.model.devices import get_device, get_dtype
 
+
 def launch(
     run: Run,
     output: str | os.PathLike[str],

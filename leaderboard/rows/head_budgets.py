@@ -58,5 +58,5 @@ class HeadBudgets(SealedLine):
 
 
 def read_heads(path: str | os.PathLike[str]) -> Iterator[HeadBudgets]:
-    """Yields the head budgets of a file in order, see `read_lines`. Fractions have the four decimals that are stored."""
+    """Yields the head budgets of a file in order, with fractions of four decimals; see `read_lines`."""
     return read_lines(path, HeadBudgets)

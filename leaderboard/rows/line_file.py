@@ -105,16 +105,20 @@ class LineWriter(Generic[L]):
             raise
         file = os.fdopen(descriptor, "a+b", buffering=0)  # a buffer would write the rest of a failed write later
         try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise RunDirectoryError(f"expected {self._path} to be a regular file, got a pipe or a device")
-            if not _lock(descriptor):
-                raise RunDirectoryError(f"expected to be alone in {self._path}, but another process writes to it")
+            self._identity = self._checked(descriptor)
         except BaseException:
             file.close()
             raise
-        self._identity = status.st_dev, status.st_ino
         return file
+
+    def _checked(self, descriptor: int) -> tuple[int, int]:
+        """Locks an open file, and returns what tells it from others of the same name."""
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise RunDirectoryError(f"expected {self._path} to be a regular file, got a pipe or a device")
+        if not lock(descriptor):
+            raise RunDirectoryError(f"expected to be alone in {self._path}, but another process writes to it")
+        return status.st_dev, status.st_ino
 
     def _cut_half_a_line(self, file: IO[bytes]) -> None:
         half, size = _behind_the_last_newline(file)
@@ -132,7 +136,7 @@ class LineWriter(Generic[L]):
 
     def _check_still_there(self) -> None:
         try:
-            status = os.stat(self._path, follow_symlinks=False)
+            status = self._path.lstat()
             identity = status.st_dev, status.st_ino
         except OSError:
             identity = None
@@ -196,7 +200,7 @@ def check_not_written(path: Path) -> None:
     if not os.path.lexists(path):
         return
     with _opened_to_read(path) as file:
-        if not _lock(file.fileno()):
+        if not lock(file.fileno()):
             raise RunDirectoryError(f"expected to be alone in {path.parent}, but another process writes to {path.name}")
 
 
@@ -207,6 +211,8 @@ def keep_aside(paths: Sequence[Path]) -> None:
         RunDirectoryError: A file cannot be renamed.
     """
     there = [path for path in paths if os.path.lexists(path)]
+    if not there:
+        return
     named = ([file.with_name(f"{file.stem}.{n}{file.suffix}") for file in there] for n in itertools.count(1))
     aside = next(files for files in named if not any(map(os.path.lexists, files)))
     renamed: list[tuple[Path, Path]] = []
@@ -234,7 +240,7 @@ def _opened_to_read(path: Path) -> IO[bytes]:
     raise RunDirectoryError(f"expected {path} to be a regular file, got a folder, a pipe or a device")
 
 
-def _lock(descriptor: int) -> bool:
+def lock(descriptor: int) -> bool:
     """Locks an open file until it is closed. Returns False if someone else has; True, too, where there are no locks."""
     if fcntl is None:
         return True

@@ -127,4 +127,3 @@ def run_id(config: Mapping[str, Any]) -> str:
     """Names a configuration: 12 hexadecimal digits of the hash of its JSON form, whatever the order of its keys."""
     text = json.dumps(config, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-

@@ -1,4 +1,4 @@
-"""Lines of JSON with a seal: a checksum of their values, by which a line that was changed is told from one that was not.
+"""Lines of JSON with a seal: a checksum of their values, by which a line that was changed is found out.
 
 The seal is the last name of the object. It is made of values and not of bytes, so that a program may lay the JSON out
 anew. It guards against accidents: whoever changes a line on purpose can make a new seal.
@@ -54,7 +54,7 @@ class SealedLine:
         return _text(self._values())
 
     def to_line(self, *, indent: int | None = None) -> str:
-        """Returns the object with its seal as files hold it: one line without the newline, unless ``indent`` is given."""
+        """Returns the object with its seal, for a file: one line without the newline, unless ``indent`` is given."""
         return _text(sealed(self._values()), indent)
 
     @classmethod
@@ -87,12 +87,17 @@ class SealedLine:
         try:
             values, has_seal = unsealed(parse_json(text))
             hints = _hints(cls)
-            if of_a_file and not has_seal and (unknown := values.keys() - hints.keys()):
-                raise ValueError(f"the field {min(unknown)!r} is not known, and there is no {SEAL!r}")
+            if of_a_file and not has_seal:
+                _refuse_unknown(values, hints)
             return cls(**{name: _as(hint, values[name]) for name, hint in hints.items() if name in values}), has_seal
         except (ValueError, TypeError) as error:
             start = text[:80].decode(errors="replace") if isinstance(text, bytes) else text[:80]
             raise InvalidArgumentError(f"expected {cls.kind} in JSON, got {start!r} ({error})") from error
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    if unknown := values.keys() - known.keys():
+        raise ValueError(f"the field {min(unknown)!r:.80} is not known, and there is no {SEAL!r}")
 
 
 def _text(values: dict[str, Any], indent: int | None = None) -> str:
@@ -112,7 +117,7 @@ def unsealed(values: Any) -> tuple[dict[str, Any], bool]:
         ValueError: No JSON object, or its seal is not that of its values.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"it is no object but of the type {type(values).__name__}")
+        raise ValueError(f"it is no object but of the type {type(values).__name__}")  # noqa: TRY004  # of JSON
     rest = {name: value for name, value in values.items() if name != SEAL}
     if SEAL in values and values[SEAL] != _seal_of(rest):
         raise ValueError(f"its {SEAL!r}, a checksum, is not that of its values: it was changed after it was written")

@@ -96,8 +96,8 @@ def lines_of(path: Path, kind: type[OfRun], record: RunRecord) -> Iterator[OfRun
         if line.run_id != record.run_id:
             raise RunDirectoryError(
                 f"expected {path} to hold lines of the run {record.run_id} only, as {RUN} beside it says, got one of "
-                f"{line.run_id!r:.40} (task {line.task!r:.80}, sample {line.sample_id!r:.80}). Remove such lines, or take "
-                "another directory, or --force to begin again"
+                f"{line.run_id!r:.40} (task {line.task!r:.80}, sample {line.sample_id!r:.80}). Remove such lines, "
+                "take another directory, or --force to begin again"
             )
         yield line
 
