@@ -83,8 +83,8 @@ def one_table(rows: Iterable[Row]) -> list[Row]:
         if len(versions := {row.task_version for row in task}) > 1:
             found = " and ".join(sorted(str(version or "unknown") for version in versions))
             raise InvalidArgumentError(
-                f"expected rows of one version of the task {task[0].task!r:.80}, got rows of the versions {found}: their "
-                "scores cannot be compared. Show them apart, or run the older ones again"
+                f"expected rows of one version of the task {task[0].task!r:.80}, got {found}: their scores cannot be "
+                "compared. Show them apart, or run the older ones again"
             )
     return rows
 

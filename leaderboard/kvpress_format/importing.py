@@ -22,12 +22,11 @@ from kvzip_press.leaderboard.kvpress_format.layout import (
     METRICS,
     PREDICTIONS,
     column_of,
-    subset_of,
 )
 from kvzip_press.leaderboard.kvpress_format.scores import Score, check_means, check_own, scorer_of
 from kvzip_press.leaderboard.kvpress_format.staging import is_unfinished
 from kvzip_press.leaderboard.rows.results import Row, run_id
-from kvzip_press.leaderboard.rows.sealed_line import SEAL, unsealed
+from kvzip_press.leaderboard.rows.sealed_line import unsealed
 from kvzip_press.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
@@ -84,43 +83,46 @@ def _extra(path: Path) -> dict[str, Any]:
     """Reads our own file, and compares the others with the checksums in it. Older versions wrote none."""
     try:
         extra, has_seal = unsealed(read_object(path / EXTRA))
-        if not has_seal:
-            if unknown := extra.keys() - _OLDER_EXTRA:
-                raise ValueError(f"{min(unknown)!r:.80} without a {SEAL!r}")
-            logger.warning(
-                "%s was written by an older version, without checksums: changes are seen in its scores only", path
-            )
-            return extra
-        for name in (PREDICTIONS, METRICS, CONFIG):
-            if digest_of(read_file(path / name)) != extra["files"][name]:
-                raise ValueError(f"another {name}: it was changed after it was written")
+        changed = _changed(path, extra["files"]) if has_seal else sorted(extra.keys() - _OLDER_EXTRA)
     except (ValueError, TypeError, KeyError) as error:
-        if isinstance(error, InvalidArgumentError):
-            raise
         raise InvalidArgumentError(f"{path / EXTRA}: expected what `export` wrote, got {error}") from error
+    if changed:
+        raise InvalidArgumentError(
+            f"{path / EXTRA}: expected what `export` wrote, but {', '.join(changed)[:200]} was changed since, or added"
+        )
+    if not has_seal:
+        logger.warning("%s was written by an older version, without a checksum: not every change can be seen", path)
     return extra
+
+
+def _changed(path: Path, digests: Mapping[str, str]) -> list[str]:
+    return [name for name in (PREDICTIONS, METRICS, CONFIG) if digest_of(read_file(path / name)) != digests[name]]
 
 
 def _own_row(line: Mapping[str, str], config: Mapping[str, Any], extra: Mapping[str, Any], path: Path) -> Row:
     try:
-        place = int(line["provenance"])
-        if place < 0 or float(line["compression_ratio"]) != config["compression_ratio"]:
-            raise ValueError(f"the provenance {place} and the compression_ratio {line['compression_ratio']}")
-        return Row(
+        provenances = dict(enumerate(extra["provenances"]))
+        row = Row(
             run_id=extra["run_id"],
             task=config["dataset"],
             model=config["model"],
             press=extra["press"],
-            compression_ratio=config["compression_ratio"],
+            compression_ratio=float(line["compression_ratio"]),
             query_aware=config["query_aware"],
-            provenance=extra["provenances"][place],
+            provenance=provenances[int(line["provenance"])],
             task_version=extra.get("task_version", 1),
             **{name: _value(name, line[column_of(name)]) for name in COLUMNS},
         )
-    except (KeyError, ValueError, TypeError, IndexError, SyntaxError) as error:
+    except (LookupError, ValueError, TypeError, SyntaxError) as error:
         raise InvalidArgumentError(
             f"{path}: expected what `export` wrote, got a line or file that is not ({error})"
         ) from error
+    if row.compression_ratio != config["compression_ratio"]:
+        raise InvalidArgumentError(
+            f"{path / PREDICTIONS}: expected the compression ratio {config['compression_ratio']}, as in {CONFIG}, got "
+            f"{row.compression_ratio}"
+        )
+    return row
 
 
 def _foreign_row(

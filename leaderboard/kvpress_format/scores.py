@@ -52,8 +52,7 @@ def check_means(rows: Sequence[Row], metrics: Mapping[str, Any], path: Path, *, 
             continue
         value = next(iter(stated.values()), None) if isinstance(stated, dict) else stated
         mean = 100 * statistics.fmean(row.score for row in task)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not abs(value - mean) <= _TWO_DECIMALS:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value - mean) <= _TWO_DECIMALS:
             raise InvalidArgumentError(
                 f"{path / METRICS}: expected {mean:.2f} for {subset_of(task[0])!r:.80}, got {value!r:.40}"
             )
@@ -68,6 +67,7 @@ def check_own(rows: Sequence[Row], path: Path, score: Score | None) -> None:
     Raises:
         InvalidArgumentError: A score is not that of its prediction.
     """
+    again: list[float | None]
     try:
         again = [_score_of(row, score) for row in rows]
     except MissingDependencyError as error:

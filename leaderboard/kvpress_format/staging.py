@@ -66,10 +66,7 @@ def _move_all(unfinished: Path, folder: Path) -> None:
     moved: list[tuple[Path, Path]] = []
     try:
         for path in sorted(unfinished.iterdir()):
-            target = folder / path.name
-            if os.path.lexists(target):
-                raise FileExistsError(f"the folder {target} is there")
-            path.rename(target)
+            target = path.rename(folder / path.name)  # an error if a folder is there that holds something
             moved.append((path, target))
     except BaseException:
         for path, target in reversed(moved):

@@ -35,7 +35,7 @@ class SealedLine:
     kind: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
+        for name, hint in _hints_of(type(self)).items():
             if not _fits(value := getattr(self, name), hint):
                 raise InvalidArgumentError(
                     f"expected {self.kind} in which {name} is of the type {_words(hint)}, got {value!r:.80}"
@@ -47,7 +47,7 @@ class SealedLine:
 
     def _values(self) -> dict[str, Any]:
         """Returns what is stored."""
-        return asdict(self)  # type: ignore[call-overload,no-any-return]  # whoever derives from this is a dataclass
+        return asdict(self)  # type: ignore[call-overload]  # whoever derives from this is a dataclass
 
     def to_json(self) -> str:
         """Returns the object as one line of JSON, without a seal and without the newline."""
@@ -86,7 +86,7 @@ class SealedLine:
     def _parsed(cls, text: str | bytes, *, of_a_file: bool) -> tuple[Self, bool]:
         try:
             values, has_seal = unsealed(parse_json(text))
-            hints = _hints(cls)
+            hints = _hints_of(cls)
             if of_a_file and not has_seal:
                 _refuse_unknown(values, hints)
             return cls(**{name: _as(hint, values[name]) for name, hint in hints.items() if name in values}), has_seal
@@ -143,9 +143,14 @@ def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _hints_of(kind: Any) -> dict[str, Any]:
+    """Returns the types of a dataclass's fields by name."""
+    return _hints(kind)  # kind is Any since mypy takes a class for something that has no hash
 
 
 def _fits(value: Any, hint: Any) -> bool:
