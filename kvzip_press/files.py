@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from kvzip_press.errors import CacheFileError, KVzipPressError
+from kvzip_press.untrusted import parse_json
 
 try:
     import fcntl
@@ -25,6 +26,21 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 DIGEST = "sha256"  # metadata key of a text's seal, which is stored beside the text
+HEADER_BYTES = 64 * 2**20  # the longest header of a safetensors file that is written or read
+_NAMES = {  # how safetensors names the dtypes of our files
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+logger = logging.getLogger(__name__)
 _TEMPORARY = re.compile(r"\.kvzip-press-\d+-[0-9a-f]{16}\.tmp")
 _ABANDONED_SECONDS = 24 * 3600
 _BINARY = getattr(os, "O_BINARY", 0)
@@ -49,8 +65,11 @@ def replacing(path: Path, *, parents: bool = False) -> Iterator[Path]:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):  # the first error is the one to be told
+                temporary.unlink(missing_ok=True)
+            raise
         finally:
-            temporary.unlink(missing_ok=True)
             os.close(descriptor)
         with suppress(OSError):  # makes the new name survive a power cut, if folders can be opened
             folder = os.open(path.parent, os.O_RDONLY)
@@ -126,16 +145,32 @@ def write_tensors(
 ) -> None:
     """Writes tensors of any device, and texts that describe them, as a safetensors file: whole or not at all.
 
-    ``seal`` names the text whose SHA-256 is stored, too, for :func:`check_seal`; ``parents`` is that of
-    :func:`replacing`.
+    Equal tensors and texts give equal files. ``seal`` names the text whose SHA-256 is stored, too, for
+    :func:`check_seal`; ``parents`` is that of :func:`replacing`.
 
     Raises:
-        CacheFileError: The file cannot be written.
+        CacheFileError: The file cannot be written, or its header would be longer than `HEADER_BYTES`; nothing is
+            written then.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = {DIGEST: digest_of(texts[seal].encode())} if seal else {}
-    with replacing(path, parents=parents) as temporary:
-        save_file(plain, temporary, metadata={**texts, **digest})
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligns each tensor
+    header: dict[str, Any] = {"__metadata__": dict(sorted({**texts, **digest}.items()))}
+    end = 0
+    for name in order:
+        tensor, begin = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    if len(encoded) > HEADER_BYTES:
+        raise CacheFileError(
+            f"expected to write {path} with a header of at most {HEADER_BYTES} bytes, got {len(encoded)} from "
+            f"{len(tensors)} tensors and their description"
+        )
+    with replacing(path, parents=parents) as temporary, temporary.open("r+b") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in order:
+            file.write(_bytes_of(tensors[name].detach().cpu()))
 
 
 @contextmanager
@@ -144,18 +179,45 @@ def opened(
 ) -> Iterator[Any]:
     """Opens a safetensors file, mapped into memory. Whatever is wrong with it inside is raised as ``error``.
 
+    Pipes, devices and headers of more than `HEADER_BYTES` are refused before they are read. What a header says of a
+    tensor is within the file: safetensors compares shapes, dtypes and offsets with its length.
+
     The message is ``expected`` and the cause; an error of this package says enough, and is raised as it is.
     ``malformed`` are further exceptions that malformed contents cause inside the context. A caller that checks the
     contents itself gives none, so that its own mistakes are not blamed on the file.
     """
     causes: tuple[type[Exception], ...] = (OSError, SafetensorError, UnicodeError, *malformed)
     try:
+        _check_header_length(path, error, expected)
         with safe_open(path, framework="pt") as file:
             yield file
     except KVzipPressError:  # some are a ValueError or an OSError too
         raise
     except causes as cause:
         raise error(f"{expected}, got {type(cause).__name__}: {cause}") from cause
+
+
+def _check_header_length(path: Path, error: type[KVzipPressError], expected: str) -> None:
+    if path.exists() and not path.is_file():  # reading a pipe would wait for someone to write into it
+        raise error(f"{expected}, got a folder, a pipe or a device")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if HEADER_BYTES < length <= os.fstat(file.fileno()).st_size:
+            raise error(f"{expected}, got a header of {length} bytes, more than {HEADER_BYTES}")
+
+
+def tensor_in(
+    file: Any, name: str, dtypes: Collection[torch.dtype], error: type[KVzipPressError], expected: str
+) -> torch.Tensor:
+    """Returns a tensor of an open file, in memory of its own, if it is of one of these dtypes; else raises ``error``.
+
+    A copy: mapped memory would change or vanish with the file, and its alignment depends on the header's length.
+    """
+    held = file.get_slice(name)
+    if held.get_dtype() not in {_NAMES[dtype] for dtype in dtypes}:
+        raise error(f"{expected}, got {name!r} of the dtype {held.get_dtype()}")
+    tensor: torch.Tensor = file.get_tensor(name).clone(memory_format=torch.contiguous_format)
+    return tensor
 
 
 def check_format(
@@ -175,6 +237,34 @@ def check_seal(texts: Mapping[str, str], name: str, error: type[KVzipPressError]
         raise error("expected metadata with the SHA-256 beside them, got another: the file was changed")
 
 
+def digest_of_contents(tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> str:
+    """Returns the SHA-256 of names, dtypes, shapes and bytes of tensors, and of the texts beside them."""
+    described = {name: [str(t.dtype), list(t.shape), digest_of_tensor(t)] for name, t in tensors.items()}
+    return digest_of(to_json([described, dict(texts)]).encode())
+
+
+def check_contents(
+    tensors: Mapping[str, torch.Tensor],
+    texts: Mapping[str, str],
+    digest: object,
+    error: type[KVzipPressError],
+    where: str,
+) -> None:
+    """Raises ``error`` unless a digest is that of the contents. If it is None, which older files have, logs a note."""
+    if digest is None:
+        logger.warning("%s is an older file without a checksum: whether it was damaged cannot be told", where)
+    elif digest != digest_of_contents(tensors, texts):
+        raise error(f"expected {where} with the SHA-256 of its contents, got another: the file was changed or damaged")
+
+
+def json_of(text: str, error: type[KVzipPressError], expected: str) -> Any:
+    """Returns the value of a JSON text that a file holds; raises ``error`` if it is none, or beyond all bounds."""
+    try:
+        return parse_json(text)
+    except ValueError as cause:
+        raise error(f"{expected}, got {type(cause).__name__}: {cause}") from cause
+
+
 def to_json(value: Any) -> str:
     """Returns JSON in which equal values have equal texts."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
@@ -187,4 +277,9 @@ def digest_of(data: Any) -> str:
 
 def digest_of_tensor(tensor: torch.Tensor) -> str:
     """Returns the SHA-256 of a CPU tensor's bytes, in hexadecimal."""
-    return digest_of(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest_of(_bytes_of(tensor))
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    """Returns a view of a CPU tensor's bytes, in order; of a tensor that is not contiguous, of a copy."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,6 +1,7 @@
 """What every test shares: a quiet environment, a seed, two threads, the markers. Other fixtures are by their tests."""
 
 import os
+import sys
 
 # Before torch and transformers are imported: they read these once.
 for _name, _value in {
@@ -13,13 +14,19 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 from collections.abc import Iterator  # noqa: E402  # the environment comes first
-from importlib.util import find_spec  # noqa: E402  # the environment comes first
+from importlib.util import find_spec, module_from_spec, spec_from_file_location  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from kvzip_press.kernels.triton_support import reason_against_triton  # noqa: E402
+
+for _helper in ("faults", "fuzzing"):  # imported by these names: nothing under tests/ is on sys.path
+    _spec = spec_from_file_location(_helper, Path(__file__).with_name(f"{_helper}.py"))
+    assert _spec is not None and _spec.loader is not None
+    sys.modules[_helper] = module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_helper])
 
 torch.set_num_threads(2)  # sums in the same order on every machine, and no machine is taken whole
 

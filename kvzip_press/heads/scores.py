@@ -16,7 +16,7 @@ from torch import nn
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.heads import file as head_file
 from kvzip_press.model.chat import encode
-from kvzip_press.model.identity import SHAPE, facts_of, num_kv_heads, same_shape, same_weights, shape_of
+from kvzip_press.model.identity import SHAPE, check_facts, facts_of, num_kv_heads, same_shape, same_weights, shape_of
 from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.version import __version__
 
@@ -178,8 +178,11 @@ class HeadScores:
     def check(self, model: nn.Module) -> HeadScores:
         """Returns these scores if they fit a model's layers and heads.
 
+        If the scores record the model that they were made with, it must have the same weights. To use them with others
+        all the same, leave the record out: ``HeadScores(scores.values, scores.layer_indices)``.
+
         Raises:
-            InvalidArgumentError: They do not fit.
+            InvalidArgumentError: They do not fit, or were made with other weights.
         """
         indices = tuple(layer.layer_idx for layer in full_attention_layers(model))
         expected, got = (len(indices), num_kv_heads(model)), tuple(self.values.shape)
@@ -190,6 +193,7 @@ class HeadScores:
             )
         if self.layer_indices and self.layer_indices != indices:
             raise InvalidArgumentError(f"expected scores of the layers {indices}, got those of {self.layer_indices}")
+        check_facts(self.provenance, model, "head scores", "HeadScores(scores.values, scores.layer_indices)")
         return self
 
 

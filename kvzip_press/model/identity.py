@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.errors import UnsupportedModelError
+from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
 from kvzip_press.model.structure import full_attention_layers, text_config
+from kvzip_press.untrusted import parse_json
 
 SHAPE = ("model_type", "num_hidden_layers", "num_key_value_heads", "hidden_size", "vocab_size")
 """Settings that models of one shape share; keys of the facts that files record of their model."""
@@ -57,12 +58,55 @@ def facts_of(model: nn.Module) -> dict[str, str]:
 
 def same_shape(facts: Mapping[str, str], model: nn.Module) -> bool:
     """Returns whether a file's facts are those of a model of this shape."""
-    return all(facts[name] == said for name, said in shape_of(model).items())
+    return all(facts.get(name) == said for name, said in shape_of(model).items())
 
 
 def same_weights(facts: Mapping[str, str], model: nn.Module) -> bool:
     """Returns whether a file's facts are those of a model with these weights, as far as the sketch tells."""
-    return alike(json.loads(facts["k_proj_norms"]), weight_sketch(model))
+    sketch = _sketch_in(facts)
+    return sketch is not None and alike(sketch, weight_sketch(model))
+
+
+def check_facts(facts: Mapping[str, str], model: nn.Module, what: str, without: str) -> None:
+    """Raises InvalidArgumentError if a file's facts are those of another model than this.
+
+    Facts that are not recorded are not compared, nor are weights that are quantized to packed numbers, which have no
+    norm to compare.
+
+    Args:
+        facts: What the file records, see :func:`facts_of`; other entries are ignored.
+        model: The model that it is to be used with.
+        what: What the file holds, for the message.
+        without: Code that makes the same without its record, for the message.
+    """
+    said = {name: value for name, value in shape_of(model).items() if name in facts}
+    differing = [f"{name}={facts[name][:40]}, got {value}" for name, value in said.items() if facts[name] != value]
+    sketch = _sketch_in(facts)
+    if "k_proj_norms" in facts and not differing and not _is_packed(model):
+        if sketch is None:
+            differing = [f"norms of key projections as JSON, got {facts['k_proj_norms'][:40]!r}"]
+        elif not alike(sketch, weight_sketch(model)):
+            differing = [f"weights of {facts.get('model', 'another model')[:80]}, got other weights of its shape"]
+    if differing:
+        raise InvalidArgumentError(
+            f"expected {what} made with this {type(model).__name__}, got some of another model: expected "
+            f"{'; expected '.join(differing)}. To use them all the same, leave out the record of their model: {without}"
+        )
+
+
+def _sketch_in(facts: Mapping[str, str]) -> list[float] | None:
+    """Returns the sketch that a file records; None if that is none."""
+    try:
+        sketch = parse_json(facts.get("k_proj_norms", ""))
+    except ValueError:
+        return None
+    known = isinstance(sketch, list) and all(type(norm) in (int, float) for norm in sketch)
+    return [float(norm) for norm in sketch] if known else None
+
+
+def _is_packed(model: nn.Module) -> bool:
+    weights = [getattr(_projection(layer.module), "weight", None) for layer in full_attention_layers(model)]
+    return any(isinstance(w, torch.Tensor) and (w.element_size() == 1 or not w.is_floating_point()) for w in weights)
 
 
 def alike(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -72,10 +116,17 @@ def alike(one: Sequence[float], other: Sequence[float]) -> bool:
     )
 
 
+def _projection(module: nn.Module) -> nn.Module | None:
+    """Returns a layer's projection to keys, alone or fused with others; None if it has none of a known name."""
+    found: Any = (getattr(module, name, None) for name in ("k_proj", "qkv_proj"))
+    return next((projection for projection in found if projection is not None), None)
+
+
 def _key_norm(module: nn.Module) -> torch.Tensor:
     for name in ("k_proj", "qkv_proj"):
         weight = getattr(getattr(module, name, None), "weight", None)
         if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+            weight = _in_memory(module, f"{name}.weight", weight)
             return torch.linalg.vector_norm(weight, dtype=torch.float32)
     return torch.stack([p.detach().float().norm() for p in module.parameters()]).norm()
 

@@ -24,7 +24,7 @@ def gates_for(model: nn.Module, source: Gates | str | PathLike[str] | None) -> G
     Args:
         model: The model.
         source: The gates; a file of them (our ``.safetensors``, or ``.pt`` as published); a folder or a hub repository
-            laid out like Fast KVzip's; None for those that come with the package, else those in that repository.
+            (``name``, or ``name@revision``) laid out like Fast KVzip's; None for those that come with the package, else those in that repository.
 
     Raises:
         InvalidArgumentError: There are none, or they do not fit the model.

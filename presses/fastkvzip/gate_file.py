@@ -7,6 +7,7 @@ give the same file.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,20 @@ from typing import Any
 import torch
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.files import check_format, opened, write_tensors
+from kvzip_press.files import (
+    DIGEST,
+    FLOATS,
+    check_contents,
+    check_format,
+    digest_of_contents,
+    json_of,
+    opened,
+    tensor_in,
+    write_tensors,
+)
 
 HEADER, FORMAT, INDICES, LAYERS = "kvzip_press_gates", "format", "layer_indices", "layers"
+_EXPECTED = "expected a safetensors file of gates at {}"
 
 States = list[dict[str, torch.Tensor]]
 
@@ -27,31 +39,48 @@ def write(
 ) -> None:
     """Writes the state dict of each gate, whole or not at all; the folder is made where it is missing.
 
+    The SHA-256 of tensors and metadata is stored beside them.
+
     Raises:
         CacheFileError: The file cannot be written.
     """
-    tensors = {f"{row}.{name}": tensor for row, state in enumerate(states) for name, tensor in state.items()}
+    tensors = {f"{row}.{name}": tensor.cpu() for row, state in enumerate(states) for name, tensor in state.items()}
     header = {**provenance, INDICES: indices, LAYERS: len(states), FORMAT: 1}
-    write_tensors(path, tensors, {HEADER: json.dumps(header, sort_keys=True)}, parents=True)
+    texts = {HEADER: json.dumps(header, sort_keys=True)}
+    write_tensors(path, tensors, {**texts, DIGEST: digest_of_contents(tensors, texts)}, parents=True)
 
 
 def read(path: Path) -> tuple[States, tuple[int, ...], dict[str, str]]:
     """State dicts, layer indices and provenance of a file of :func:`write`.
 
+    Files of the first versions have no checksum: they are read, and a note is logged.
+
     Raises:
-        InvalidArgumentError: There is no such file, or one of another kind.
+        InvalidArgumentError: There is no such file, or one of another kind, or it was changed or damaged.
     """
+    expected = _EXPECTED.format(path)
     with _opened(path) as (file, header):
-        indices = tuple(int(index) for index in header.pop(INDICES))
-        states: States = [{} for _ in range(int(header.pop(LAYERS)))]
-        for key in file.keys():  # noqa: SIM118  # not a mapping
-            row, _, name = key.partition(".")
-            states[int(row)][name] = file.get_tensor(key)
-        return states, indices, {name: str(value) for name, value in header.items() if name != FORMAT}
+        names = list(file.keys())
+        tensors = {name: tensor_in(file, name, FLOATS, InvalidArgumentError, expected) for name in names}
+        texts = dict(file.metadata())
+    digest = texts.pop(DIGEST, None)
+    if set(texts) != {HEADER}:  # a checksum whose name is damaged does not make a file an old one
+        raise InvalidArgumentError(f"{expected}, got the metadata {reprlib.repr(sorted(texts))}")
+    check_contents(tensors, texts, digest, InvalidArgumentError, str(path))
+    indices, n_layers = header.pop(INDICES, None), header.pop(LAYERS, None)
+    known = isinstance(indices, list) and all(type(index) is int and 0 <= index < 2**31 for index in indices)
+    rows = {name.partition(".")[0] for name in names}
+    if not known or type(n_layers) is not int or n_layers > len(names) or rows != set(map(str, range(n_layers))):
+        raise InvalidArgumentError(f"{expected}, got {reprlib.repr(n_layers)} layers and the tensors of {len(rows)}")
+    states: States = [{} for _ in range(n_layers)]
+    for name, tensor in tensors.items():
+        row, _, part = name.partition(".")
+        states[int(row)][part] = tensor
+    return states, tuple(indices), {name: str(value) for name, value in header.items() if name != FORMAT}
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What a file says of its gates, without reading a tensor.
+    """What a file says of its gates, without reading a tensor, and so without comparing the checksum.
 
     Raises:
         InvalidArgumentError: There is no such file, or one of another kind.
@@ -62,9 +91,9 @@ def read_header(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    expected = f"expected a safetensors file of gates at {path}"
-    with opened(path, InvalidArgumentError, expected, malformed=(TypeError, ValueError, LookupError)) as file:
-        header = json.loads((file.metadata() or {}).get(HEADER, "null"))
+    expected = _EXPECTED.format(path)
+    with opened(path, InvalidArgumentError, expected) as file:
+        header = json_of((file.metadata() or {}).get(HEADER, "null"), InvalidArgumentError, expected)
         mark = header.get(FORMAT) if isinstance(header, dict) else None
         check_format(mark, 1, file, InvalidArgumentError, f"expected gates of format 1 in {path}", n_named=5)
         yield file, header

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model.identity import num_kv_heads
+from kvzip_press.files import FLOATS
+from kvzip_press.model.identity import check_facts, num_kv_heads
 from kvzip_press.model.structure import full_attention_layers, text_config
 from kvzip_press.presses.fastkvzip import gate_file, published
 from kvzip_press.presses.fastkvzip.gate import LayerGate
@@ -80,7 +81,7 @@ class Gates:
         """
         path = Path(path)
         if path.suffix == ".pt":
-            return cls.of_state_dicts(published.read(path), (), {"source": path.name})
+            return cls.of_state_dicts(published.read(path), (), {"source": published.source_of(path)})
         return cls.of_state_dicts(*gate_file.read(path))
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -90,8 +91,11 @@ class Gates:
     def check(self, model: nn.Module) -> Gates:
         """Returns these gates with a model's layer indices, if they fit its layers, heads, groups and hidden size.
 
+        If the gates record the model that they were made with, it must have the same weights. To use them with others
+        all the same, leave the record out: ``Gates(gates.layers, gates.layer_indices)``.
+
         Raises:
-            InvalidArgumentError: They do not fit.
+            InvalidArgumentError: They do not fit, or were made with other weights.
         """
         indices = tuple(layer.layer_idx for layer in full_attention_layers(model))
         config, heads = text_config(model), num_kv_heads(model)
@@ -104,6 +108,7 @@ class Gates:
             )
         if self.layer_indices and self.layer_indices != indices:
             raise InvalidArgumentError(f"expected gates of the layers {indices}, got those of {self.layer_indices}")
+        check_facts(self.provenance, model, "gates", "Gates(gates.layers, gates.layer_indices)")
         return self if self.layer_indices else replace(self, layer_indices=indices)
 
     @torch.no_grad()
@@ -147,19 +152,24 @@ def gate_of(state: Mapping[str, torch.Tensor], row: int = 0) -> LayerGate:
     wanted = _empty_gate((1, 1, 1, 1, 1), None, torch.device("meta")).state_dict()
     if set(state) != set(wanted):
         raise InvalidArgumentError(f"expected the tensors {sorted(wanted)} for gate {row}, got {sorted(state)}")
-    if state["k_base"].dim() != 4 or state["b"].dim() != 3 or state["q_proj.weight"].dim() != 2:
+    # What the tensors claim is compared before memory is taken for it.
+    base, b, weight = state["k_base"], state["b"], state["q_proj.weight"]
+    dims = (base.dim(), b.dim(), weight.dim()) == (4, 3, 2) and min(*base.shape, *b.shape, *weight.shape) > 0
+    if not dims or weight.shape[0] != base.shape[0] * b.shape[2] * base.shape[3]:
         shapes = {name: tuple(state[name].shape) for name in ("k_base", "b", "q_proj.weight")}
         raise InvalidArgumentError(
             f"expected k_base [heads, 1, n_sink, dim], b [heads, 1, groups] and q_proj.weight [heads * groups * dim, "
             f"hidden_size] for gate {row}, got {shapes}"
         )
-    heads, _, n_sink, dim = state["k_base"].shape
-    shape = (state["q_proj.weight"].shape[1], heads, state["b"].shape[2], dim, n_sink)
-    gate = _empty_gate(shape, state["q_proj.weight"].dtype, torch.device("cpu"))
-    expected = {name: tuple(tensor.shape) for name, tensor in gate.state_dict().items()}
+    shape = (weight.shape[1], base.shape[0], b.shape[2], base.shape[3], base.shape[2])
+    described = _empty_gate(shape, weight.dtype, torch.device("meta")).state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in described.items()}
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if got != expected or not all(t.is_floating_point() and bool(t.isfinite().all()) for t in state.values()):
+    if got != expected or not all(
+        tensor.dtype in FLOATS and bool(tensor.isfinite().all()) for tensor in state.values()
+    ):
         raise InvalidArgumentError(f"expected finite floats of shapes {expected} for gate {row}, got shapes {got}")
+    gate = _empty_gate(shape, weight.dtype, torch.device("cpu"))
     gate.load_state_dict(dict(state))
     return gate.requires_grad_(False)
 

@@ -6,14 +6,16 @@ dict, with one state dict per layer under "module" and training curves as numpy 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from kvzip_press import torch_file
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.identity import num_kv_heads
 from kvzip_press.model.structure import text_config
@@ -40,51 +42,65 @@ def read(path: Path) -> list[dict[str, torch.Tensor]]:
         InvalidArgumentError: The file does not exist, or holds something else.
     """
     try:
-        with torch.serialization.safe_globals(_numpy_arrays()):
-            loaded = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a torn or hostile file raises anything; none of it was run
-        cause = str(error).strip().partition("\n")[0]
-        raise InvalidArgumentError(f"expected {WANTED} at {path}, got {type(error).__name__}: {cause}") from error
+        loaded = torch_file.read(path)
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"expected {WANTED} at {path}, got {type(error).__name__}: {error}") from error
     states = loaded.get("module") if isinstance(loaded, dict) else None
-    if not isinstance(states, list) or not states or not all(isinstance(state, Mapping) for state in states):
-        got = f"a dict with {sorted(map(str, loaded))}" if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
-        raise InvalidArgumentError(f"expected {WANTED} at {path}, got {got}")
+    if not isinstance(states, list) or not states or not all(_is_state(state) for state in states):
+        names = f" with {reprlib.repr(sorted(map(str, loaded)))}" if isinstance(loaded, dict) else ""
+        raise InvalidArgumentError(f"expected {WANTED} at {path}, got a {type(loaded).__name__}{names}")
     return [dict(state) for state in states]
 
 
-def _numpy_arrays() -> list[Any]:
-    """Returns only the functions and types that unpickle an array of floats, by their names in numpy 1 and 2."""
-    reconstruct = np.zeros(1).__reduce__()[0]
-    names = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
-    dtypes = (np.dtypes.Float64DType, np.dtypes.Float32DType)
-    return [*((reconstruct, name) for name in names), np.ndarray, np.dtype, *dtypes]
+def _is_state(state: Any) -> bool:
+    return isinstance(state, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    )
 
 
 def find(model: nn.Module, folder: Path) -> Path:
-    """Finds a model's file in a folder that is laid out like the repository.
+    """Finds a model's file in a folder that is laid out like the repository: safetensors, else ``.pt``.
 
     Raises:
         InvalidArgumentError: The file is not there.
     """
     path = folder / file_name(model)
-    if not path.is_file():
-        there = sorted(str(one.relative_to(folder)) for one in folder.rglob("*.pt"))
-        raise InvalidArgumentError(f"expected {file_name(model)} in {folder}, got {there[:10]}")
-    return path
+    for found in (path.with_suffix(".safetensors"), path):
+        if found.is_file():
+            return found
+    there = sorted(str(one.relative_to(folder)) for one in folder.rglob("*") if one.suffix in (".pt", ".safetensors"))
+    raise InvalidArgumentError(f"expected {file_name(model)} in {folder}, got {there[:10]}")
 
 
 def download(model: nn.Module, repository: str = REPOSITORY) -> Path:
-    """Fetches a model's file from the hub, or from the hub's cache on this machine.
+    """Fetches a model's file from the hub, or from the hub's cache on this machine: safetensors, else ``.pt``.
+
+    Args:
+        model: The model.
+        repository: The repository; ``name@revision`` for one commit, tag or branch of it. Without a revision it is the
+            newest commit: its authors may replace the files at any time, so name the commit where that matters.
 
     Raises:
         InvalidArgumentError: The file is in neither.
     """
     from huggingface_hub import hf_hub_download
 
+    name, _, revision = repository.partition("@")
+    options = {"revision": revision} if revision else {}
+    wanted = file_name(model)
+    with suppress(OSError, ValueError):  # what the hub raises for anything missing, unreachable or misspelled
+        return Path(hf_hub_download(name, wanted.removesuffix(".pt") + ".safetensors", **options))
     try:
-        return Path(hf_hub_download(repository, file_name(model)))
-    except (OSError, ValueError) as error:  # what the hub raises for anything missing, unreachable or misspelled
+        return Path(hf_hub_download(name, wanted, **options))
+    except (OSError, ValueError) as error:
         cause = str(error).strip().partition("\n")[0]
         raise InvalidArgumentError(
-            f"expected {file_name(model)} in the hub repository {repository}, got {type(error).__name__}: {cause}"
+            f"expected {wanted} in the hub repository {repository}, got {type(error).__name__}: {cause}"
         ) from error
+
+
+def source_of(path: Path) -> str:
+    """Returns where a file comes from: its name, after its commit if it lies in the hub's cache."""
+    folders = path.parts
+    commits = [folders[i + 1] for i, part in enumerate(folders[:-2]) if part == "snapshots"]
+    return f"{path.name} of commit {commits[-1]}" if commits else path.name

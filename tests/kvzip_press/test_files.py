@@ -4,10 +4,10 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from faults import FORBIDDEN, FULL, TORN, every_fault
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -68,17 +68,21 @@ def test_a_text_that_is_not_the_sealed_one_is_refused(path, changed) -> None:
         check_seal({**metadata_of(path), **changed}, "made_by", InvalidArgumentError)
 
 
-def test_an_error_while_writing_leaves_the_old_file_and_no_temporary(path, monkeypatch) -> None:
-    def full_disk(tensors: Any, file: Path, metadata: Any) -> None:
-        file.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    write_tensors(path, TENSORS, MADE_BY)
-    before = path.read_bytes()
-    monkeypatch.setattr(files, "save_file", full_disk)
-    with pytest.raises(CacheFileError, match=r"expected to write .*tensors.safetensors, got OSError.*No space left"):
-        write_tensors(path, {}, {})
-    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+@pytest.mark.parametrize("error", [FULL, FORBIDDEN, TORN], ids=repr)
+def test_whatever_fails_while_writing_the_old_file_stays_or_the_new_one_is_there(path, error) -> None:
+    """And no temporary; the error names the path and the cause."""
+    write_tensors(path, TENSORS, {"made_by": "another test"})
+    old, faults = path.read_bytes(), []
+    for fault, raised in every_fault(lambda: write_tensors(path, TENSORS, MADE_BY), error):
+        is_old = path.read_bytes() == old
+        assert is_old or (metadata_of(path) == MADE_BY and torch.equal(load_file(path)["b"], TENSORS["b"]))
+        assert not raised or (
+            isinstance(raised, CacheFileError) and str(path) in str(raised) and str(error) in str(raised)
+        )
+        assert list(path.parent.iterdir()) == [path] and is_old == (raised is not None)
+        faults.append(fault)
+        path.write_bytes(old)
+    assert faults.count("write to a file") == 1 + len(TENSORS) and {"os.fsync", "os.replace"} <= set(faults)
 
 
 def test_an_error_of_the_writer_leaves_the_old_file_and_no_temporary(path) -> None:
@@ -253,3 +257,11 @@ def test_a_foreign_file_is_neither_head_scores_nor_gates(path) -> None:
             InvalidArgumentError, match=r"^expected gates of format 1 in .*got the tensors .*layer.4'\]$"
         ):
             read(path)
+
+
+def test_a_file_is_the_same_bytes_whatever_order_its_tensors_and_texts_came_in(path) -> None:
+    texts = {f"text {number}": "é" * number for number in range(9)}
+    write_tensors(path, TENSORS, texts)
+    before = path.read_bytes()
+    write_tensors(path, dict(reversed(TENSORS.items())), dict(reversed(texts.items())))
+    assert path.read_bytes() == before and metadata_of(path) == texts

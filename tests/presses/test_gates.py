@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zipfile
 
 import numpy as np
@@ -75,6 +76,8 @@ def test_a_published_file_loads_from_a_file_a_folder_and_the_hub(folder, monkeyp
 
     def download(repository: str, filename: str) -> str:
         asked.append((repository, filename))
+        if not (folder / filename).exists():
+            raise FileNotFoundError("no such entry")
         return str(folder / filename)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
@@ -82,8 +85,30 @@ def test_a_published_file_loads_from_a_file_a_folder_and_the_hub(folder, monkeyp
         gates = FastKVzipPress(gate=source).gates(named_model())
         assert_published(gates)
         assert gates.layer_indices == (0, 1, 2) and gates.shape == (HIDDEN, HEADS, GROUPS, 16, 16)
-    name = "tiny-model/q2_dim16_sink16.pt"
-    assert asked == [("Some/Repository", name), ("Jang-Hyun/Fast-KVzip", name)]
+    names = [f"tiny-model/q2_dim16_sink16.{ending}" for ending in ("safetensors", "pt")]
+    assert asked == [(repository, name) for repository in ("Some/Repository", "Jang-Hyun/Fast-KVzip") for name in names]
+
+
+def test_safetensors_come_before_pickles_and_a_revision_is_the_one_that_is_named(folder, monkeypatch) -> None:
+    ours, asked = Gates.of_state_dicts([published_state(i + 9) for i in range(3)]), []
+
+    def download(repository: str, filename: str, revision: str) -> str:
+        asked.append((repository, filename, revision))
+        return str(folder / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    ours.save(folder / "tiny-model" / "q2_dim16_sink16.safetensors")
+    for source in (folder, f"Some/Repository@{'5d' * 20}"):
+        found = FastKVzipPress(gate=source).gates(named_model())
+        assert torch.equal(found.layers[0].k_base, ours.layers[0].k_base)
+    assert asked == [("Some/Repository", "tiny-model/q2_dim16_sink16.safetensors", "5d" * 20)]
+
+
+def test_what_comes_from_the_hub_says_of_which_commit_it_is(folder, monkeypatch, tmp_path) -> None:
+    cached = tmp_path / "models--a--b" / "snapshots" / ("5d" * 20)
+    shutil.copytree(folder, cached)
+    gates = Gates.load(cached / "tiny-model" / "q2_dim16_sink16.pt")
+    assert gates.provenance == {"source": f"q2_dim16_sink16.pt of commit {'5d' * 20}"}
 
 
 def test_gates_are_looked_up_once_a_model(folder, monkeypatch) -> None:
