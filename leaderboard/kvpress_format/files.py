@@ -52,7 +52,8 @@ def read_config(path: Path) -> Mapping[str, Any]:
     """Reads the settings of an evaluation."""
     config = read_yaml(path)
     needed = {"dataset": str, "model": str, "press_name": str, "compression_ratio": int | float}
-    if not isinstance(config, dict) or not all(isinstance(config.get(name), kind) for name, kind in needed.items()):
+    found = {name: config.get(name) for name in needed} if isinstance(config, dict) else dict.fromkeys(needed)
+    if any(isinstance(value, bool) or not isinstance(value, needed[name]) for name, value in found.items()):
         raise InvalidArgumentError(f"{path}: expected the settings {', '.join(needed)}, got {config!r:.200}")
     return {**config, "compression_ratio": float(config["compression_ratio"])}
 

@@ -1,4 +1,4 @@
-"""A line that was changed is refused, as are values of another type or out of range; lines of older versions are read."""
+"""A line that was changed is refused, as are values of another type or range; lines of older versions are read."""
 
 import json
 import logging
