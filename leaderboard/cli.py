@@ -92,7 +92,7 @@ def report(
 
     rows, heads = rows_of(directory), heads_of(directory)
     write_report(rows, heads, output, title=title, command=command)
-    if note := incomplete(directory, rows):
+    if note := incomplete(directory, rows, heads):
         typer.echo(note)
     typer.echo(f"page: {output}")
     if pictures is not None:

@@ -150,11 +150,23 @@ def _lines_of(path: Path, name: str, kind: type[OfRun]) -> list[OfRun]:
     return list(lines_of(path / name, kind, RunRecord.read(path)) if known else read_lines(path / name, kind))
 
 
-def incomplete(path: str | os.PathLike[str], rows: Sequence[Row]) -> str:
-    """Says how many of the rows of a run there are, "3 of the run's 24 rows"; empty if that is all, or not known."""
+def incomplete(path: str | os.PathLike[str], rows: Sequence[Row], heads: Sequence[HeadBudgets] = ()) -> str:
+    """Says what a run lacks that its record and its rows tell of, such as "3 of the run's 24 rows"; empty if nothing.
+
+    With ``heads``, caches of the rows whose heads are missing count too, in tasks of which there are any.
+    """
+    said = []
     if (Path(path) / RUN).is_file() and len(rows) < (n_rows := RunRecord.read(path).n_rows):
-        return f"{len(rows)} of the run's {n_rows} rows"
-    return ""
+        said.append(f"{len(rows)} of the run's {n_rows} rows")
+    tasks, known = {line.task for line in heads}, {line.key for line in heads}
+    caches = {
+        (row.task, row.sample_id, row.question_id if row.query_aware else "", row.press, row.compression_ratio)
+        for row in rows
+        if row.task in tasks
+    }
+    if caches - known:
+        said.append(f"heads of {len(caches & known)} of {len(caches)} caches")
+    return "; ".join(said)
 
 
 def store(rows: Iterable[Row], output: str | os.PathLike[str]) -> int:

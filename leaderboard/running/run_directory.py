@@ -1,7 +1,7 @@
 """The directory of a run: its configuration, its rows, what heads kept, and a lock."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,16 +89,23 @@ def lines_of(path: Path, kind: type[OfRun], record: RunRecord) -> Iterator[OfRun
     """Yields the rows or head budgets of a run from a file.
 
     Raises:
-        RunDirectoryError: A line is of another run; or as `read_lines` raises, as for a damaged file.
-        InvalidArgumentError: As `read_lines` raises.
+        RunDirectoryError: A line is of another run, or there twice; or as `read_lines` raises.
+        InvalidArgumentError: As `read_lines` raises, for a damaged line.
     """
+    seen: set[Hashable] = set()
     for line in read_lines(path, kind):
+        about = f"task {line.task!r:.80}, sample {line.sample_id!r:.80}, press {line.press!r:.80}"
         if line.run_id != record.run_id:
             raise RunDirectoryError(
                 f"expected {path} to hold lines of the run {record.run_id} only, as {RUN} beside it says, got one of "
-                f"{line.run_id!r:.40} (task {line.task!r:.80}, sample {line.sample_id!r:.80}). Remove such lines, "
-                "take another directory, or --force to begin again"
+                f"{line.run_id!r:.40} ({about}). Remove such lines, take another directory, or --force to begin again"
             )
+        if line.key in seen:
+            raise RunDirectoryError(
+                f"expected {path} to hold each line once, got two of {about} at the compression ratio "
+                f"{line.compression_ratio}. Remove one of them"
+            )
+        seen.add(line.key)
         yield line
 
 
