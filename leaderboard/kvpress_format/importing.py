@@ -113,6 +113,7 @@ def _own_row(line: Mapping[str, str], config: Mapping[str, Any], extra: Mapping[
             task_version=extra.get("task_version", 1),
             **{name: _value(name, line[column_of(name)]) for name in COLUMNS},
         )
+        row.check()
     except (LookupError, ValueError, TypeError, SyntaxError) as error:
         raise InvalidArgumentError(
             f"{path}: expected what `export` wrote, got a line or file that is not ({error})"
@@ -134,7 +135,7 @@ def _foreign_row(
     scorer = scorer_of(config["dataset"], score, path)
     try:
         references = parse_answers(line["answer"])
-        return Row(
+        row = Row(
             run_id=run_id({name: config.get(name) for name in _SETTINGS}),
             task=config["dataset"],
             model=config["model"],
@@ -151,8 +152,10 @@ def _foreign_row(
             provenance={"source": "kvpress", "press": str(config.get("press_init_command", config["press_name"]))},
             **unknown,
         )
+        row.check()
     except (ValueError, SyntaxError) as error:  # SyntaxError: of a reference in quotes
         raise InvalidArgumentError(f"{path}: expected results of kvpress, got a line that is not ({error})") from error
+    return row
 
 
 def _value(name: str, text: str) -> Any:

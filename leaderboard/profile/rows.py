@@ -40,7 +40,7 @@ class ProfileRow(SealedLine):
         provenance: Versions, device, dtype, commit, date.
 
     Raises:
-        InvalidArgumentError: A field is of another type or out of range.
+        InvalidArgumentError: A field is of another type, or not finite.
     """
 
     kind: ClassVar[str] = "a row of a profile"
@@ -75,7 +75,8 @@ class ProfileRow(SealedLine):
         """Whether it is the ragged cache with everything kept."""
         return self.engine == OURS and self.press == BASELINE
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises InvalidArgumentError for an engine that is not known or a ratio out of range."""
         if self.engine not in (OURS, KVPRESS, DENSE):
             raise InvalidArgumentError(
                 f"expected {self.kind} with an engine out of {OURS}, {KVPRESS} and {DENSE}, got {self.engine!r:.80}"

@@ -25,7 +25,7 @@ class HeadBudgets(SealedLine):
         question_id: The question that was compressed with the context, in a query-aware run; else empty.
 
     Raises:
-        InvalidArgumentError: A field is of another type or out of range.
+        InvalidArgumentError: A field is of another type, or not finite.
     """
 
     kind: ClassVar[str] = "head budgets"
@@ -44,7 +44,8 @@ class HeadBudgets(SealedLine):
         """Identifies the cache within its run."""
         return self.task, self.sample_id, self.question_id, self.press, self.compression_ratio
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises InvalidArgumentError for fractions outside 0..1, or other than one list of heads for each layer."""
         check_fractions(self.kind, compression_ratio=self.compression_ratio)
         if len(self.layer_idx) != len(self.kept):
             raise InvalidArgumentError(

@@ -62,7 +62,8 @@ class Row(SealedLine):
             nobody recorded it.
 
     Raises:
-        InvalidArgumentError: A field is of another type or out of range: a score outside 0..1, NaN, a negative size.
+        InvalidArgumentError: A field is of another type, or not finite. A row that is out of range (a score outside
+            0..1, a negative size) is neither read nor written.
     """
 
     kind: ClassVar[str] = "a row"
@@ -97,7 +98,8 @@ class Row(SealedLine):
         """Identifies the row within its run."""
         return RowKey(*(getattr(self, name) for name in RowKey._fields))
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises InvalidArgumentError for fractions outside 0..1, and for negative or absurd times and sizes."""
         check_fractions(self.kind, score=self.score, compression_ratio=self.compression_ratio)
         if self.kept_fraction is not None:
             check_fractions(self.kind, kept_fraction=self.kept_fraction)

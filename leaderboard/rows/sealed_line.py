@@ -26,7 +26,7 @@ class SealedLine:
     """Base of the frozen dataclasses that are stored as a JSON object with a seal.
 
     Their fields are texts, numbers, booleans, tuples and mappings of these. A value of another type, NaN or an infinity
-    raises InvalidArgumentError, whether it comes from a file or from a program.
+    raises InvalidArgumentError where the object is made. What else is out of range is neither read nor written.
 
     Attributes:
         kind: What an object of the class is called in messages, with its article.
@@ -40,10 +40,9 @@ class SealedLine:
                 raise InvalidArgumentError(
                     f"expected {self.kind} in which {name} is of the type {_words(hint)}, got {value!r:.80}"
                 )
-        self._check()
 
-    def _check(self) -> None:
-        """Raises InvalidArgumentError for values out of range; their types are right already."""
+    def check(self) -> None:
+        """Raises InvalidArgumentError for values out of range: whenever the object is read or written."""
 
     def _values(self) -> dict[str, Any]:
         """Returns what is stored."""
@@ -54,7 +53,12 @@ class SealedLine:
         return _text(self._values())
 
     def to_line(self, *, indent: int | None = None) -> str:
-        """Returns the object with its seal, for a file: one line without the newline, unless ``indent`` is given."""
+        """Returns the object with its seal, for a file: one line without the newline, unless ``indent`` is given.
+
+        Raises:
+            InvalidArgumentError: A value is out of range.
+        """
+        self.check()
         return _text(sealed(self._values()), indent)
 
     @classmethod
@@ -89,10 +93,12 @@ class SealedLine:
             hints = _hints_of(cls)
             if of_a_file and not has_seal:
                 _refuse_unknown(values, hints)
-            return cls(**{name: _as(hint, values[name]) for name, hint in hints.items() if name in values}), has_seal
+            found = cls(**{name: _as(hint, values[name]) for name, hint in hints.items() if name in values})
+            found.check()
         except (ValueError, TypeError) as error:
             start = text[:80].decode(errors="replace") if isinstance(text, bytes) else text[:80]
             raise InvalidArgumentError(f"expected {cls.kind} in JSON, got {start!r} ({error})") from error
+        return found, has_seal
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any]) -> None:

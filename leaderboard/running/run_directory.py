@@ -39,7 +39,7 @@ class RunRecord(SealedLine):
         n_rows: How many rows the whole run has, all shards together.
 
     Raises:
-        InvalidArgumentError: A field is of another type, or the configuration has another hash.
+        InvalidArgumentError: A field is of another type.
     """
 
     kind: ClassVar[str] = "the record of a run"
@@ -49,7 +49,8 @@ class RunRecord(SealedLine):
     provenance: Mapping[str, str]
     n_rows: int
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises InvalidArgumentError for a configuration of another hash, or a negative number of rows."""
         if (found := run_id(self.config)) != self.run_id:
             raise InvalidArgumentError(f"expected {self.kind} with the configuration {self.run_id!r:.40}, got {found}")
         if self.n_rows < 0:

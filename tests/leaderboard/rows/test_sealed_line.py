@@ -80,11 +80,11 @@ def test_half_of_a_surrogate_pair_goes_to_the_disk_and_back(tmp_path: Path, make
         ("task_version", "1"),
     ],
 )
-def test_a_value_of_another_type_or_out_of_range_makes_no_row(
+def test_a_row_with_a_value_of_another_type_or_out_of_range_is_neither_read_nor_written(
     make_row: MakeRow, tmp_path: Path, name: str, value: Any
 ) -> None:
     with pytest.raises(InvalidArgumentError, match=f"expected a row .*{name}"):
-        make_row(**{name: value})
+        make_row(**{name: value}).to_line()
     values = {**json.loads(make_row().to_json()), name: value}
     for text in (json.dumps(values), json.dumps(sealed(values))):
         (tmp_path / "rows.jsonl").write_text(f"{make_row().to_line()}\n{text}\n", encoding="utf-8")
