@@ -86,6 +86,8 @@ def parse_json(text: str | bytes, *, max_bytes: int = JSON_BYTES) -> Any:
 
 def _check_depth(text: str) -> None:
     """Raises before the parser recurses: how deep it may go depends on who called it."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return
     depth = 0
     for match in _STRING_OR_BRACKET.finditer(text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)

@@ -88,11 +88,13 @@ def report(
     command: Annotated[str, typer.Option("--command", help="What made the rows; stands at the end of the page.")] = "",
 ) -> None:
     """Writes a whole run as one HTML page, which a browser can show without a network."""
-    from kvzip_press.leaderboard.launch import heads_of, rows_of
+    from kvzip_press.leaderboard.launch import heads_of, incomplete, rows_of
     from kvzip_press.leaderboard.report import write_report
 
     rows, heads = rows_of(directory), heads_of(directory)
     write_report(rows, heads, output, title=title, command=command)
+    if note := incomplete(directory, rows, heads):
+        typer.echo(printable(note))
     typer.echo(printable(f"page: {output}"))
     if pictures is not None:
         from kvzip_press.leaderboard.pictures import save_all
@@ -112,11 +114,14 @@ def export(
 ) -> None:
     """Writes a run in another leaderboard's format."""
     from kvzip_press.leaderboard.kvpress_format import export_rows
-    from kvzip_press.leaderboard.launch import rows_of
+    from kvzip_press.leaderboard.launch import incomplete, rows_of
 
     if form != "kvpress":
         raise InvalidArgumentError(f"expected --format kvpress, got {form!r}")
-    export_rows(rows_of(directory), output, data_dir=data_dir)
+    rows = rows_of(directory)
+    export_rows(rows, output, data_dir=data_dir)
+    if note := incomplete(directory, rows):
+        typer.echo(printable(note))
     typer.echo(printable(f"folders: {output}"))
 
 

@@ -10,11 +10,12 @@ from typing import Any
 from rich.console import Console
 
 from kvzip_press import load_model
-from kvzip_press.errors import MissingDependencyError
+from kvzip_press.errors import MissingDependencyError, RunDirectoryError
 from kvzip_press.leaderboard.analysis.summary import Cell, summarise
 from kvzip_press.leaderboard.analysis.table import results_table
 from kvzip_press.leaderboard.pictures import save_pareto
 from kvzip_press.leaderboard.progress import quiet_loading, row_bar
+from kvzip_press.leaderboard.rows.line_file import check_not_written, keep_aside
 from kvzip_press.leaderboard.rows.results import Row, RowWriter
 from kvzip_press.leaderboard.running.availability import available
 from kvzip_press.leaderboard.running.grid import load_grid
@@ -53,7 +54,8 @@ def run_demo(
     """Compresses a few contexts with every press, asks questions, prints the table and saves rows and picture.
 
     Args:
-        output_dir: Gets ``rows.jsonl`` and ``pareto.png``; rows of an earlier demo become ``rows.previous.jsonl``.
+        output_dir: Gets ``rows.jsonl`` and ``pareto.png``; rows of an earlier demo become ``rows.previous.jsonl``,
+            and those of one before it ``rows.previous.1.jsonl`` and so on.
         model_name: As for `kvzip_press.load_model`.
         seed: Seed of the samples; None for that of the grid `GRID`.
         tasks: The tasks to ask; None for those of the grid.
@@ -103,9 +105,15 @@ def _load(model_name: str, console: Console) -> tuple[Any, Any]:
 
 
 def _fresh(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        path.replace(path.with_suffix(".previous.jsonl"))
+    if not os.path.lexists(path):
+        return path
+    check_not_written(path)
+    previous = path.with_suffix(".previous.jsonl")
+    keep_aside([previous])
+    try:
+        path.rename(previous)
+    except OSError as error:
+        raise RunDirectoryError(f"expected to keep {path} aside as {previous.name}, got {error}") from error
     return path
 
 

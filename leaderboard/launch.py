@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 
 from kvzip_press import load_model
 from kvzip_press.errors import RunDirectoryError
+from kvzip_press.files import replacing
 from kvzip_press.leaderboard.analysis.references import judge
 from kvzip_press.leaderboard.analysis.statistics import saturated_ratios
 from kvzip_press.leaderboard.analysis.summary import split_tables, summarise
 from kvzip_press.leaderboard.analysis.table import results_table
 from kvzip_press.leaderboard.progress import quiet_loading, row_bar
-from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets, read_heads
-from kvzip_press.leaderboard.rows.results import Row, RowWriter, read_rows
+from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.rows.line_file import read_lines
+from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.running.availability import available
 from kvzip_press.leaderboard.running.plan import Run, Work, count_rows, plan, shard
 from kvzip_press.leaderboard.running.ray_executor import Cluster, run_with_ray
-from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RUN, RunDirectory, RunRecord
+from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RUN, OfRun, RunDirectory, RunRecord, lines_of
 from kvzip_press.leaderboard.running.shards import run_shard
 from kvzip_press.model.devices import get_device, get_dtype
 from kvzip_press.terminal import plain
-
-if TYPE_CHECKING:
-    import os
 
 
 def launch(
@@ -132,35 +132,60 @@ def rows_of(path: str | os.PathLike[str]) -> list[Row]:
     """Reads the rows of a run directory.
 
     Raises:
-        RunDirectoryError: The directory has no rows.
+        RunDirectoryError: The directory has no rows, or rows of another run than its record says.
+        InvalidArgumentError: A row is damaged.
     """
-    file = Path(path) / ROWS
-    if not file.is_file():
+    if not (Path(path) / ROWS).is_file():
         raise RunDirectoryError(f"expected the directory of a run, with {ROWS} in it, got {path}")
-    return list(read_rows(file))
+    return _lines_of(Path(path), ROWS, Row)
 
 
 def heads_of(path: str | os.PathLike[str]) -> list[HeadBudgets]:
-    """Reads what the heads kept from a run directory; empty if it holds no such file."""
-    file = Path(path) / HEADS
-    return list(read_heads(file)) if file.is_file() else []
+    """Reads what the heads kept from a run directory; empty if it holds no such file. Raises as `rows_of` does."""
+    return _lines_of(Path(path), HEADS, HeadBudgets) if (Path(path) / HEADS).is_file() else []
+
+
+def _lines_of(path: Path, name: str, kind: type[OfRun]) -> list[OfRun]:
+    """Reads a file of lines; they must be of the run that the directory is of, if it says so."""
+    known = (path / RUN).is_file()
+    return list(lines_of(path / name, kind, RunRecord.read(path)) if known else read_lines(path / name, kind))
+
+
+def incomplete(path: str | os.PathLike[str], rows: Sequence[Row], heads: Sequence[HeadBudgets] = ()) -> str:
+    """Says what a run lacks that its record and its rows tell of, such as "3 of the run's 24 rows"; empty if nothing.
+
+    With ``heads``, caches of the rows whose heads are missing count too, in tasks of which there are any.
+    """
+    said = []
+    if (Path(path) / RUN).is_file() and len(rows) < (n_rows := RunRecord.read(path).n_rows):
+        said.append(f"{len(rows)} of the run's {n_rows} rows")
+    tasks, known = {line.task for line in heads}, {line.key for line in heads}
+    caches = {
+        (row.task, row.sample_id, row.question_id if row.query_aware else "", row.press, row.compression_ratio)
+        for row in rows
+        if row.task in tasks
+    }
+    if caches - known:
+        said.append(f"heads of {len(caches & known)} of {len(caches)} caches")
+    return "; ".join(said)
 
 
 def store(rows: Iterable[Row], output: str | os.PathLike[str]) -> int:
     """Writes rows from another program into a directory that has none, and returns how many there were.
 
+    The file is written whole or not at all.
+
     Raises:
         RunDirectoryError: The directory already holds rows.
+        CacheFileError: The file cannot be written.
     """
     file = Path(output) / ROWS
-    if file.exists():
+    if os.path.lexists(file):
         raise RunDirectoryError(f"expected a directory without {ROWS}, got {output}")
-    n_rows = 0
-    with RowWriter(file) as writer:
-        for row in rows:
-            writer.write(row)
-            n_rows += 1
-    return n_rows
+    lines = [row.to_line() + "\n" for row in rows]
+    with replacing(file, parents=True) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
+    return len(lines)
 
 
 def print_table(path: str | os.PathLike[str], *, console: Console | None = None) -> None:
@@ -180,8 +205,8 @@ def print_table(path: str | os.PathLike[str], *, console: Console | None = None)
         console.print(results_table(cells, title, marks))
         for ratio in saturated:
             console.print(f"at {ratio:g} removed nothing tells the presses apart beyond chance", style="yellow")
-    if (Path(path) / RUN).is_file() and len(rows) < (n_rows := RunRecord.read(path).n_rows):
-        console.print(f"{len(rows)} of the run's {n_rows} rows", style="yellow", markup=False)
+    if note := incomplete(path, rows):
+        console.print(plain(note), style="yellow")
     console.print(plain(f"rows: {Path(path) / ROWS}"))
 
 

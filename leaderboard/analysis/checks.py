@@ -37,22 +37,17 @@ def check_row(row: Row) -> None:
 
 
 def check_heads(heads: Iterable[HeadBudgets]) -> None:
-    """Refuses head budgets that no map can be made of, those of one run and press that differ in form among them.
+    """Refuses head budgets that no map can be made of.
 
     Raises:
-        InvalidArgumentError: A fraction is no number in [0, 1], or layers and heads are not as many as in the others of
-            the same press and ratio.
+        InvalidArgumentError: A fraction is no number in [0, 1], or there are more or fewer layers than named.
     """
-    forms: dict[object, list[int]] = {}
     for budgets in heads:
-        form = [len(layer) for layer in budgets.kept]
         if not all(_is_number(part, most=1) for layer in budgets.kept for part in layer):
             raise InvalidArgumentError(f"expected the heads of {budgets.key} to keep fractions in [0, 1], got others")
-        group = (budgets.run_id, budgets.press, budgets.compression_ratio, budgets.layer_idx)
-        if len(form) != len(budgets.layer_idx) or forms.setdefault(group, form) != form:
+        if len(budgets.kept) != len(budgets.layer_idx):
             raise InvalidArgumentError(
-                f"expected {budgets.key} to have {len(budgets.layer_idx)} layers, each with as many heads as in other "
-                f"contexts, got {form}"
+                f"expected {budgets.key} to have {len(budgets.layer_idx)} layers, got {len(budgets.kept)}"
             )
 
 

@@ -58,21 +58,26 @@ def head_maps(heads: Iterable[HeadBudgets]) -> list[HeadMap]:
     """Returns the map of each press and ratio, in the order of their first lines; all lines are from one run.
 
     Raises:
-        InvalidArgumentError: They have no fractions, or differ in form; see `check_heads`.
+        InvalidArgumentError: They have no fractions; see `check_heads`.
     """
     heads = list(heads)
     check_heads(heads)
-    groups = split(heads, lambda budgets: (budgets.press, budgets.compression_ratio, budgets.layer_idx))
+    groups = split(heads, lambda budgets: (budgets.press, budgets.compression_ratio, _shape_of(budgets)))
     return [
         HeadMap(
             press=group[0].press,
             compression_ratio=group[0].compression_ratio,
             n_contexts=len(group),
             layers=group[0].layer_idx,
-            kept=np.mean([budgets.kept for budgets in group], axis=0).tolist(),
+            kept=[np.mean(layer, axis=0).tolist() for layer in zip(*(budgets.kept for budgets in group), strict=True)],
         )
         for group in groups
     ]
+
+
+def _shape_of(budgets: HeadBudgets) -> tuple[tuple[int, int], ...]:
+    """Returns each layer with its number of heads, which layers need not have in common."""
+    return tuple((layer, len(heads)) for layer, heads in zip(budgets.layer_idx, budgets.kept, strict=True))
 
 
 def needle_maps(rows: Iterable[Row]) -> list[NeedleMap]:

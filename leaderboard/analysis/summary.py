@@ -74,8 +74,9 @@ def one_table(rows: Iterable[Row]) -> list[Row]:
     """Returns the rows as a list, once it is certain that they form one table.
 
     Raises:
-        InvalidArgumentError: They belong to several tables (see `split_tables`), or a press answered the same question
-            twice at the same ratio; or a row has a value that no table can be made of, see `check_row`.
+        InvalidArgumentError: They belong to several tables (see `split_tables`), a press answered the same question
+            twice at the same ratio, or a task asked in several versions; or a row has a value that no table can be made
+            of, see `check_row`.
     """
     rows = list(rows)
     for row in rows:
@@ -89,6 +90,13 @@ def one_table(rows: Iterable[Row]) -> list[Row]:
         if (key := (row.press, row.compression_ratio, *context_key(row), row.question_id)) in seen:
             raise InvalidArgumentError(f"expected one row a press, ratio and question, got two of {key}")
         seen.add(key)
+    for task in split(rows, lambda row: row.task):
+        if len(versions := {row.task_version for row in task}) > 1:
+            found = " and ".join(sorted(str(version or "unknown") for version in versions))
+            raise InvalidArgumentError(
+                f"expected rows of one version of the task {task[0].task!r:.80}, got {found}: their scores cannot be "
+                "compared. Show them apart, or run the older ones again"
+            )
     return rows
 
 

@@ -18,6 +18,7 @@ from kvzip_press import load_model
 from kvzip_press.leaderboard.analysis.summary import Cell, summarise
 from kvzip_press.leaderboard.demo import GRID
 from kvzip_press.leaderboard.progress import row_bar
+from kvzip_press.leaderboard.rows.line_file import keep_aside
 from kvzip_press.leaderboard.rows.results import Row, RowWriter
 from kvzip_press.leaderboard.running.grid import load_grid
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
@@ -40,7 +41,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the contexts.")] = 23,
     model: Annotated[str, typer.Option(help="Path or hub id of a model, or smollm2.")] = "smollm2",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default the GPU if any.")] = None,
-    rows: Annotated[Path, typer.Option(help="Where the rows go.")] = Path("outputs/gates/rows.jsonl"),
+    rows: Annotated[Path, typer.Option(help="Where the rows go; a file there is kept aside.")] = Path(
+        "outputs/gates/rows.jsonl"
+    ),
 ) -> None:
     """Runs the comparison and prints it, all tasks together and each by itself."""
     shown = load_grid(GRID).run.tasks
@@ -62,8 +65,7 @@ def _measure(run: Run, device: str | None, path: Path) -> list[Row]:
     loaded, tokenizer = load_model(run.model_name)
     loaded.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
     works, found = plan(run, tokenizer), []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
+    keep_aside([path])
     with RowWriter(path) as writer, row_bar(Console(), count_rows(run, works)) as on_row:
         for row in execute(run, works, loaded, tokenizer):
             writer.write(row)

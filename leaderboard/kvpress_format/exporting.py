@@ -1,6 +1,7 @@
 """Writes rows as folders of kvpress's leaderboard."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -8,9 +9,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import yaml
+
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.analysis.summary import find_full, split
-from kvzip_press.leaderboard.kvpress_format.files import load_yaml_package
+from kvzip_press.files import digest_of, to_json
+from kvzip_press.leaderboard.analysis.summary import find_full, one_table, split
 from kvzip_press.leaderboard.kvpress_format.layout import (
     COLUMNS,
     CONFIG,
@@ -22,7 +25,9 @@ from kvzip_press.leaderboard.kvpress_format.layout import (
     column_of,
     subset_of,
 )
+from kvzip_press.leaderboard.kvpress_format.staging import new_folders, write_folder
 from kvzip_press.leaderboard.rows.results import Row
+from kvzip_press.leaderboard.rows.sealed_line import sealed
 
 _METRIC_NAMES = {"ruler": "string_match"}  # the name that kvpress's scorer of the data set uses; "score" for all others
 
@@ -33,6 +38,8 @@ def export_rows(rows: Iterable[Row], folder: str | os.PathLike[str], *, data_dir
     The full cache is called ``no_press``, as in kvpress; other labels become names, such as ``kvzip_local_replay`` for
     "KVzip (local replay)". A row's tag "subset" becomes its line's task, as in RULER.
 
+    All folders are written or none.
+
     Args:
         rows: At least one.
         folder: Where the folders go; created if it does not exist.
@@ -42,8 +49,10 @@ def export_rows(rows: Iterable[Row], folder: str | os.PathLike[str], *, data_dir
         The folders.
 
     Raises:
-        InvalidArgumentError: There are no rows; a folder of that name exists; or two of the rows' cells would share one
-            (two runs of one model, or ratios that are equal to two decimals).
+        InvalidArgumentError: There are no rows; a folder of that name exists; two of the rows' cells would share one
+            (two runs of one model, or ratios that are equal to two decimals); a question was answered twice, a task
+            asked in several versions; or a text holds half of a surrogate pair, which UTF-8 cannot hold.
+        RunDirectoryError: A folder cannot be written.
     """
     found = list(rows)
     if not found:
@@ -52,37 +61,54 @@ def export_rows(rows: Iterable[Row], folder: str | os.PathLike[str], *, data_dir
     groups = split(
         found, lambda row: (row.task, row.run_id, row.model, row.query_aware, row.press, row.compression_ratio)
     )
-    named = [(_folder_of(group[0], data_dir, full), group) for group in groups]
+    named = [(_folder_of(group[0], data_dir, full), one_table(group)) for group in groups]
     _check_names([name.name for name, _ in named], Path(folder))
-    return [_write(Path(folder) / name.name, name, group) for name, group in named]
+    written = [(name.name, _files(name, group)) for name, group in named]
+    with new_folders(Path(folder)) as unfinished:
+        for name, files in written:
+            write_folder(unfinished / name, files)
+    return [Path(folder) / name for name, _ in written]
 
 
 def _folder_of(row: Row, data_dir: str | None, full: str | None) -> Folder:
-    name = NO_PRESS if row.press == full else re.sub(r"\W+", "_", row.press.lower()).strip("_")
+    name = NO_PRESS if row.press == full else re.sub(r"\W+", "_", row.press.lower()).strip("_") or "press"
     return Folder(row.task, data_dir, row.model, name, row.compression_ratio, row.query_aware)
 
 
 def _check_names(names: Sequence[str], folder: Path) -> None:
     if twice := {name for name in names if names.count(name) > 1}:
         raise InvalidArgumentError(f"expected one folder a press and ratio, got several with the name {min(twice)}")
-    if there := [name for name in names if (folder / name).exists()]:
+    if there := [name for name in names if os.path.lexists(folder / name)]:
         raise InvalidArgumentError(f"expected {folder} without the folder {there[0]}, which is there")
 
 
-def _write(path: Path, folder: Folder, rows: Sequence[Row]) -> Path:
-    path.mkdir(parents=True)
-    provenances = [provenance[0] for provenance in split((row.provenance for row in rows), json.dumps)]
-    with (path / PREDICTIONS).open("w", encoding="utf-8", newline="") as file:
-        names = ["task", "compression_ratio", *(column_of(name) for name in COLUMNS), "provenance"]
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(_line_of(row) | {"provenance": provenances.index(row.provenance)} for row in rows)
-    extra = {"run_id": rows[0].run_id, "press": rows[0].press, "provenances": provenances}
-    (path / METRICS).write_text(json.dumps(_metrics(rows), indent=4, ensure_ascii=False), encoding="utf-8")
-    (path / EXTRA).write_text(json.dumps(extra, indent=4, ensure_ascii=False), encoding="utf-8")
-    text = load_yaml_package().safe_dump(_config(folder, rows[0]), sort_keys=False, allow_unicode=True)
-    (path / CONFIG).write_text(text, encoding="utf-8")  # last: a folder without it does not count as a result
-    return path
+def _files(folder: Folder, rows: Sequence[Row]) -> dict[str, bytes]:
+    """Returns the contents of a folder's files."""
+    provenances = [provenance[0] for provenance in split((row.provenance for row in rows), to_json)]
+    table = io.StringIO(newline="")
+    names = ["task", "compression_ratio", *(column_of(name) for name in COLUMNS), "provenance"]
+    writer = csv.DictWriter(table, names)
+    writer.writeheader()
+    writer.writerows(_line_of(row) | {"provenance": provenances.index(row.provenance)} for row in rows)
+    texts = {
+        PREDICTIONS: table.getvalue(),
+        METRICS: json.dumps(_metrics(rows), indent=4, ensure_ascii=False),
+        CONFIG: yaml.safe_dump(_config(folder, rows[0]), sort_keys=False, allow_unicode=True),
+    }
+    try:
+        files = {name: text.encode() for name, text in texts.items()}
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(
+            f"expected texts that UTF-8 can hold in {folder.name}, got half of a surrogate pair ({error.reason})"
+        ) from error
+    extra = {
+        "run_id": rows[0].run_id,
+        "press": rows[0].press,
+        "task_version": rows[0].task_version,
+        "provenances": provenances,
+        "files": {name: digest_of(data) for name, data in files.items()},
+    }
+    return {**files, EXTRA: json.dumps(sealed(extra), indent=4).encode()}
 
 
 def _config(folder: Folder, row: Row) -> dict[str, object]:

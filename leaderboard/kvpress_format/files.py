@@ -1,14 +1,16 @@
 """Reads the files of a folder; every error names its file."""
 
 import csv
-import json
+import io
 import re
 from ast import literal_eval
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.yaml_files import read_yaml
+from kvzip_press.untrusted import parse_json, read_bytes
 
 _QUOTES = {"'": re.compile(r"'(?:[^'\\]|\\.)*+'", re.DOTALL), '"': re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)}
 
@@ -50,32 +52,36 @@ def _quoted(text: str) -> tuple[list[str], str]:
 
 def read_table(path: Path) -> Iterator[dict[str, str]]:
     """Reads the lines of a CSV table, by column."""
+    text = _decoded(path)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for line in csv.DictReader(file):
-                if None in line or None in line.values():
-                    raise InvalidArgumentError(f"{path}: expected as many cells as columns in every line, got {line}")
-                yield line
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"{path}: expected a table in CSV and UTF-8, got {error}") from error
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        names = list(reader.fieldnames or [])
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise InvalidArgumentError(f"{path}: expected columns of different names, got {min(twice)!r:.80} twice")
+        for line in reader:
+            if None in line or None in line.values():
+                raise InvalidArgumentError(
+                    f"{path}: expected as many cells as columns in every line, got {line!r:.200}"
+                )
+            yield line
+    except csv.Error as error:
+        raise InvalidArgumentError(f"{path}: expected a table in CSV, got {error}") from error
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
     """Reads the settings of an evaluation."""
-    load_yaml_package()
-    from kvzip_press.leaderboard.yaml_files import read_yaml
-
     config = read_yaml(path)
     needed = {"dataset": str, "model": str, "press_name": str, "compression_ratio": int | float}
-    if not isinstance(config, dict) or not all(isinstance(config.get(name), kind) for name, kind in needed.items()):
-        raise InvalidArgumentError(f"{path}: expected the settings {', '.join(needed)}, got {config!r}")
+    found = {name: config.get(name) for name in needed} if isinstance(config, dict) else dict.fromkeys(needed)
+    if any(isinstance(value, bool) or not isinstance(value, needed[name]) for name, value in found.items()):
+        raise InvalidArgumentError(f"{path}: expected the settings {', '.join(needed)}, got {config!r:.200}")
     return {**config, "compression_ratio": float(config["compression_ratio"])}
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(_decoded(path))
     except ValueError as error:
         raise InvalidArgumentError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(value, dict):
@@ -83,12 +89,17 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_yaml_package() -> Any:
-    """Imports the package yaml, which only this format and grids need."""
+def read_file(path: Path) -> bytes:
+    """Reads the bytes of a file."""
     try:
-        import yaml
-    except ImportError as error:
-        raise MissingDependencyError(
-            "folders of kvpress need pyyaml: pip install 'kvzip-press[leaderboard]'"
-        ) from error
-    return yaml
+        return read_bytes(path)
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"{path}: expected a file that can be read, got {error}") from error
+
+
+def _decoded(path: Path) -> str:
+    """Reads a text as it is: newlines in cells are not changed."""
+    try:
+        return read_file(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(f"{path}: expected text in UTF-8, got {error}") from error

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, fields
 
+from kvzip_press.leaderboard.file_names import file_name
 from kvzip_press.leaderboard.rows.results import Row
 
 PREDICTIONS, METRICS, CONFIG, EXTRA = "predictions.csv", "metrics.json", "config.yaml", "kvzip_press.json"
 NO_PRESS = "no_press"  # kvpress's name of the full cache
 THEIR_NAMES = {"prediction": "predicted_answer", "references": "answer"}  # columns that kvpress calls by another name
-_IN_FILES = {"run_id", "model", "press", "compression_ratio", "query_aware", "provenance", "task"}
+_IN_FILES = {"run_id", "model", "press", "compression_ratio", "query_aware", "provenance", "task", "task_version"}
 COLUMNS = tuple(field.name for field in fields(Row) if field.name not in _IN_FILES)
 """The fields of a row that each line of the table holds; the others apply to the whole folder, or to many lines."""
 
@@ -34,10 +35,10 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
+        """The folder's name, whatever its parts are called: one folder, and never a path."""
         parts = [self.dataset, self.data_dir, self.model.replace("/", "--"), self.press_name]
         ends = [f"{self.compression_ratio:.2f}", "query_aware" if self.query_aware else None]
-        return "__".join(part for part in [*parts, *ends] if part)
+        return "__".join(file_name(part) for part in [*parts, *ends] if part)
 
 
 def subset_of(row: Row) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvzip_press.errors import MissingDependencyError
+from kvzip_press.files import replacing
 from kvzip_press.terminal import printable
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def shown(text: str) -> str:
 def canvas(path: str | os.PathLike[str], title: str, size: tuple[float, float]) -> Iterator["Axes"]:
     """Gives axes to draw on, and saves them when the with statement ends, in the format of the path's suffix.
 
+    The file is written whole or not at all.
+
     Args:
         path: The file; its directory is created if it does not exist.
         title: Shown above the axes.
@@ -60,6 +63,7 @@ def canvas(path: str | os.PathLike[str], title: str, size: tuple[float, float]) 
 
     Raises:
         MissingDependencyError: Matplotlib is not installed.
+        CacheFileError: The file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -72,5 +76,6 @@ def canvas(path: str | os.PathLike[str], title: str, size: tuple[float, float]) 
     axes.set_title(shown(title), parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     yield axes
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    path = Path(path)
+    with replacing(path, parents=True) as unfinished:
+        figure.savefig(unfinished, dpi=160, format=path.suffix.removeprefix(".") or None)

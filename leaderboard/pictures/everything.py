@@ -1,14 +1,15 @@
 """All pictures of a run in one folder."""
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from kvzip_press.files import sweep_temporaries
 from kvzip_press.leaderboard.analysis.maps import HeadMap, NeedleMap, head_maps, needle_maps
 from kvzip_press.leaderboard.analysis.references import find_kvzip
 from kvzip_press.leaderboard.analysis.summary import split_tables, summarise, summarise_tasks
+from kvzip_press.leaderboard.file_names import file_name
 from kvzip_press.leaderboard.pictures.heat import save_head_map, save_needle_map, save_task_map
 from kvzip_press.leaderboard.pictures.pareto import TIME, save_pareto
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
@@ -28,7 +29,7 @@ def save_all(rows: Iterable[Row], heads: Iterable[HeadBudgets], folder: str | os
     Args:
         rows: May be empty: the axes are then empty too.
         heads: What the heads kept in the same runs; without it there is no ``heads.png``.
-        folder: Created if it does not exist.
+        folder: Created if it does not exist; what killed processes left half-written there is removed.
 
     Returns:
         The files.
@@ -36,7 +37,9 @@ def save_all(rows: Iterable[Row], heads: Iterable[HeadBudgets], folder: str | os
     Raises:
         InvalidArgumentError: A press answered a question of a run twice at the same ratio.
         MissingDependencyError: Matplotlib is not installed.
+        CacheFileError: A picture cannot be written; those before it are new and whole, the others as they were.
     """
+    sweep_temporaries(Path(folder))
     heads, tables = list(heads), split_tables(rows) or [[]]
     return [
         path
@@ -52,11 +55,7 @@ def save_all(rows: Iterable[Row], heads: Iterable[HeadBudgets], folder: str | os
 def _folder_of(table: Sequence[Row]) -> str:
     first = table[0]
     name = f"{first.model}-{first.run_id}" + ("-query-aware" if first.query_aware else "")
-    return _file_name(name)
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name)
+    return file_name(name)
 
 
 def _save_table(rows: Sequence[Row], heads: Sequence[HeadBudgets], folder: Path) -> list[Path]:
@@ -77,7 +76,7 @@ def _save_table(rows: Sequence[Row], heads: Sequence[HeadBudgets], folder: Path)
     needles = needle_maps(rows)
     for task in dict.fromkeys(needle_map.task for needle_map in needles):
         (needle_map,) = _telling([one for one in needles if one.task == task], find_kvzip(rows), ratio)[:1]
-        paths.append(folder / f"needles-{_file_name(task)}.png")
+        paths.append(folder / f"needles-{file_name(task)}.png")
         save_needle_map(
             needle_map, paths[-1], f"{task}: {needle_map.press}, {needle_map.compression_ratio:.4g} removed"
         )

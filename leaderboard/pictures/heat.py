@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,7 +46,7 @@ def save_task_map(
 def save_head_map(head_map: HeadMap, path: str | os.PathLike[str], title: str = "") -> None:
     """Draws what each head keeps, KV heads by layers. Arguments and errors as for `save_task_map`."""
     layers = head_map.layers
-    values = np.array(head_map.kept).T.tolist()
+    values = list(zip_longest(*head_map.kept))  # layers may have fewer heads than others
     with canvas(path, title, (max(5.0, 1.6 + 0.24 * len(layers)), 1.7 + 0.27 * len(values))) as axes:
         _heat(axes, values, [str(head) for head in range(len(values))], [str(layer) for layer in layers], numbers=False)
         axes.set(xlabel="layer", ylabel="KV head")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, ClassVar
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.rows.sealed_line import SealedLine, check_fractions
 from kvzip_press.leaderboard.running import provenance as leaderboard
 
 OURS, KVPRESS, DENSE = "ragged", "kvpress", "dense"
@@ -15,7 +15,7 @@ BASELINE = "none"  # the press that everything is compared with
 
 
 @dataclass(frozen=True)
-class ProfileRow:
+class ProfileRow(SealedLine):
     """The measurements of one cache. Times are wall seconds or milliseconds, sizes bytes; None if not measured.
 
     Attributes:
@@ -38,7 +38,12 @@ class ProfileRow:
         notes: Figure -> why it is missing.
         error: Why the whole row has no figures.
         provenance: Versions, device, dtype, commit, date.
+
+    Raises:
+        InvalidArgumentError: A field is of another type, or not finite.
     """
+
+    kind: ClassVar[str] = "a row of a profile"
 
     model: str
     press: str
@@ -70,22 +75,13 @@ class ProfileRow:
         """Whether it is the ragged cache with everything kept."""
         return self.engine == OURS and self.press == BASELINE
 
-    def to_json(self) -> str:
-        """Returns the row as one line of JSON, without the newline."""
-        return json.dumps(asdict(self), ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, line: str) -> Self:
-        """Reads the row from a line; fields that a newer version may have added are ignored.
-
-        Raises:
-            InvalidArgumentError: Not a JSON object, or fields are missing.
-        """
-        try:
-            values: dict[str, Any] = json.loads(line)
-            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-        except (ValueError, TypeError) as error:
-            raise InvalidArgumentError(f"expected a row of a profile in JSON, got {line[:80]!r} ({error})") from error
+    def check(self) -> None:
+        """Raises InvalidArgumentError for an engine that is not known or a ratio out of range."""
+        if self.engine not in (OURS, KVPRESS, DENSE):
+            raise InvalidArgumentError(
+                f"expected {self.kind} with an engine out of {OURS}, {KVPRESS} and {DENSE}, got {self.engine!r:.80}"
+            )
+        check_fractions(self.kind, compression_ratio=self.compression_ratio)
 
 
 def provenance(model: Any) -> dict[str, str]:

@@ -20,7 +20,7 @@ from kvzip_press.leaderboard.profile.measure import Case, Subject, measure
 from kvzip_press.leaderboard.profile.report import profile_table
 from kvzip_press.leaderboard.profile.rows import ProfileRow, provenance
 from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
-from kvzip_press.leaderboard.rows.results import Row, RowWriter
+from kvzip_press.leaderboard.rows.line_file import LineWriter
 from kvzip_press.loading.by_name import load_model
 from kvzip_press.model.devices import get_device, get_dtype
 from kvzip_press.terminal import plain
@@ -90,12 +90,12 @@ def _measured(subject: Subject, grid: Grid, path: Path, console: Console) -> Ite
         for case in grid.warmups():
             status.update(plain(f"warming up: {case.press} ({case.engine})"))
             _figures(subject, case)
-        with RowWriter(path) as writer:
+        with LineWriter(path, ProfileRow) as writer:
             for number, case in enumerate(cases, start=1):
                 what = f"{case.press} ({case.engine}) {case.compression_ratio}"
                 status.update(plain(f"{number} of {len(cases)}: {case.context_length} tokens, {what}"))
                 row = _row(subject, case, about)
-                writer.write(cast("Row", row))  # it asks a row for its JSON and nothing else
+                writer.write(row)
                 yield row
 
 

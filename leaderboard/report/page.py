@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from kvzip_press.files import replacing
+from kvzip_press.files import replacing, sweep_temporaries
 from kvzip_press.leaderboard.analysis.references import MARKS_CAPTION
 from kvzip_press.leaderboard.report.data import page_data
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
@@ -49,8 +49,8 @@ def write_report(
     """
     page = render(page_data(rows, heads), title=title or _TITLE, command=command)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
+    sweep_temporaries(path.parent)
+    with replacing(path, parents=True) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from kvzip_press.budget.amount import check_compression_ratio
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.rows.results import run_id
-from kvzip_press.leaderboard.samples.task import Sample, Task
+from kvzip_press.leaderboard.samples.task import Sample, Task, version_of
 from kvzip_press.version import __version__
 
 T = TypeVar("T")
@@ -84,7 +84,12 @@ class Run:
     def config(self) -> dict[str, Any]:
         """Returns all attributes and this package's version, as plain JSON values."""
         tasks = [
-            {**asdict(spec), "kind": type(spec.task).__name__, "data_revision": spec.task.data_revision}
+            {
+                **asdict(spec),
+                "kind": type(spec.task).__name__,
+                "data_revision": spec.task.data_revision,
+                **({"version": version} if (version := version_of(spec.task)) != 1 else {}),  # runs of before had none
+            }
             for spec in self.tasks
         ]
         values = {**asdict(self), "tasks": tasks, "kvzip_press": __version__}

@@ -1,26 +1,26 @@
 """The directory of a run: its configuration, its rows, what heads kept, and a lock."""
 
-import itertools
-import json
-import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from filelock import FileLock, Timeout
 
-from kvzip_press.errors import KVzipPressError, RunDirectoryError
-from kvzip_press.files import replacing
-from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets, read_heads
-from kvzip_press.leaderboard.rows.results import Row, RowKey, RowWriter, read_rows
+from kvzip_press.errors import InvalidArgumentError, KVzipPressError, RunDirectoryError
+from kvzip_press.files import replacing, sweep_temporaries
+from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.rows.line_file import LineWriter, check_not_written, keep_aside, read_lines
+from kvzip_press.leaderboard.rows.results import Row, RowKey, run_id
+from kvzip_press.leaderboard.rows.sealed_line import SealedLine
 from kvzip_press.leaderboard.running.plan import Run
 from kvzip_press.leaderboard.running.provenance import provenance
+from kvzip_press.untrusted import JSON_BYTES, read_bytes
 
-logger = logging.getLogger(__name__)
+OfRun = TypeVar("OfRun", Row, HeadBudgets)
 
 RUN, ROWS, HEADS, LOCK = "run.json", "rows.jsonl", "heads.jsonl", "lock"
 
@@ -29,7 +29,7 @@ _SHOWN = 6  # how many differing keys an error names
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunRecord(SealedLine):
     """The contents of ``run.json``.
 
     Attributes:
@@ -37,12 +37,24 @@ class RunRecord:
         config: The whole configuration.
         provenance: What the run depends on besides its configuration, recorded where it was begun.
         n_rows: How many rows the whole run has, all shards together.
+
+    Raises:
+        InvalidArgumentError: A field is of another type.
     """
+
+    kind: ClassVar[str] = "the record of a run"
 
     run_id: str
     config: Mapping[str, Any]
     provenance: Mapping[str, str]
     n_rows: int
+
+    def check(self) -> None:
+        """Raises InvalidArgumentError for a configuration of another hash, or a negative number of rows."""
+        if (found := run_id(self.config)) != self.run_id:
+            raise InvalidArgumentError(f"expected {self.kind} with the configuration {self.run_id!r:.40}, got {found}")
+        if self.n_rows < 0:
+            raise InvalidArgumentError(f"expected {self.kind} with n_rows of at least 0, got {self.n_rows}")
 
     @classmethod
     def of(cls, run: Run, model: Any, n_rows: int) -> Self:
@@ -54,12 +66,12 @@ class RunRecord:
         """Reads the record of a run directory.
 
         Raises:
-            RunDirectoryError: There is no record, or it cannot be read.
+            RunDirectoryError: There is no record, or it cannot be read, or was changed.
         """
         file = Path(path) / RUN
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            return cls.from_line(read_bytes(file, max_bytes=JSON_BYTES))[0]
+        except (OSError, ValueError) as error:
             raise RunDirectoryError(
                 f"expected the directory of a run, with {RUN} in it, got {path}: {error}"
             ) from error
@@ -74,10 +86,36 @@ class RunRecord:
         return [f"{key}: {my}, {their}" for key, my, their in said if my != their]
 
 
+def lines_of(path: Path, kind: type[OfRun], record: RunRecord) -> Iterator[OfRun]:
+    """Yields the rows or head budgets of a run from a file.
+
+    Raises:
+        RunDirectoryError: A line is of another run, or there twice; or as `read_lines` raises.
+        InvalidArgumentError: As `read_lines` raises, for a damaged line.
+    """
+    seen: set[Hashable] = set()
+    for line in read_lines(path, kind):
+        about = f"task {line.task!r:.80}, sample {line.sample_id!r:.80}, press {line.press!r:.80}"
+        if line.run_id != record.run_id:
+            raise RunDirectoryError(
+                f"expected {path} to hold lines of the run {record.run_id} only, as {RUN} beside it says, got one of "
+                f"{line.run_id!r:.40} ({about}). Remove such lines, take another directory, or --force to begin again"
+            )
+        if line.key in seen:
+            raise RunDirectoryError(
+                f"expected {path} to hold each line once, got two of {about} at the compression ratio "
+                f"{line.compression_ratio}. Remove one of them"
+            )
+        seen.add(line.key)
+        yield line
+
+
 class RunDirectory:
     """Appends to the directory of a run, continuing where it stopped. A context manager, which holds the lock.
 
-    A second process is refused. The lock is the operating system's, so a killed process leaves none behind.
+    A second process is refused. Locks are the operating system's, so a killed process leaves none behind; beside the
+    lock file the files of lines are locked themselves, so that removing the lock file lets nobody in. What killed
+    processes left half-written is removed.
 
     Args:
         path: The directory; created if it does not exist.
@@ -88,8 +126,9 @@ class RunDirectory:
         done: Keys of the rows that are already there.
 
     Raises:
-        RunDirectoryError: On entering: the directory is in use, of another configuration or model, damaged, or not
-            writable.
+        RunDirectoryError: On entering: the directory is in use, of another configuration or model, holds rows of
+            another run, is damaged, or not writable.
+        InvalidArgumentError: On entering: a line of its files was damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str], record: RunRecord, *, force: bool = False) -> None:
@@ -103,15 +142,16 @@ class RunDirectory:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._take_lock(stack)
+                sweep_temporaries(self.path)
                 self._begin()
-                self._rows = stack.enter_context(RowWriter(self.path / ROWS))
-                self._heads = stack.enter_context(RowWriter(self.path / HEADS))
+                self.done = {row.key for row in self._there(ROWS, Row)}  # before anything is cut off
+                self._heads_done = {heads.key for heads in self._there(HEADS, HeadBudgets)}
+                self._rows = stack.enter_context(LineWriter(self.path / ROWS, Row))
+                self._heads = stack.enter_context(LineWriter(self.path / HEADS, HeadBudgets))
             except KVzipPressError:
                 raise
             except OSError as error:
                 raise RunDirectoryError(f"expected to write to {self.path}, got {error}") from error
-            self.done = {row.key for row in read_rows(self.path / ROWS)}
-            self._heads_done = {heads.key for heads in read_heads(self.path / HEADS)}
             self._open = stack.pop_all()
         return self
 
@@ -141,12 +181,14 @@ class RunDirectory:
             stack.enter_context(FileLock(self.path / LOCK, blocking=False))
         except Timeout as error:
             raise RunDirectoryError(f"expected to be alone in {self.path}, but another process writes to it") from error
+        for name in (ROWS, HEADS):  # someone may have removed the lock of a run that goes on
+            check_not_written(self.path / name)
 
     def _begin(self) -> None:
         """Checks that an existing run is this one, or begins a new one."""
         file = self.path / RUN
         if self.force:
-            _keep_aside(self.path)
+            keep_aside([self.path / name for name in (RUN, ROWS, HEADS)])
         if file.exists():
             there = RunRecord.read(self.path)
             if differences := there.differences(self.record):
@@ -158,7 +200,11 @@ class RunDirectory:
         if (self.path / ROWS).exists():
             raise RunDirectoryError(f"{self.path} holds {ROWS} without {RUN}: of which run? --force keeps it aside")
         with replacing(file) as temporary:
-            temporary.write_text(json.dumps(asdict(self.record), indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(self.record.to_line(indent=1) + "\n", encoding="utf-8")
+
+    def _there(self, name: str, kind: type[OfRun]) -> Iterator[OfRun]:
+        file = self.path / name
+        return lines_of(file, kind, self.record) if file.exists() else iter(())
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -176,13 +222,3 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def _listed(differences: list[str]) -> str:
     more = len(differences) - _SHOWN
     return "; ".join(differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-
-
-def _keep_aside(path: Path) -> None:
-    """Renames the existing files, adding the first number that is free for all of them."""
-    there = [path / name for name in (RUN, ROWS, HEADS) if (path / name).exists()]
-    named = ([file.with_name(f"{file.stem}.{n}{file.suffix}") for file in there] for n in itertools.count(1))
-    aside = next(files for files in named if not any(file.exists() for file in files))
-    for file, name in zip(there, aside, strict=True):
-        file.rename(name)
-        logger.warning("%s is kept aside as %s", file, name.name)

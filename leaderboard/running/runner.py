@@ -20,6 +20,7 @@ from kvzip_press.leaderboard.running.decode_phase import check_decodes, generate
 from kvzip_press.leaderboard.running.measured import Measured, check_kept, measure
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, Work
 from kvzip_press.leaderboard.running.provenance import provenance
+from kvzip_press.leaderboard.samples.task import version_of
 from kvzip_press.model.devices import input_device, synchronize
 from kvzip_press.model.structure import max_positions
 from kvzip_press.prefilling.whole import Prefill
@@ -277,6 +278,7 @@ class _Loop:
             answer_seconds=seconds,
             tags={**question.tags, **context.tags},
             provenance={**self.provenance, "data_revision": work.task.data_revision},
+            task_version=version_of(work.task),
         )
 
     def _timed(self, function: Callable[..., T], *arguments: Any) -> tuple[T, float]:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
-from kvzip_press.leaderboard.rows.head_budgets import read_heads
-from kvzip_press.leaderboard.rows.results import Row, read_rows
+from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
+from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.running.contexts import contexts_of
 from kvzip_press.leaderboard.running.plan import Run, Work
-from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RunDirectory, RunRecord
+from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RunDirectory, RunRecord, lines_of
 from kvzip_press.leaderboard.running.runner import execute
 from kvzip_press.model.structure import max_positions
 
@@ -60,7 +60,8 @@ def merge(shards: Sequence[str | os.PathLike[str]], output: str | os.PathLike[st
 
     Raises:
         InvalidArgumentError: No directories were given.
-        RunDirectoryError: They are of different runs (the message names the first differing keys), or cannot be read.
+        RunDirectoryError: They are of different runs (the message names the first differing keys), hold rows of
+            another run, or cannot be read.
     """
     if not shards:
         raise InvalidArgumentError("expected directories to merge, got none")
@@ -72,9 +73,9 @@ def merge(shards: Sequence[str | os.PathLike[str]], output: str | os.PathLike[st
             )
     with RunDirectory(output, records[0]) as directory:
         for path in shards:
-            for row in read_rows(Path(path) / ROWS):
+            for row in lines_of(Path(path) / ROWS, Row, records[0]):
                 directory.write(row)
-            for heads in read_heads(Path(path) / HEADS):
+            for heads in lines_of(Path(path) / HEADS, HeadBudgets, records[0]):
                 directory.write_heads(heads)
         if len(directory.done) < records[0].n_rows:
             logger.warning("%s: %d of the run's %d rows", output, len(directory.done), records[0].n_rows)

@@ -72,7 +72,11 @@ def approximate_tokens(text: str) -> int:
 
 @runtime_checkable
 class Task(Protocol):
-    """A family of samples and their metric. Tasks are frozen dataclasses whose fields are the difficulty."""
+    """A family of samples and their metric. Tasks are frozen dataclasses whose fields are the difficulty.
+
+    A task whose samples or metric change, so that scores from before and after cannot be compared, says so by an
+    attribute ``version``, an integer; see `version_of`.
+    """
 
     @property
     def name(self) -> str:
@@ -103,11 +107,18 @@ class Task(Protocol):
         ...
 
 
+def version_of(task: Task) -> int:
+    """Returns the version of a task, which stands in each of its rows; that of a task which says none is 1."""
+    version: int = getattr(task, "version", 1)
+    return version
+
+
 class GeneratedTask(ABC):
     """A task whose samples are made one by one from a seed, and ask for a value that is in the context."""
 
     name: str
     data_revision = "generated"
+    version = 1
     presets: ClassVar[Presets] = {"default": {}, "smollm2": {}}
 
     def samples(

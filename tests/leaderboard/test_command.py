@@ -202,3 +202,13 @@ def test_a_run_becomes_a_page_and_folders_and_rows_again(grid: str, tmp_path: Pa
         command("import", tmp_path / "folders", "--output", tmp_path / "back")
     with pytest.raises(KVzipPressError, match="expected --format kvpress, got 'csv'"):
         command("export", tmp_path / "run", "--output", tmp_path / "folders", "--format", "csv")
+
+
+def test_what_a_report_and_an_export_lack_is_said(grid: str, tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    command("run", "--grid", grid, "--output", tmp_path / "run", "--device", "cpu", "--shard", "0/2")
+    heads = (tmp_path / "run" / "heads.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "run" / "heads.jsonl").write_text("".join(heads[1:]), encoding="utf-8")
+    printed = command("report", tmp_path / "run", "--output", tmp_path / "new" / "page.html")
+    assert "12 of the run's 24 rows; heads of 5 of 6 caches" in printed
+    assert "12 of the run's 24 rows" in command("export", tmp_path / "run", "--output", tmp_path / "folders")

@@ -75,6 +75,16 @@ def test_rows_of_an_earlier_demo_are_kept_aside(tmp_path: Path) -> None:
     assert {row.seed for row in read_rows(tmp_path / "rows.previous.jsonl")} == {1}
 
 
+def test_no_earlier_rows_are_lost_however_many_demos_there_were(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    (tmp_path / "rows.previous.jsonl").write_text("mine", encoding="utf-8")
+    for number in range(2):
+        path.write_text(str(number), encoding="utf-8")
+        assert demo._fresh(path) == path and not path.exists()
+    names = ("rows.previous.jsonl", "rows.previous.1.jsonl", "rows.previous.2.jsonl")
+    assert [(tmp_path / name).read_text(encoding="utf-8") for name in names] == ["1", "mine", "0"]
+
+
 def test_without_matplotlib_there_is_no_picture_and_a_line_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from kvzip_press.leaderboard.profile import grid, measure, run, shapes
 from kvzip_press.leaderboard.profile.gains import sentences
 from kvzip_press.leaderboard.profile.report import profile_table
 from kvzip_press.leaderboard.profile.rows import ProfileRow
-from kvzip_press.leaderboard.rows.results import read_lines
+from kvzip_press.leaderboard.rows.line_file import read_lines
 
 TINY = shapes.Shape(
     "llama",
@@ -75,7 +75,7 @@ def test_every_case_is_a_row_on_disk_and_in_the_table(tmp_path: Path) -> None:
         for length in (40, 72)
         for case in [("DynamicCache", 0), ("none", 0), *((n, r) for n in ("kvzip", "random") for r in (0.5, 0.7))]
     ]
-    assert list(read_lines(tmp_path / "profile.jsonl", ProfileRow.from_json)) == rows
+    assert list(read_lines(tmp_path / "profile.jsonl", ProfileRow)) == rows
     for text in ("tiny, float32, CPU", "DynamicCache", "kvzip", "0.70", "72", "compress/", "profile.jsonl"):
         assert text in printed
 
@@ -105,7 +105,7 @@ def test_rows_carry_what_they_depend_on(tmp_path: Path) -> None:
 def test_a_second_profile_appends(tmp_path: Path) -> None:
     for _ in range(2):
         rows, _ = profile(tmp_path, context_lengths=(40,), presses=("random",))
-    assert len(list(read_lines(tmp_path / "profile.jsonl", ProfileRow.from_json))) == 2 * len(rows)
+    assert len(list(read_lines(tmp_path / "profile.jsonl", ProfileRow))) == 2 * len(rows)
 
 
 def test_a_press_that_fails_is_a_row_with_its_error_and_the_run_goes_on(
@@ -214,7 +214,7 @@ def test_the_command_profiles(tmp_path: Path) -> None:
     small = ["--context-length", "40", "--press", "random", "--decode-tokens", "1", "--no-kvpress", "--device", "cpu"]
     result = CliRunner().invoke(app, ["profile", "--shape", "tiny", *small, "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert len(list(read_lines(tmp_path / "profile.jsonl", ProfileRow.from_json))) == 3
+    assert len(list(read_lines(tmp_path / "profile.jsonl", ProfileRow))) == 3
 
 
 def test_without_kvpress_its_presses_are_left_out_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,4 +336,4 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
     path = tmp_path / "profile.jsonl"
     path.write_text(row().to_json() + "\n" + "[]\n")
     with pytest.raises(InvalidArgumentError, match=r"profile\.jsonl:2"):
-        list(read_lines(path, ProfileRow.from_json))
+        list(read_lines(path, ProfileRow))

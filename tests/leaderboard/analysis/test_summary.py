@@ -157,3 +157,11 @@ def test_marks_stand_behind_the_figures_and_are_explained(make_row: MakeRow) -> 
     assert len([line for line in text.splitlines() if "0.50" in line and "†‡" in line]) == 1
     assert "† less accurate than the full cache" in text
     assert "†" not in text_of(cells)
+
+
+def test_rows_of_two_versions_of_a_task_make_no_table(make_row: Callable[..., Row]) -> None:
+    rows = [make_row(), make_row(question_id="other", task="niah", task_version=2)]
+    assert len(summarise(rows)) == 1
+    for version, said in ((2, "1 and 2"), (None, "1 and unknown")):
+        with pytest.raises(InvalidArgumentError, match=rf"one version of the task 'hidden_facts', got {said}"):
+            summarise([*rows, make_row(question_id="third", task_version=version)])

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import FORBIDDEN, FULL, TORN, every_fault
 
-from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
+from kvzip_press.errors import InvalidArgumentError, KVzipPressError, RunDirectoryError
+from kvzip_press.leaderboard.launch import rows_of
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets, read_heads
-from kvzip_press.leaderboard.rows.results import Row, RowWriter, read_rows
+from kvzip_press.leaderboard.rows.results import Row, RowWriter, read_rows, run_id
 from kvzip_press.leaderboard.running import runner
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan, shard
 from kvzip_press.leaderboard.running.run_directory import RunDirectory, RunRecord
@@ -335,3 +337,136 @@ def test_a_line_a_compressed_context_says_what_its_heads_kept(tmp_path: Path, ru
 def test_a_broken_line_of_heads_is_refused(line: str) -> None:
     with pytest.raises(InvalidArgumentError, match="expected head budgets"):
         HeadBudgets.from_json(line)
+
+
+# What someone else does to the directory -----------------------------------------------------------------------------
+
+
+def test_a_run_whose_lock_was_removed_lets_nobody_in(tmp_path: Path, run: Run, model: Any) -> None:
+    pytest.importorskip("fcntl")
+    told: list[Row] = []
+
+    def another(row: Row) -> None:
+        (tmp_path / "lock").unlink(missing_ok=True)
+        for force in (False, True) if not told else ():
+            with pytest.raises(RunDirectoryError, match=r"another process writes to rows\.jsonl"):
+                run_in(tmp_path, run, model, force=force)
+        told.append(row)
+
+    run_in(tmp_path, run, model, shard_of=(0, 8), on_row=another)
+    assert [row.key for row in read_rows(tmp_path / "rows.jsonl")] == [row.key for row in told]
+    assert len({row.key for row in told}) == len(told) == 6
+
+
+def test_rows_of_another_run_do_not_count_and_are_refused(tmp_path: Path, run: Run, model: Any) -> None:
+    run_in(tmp_path, run, model, shard_of=(0, 8))
+    rows = (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    foreign = replace(next(read_rows(tmp_path / "rows.jsonl")), run_id="0123456789ab", sample_id="0001")
+    (tmp_path / "rows.jsonl").write_text(f"{rows}{foreign.to_line()}\n", encoding="utf-8")
+    said = r"lines of the run .* only.* got one of '0123456789ab'"
+    with pytest.raises(RunDirectoryError, match=said):
+        run_in(tmp_path, run, model)
+    with pytest.raises(RunDirectoryError, match=said):
+        merge([tmp_path], tmp_path / "all")
+    with pytest.raises(RunDirectoryError, match=said):
+        rows_of(tmp_path)
+    assert not (tmp_path / "all" / "rows.jsonl").read_text(encoding="utf-8").count("0123456789ab")
+
+
+def test_a_directory_whose_rows_are_a_link_is_refused_and_the_file_left_alone(
+    tmp_path: Path, run: Run, model: Any
+) -> None:
+    (tmp_path / "thesis.txt").write_text("my thesis, in one line", encoding="utf-8")
+    run_in(tmp_path / "run", run, model, shard_of=(0, 8))
+    for name in ("rows.jsonl", "heads.jsonl"):
+        (tmp_path / "run" / name).rename(tmp_path / name)
+        (tmp_path / "run" / name).symlink_to(tmp_path / "thesis.txt")
+        with pytest.raises(KVzipPressError):
+            run_in(tmp_path / "run", run, model)
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / name).rename(tmp_path / "run" / name)
+    (tmp_path / "run" / "rows.jsonl").write_text("no rows of ours\nmy thesis", encoding="utf-8")
+    with pytest.raises(InvalidArgumentError, match=r"rows\.jsonl:1"):
+        run_in(tmp_path / "run", run, model)
+    assert (tmp_path / "run" / "rows.jsonl").read_text(encoding="utf-8") == "no rows of ours\nmy thesis"
+    assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "my thesis, in one line"
+
+
+def test_what_killed_runs_left_half_written_is_removed_and_nothing_else(tmp_path: Path, run: Run, model: Any) -> None:
+    pytest.importorskip("fcntl")
+    (tmp_path / ".kvzip-press-1-0123456789abcdef.tmp").write_bytes(b"half")
+    (tmp_path / ".mine.tmp").write_bytes(b"mine")
+    run_in(tmp_path, run, model, shard_of=(0, 8))
+    hidden = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert hidden == {".mine.tmp"}
+
+
+def test_a_record_that_was_changed_is_refused(tmp_path: Path, run: Run, model: Any) -> None:
+    run_in(tmp_path, run, model, shard_of=(0, 8))
+    text = (tmp_path / "run.json").read_text(encoding="utf-8")
+    older = {name: value for name, value in json.loads(text).items() if name != "seal"}
+    for changed in (
+        text.replace('"n_rows": 48', '"n_rows": 6'),
+        json.dumps({**older, "config": {**older["config"], "seed": 4}}),
+        json.dumps({**older, "n_rows": -1}),
+        json.dumps({**older, "n_rows": "48"}),
+    ):
+        (tmp_path / "run.json").write_text(changed, encoding="utf-8")
+        with pytest.raises(RunDirectoryError, match="expected the directory of a run"):
+            run_in(tmp_path, run, model)
+    (tmp_path / "run.json").write_text(json.dumps(older), encoding="utf-8")
+    run_in(tmp_path, run, model)
+    assert len(rows_in(tmp_path)) == 48
+
+
+def test_a_shard_without_rows_is_an_error_of_ours(tmp_path: Path, run: Run, model: Any) -> None:
+    run_in(tmp_path / "a", run, model, shard_of=(0, 8))
+    (tmp_path / "a" / "rows.jsonl").unlink()
+    with pytest.raises(RunDirectoryError, match=r"rows\.jsonl"):
+        merge([tmp_path / "a"], tmp_path / "all")
+
+
+@pytest.mark.parametrize("error", [FULL, FORBIDDEN, TORN], ids=["full", "forbidden", "torn"])
+def test_a_fault_at_any_write_of_a_run_loses_no_row_and_the_next_run_goes_on(
+    tmp_path: Path, make_row: Callable[..., Row], make_heads: Callable[..., list[HeadBudgets]], error: OSError
+) -> None:
+    config = {"seed": 3}
+    record = RunRecord(run_id(config), config, {}, 3)
+    rows = [make_row(run_id=record.run_id, question_id=str(number)) for number in range(3)]
+    heads, told, rounds = make_heads(record.run_id)[0], list[Row](), list[str]()
+
+    def write(path: Path) -> None:
+        told.clear()
+        with RunDirectory(path, record) as directory:
+            directory.write_heads(heads)
+            for row in rows:
+                directory.write(row)
+                told.append(row)
+
+    for fault, raised in every_fault(lambda: write(tmp_path / str(len(rounds))), error):
+        path = tmp_path / str(len(rounds))
+        rounds.append(fault)
+        assert raised is None or isinstance(raised, KVzipPressError), (fault, raised)
+        there = list(read_rows(path / "rows.jsonl")) if (path / "rows.jsonl").exists() else []
+        assert there == rows[: len(there)] and len(there) >= len(told), fault
+        write(path)
+        assert list(read_rows(path / "rows.jsonl")) == rows, fault
+        assert len(list(read_heads(path / "heads.jsonl"))) == 1
+        assert {one.name for one in path.iterdir()} == {"run.json", "rows.jsonl", "heads.jsonl", "lock"}, fault
+    assert rounds.count("write to a file") >= 5
+
+
+# Versions of tasks ---------------------------------------------------------------------------------------------------
+
+
+def test_each_row_says_the_version_of_its_task_and_a_new_version_is_another_run(
+    tmp_path: Path, run: Run, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_in(tmp_path, run, model, shard_of=(0, 8))
+    assert {row.task_version for row in read_rows(tmp_path / "rows.jsonl")} == {1}
+    assert not any("version" in task for task in run.config["tasks"])  # runs of before go on
+    monkeypatch.setattr(type(run.tasks[0].task), "version", 2)
+    with pytest.raises(RunDirectoryError, match=r"tasks\[0\]\.version: nothing, 2"):
+        run_in(tmp_path, run, model)
+    run_in(tmp_path / "new", run, model, shard_of=(0, 8))
+    assert {(row.task, row.task_version) for row in read_rows(tmp_path / "new" / "rows.jsonl")} == {("hidden_facts", 2)}
