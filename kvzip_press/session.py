@@ -16,12 +16,12 @@ import torch
 from kvzip_press import compat
 from kvzip_press.attention.implementation import attached, attention_watched
 from kvzip_press.cache.compressible import check_cache
+from kvzip_press.cache.padded_block import BlockLayer
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding.eviction import DecodeEviction, DecodeEvictions
 from kvzip_press.errors import KVzipPressError, UnsupportedCacheError
-from kvzip_press.model.in_use import computing
 from kvzip_press.model.structure import check_keeps_cache, full_attention_layers, text_decoder
-from kvzip_press.model.watching import OpenFor, after_forward, before_forward
+from kvzip_press.model.watching import OpenFor, after_forward, before_forward, computing
 from kvzip_press.prefilling.call import PrefillCall
 from kvzip_press.prefilling.eviction import pack_prefix
 from kvzip_press.prefilling.self_check import SelfCheck
@@ -217,4 +217,4 @@ def _check_fills_a_cache(call: PrefillCall, decoder: nn.Module) -> None:
 
 
 def _is_compressed(cache: Any) -> bool:
-    return any(isinstance(layer, RaggedLayer) for layer in getattr(cache, "layers", ()))
+    return any(isinstance(layer, RaggedLayer | BlockLayer) for layer in getattr(cache, "layers", ()))

@@ -12,8 +12,8 @@ from kvzip_press.cache.padded_block import block_cache
 from kvzip_press.cache.padding import visible_columns
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheMismatchError
-from kvzip_press.model.in_use import computing
 from kvzip_press.model.rope import check_frequencies, depends_on_length, with_own_rotation
+from kvzip_press.model.watching import computing
 
 
 def next_positions(cache: Any, batch_size: int, device: torch.device) -> torch.Tensor:

@@ -16,8 +16,8 @@ from kvzip_press.decoding.sampling import Sampling, most_likely
 from kvzip_press.decoding.step import DecodeStep
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.devices import input_device
-from kvzip_press.model.in_use import computing
 from kvzip_press.model.structure import max_positions
+from kvzip_press.model.watching import computing
 
 MIN_GRAPH_TOKENS = 16
 

@@ -21,15 +21,16 @@ from kvzip_press.decoding.forward import check_reading, forward, next_positions,
 from kvzip_press.decoding.static_layers import StaticCache, reason_against
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.devices import input_device
-from kvzip_press.model.in_use import alone, computing
 from kvzip_press.model.structure import attention_layers, text_decoder
 from kvzip_press.model.twin import twin_of
+from kvzip_press.model.watching import alone, computing
 
 if TYPE_CHECKING:
     from torch import nn
 
 logger = logging.getLogger(__name__)
 
+_OTHERS_COMPUTE = "another thread is computing, and a capture has to be alone"
 _TRIALS = 2  # steps before the capture, in which kernels are compiled and libraries set up
 
 
@@ -85,7 +86,9 @@ class DecodeStep:
         if compile and self._static is None:
             raise InvalidArgumentError(f"compile=True: expected a step in a CUDA graph, but {self.reason}")
         if graph is None and self.reason is not None and self._device.type == "cuda":
-            logger.warning("decoding without a CUDA graph: %s", self.reason)
+            # of other threads, a server would hear at every answer
+            level = logging.DEBUG if self.reason == _OTHERS_COMPUTE else logging.WARNING
+            logger.log(level, "decoding without a CUDA graph: %s", self.reason)
 
     def _check_reading(self, max_new_tokens: int) -> None:
         if self._positions is not None:
@@ -101,7 +104,7 @@ class DecodeStep:
         step = _StaticStep(self.model, self.cache, max_new_tokens, self._positions, self._device, self._eviction)
         with alone() as is_alone:
             if not is_alone:
-                self.reason = "another thread is computing, and a capture has to be alone"
+                self.reason = _OTHERS_COMPUTE
                 return
             try:
                 step.capture(compiled)

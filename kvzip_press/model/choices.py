@@ -52,6 +52,14 @@ def settings(module: nn.Module) -> list[tuple[str, str]]:
     return sorted((name, text) for name, text in texts.items() if text)
 
 
+def choices(module: nn.Module) -> list[Any]:
+    """Returns what chooses among a module's own weights: its settings, and the forward hooks that may compute."""
+    foreign = _library(type(module)) not in _LIBRARIES
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())  # noqa: SLF001  # no public name
+    computing = [id(hook) for hook in hooks if _library(hook) not in _WATCHING] if hooks else []
+    return [*computing, *(settings(module) if foreign else ())]
+
+
 def _has_adapters(module: nn.Module) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "active_adapters")
 

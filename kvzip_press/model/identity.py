@@ -15,7 +15,7 @@ from torch import nn
 
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
 from kvzip_press.model.structure import decoder_of, full_attention_layers, is_first_full, layer_index, text_config
-from kvzip_press.model.weights import MARK, first_difference, in_memory, weights_fingerprint
+from kvzip_press.model.weights import MARK, first_difference, in_memory, looks_unchanged, weights_fingerprint
 from kvzip_press.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
@@ -165,11 +165,14 @@ def check_fingerprint(expected: str, module: nn.Module, weights: str | None = No
     if not expected.startswith(MARK):
         _check_sample(expected, module)
         return
+    decoder = decoder_of(module)
+    if weights is None and decoder is not None and looks_unchanged(decoder, expected.partition("/")[0]):
+        weights = expected.partition("/")[0]
     got = layer_fingerprint(module, weights)
     if got == expected:
         return
     name = first_difference(expected.partition("/")[0], got.partition("/")[0])
-    known = weights is not None or decoder_of(module) is not None
+    known = weights is not None or decoder is not None
     raise CacheMismatchError(
         "this cache was made by another model, or by this one with other weights or adapters: expected fingerprint "
         f"{reprlib.repr(expected)}, got {reprlib.repr(got)}{f' (they differ first in {name})' if name else ''}"

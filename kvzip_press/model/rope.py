@@ -25,7 +25,7 @@ _DEPENDS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by rotary 
 def depends_on_length(model: nn.Module) -> bool:
     """Whether a model, or a decoder, turns a position differently when it reads further; found once."""
     decoder = text_decoder(model)
-    return any(_is_dependent(module, decoder) for module in _rotary_modules(decoder))
+    return any(_is_dependent(module, decoder) for module in rotary_modules(decoder))
 
 
 def frequencies_differ(model: nn.Module, one: int, other: int) -> bool:
@@ -93,7 +93,7 @@ def pinned(decoder: nn.Module, length: int) -> Any:
     """
     if not depends_on_length(decoder):
         return decoder
-    twin = twin_of(decoder, only=list(_rotary_modules(decoder)))
+    twin = twin_of(decoder, only=list(rotary_modules(decoder)))
     pin(twin, decoder, length)
     return twin
 
@@ -103,7 +103,7 @@ def with_own_rotation(model: nn.Module) -> Any:
 
     The model itself, if its frequencies do not depend on the length.
     """
-    return twin_of(model, only=list(_rotary_modules(text_decoder(model)))) if depends_on_length(model) else model
+    return twin_of(model, only=list(rotary_modules(text_decoder(model)))) if depends_on_length(model) else model
 
 
 def pin(twin: nn.Module, decoder: nn.Module, length: int) -> None:
@@ -112,7 +112,7 @@ def pin(twin: nn.Module, decoder: nn.Module, length: int) -> None:
     Raises:
         UnsupportedModelError: The embedding cannot be held at its frequencies.
     """
-    for own, module in zip(_rotary_modules(decoder), _rotary_modules(twin), strict=True):
+    for own, module in zip(rotary_modules(decoder), rotary_modules(twin), strict=True):
         if not _is_dependent(own, decoder):
             continue
         _turn(module, decoder, length)  # leaves it with these frequencies
@@ -126,8 +126,9 @@ def pin(twin: nn.Module, decoder: nn.Module, length: int) -> None:
             )
 
 
-def _rotary_modules(decoder: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in decoder.modules() if hasattr(module, "rope_type"))
+def rotary_modules(decoder: nn.Module) -> Iterator[nn.Module]:
+    """Yields the modules of a decoder that turn queries and keys."""
+    return (module for module in decoder.modules() if "rope_type" in vars(module))  # hasattr is slow on modules
 
 
 def _is_dependent(module: nn.Module, decoder: nn.Module) -> bool:
@@ -151,7 +152,7 @@ def _changes(module: nn.Module, decoder: nn.Module) -> bool:
 def _turns(model: nn.Module, length: int) -> list[torch.Tensor]:
     """Returns how a forward that reads up to ``length`` tokens turns a position."""
     decoder = text_decoder(model)
-    modules = [module for module in _rotary_modules(decoder) if _is_dependent(module, decoder)]
+    modules = [module for module in rotary_modules(decoder) if _is_dependent(module, decoder)]
     return [turn for module in modules for turn in _turn(twin_of(module), decoder, length)]
 
 
@@ -162,7 +163,7 @@ def _turn(module: nn.Module, decoder: nn.Module, length: int) -> list[torch.Tens
     positions = torch.tensor([[1, length - 1]], device=device)
     like = torch.empty(1, 1, 1, dtype=torch.float32, device=device)
     kinds: list[dict[str, Any]] = [{}]
-    if "layer_type" in inspect.signature(module.forward).parameters:
+    if "layer_type" in inspect.signature(type(module).forward).parameters:
         kinds = [{"layer_type": kind} for kind in dict.fromkeys(text_config(decoder).layer_types)]
     turns = []
     for kind in kinds:
@@ -180,4 +181,4 @@ def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 def _kind(model: nn.Module) -> str:
     decoder = text_decoder(model)
-    return ", ".join(str(m.rope_type) for m in _rotary_modules(decoder) if _is_dependent(m, decoder))
+    return ", ".join(str(m.rope_type) for m in rotary_modules(decoder) if _is_dependent(m, decoder))

@@ -57,6 +57,19 @@ def digests_of(tensors: Sequence[torch.Tensor]) -> list[str]:
     return digests
 
 
+@torch.no_grad()
+def looks_of(tensors: Sequence[torch.Tensor]) -> list[object] | None:
+    """Returns what tells a change of each tensor: itself, its place, version and a few values; None if one has none.
+
+    Args:
+        tensors: As in :func:`digests_of`.
+    """
+    places = [_place(tensor) for tensor in tensors]
+    if None in places:
+        return None
+    return [*map(id, tensors), *places, *_samples(tensors)]
+
+
 def plain_parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Yields the plain tensors that hold a tensor's values, each with the name of the part (empty for itself).
 

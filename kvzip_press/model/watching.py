@@ -1,4 +1,4 @@
-"""Hooks and settings that belong to one thread of control: what one thread watches or sets, no other meets.
+"""What belongs to one thread of control: what a thread watches, opens or captures, no other meets.
 
 A model is one object that several threads may run at a time. A hook is on the module, so it is called for the forwards
 of all threads; the hooks made here ignore those of other threads. (While a hook is removed in one thread, torch may
@@ -123,3 +123,44 @@ class OpenFor(Generic[T]):
 
     def _open(self) -> tuple[_Opened[T], ...]:
         return tuple(entry for entry in self._opened.get() if entry.is_open)
+
+
+# A graph is captured alone: a capture that meets another thread's allocations or launches fails, and takes its
+# work with it (seen on an H200: illegal memory accesses). So calls that compute say so, a capture is made only when no
+# other thread is inside one, and a call that comes while one is made waits for it: some decode steps long.
+_CHANGED = threading.Condition()
+_DEPTHS: dict[int, int] = {}  # how many calls deep each thread is
+_ALONE: set[int] = set()  # the thread that captures
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Says that this thread computes while this is open; waits first while another thread captures."""
+    me = threading.get_ident()
+    with _CHANGED:
+        _CHANGED.wait_for(lambda: not _ALONE - {me})
+        _DEPTHS[me] = _DEPTHS.get(me, 0) + 1
+    try:
+        yield
+    finally:
+        with _CHANGED:
+            _DEPTHS[me] -= 1
+            if not _DEPTHS[me]:
+                del _DEPTHS[me]
+
+
+@contextmanager
+def alone() -> Iterator[bool]:
+    """Keeps other threads from computing while this is open; yields False, and does nothing, if one already is."""
+    me = threading.get_ident()
+    with _CHANGED:
+        is_alone = not (set(_DEPTHS) - {me} or _ALONE)
+        if is_alone:
+            _ALONE.add(me)
+    try:
+        yield is_alone
+    finally:
+        if is_alone:
+            with _CHANGED:
+                _ALONE.discard(me)
+                _CHANGED.notify_all()

@@ -9,6 +9,7 @@ plain values that it holds, and tensors that a forward hook holds on to.
 from __future__ import annotations
 
 import hashlib
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,12 +17,13 @@ import torch
 from torch import nn
 
 from kvzip_press.errors import UnsupportedModelError
-from kvzip_press.model.choices import held_by_hooks, passive_parts, settings
-from kvzip_press.model.tensor_digest import digests_of, plain_parts
+from kvzip_press.model.choices import choices, held_by_hooks, passive_parts, settings
+from kvzip_press.model.tensor_digest import digests_of, looks_of, plain_parts
 
 #: Begins every fingerprint that counts all weights; older ones counted 64 values of each attention weight.
 MARK = "w2:"
 _PUT_AWAY: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()  # offloading hook -> weight -> digest
+_SEEN: WeakKeyDictionary[nn.Module, tuple[str, Any]] = WeakKeyDictionary()  # module -> fingerprint, traces
 _REMEMBERED: dict[str, dict[str, str]] = {}  # the newest fingerprints -> what they count, to name a difference
 
 
@@ -34,14 +36,43 @@ def weights_fingerprint(module: nn.Module) -> str:
     Raises:
         UnsupportedModelError: Weights are neither in memory nor offloaded by accelerate, or cannot be read.
     """
+    seen = _SEEN.get(module)
+    if seen is not None and looks_unchanged(module, seen[0]):
+        return seen[0]
     entries = _entries(module)
     text = "\n".join(f"{name} {value}" for name, value in sorted(entries.items()))
     fingerprint = MARK + hashlib.sha256(text.encode()).hexdigest()[:32]
+    _SEEN[module] = fingerprint, _traces(module)
     _REMEMBERED.pop(fingerprint, None)
     _REMEMBERED[fingerprint] = entries
     while len(_REMEMBERED) > 8:
         _REMEMBERED.pop(next(iter(_REMEMBERED)), None)  # another thread may have done it
     return fingerprint
+
+
+def looks_unchanged(module: nn.Module, fingerprint: str) -> bool:
+    """Returns whether a module had this fingerprint and nothing tells that it has changed since; takes no digest.
+
+    Every tensor is the same object in the same place, of the same version and with the same few values, and what
+    chooses among them is the same: all that a digest is made again for, without gathering names and texts.
+    """
+    seen, traces = _SEEN.get(module, ("", None))
+    return seen == fingerprint and traces is not None and traces == _traces(module)
+
+
+def _traces(root: nn.Module) -> list[Any] | None:
+    """Returns what a change of a module's weights changes; None where that takes more than a look (quantised, away)."""
+    traces: list[Any] = []
+    tensors: list[torch.Tensor] = []
+    for module in root.modules():
+        tensors += [
+            t for t in chain(vars(module)["_parameters"].values(), vars(module)["_buffers"].values()) if t is not None
+        ]
+        traces += choices(module)
+    if any(type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors):
+        return None
+    looks = looks_of(tensors)
+    return None if looks is None else [*traces, *looks]
 
 
 def first_difference(one: str, other: str) -> str:

@@ -23,8 +23,8 @@ from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import Context, chat_frame, context_rows
 from kvzip_press.model.devices import input_device
-from kvzip_press.model.in_use import computing
 from kvzip_press.model.structure import check_length, text_config
+from kvzip_press.model.watching import computing
 from kvzip_press.prefilling.eviction import Span, evicted_layers
 from kvzip_press.prefilling.whole import Prefill, Scorer, compress, run_prefill
 

@@ -13,8 +13,15 @@ MAX_SLICES = 3  # with this many, the hidden states around an MLP take as much m
 MIN_ROWS = 1024  # fewer would leave a large GPU idle
 
 
+def mlps_of(decoder: nn.Module) -> list[nn.Module]:
+    """Returns the ``mlp`` of each decoder layer that has one."""
+    layers: Any = decoder.layers
+    found = (getattr(layer, "mlp", None) for layer in layers)
+    return [mlp for mlp in found if isinstance(mlp, nn.Module)]
+
+
 def slice_mlps(decoder: nn.Module, min_rows: int = MIN_ROWS) -> None:
-    """Makes the ``mlp`` of each layer of a twin compute its tokens in up to `MAX_SLICES` slices, one by one.
+    """Makes the MLPs of a twin compute their tokens in up to `MAX_SLICES` slices, one by one.
 
     A gated MLP holds three tensors ``[rows, intermediate_size]`` at once. It treats each token separately, so the
     result is the same up to rounding, which depends on the shapes of matrices. An ``mlp`` that returns anything other
@@ -24,10 +31,8 @@ def slice_mlps(decoder: nn.Module, min_rows: int = MIN_ROWS) -> None:
         decoder: The module with the ``layers``: a twin (:func:`kvzip_press.model.twin.twin_of`), which stays so.
         min_rows: Fewest rows in a slice; the lengths of slices differ by at most one.
     """
-    layers: Any = decoder.layers
-    for layer in layers:
-        if isinstance(mlp := getattr(layer, "mlp", None), nn.Module):
-            vars(mlp)["forward"] = functools.partial(_in_slices, mlp.forward, min_rows)
+    for mlp in mlps_of(decoder):
+        vars(mlp)["forward"] = functools.partial(_in_slices, mlp.forward, min_rows)
 
 
 def _in_slices(forward: Callable[[torch.Tensor], Any], min_rows: int, hidden_states: torch.Tensor) -> Any:

@@ -22,11 +22,11 @@ from kvzip_press.attention.stand_in_layer import StandInLayer
 from kvzip_press.cache.compressible import compressible_layers
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
-from kvzip_press.model.rope import pin
+from kvzip_press.model.rope import pin, rotary_modules
 from kvzip_press.model.structure import attention_layers, max_positions, text_decoder
 from kvzip_press.model.twin import twin_of
 from kvzip_press.prefilling.eviction import sliding_copy
-from kvzip_press.prefilling.mlp_slices import slice_mlps
+from kvzip_press.prefilling.mlp_slices import mlps_of, slice_mlps
 
 if TYPE_CHECKING:
     from kvzip_press.prefilling.whole import Prefill
@@ -201,7 +201,8 @@ class Replay:
 
     def __init__(self, prefill: Prefill, row: int, n_sink: int, look: Callable[[int, ReplayedAttention], None]) -> None:
         decoder = text_decoder(prefill.model)
-        self._decoder = twin_of(decoder)  # other threads run the model meanwhile
+        # Other threads run the model meanwhile.
+        self._decoder = twin_of(decoder, only=[*mlps_of(decoder), *rotary_modules(decoder)])
         slice_mlps(self._decoder)
         pin(self._decoder, decoder, prefill.turned_for)  # a replay reads further than the context, and must not turn
         self._look = look

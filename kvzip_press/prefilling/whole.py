@@ -25,7 +25,6 @@ from kvzip_press.cache.sliding_windows import windows_only
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import Context, chat_frame, context_rows
 from kvzip_press.model.devices import input_device, synchronize
-from kvzip_press.model.in_use import computing
 from kvzip_press.model.rope import check_context, pinned
 from kvzip_press.model.structure import (
     check_keeps_cache,
@@ -34,6 +33,7 @@ from kvzip_press.model.structure import (
     text_config,
     text_decoder,
 )
+from kvzip_press.model.watching import computing
 from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.prefilling.eviction import Span, evicted_layers
 from kvzip_press.prefilling.self_check import SelfCheck

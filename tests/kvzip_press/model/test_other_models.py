@@ -164,17 +164,6 @@ def test_a_config_without_a_cache_is_refused_unless_there_is_one() -> None:
         model(ids())
 
 
-def test_tokens_read_before_the_press_are_not_dropped_in_silence() -> None:
-    """A dense prefix is no part of the press's span: the cache would have begun after it."""
-    model = tiny_model()
-    cache = compat.DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(ids(20), **compat.cache_argument(model, cache))
-        with pytest.raises(UnsupportedCacheError, match="got 20 tokens in layer 0"), RandomPress(0.5)(model):
-            model(ids(40), **compat.cache_argument(model, cache))
-    assert cache.get_seq_length() == 20
-
-
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_autocast_is_judged_by_the_precision_that_it_computes_in(attn_implementation) -> None:
     """All kept, logits are as near to the exact ones as those of the dense model under autocast; half kept, it runs."""

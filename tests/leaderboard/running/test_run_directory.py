@@ -30,8 +30,8 @@ from kvzip_press.testing import ByteTokenizer, tiny_model
 TOKENIZER = ByteTokenizer()
 TIMES = ("prefill_seconds", "score_seconds", "evict_seconds", "answer_seconds")
 KILLED = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
+import pathlib, sys, time
+sys.path[:0] = [sys.argv[1], str(pathlib.Path(sys.argv[1]).parents[1])]
 from test_run_directory import make_model, make_run, run_in
 run_in(sys.argv[2], make_run(), make_model(), on_row=lambda row: time.sleep(0.05))
 """
