@@ -30,8 +30,11 @@ from kvzip_press.testing import ByteTokenizer, tiny_model
 TOKENIZER = ByteTokenizer()
 TIMES = ("prefill_seconds", "score_seconds", "evict_seconds", "answer_seconds")
 KILLED = """
-import pathlib, sys, time
-sys.path[:0] = [sys.argv[1], str(pathlib.Path(sys.argv[1]).parents[1])]
+import importlib.util, pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+faults = importlib.util.spec_from_file_location("faults", pathlib.Path(sys.argv[1]).parents[1] / "faults.py")
+sys.modules["faults"] = importlib.util.module_from_spec(faults)
+faults.loader.exec_module(sys.modules["faults"])
 from test_run_directory import make_model, make_run, run_in
 run_in(sys.argv[2], make_run(), make_model(), on_row=lambda row: time.sleep(0.05))
 """
