@@ -24,17 +24,20 @@ def next_positions(cache: Any, batch_size: int, device: torch.device) -> torch.T
     return ragged.next_positions.to(device)
 
 
-def check_reading(model: Any, cache: Any, held: torch.Tensor, ends: torch.Tensor) -> None:
+def check_reading(model: Any, cache: Any, n_tokens: torch.Tensor | int, positions: torch.Tensor | None = None) -> None:
     """Raises InvalidArgumentError if reading on would change the frequencies that a compressed cache was made with.
 
     Args:
         model: The model.
         cache: Its cache.
-        held: ``[batch]``, the position of each row's next token.
-        ends: ``[batch]``, the position after the last one that may be read.
+        n_tokens: The most tokens that will be read; for each row ``[batch]``, or the same for all.
+        positions: ``[batch]``, the position of each row's next token; by default where its own tokens end.
     """
-    if depends_on_length(model) and _first_ragged(cache) is not None:
-        check_frequencies(model, held.tolist(), ends.tolist())
+    ragged = _first_ragged(cache)
+    if ragged is None or not depends_on_length(model):
+        return
+    held = ragged.next_positions if positions is None else positions
+    check_frequencies(model, held.tolist(), (held + n_tokens).tolist())
 
 
 @computing()

@@ -144,4 +144,4 @@ def _check_positions(
         raise InvalidArgumentError(
             f"expected context, question and answer within the model's {limit} positions, got up to {needed}"
         )
-    check_reading(model, cache, held, ends)
+    check_reading(model, cache, ends - held, held)

@@ -73,7 +73,7 @@ class DecodeStep:
         self._n_left = max_new_tokens
         self._device = input_device(model)
         self._positions = position_ids
-        self._check_reading(max_new_tokens)
+        check_reading(model, cache, max_new_tokens, position_ids)
         self._static: _StaticStep | None = None
         self._eviction = decode_eviction_in(model, cache)
         if compile and self._eviction is not None:
@@ -89,14 +89,6 @@ class DecodeStep:
             # of other threads, a server would hear at every answer
             level = logging.DEBUG if self.reason == _OTHERS_COMPUTE else logging.WARNING
             logger.log(level, "decoding without a CUDA graph: %s", self.reason)
-
-    def _check_reading(self, max_new_tokens: int) -> None:
-        if self._positions is not None:
-            check_reading(self.model, self.cache, self._positions, self._positions + max_new_tokens)
-            return
-        batch_size = getattr(self.cache, "batch_size", 1)
-        held = next_positions(self.cache, batch_size, self._device)
-        check_reading(self.model, self.cache, held, held + max_new_tokens)
 
     def _capture(self, max_new_tokens: int, compiled: bool) -> None:
         if self._eviction is not None:

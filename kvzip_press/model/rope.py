@@ -93,7 +93,7 @@ def pinned(decoder: nn.Module, length: int) -> Any:
     """
     if not depends_on_length(decoder):
         return decoder
-    twin = twin_of(decoder, only=list(rotary_modules(decoder)))
+    twin = with_own_rotation(decoder)
     pin(twin, decoder, length)
     return twin
 
@@ -103,7 +103,18 @@ def with_own_rotation(model: nn.Module) -> Any:
 
     The model itself, if its frequencies do not depend on the length.
     """
-    return twin_of(model, only=list(rotary_modules(text_decoder(model)))) if depends_on_length(model) else model
+    if not depends_on_length(model):
+        return model
+    twin = twin_of(model, only=list(rotary_modules(text_decoder(model))))
+    own_frequencies(text_decoder(twin))
+    return twin
+
+
+def own_frequencies(twin: nn.Module) -> None:
+    """Gives a twin frequencies of its own: some versions of transformers write new ones over the old."""
+    for module in rotary_modules(twin):
+        buffers = vars(module)["_buffers"]
+        buffers.update({name: buffer if buffer is None else buffer.clone() for name, buffer in buffers.items()})
 
 
 def pin(twin: nn.Module, decoder: nn.Module, length: int) -> None:
@@ -131,9 +142,15 @@ def rotary_modules(decoder: nn.Module) -> Iterator[nn.Module]:
     return (module for module in decoder.modules() if "rope_type" in vars(module))  # hasattr is slow on modules
 
 
+def _twin_of_rotary(module: nn.Module) -> nn.Module:
+    twin: nn.Module = twin_of(module)
+    own_frequencies(twin)
+    return twin
+
+
 def _is_dependent(module: nn.Module, decoder: nn.Module) -> bool:
     if module not in _DEPENDS:
-        _DEPENDS[module] = _changes(twin_of(module), decoder)
+        _DEPENDS[module] = _changes(_twin_of_rotary(module), decoder)
     return _DEPENDS[module]
 
 
@@ -153,7 +170,7 @@ def _turns(model: nn.Module, length: int) -> list[torch.Tensor]:
     """Returns how a forward that reads up to ``length`` tokens turns a position."""
     decoder = text_decoder(model)
     modules = [module for module in rotary_modules(decoder) if _is_dependent(module, decoder)]
-    return [turn for module in modules for turn in _turn(twin_of(module), decoder, length)]
+    return [turn for module in modules for turn in _turn(_twin_of_rotary(module), decoder, length)]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import pytest
 from kvzip_press.cli.main import main
 from kvzip_press.leaderboard import demo, launch
 from kvzip_press.leaderboard.profile import run as profile_run
-from kvzip_press.loading import by_name, command_options
+from kvzip_press.loading import by_name
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 KINDS = (
@@ -64,7 +64,6 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (demo, "load_model"),
         (profile_run, "load_model"),
         (by_name, "load_model"),
-        (command_options, "load"),
     ):
         monkeypatch.setattr(module, name, load)
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the command waits"))

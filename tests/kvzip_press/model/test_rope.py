@@ -67,8 +67,9 @@ def said_behind(model: Any, cache: Any, question: str, n: int = 6) -> list[int]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_usual_embeddings_do_not_depend_on_the_length(architecture: str) -> None:
-    assert not depends_on_length(tiny_model(architecture))
-    decoder = tiny_model(architecture).model
+    model = tiny_model(architecture, attn_implementation="eager")  # Gemma 2 knows no other everywhere
+    assert not depends_on_length(model)
+    decoder = model.model
     assert pinned(decoder, 10) is decoder
 
 
