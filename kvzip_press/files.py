@@ -87,7 +87,7 @@ def _new_temporary(folder: Path) -> tuple[Path, int]:
         path = folder / f".kvzip-press-{os.getpid()}-{secrets.token_hex(8)}.tmp"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)  # minus the umask
         with suppress(BlockingIOError):  # a sweep came between its creation and its lock, and removes it
-            _lock(descriptor)
+            lock_file(descriptor)
             if path.exists():  # nor has a sweep removed it already
                 return path, descriptor
         os.close(descriptor)
@@ -111,7 +111,7 @@ def _remove_abandoned(path: Path) -> bool:
             return False
         descriptor = os.open(path, os.O_RDWR | _BINARY)
         try:
-            locked = _lock(descriptor)
+            locked = lock_file(descriptor)
             if not locked and time.time() - os.fstat(descriptor).st_mtime < _ABANDONED_SECONDS:
                 return False
             path.unlink()  # under the lock: a writer that created it just now sees that it is gone
@@ -122,7 +122,7 @@ def _remove_abandoned(path: Path) -> bool:
     return True
 
 
-def _lock(descriptor: int) -> bool:
+def lock_file(descriptor: int) -> bool:
     """Locks an open file until it is closed. Returns False where files cannot be locked.
 
     Raises:

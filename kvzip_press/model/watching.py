@@ -41,13 +41,7 @@ def before_forward(
         is_mine: Tells whether the running forward is to be looked at; by default whether it is in the thread that
             opened this.
     """
-    is_mine = in_this_thread() if is_mine is None else is_mine
-
-    def hook(module: nn.Module, *arguments: Any) -> None:
-        if is_mine():
-            look(module, *arguments)
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = module.register_forward_pre_hook(_of_mine(look, is_mine), with_kwargs=True)
     try:
         yield
     finally:
@@ -70,17 +64,21 @@ def after_forward(
         is_mine: See :func:`before_forward`.
         always: Whether to call it also for a forward that raised, with None as the output.
     """
+    handle = module.register_forward_hook(_of_mine(look, is_mine), with_kwargs=True, always_call=always)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _of_mine(look: Callable[..., None], is_mine: Callable[[], bool] | None) -> Callable[..., None]:
     is_mine = in_this_thread() if is_mine is None else is_mine
 
     def hook(module: nn.Module, *arguments: Any) -> None:
         if is_mine():
             look(module, *arguments)
 
-    handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hook
 
 
 @dataclass

@@ -22,7 +22,7 @@ from kvzip_press.attention.stand_in_layer import StandInLayer
 from kvzip_press.cache.compressible import compressible_layers
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
-from kvzip_press.model.rope import own_frequencies, pin, rotary_modules
+from kvzip_press.model.rope import depends_on_length, own_frequencies, pin, rotary_modules
 from kvzip_press.model.structure import attention_layers, max_positions, text_decoder
 from kvzip_press.model.twin import twin_of
 from kvzip_press.prefilling.eviction import sliding_copy
@@ -203,9 +203,10 @@ class Replay:
         decoder = text_decoder(prefill.model)
         # Other threads run the model meanwhile.
         self._decoder = twin_of(decoder, only=[*mlps_of(decoder), *rotary_modules(decoder)])
-        own_frequencies(self._decoder)
         slice_mlps(self._decoder)
-        pin(self._decoder, decoder, prefill.turned_for)  # a replay reads further than the context, and must not turn
+        if depends_on_length(decoder):  # a replay reads further than the context, and must not turn
+            own_frequencies(self._decoder)
+            pin(self._decoder, decoder, prefill.turned_for)
         self._look = look
         self._n_seen = prefill.start + prefill.valid.shape[1] - _left_padding(prefill, row)
         self._next_position = int(prefill.positions[row][prefill.valid[row]][-1]) + 1

@@ -25,7 +25,7 @@ from kvzip_press.cache.sliding_windows import windows_only
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import Context, chat_frame, context_rows
 from kvzip_press.model.devices import input_device, synchronize
-from kvzip_press.model.rope import check_context, pinned
+from kvzip_press.model.rope import check_context, depends_on_length, pinned
 from kvzip_press.model.structure import (
     check_keeps_cache,
     check_length,
@@ -355,10 +355,11 @@ def run_prefill(
     cache = compat.DynamicCache(config=config) if cache is None else cache
     start = int(cache.get_seq_length())
     check_length(model, start + input_ids.shape[1])
-    lengths: list[int] = (start + valid.sum(dim=-1)).tolist()
-    check_context(model, lengths if length is None else [length])
+    if depends_on_length(decoder):
+        lengths = (start + valid.sum(dim=-1)).tolist() if length is None else [length]
+        check_context(model, lengths)
+        decoder = pinned(decoder, max(lengths))
     attach(model)
-    decoder = pinned(decoder, max(lengths) if length is None else length)
     padded = not bool(valid.all())
     positions = start + (valid.long().cumsum(dim=-1) - 1).clamp(min=0)
     check = SelfCheck(model, valid)

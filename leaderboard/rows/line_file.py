@@ -14,13 +14,9 @@ from types import TracebackType
 from typing import IO, Generic, Self, TypeVar
 
 from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
+from kvzip_press.files import lock_file
 from kvzip_press.leaderboard.rows.sealed_line import SEAL, SealedLine
 from kvzip_press.untrusted import JSON_BYTES
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -242,14 +238,10 @@ def _opened_to_read(path: Path) -> IO[bytes]:
 
 def lock(descriptor: int) -> bool:
     """Locks an open file until it is closed. Returns False if someone else has; True, too, where there are no locks."""
-    if fcntl is None:
-        return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(descriptor)  # without locks (some network disks), the lock of the directory is what is left
     except BlockingIOError:
         return False
-    except OSError:  # some network file systems; the lock of the directory is what is left
-        return True
     return True
 
 

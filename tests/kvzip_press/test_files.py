@@ -149,7 +149,7 @@ def test_a_sweep_leaves_what_someone_writes_now(path) -> None:
 
 
 def test_a_writer_whose_file_is_swept_before_it_is_locked_takes_another(path, monkeypatch) -> None:
-    lock, swept = files._lock, []
+    lock, swept = files.lock_file, []
 
     def late(descriptor: int) -> bool:
         if not swept:
@@ -157,7 +157,7 @@ def test_a_writer_whose_file_is_swept_before_it_is_locked_takes_another(path, mo
             swept.append(sweep_temporaries(path.parent))
         return lock(descriptor)
 
-    monkeypatch.setattr(files, "_lock", late)
+    monkeypatch.setattr(files, "lock_file", late)
     with replacing(path) as temporary:
         temporary.write_bytes(b"new")
     assert swept[1] == 1 and path.read_bytes() == b"new" and list(path.parent.iterdir()) == [path]

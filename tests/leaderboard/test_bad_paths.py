@@ -73,6 +73,11 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
+def skip_as_root() -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+
+
 def made(path: Path, kind: str) -> Path:
     """Makes what ``kind`` names at a path, and returns the path that a command is given."""
     match kind:
@@ -87,6 +92,7 @@ def made(path: Path, kind: str) -> Path:
         case "empty":
             path.write_bytes(b"")
         case "unreadable":
+            skip_as_root()
             path.write_text("anything", encoding="utf-8")
             path.chmod(0)
         case "under a file":
@@ -120,8 +126,6 @@ def test_a_path_of_another_kind_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    if kind == "unreadable" and os.geteuid() == 0:
-        pytest.skip("root may read everything")
     path = made(tmp_path / "given", kind)
     check([{"PATH": str(path), "OUT": str(tmp_path / "out")}.get(part, part) for part in command], monkeypatch, capfd)
 
@@ -135,8 +139,6 @@ def test_a_file_of_another_kind_inside_a_folder_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    if kind == "unreadable" and os.geteuid() == 0:
-        pytest.skip("root may read everything")
     (tmp_path / "given").mkdir()
     group, name, file, *options = command
     made(tmp_path / "given" / file, kind)
