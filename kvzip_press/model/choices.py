@@ -36,7 +36,7 @@ def settings(module: nn.Module) -> list[tuple[str, str]]:
 
     Of a layer with adapters, those of the active ones.
     """
-    if _library(type(module)) in _LIBRARIES:
+    if _is_known(type(module)):
         return []
     held = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
     if _has_adapters(module):
@@ -54,7 +54,7 @@ def settings(module: nn.Module) -> list[tuple[str, str]]:
 
 def choices(module: nn.Module) -> list[Any]:
     """Returns what chooses among a module's own weights: its settings, and the forward hooks that may compute."""
-    foreign = _library(type(module)) not in _LIBRARIES
+    foreign = not _is_known(type(module))
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())  # noqa: SLF001  # no public name
     computing = [id(hook) for hook in hooks if _library(hook) not in _WATCHING] if hooks else []
     return [*computing, *(settings(module) if foreign else ())]
@@ -148,6 +148,12 @@ def _text(value: Any, depth: int) -> str:
     if isinstance(value, Sequence) and depth:
         return ",".join(filter(None, (_text(item, depth - 1) for item in value)))
     return ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_known(kind: type) -> bool:
+    """Returns whether modules of a class say all that they compute with in their weights and in the config."""
+    return _library(kind) in _LIBRARIES
 
 
 def _library(thing: Any) -> str:

@@ -131,29 +131,28 @@ def _place(tensor: torch.Tensor) -> tuple[object, ...] | None:
 
 
 def _samples(tensors: Sequence[torch.Tensor]) -> list[bytes]:
-    """Returns the bytes of a few values spread over each tensor; one transfer for all that lie on one device."""
+    """Returns the bytes of a few values spread over each tensor; one transfer for all of one dtype on one device."""
     samples = [b""] * len(tensors)
-    groups: dict[tuple[torch.device, int], list[int]] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
         if tensor.numel():
-            groups.setdefault((tensor.device, tensor.element_size()), []).append(index)
-    for (_, size), indices in groups.items():
+            groups.setdefault((tensor.device, tensor.dtype), []).append(index)
+    for (_, dtype), indices in groups.items():
         values = [_spread(tensors[index]) for index in indices]
-        held = torch.cat(values).cpu().numpy().tobytes()
+        held = torch.cat(values).view(torch.uint8).cpu().numpy().tobytes()
         for index, value in zip(indices, values, strict=True):
-            samples[index], held = held[: value.numel() * size], held[value.numel() * size :]
+            n_bytes = value.shape[0] * dtype.itemsize
+            samples[index], held = held[:n_bytes], held[n_bytes:]
     return samples
 
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def _spread(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach()
-    flat = flat.view(-1) if flat.is_contiguous() else flat.reshape(-1)
+    """Returns some thirty values of a tensor that has any, ``[n]``: one view, for a model has hundreds of weights."""
+    flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
+    n_values = flat.numel()
     # An odd step, so that not all values are of one column.
-    values = flat[:: max(1, flat.shape[0] // _SAMPLES) | 1]
-    return values.view(_WORDS[values.element_size()]) if values.element_size() in _WORDS else values
+    step = (n_values // _SAMPLES) | 1
+    return flat.as_strided((-(-n_values // step),), (step,))
 
 
 def _digest(tensor: torch.Tensor) -> str:
