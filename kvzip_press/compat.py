@@ -43,6 +43,7 @@ __all__ = [
     "cache_given",
     "in_assisted_decoding",
     "is_kvpress_wrapper",
+    "is_within",
     "length_after_crop",
     "mask_function",
     "query_length_of",
@@ -63,6 +64,12 @@ back all else that shares an environment, and pip would answer it with an older 
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
 _CACHE_NAME = "cache" if Version("5.24") <= TRANSFORMERS_VERSION else "past_key_values"
 logger = logging.getLogger(__name__)
+
+
+def is_within(version: str, bounds: tuple[str, str]) -> bool:
+    """Returns whether a version is the first of ``bounds`` or newer, and below the second."""
+    release, first, end = (Version(one).release for one in (version, *bounds))
+    return first <= release < end
 
 
 @functools.cache
