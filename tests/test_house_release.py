@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from kvzip_press import compat
+from kvzip_press.cli.main import app
 from kvzip_press.presses.kvpress_adapter.importing import KVPRESS, TRANSFORMERS
 from kvzip_press.version import __version__
 
@@ -62,6 +64,13 @@ def test_documents_name_the_same_ranges(repo_root: Path) -> None:
     assert set(re.findall(r"transformers ([\d.]*\d) to ([\d.]*\d)", text)) & minors
     assert set(re.findall(r"transformers ([\d.]*\d) to ([\d.]*\d)", text)) <= minors
     assert set(re.findall(r"transformers (?:below|<) ?([\d.]*\d)", text)) == {TRANSFORMERS[1]}
+
+
+def test_the_command_says_its_version_and_those_that_a_report_needs() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert shown.exit_code == 0
+    assert shown.output.startswith(f"kvzip-press {__version__} (Python 3.")
+    assert f"transformers {compat.TRANSFORMERS_VERSION}" in shown.output and "torch " in shown.output
 
 
 def test_the_version_is_written_alike(repo_root: Path, project: dict[str, Any]) -> None:
