@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from kvzip_press import RaggedCache, attach, compat, generate, get_press
 from kvzip_press.decoding.generation import eos_ids
-from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, NothingEvictedError
+from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, NothingEvictedError, install_command
 from kvzip_press.leaderboard.lm_eval_prompts import SPLITS, Generation, Split, find_split, last_paragraph, n_equal
 from kvzip_press.leaderboard.running.measured import Measured, measure
 from kvzip_press.model.devices import input_device
@@ -35,7 +35,7 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
     raise MissingDependencyError(
-        f"lm-evaluation-harness cannot be imported ({error}): pip install 'kvzip-press[lm-eval]'"
+        f"lm-evaluation-harness cannot be imported ({error}): {install_command('lm-eval')}"
     ) from error
 
 READ_AT_ONCE = 16  # continuations in one batch
