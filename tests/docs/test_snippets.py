@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ show is run: Python in order, page by page, and commands as far as their options.
+"""What the README and docs/ show is run: Python in order, page by page, and commands as far as their options.
 
 A comment before a block says why it is not run here: ``<!-- needs: gpu -->`` (or kvpress, hub, or a file that is not
 there). Such a block must still be Python. ``<!-- prints -->`` stands between a block and what it prints, to the letter.
@@ -93,7 +93,7 @@ def pages(language: str) -> list[Any]:
 @pytest.mark.embedded
 @pytest.mark.parametrize("page", pages("python"))
 def test_the_python_of_a_page_runs(
-    page: Path, models_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, models_once: None, one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run_page(str(page), blocks_of(page.read_text(encoding="utf-8")), available=available())
