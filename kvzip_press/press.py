@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from kvzip_press.budget.allocators import SAFEGUARD, Allocation
@@ -116,6 +116,20 @@ class Press(ABC):
         return compressing(self, model)
 
 
+def described(press: Press) -> str:
+    """Returns a press in short: its class, and the fields that differ from their defaults."""
+    if not hasattr(type(press).__repr__, "__wrapped__"):  # a repr of its own, not that of a dataclass
+        return repr(press)
+    values = [(one.name, getattr(press, one.name)) for one in fields(press) if one.repr]
+    defaults = {one.name: one.default for one in fields(press)}
+    changed = [f"{name}={value!r:.60}" for name, value in values if not _is_same(value, defaults[name])]
+    return f"{type(press).__name__}({', '.join(changed)})"
+
+
+def _is_same(value: object, default: object) -> bool:
+    return value is default or (isinstance(value, str | int | float) and value == default)
+
+
 @contextmanager
 def _named(press: Press, method: str = "") -> Iterator[None]:
     """Names the press, and its method, in what is raised about a value that it was given or returned."""
@@ -134,7 +148,8 @@ def _checked_score(score: Callable[[Any, Prefill], Scores]) -> Callable[[Any, Pr
         with _named(self, ".score"):
             scores = score(self, prefill)
             prefill.check(scores)
-            return scores if self.budget is None else scores.asked_for(budget=self.budget)
+            asked = scores if self.budget is None else scores.asked_for(budget=self.budget)
+            return asked.made_by(described(self))
 
     return scored
 
