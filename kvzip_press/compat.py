@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from kvzip_press.errors import UnsupportedModelError
 
 __all__ = [
+    "TESTED_TRANSFORMERS",
     "TRANSFORMERS_VERSION",
     "Cache",
     "CacheLayerMixin",
@@ -41,22 +43,70 @@ __all__ = [
     "cache_given",
     "in_assisted_decoding",
     "is_kvpress_wrapper",
+    "is_within",
     "length_after_crop",
     "mask_function",
     "query_length_of",
     "register_attention",
     "uncompiled",
+    "warn_if_untested",
 ]
 
 TRANSFORMERS_VERSION = Version(transformers.__version__)
+TESTED_TRANSFORMERS = ("4.56.2", "5.24.0")
+"""The oldest and the newest release that the tests run on.
+
+``constraints/oldest.txt`` and ``constraints/newest.txt`` pin them; tests compare. The oldest is the floor in
+``pyproject.toml``. The newest is no ceiling there: most releases change nothing that matters here, a ceiling would hold
+back all else that shares an environment, and pip would answer it with an older kvzip-press, not with a newer one.
+"""
 # What forwards call their cache, the newest name first; a model of older code keeps the older one.
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
 _CACHE_NAME = "cache" if Version("5.24") <= TRANSFORMERS_VERSION else "past_key_values"
+logger = logging.getLogger(__name__)
+
+
+def is_within(version: str, bounds: tuple[str, str]) -> bool:
+    """Returns whether a version is the first of ``bounds`` or newer, and below the second."""
+    release, first, end = (Version(one).release for one in (version, *bounds))
+    return first <= release < end
+
+
+@functools.cache
+def warn_if_untested() -> None:
+    """Warns, once a process, if this minor release of transformers is outside the range that is tested."""
+    oldest, newest = TESTED_TRANSFORMERS
+    if not Version(oldest).release[:2] <= TRANSFORMERS_VERSION.release[:2] <= Version(newest).release[:2]:
+        logger.warning(
+            "transformers %s is outside the range that kvzip-press is tested with, %s to %s: a difference that it "
+            "recognises raises an error, others are not known. To be safe: pip install 'transformers>=%s,<=%s'",
+            TRANSFORMERS_VERSION,
+            *(oldest, newest) * 2,
+        )
 
 
 def cache_given(arguments: Mapping[str, Any]) -> Any:
-    """Returns the cache among the named arguments of a forward; None if there is none."""
-    return next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
+    """Returns the cache among the named arguments of a forward; None if there is none.
+
+    Raises:
+        UnsupportedModelError: There is one under a name that no tested version of transformers uses.
+    """
+    found = _cache_in(arguments)
+    strange = [name for name, value in arguments.items() if isinstance(value, Cache)] if found is None else []
+    if strange:
+        raise UnsupportedModelError(f"{_expected_cache()}, got it as `{strange[0]}`")
+    return found
+
+
+def _cache_in(named: Mapping[str, Any]) -> Any:
+    return next((named[name] for name in _CACHE_NAMES if named.get(name) is not None), None)
+
+
+def _expected_cache() -> str:
+    return (
+        "expected a forward that takes and returns its cache as `cache` or `past_key_values`, as in transformers "
+        f"{' to '.join(TESTED_TRANSFORMERS)} (this is {TRANSFORMERS_VERSION})"
+    )
 
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
@@ -77,12 +127,12 @@ def cache_after(output: Any, given: Any = None) -> Any:
         UnsupportedModelError: The output has no cache, and none was given.
     """
     fields = output if isinstance(output, Mapping) else {}
-    candidates = output if isinstance(output, tuple) else (cache_given(fields),)
+    candidates = output if isinstance(output, tuple) else (_cache_in(fields),)
     found = next((item for item in candidates if isinstance(item, Cache)), given)
     if found is None:
         raise UnsupportedModelError(
-            "expected a forward that returns its cache, as `cache` or `past_key_values`, got "
-            f"{type(output).__name__}{f' with {sorted(fields)}' if fields else ''}: pass the cache to the model"
+            f"{_expected_cache()}, got {type(output).__name__}{f' with {sorted(fields)}' if fields else ''}: pass the "
+            "cache to the model"
         )
     return found
 

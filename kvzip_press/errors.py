@@ -60,6 +60,15 @@ class MissingDependencyError(KVzipPressError, ImportError):
     """An optional package is needed, but is missing or of a version that does not work."""
 
 
+def install_command(extra: str) -> str:
+    """Returns the command that adds what an extra of kvzip-press needs.
+
+    It is the same however kvzip-press was installed, from an index, a wheel or a checkout: pip takes what is installed
+    for the package that is asked for, reads the extra there, and adds what is missing. An editable checkout stays one.
+    """
+    return f"pip install 'kvzip-press[{extra}]'"
+
+
 def did_you_mean(given: object, known: Iterable[str]) -> str:
     """Returns ``; did you mean 'x'?`` with the known name closest to ``given``; an empty text if none is close."""
     near = difflib.get_close_matches(str(given), list(known), n=1)

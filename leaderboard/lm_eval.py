@@ -23,7 +23,7 @@ from tqdm import tqdm
 from kvzip_press import RaggedCache, attach, compat, generate
 from kvzip_press.arguments.press import ForeignPress, as_press
 from kvzip_press.decoding.generation import eos_ids
-from kvzip_press.errors import MissingDependencyError, NothingEvictedError
+from kvzip_press.errors import MissingDependencyError, NothingEvictedError, install_command
 from kvzip_press.leaderboard.lm_eval_prompts import SPLITS, Generation, Split, find_split, last_paragraph, n_equal
 from kvzip_press.leaderboard.running.measured import Measured, measure
 from kvzip_press.model.devices import input_device
@@ -36,7 +36,7 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
     raise MissingDependencyError(
-        f"lm-evaluation-harness cannot be imported ({error}): pip install 'kvzip-press[lm-eval]'"
+        f"lm-evaluation-harness cannot be imported ({error}): {install_command('lm-eval')}"
     ) from error
 
 READ_AT_ONCE = 16  # continuations in one batch

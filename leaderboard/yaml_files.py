@@ -7,13 +7,13 @@ import math
 import os
 from typing import Any
 
-from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
+from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, install_command
 from kvzip_press.untrusted import MAX_DIGITS, read_text
 
 try:
     import yaml
 except ImportError as error:
-    raise MissingDependencyError("YAML files need pyyaml: pip install 'kvzip-press[leaderboard]'") from error
+    raise MissingDependencyError(f"YAML files need pyyaml: {install_command('leaderboard')}") from error
 
 YAML_BYTES = 2**17  # of one file
 MAX_DEPTH = 50  # of nested lists and mappings, aliases expanded

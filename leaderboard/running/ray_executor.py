@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, WorkerError
+from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, WorkerError, install_command
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row, RowKey
 from kvzip_press.leaderboard.running.contexts import contexts_of
@@ -190,7 +190,7 @@ def _ray(cluster: Cluster) -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise MissingDependencyError("expected ray, found none: pip install 'kvzip-press[ray]'") from error
+        raise MissingDependencyError(f"expected ray, found none: {install_command('ray')}") from error
     if ray.is_initialized():
         yield ray
         return

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from kvzip_press.errors import DataNotFoundError, InvalidArgumentError, MissingDependencyError
+from kvzip_press.errors import DataNotFoundError, InvalidArgumentError, MissingDependencyError, install_command
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json"}
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -113,7 +113,7 @@ def _kind(path: Path) -> str:
 
 
 def _missing(package: str) -> MissingDependencyError:
-    return MissingDependencyError(f"tasks from the hub need {package}: pip install 'kvzip-press[tasks]'")
+    return MissingDependencyError(f"tasks from the hub need {package}: {install_command('tasks')}")
 
 
 def _not_reached(files: HubFiles, revision: str, cause: str) -> DataNotFoundError:

@@ -12,11 +12,12 @@ from typing import Any
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvzip_press import compat
-from kvzip_press.errors import MissingDependencyError
+from kvzip_press.errors import MissingDependencyError, install_command
 
-KVPRESS = (0, 5, 5)
-TRANSFORMERS = ((4, 56), (5, 4))  # from the first, below the second: from 5.4 on attention gets no cache position
-_EXPECTED = "kvpress 0.5.5 or newer and transformers from 4.56 to 5.3 (pip install 'kvzip-press[kvpress]')"
+# From the first version, below the second: as in the extra `kvpress` of pyproject.toml and, for transformers, kvpress's
+# own metadata. Tests compare.
+KVPRESS = ("0.5.5", "0.6")
+TRANSFORMERS = ("4.56.2", "5.3")
 
 
 def kvpress() -> Any:
@@ -38,16 +39,17 @@ def kvpress() -> Any:
 
 
 def _check_versions() -> None:
+    expected = (
+        f"expected kvpress {KVPRESS[0]} or newer and below {KVPRESS[1]}, with transformers {TRANSFORMERS[0]} or newer "
+        f"and below {TRANSFORMERS[1]} ({install_command('kvpress')})"
+    )
     try:
         found = importlib.metadata.version("kvpress")
     except importlib.metadata.PackageNotFoundError as error:
-        raise MissingDependencyError(f"expected {_EXPECTED}, found no kvpress") from error
-    release = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
-    first, end = TRANSFORMERS
-    if release < KVPRESS or not first <= compat.TRANSFORMERS_VERSION.release[:2] < end:
-        raise MissingDependencyError(
-            f"expected {_EXPECTED}, found kvpress {found} and transformers {compat.TRANSFORMERS_VERSION}"
-        )
+        raise MissingDependencyError(f"{expected}, found no kvpress") from error
+    transformers = str(compat.TRANSFORMERS_VERSION)
+    if not compat.is_within(found, KVPRESS) or not compat.is_within(transformers, TRANSFORMERS):
+        raise MissingDependencyError(f"{expected}, found kvpress {found} and transformers {transformers}")
 
 
 @contextmanager

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from kvzip_press import KVzipPress, RaggedCache, compat, compress
+from kvzip_press import KVzipPress, RaggedCache, attach, compat, compress
 from kvzip_press.errors import UnsupportedModelError
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
@@ -75,6 +76,78 @@ def test_a_forward_that_gives_no_cache_back_is_refused() -> None:
         PRESS(decoder),
     ):
         decoder(input_ids=IDS, use_cache=True)
+
+
+def with_an_unknown_name(takes: str, gives: str) -> Any:
+    """A decoder of a transformers to come: its forward takes its cache as ``takes``, and returns it as ``gives``."""
+    decoder = tiny_model().model
+    original = decoder.forward
+
+    def newest(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+        given = kwargs.pop(takes, None)
+        out = original(input_ids=input_ids, **kwargs, **compat.cache_argument(type(decoder), given))
+        return _Output({"last_hidden_state": out.last_hidden_state, gives: compat.cache_after(out)})
+
+    decoder.forward = MethodType(newest, decoder)
+    return decoder
+
+
+@pytest.mark.parametrize("name", ["kv_store", "past_key_values"])
+def test_a_cache_that_is_returned_under_an_unknown_name_is_refused(name) -> None:
+    """The next renaming ends with the version's name, and not with "already evicted"; what is given is found."""
+    decoder = with_an_unknown_name("past_key_values", name)
+    with torch.no_grad(), PRESS(decoder):
+        if name == "kv_store":
+            with pytest.raises(UnsupportedModelError, match=rf"this is {compat.TRANSFORMERS_VERSION}.*got.*kv_store"):
+                decoder(input_ids=IDS, use_cache=True)
+        cache = compat.DynamicCache(config=decoder.config)
+        decoder(input_ids=IDS, use_cache=True, past_key_values=cache)
+    assert 0.4 < RaggedCache.of(cache).kept_fraction < 0.7
+
+
+def test_a_cache_that_is_taken_under_an_unknown_name_is_refused() -> None:
+    """Before anything is computed: it would be read as a prompt without a past."""
+    decoder = with_an_unknown_name("kv_store", "past_key_values")
+    cache = compat.DynamicCache(config=decoder.config)
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match=r"5\.24\.0.*got it as `kv_store`"), PRESS(decoder):
+        decoder(input_ids=IDS, use_cache=True, kv_store=cache)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.fixture
+def version(monkeypatch):
+    """Plays another version of transformers in a process that has warned of none."""
+
+    def play(text: str) -> None:
+        monkeypatch.setattr(compat, "TRANSFORMERS_VERSION", Version(text))
+
+    compat.warn_if_untested.cache_clear()
+    yield play
+    compat.warn_if_untested.cache_clear()
+
+
+@pytest.mark.parametrize("untested", ["5.25.0", "5.25.0.dev0", "6.0", "4.55.4"])
+def test_an_untested_version_is_named_once_with_the_tested_range(untested, version, caplog) -> None:
+    version(untested)
+    for _ in range(2):
+        attach(tiny_model())
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"transformers {untested} is outside" in line and "4.56.2 to 5.24.0" in line
+
+
+@pytest.mark.parametrize("tested", ["5.24.1", "5.24.0", "5.3.0", "4.56.2", "4.56.0"])
+def test_a_version_within_the_tested_range_is_not_mentioned(tested, version, caplog) -> None:
+    version(tested)
+    attach(tiny_model())
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [("5.2.0", True), ("4.56.2", True), ("5.2.9.post1", True), ("4.56.1", False), ("5.3", False), ("5.3.0rc1", False)],
+)
+def test_a_range_holds_its_first_version_and_nothing_of_the_one_it_ends_with(found, expected) -> None:
+    assert compat.is_within(found, ("4.56.2", "5.3")) is expected
 
 
 def test_the_installed_names_of_caches_are_read_without_a_warning(recwarn) -> None:

@@ -110,7 +110,10 @@ def test_absent_kvpress_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         get_press("snapkv", 0.5)
 
 
-@pytest.mark.parametrize(("kvpress", "transformers"), [("0.5.5", "5.4.0"), ("0.5.5", "4.55.4"), ("0.5.3", "5.2.0")])
+@pytest.mark.parametrize(
+    ("kvpress", "transformers"),
+    [("0.5.5", "5.4.0"), ("0.5.5", "5.3.0"), ("0.5.5", "4.55.4"), ("0.5.3", "5.2.0"), ("0.6.0", "5.2.0")],
+)
 def test_versions_that_do_not_work_are_named(monkeypatch: pytest.MonkeyPatch, kvpress: str, transformers: str) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: kvpress)
     monkeypatch.setattr(compat, "TRANSFORMERS_VERSION", Version(transformers))
