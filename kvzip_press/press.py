@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from kvzip_press.arguments.model import check_model
 from kvzip_press.budget.allocators import SAFEGUARD, Allocation
 from kvzip_press.budget.amount import Amount, LayerRatios, amount_of, check_compression_ratio
 from kvzip_press.budget.policy import Policy
@@ -110,9 +111,11 @@ class Press(ABC):
         """Compresses every prefill of ``model`` inside the context, in place in the cache that the model used.
 
         Raises:
+            InvalidArgumentError: What is given is no model.
             UnsupportedModelError: The model has no layer that can be compressed.
             KVzipPressError: The model is already inside ``with press(model):``.
         """
+        check_model(model, "with press(model)")
         return compressing(self, model)
 
 
@@ -146,6 +149,11 @@ def _checked_score(score: Callable[[Any, Prefill], Scores]) -> Callable[[Any, Pr
     @functools.wraps(score)
     def scored(self: Press, prefill: Prefill) -> Scores:
         with _named(self, ".score"):
+            if not isinstance(prefill, Prefill):
+                raise InvalidArgumentError(
+                    "expected a Prefill, which prefill(model, tokenizer, context) returns, got "
+                    f"{type(prefill).__name__}"
+                )
             scores = score(self, prefill)
             prefill.check(scores)
             asked = scores if self.budget is None else scores.asked_for(budget=self.budget)
