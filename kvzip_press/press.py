@@ -123,14 +123,19 @@ def described(press: Press) -> str:
     """Returns a press in short: its class, and the fields that differ from their defaults."""
     if not hasattr(type(press).__repr__, "__wrapped__"):  # a repr of its own, not that of a dataclass
         return repr(press)
-    values = [(one.name, getattr(press, one.name)) for one in fields(press) if one.repr]
-    defaults = {one.name: one.default for one in fields(press)}
-    changed = [f"{name}={value!r:.60}" for name, value in values if not _is_same(value, defaults[name])]
+    values = [(one.name, getattr(press, one.name), one.default) for one in fields(press) if one.repr and one.init]
+    changed = [f"{name}={_shown(value)}" for name, value, default in values if not _is_same(value, default)]
     return f"{type(press).__name__}({', '.join(changed)})"
 
 
 def _is_same(value: object, default: object) -> bool:
     return value is default or (isinstance(value, str | int | float) and value == default)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return described(value) if isinstance(value, Press) else f"{value!r:.60}"
 
 
 @contextmanager

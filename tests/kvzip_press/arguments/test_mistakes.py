@@ -148,7 +148,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a path as context": (lambda c: compress(MODEL, TOKENIZER, Path("notes.txt"), PRESS), r"path\.read_text\(\)"),
     "an open file as context": (lambda c: compress(MODEL, TOKENIZER, io.StringIO(TEXT), PRESS), r"file\.read\(\)"),
     "floats as context": (lambda c: compress(MODEL, TOKENIZER, torch.tensor(IDS).float(), PRESS), r"of torch\.float32"),
-    "a float among ids": (lambda c: compress(MODEL, TOKENIZER, [5, 6.0], PRESS), r"got 6\.0"),
+    "a float among ids": (lambda c: compress(MODEL, TOKENIZER, [5, 6.0], PRESS), r"got 6\.0 among its ids"),
     "a mask as context": (lambda c: compress(MODEL, TOKENIZER, torch.ones(5).bool(), PRESS), r"of torch\.bool"),
     "a padded batch as context": (
         lambda c: compress(MODEL, TOKENIZER, torch.ones(2, 9).long(), PRESS),
