@@ -68,6 +68,12 @@ class Press(ABC):
                 f"{type(policy).__name__} and {type(amount).__name__}"
             )
 
+    def __str__(self) -> str:
+        """Returns the press in short: its class, and the fields that differ from their defaults."""
+        values = [(one.name, getattr(self, one.name), one.default) for one in fields(self) if one.repr and one.init]
+        changed = [f"{name}={_shown(value)}" for name, value, default in values if not _is_same(value, default)]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
     @property
     def amount(self) -> Amount:
         """How much is kept, according to the fields."""
@@ -119,15 +125,6 @@ class Press(ABC):
         return compressing(self, model)
 
 
-def described(press: Press) -> str:
-    """Returns a press in short: its class, and the fields that differ from their defaults."""
-    if not hasattr(type(press).__repr__, "__wrapped__"):  # a repr of its own, not that of a dataclass
-        return repr(press)
-    values = [(one.name, getattr(press, one.name), one.default) for one in fields(press) if one.repr and one.init]
-    changed = [f"{name}={_shown(value)}" for name, value, default in values if not _is_same(value, default)]
-    return f"{type(press).__name__}({', '.join(changed)})"
-
-
 def _is_same(value: object, default: object) -> bool:
     return value is default or (isinstance(value, str | int | float) and value == default)
 
@@ -135,7 +132,7 @@ def _is_same(value: object, default: object) -> bool:
 def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_shown, value))}]"
-    return described(value) if isinstance(value, Press) else f"{value!r:.60}"
+    return str(value) if isinstance(value, Press) else f"{value!r:.60}"
 
 
 @contextmanager
@@ -162,7 +159,7 @@ def _checked_score(score: Callable[[Any, Prefill], Scores]) -> Callable[[Any, Pr
             scores = score(self, prefill)
             prefill.check(scores)
             asked = scores if self.budget is None else scores.asked_for(budget=self.budget)
-            return asked.made_by(described(self))
+            return asked.made_by(str(self))
 
     return scored
 
