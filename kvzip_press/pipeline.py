@@ -18,6 +18,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from kvzip_press.arguments.ids import described
 from kvzip_press.arguments.press import ForeignPress, as_press
 from kvzip_press.decoding.answering import ASKED_AT_ONCE, answer
 from kvzip_press.errors import InvalidArgumentError
@@ -75,6 +76,8 @@ class KVzipPressTextGenerationPipeline(Pipeline):
 
     def preprocess(self, input_: Any, **parameters: Any) -> dict[str, Any]:
         """Returns the context's token ids, cut to ``max_context_length``."""
+        if not isinstance(input_, str):
+            raise InvalidArgumentError(f"expected a context as text, got {described(input_)}")
         max_context_length = parameters["max_context_length"]
         ids = encode(self.tokenizer, input_, split_special_tokens=parameters["split_special_tokens"])
         if max_context_length is not None and len(ids) > max_context_length:

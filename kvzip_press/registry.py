@@ -59,7 +59,7 @@ def get_press(name: str, compression_ratio: float = 0.0, **options: Any) -> Pres
     """Makes a press by its name.
 
     Args:
-        name: One of :func:`press_names`.
+        name: One of those that :func:`kvzip_press.presses_table` lists.
         compression_ratio: Fraction of pairs removed, in [0, 1).
         options: Further arguments of that press.
 

@@ -96,19 +96,24 @@ def progress(console: Console, *, transient: bool = True, every: float = 60.0) -
 
 
 def _bars(console: Console, stack: ExitStack, *, transient: bool) -> Show:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as Remaining
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    text = TextColumn("{task.description:20}", markup=False)
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Remaining())
-    remarks = TextColumn("{task.fields[remark]}", markup=False)
-    shown = stack.enter_context(Progress(*columns, remarks, console=console, transient=transient))
+    columns = (
+        TextColumn("{task.description:20}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[steps]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[remark]}", markup=False),
+    )
+    shown = stack.enter_context(Progress(*columns, console=console, transient=transient))
     bars: dict[str, Any] = {}
 
     def show(stage: str, done: int = 0, total: int | None = None, remark: str = "") -> None:
         if stage not in bars:
-            bars[stage] = shown.add_task(printable(stage), total=total, remark="")
-        shown.update(bars[stage], completed=done, total=total, remark=printable(remark))
+            bars[stage] = shown.add_task(printable(stage), total=total, steps="", remark="")
+        steps = f"{done}/{total}" if total else f"{done or ''}"
+        shown.update(bars[stage], completed=done, total=total, steps=steps, remark=printable(remark))
 
     return show
 

@@ -75,17 +75,16 @@ def id_rows(given: object, what: str) -> torch.Tensor:
             given = torch.tensor(rows)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(f"expected {what}, got {rows!r:.80} ({error})") from error
-    _check_integers(given, what)
     ids = given[None] if given.dim() == 1 else given
     if ids.dim() != 2 or ids.numel() == 0:
         raise InvalidArgumentError(f"expected {what}, got a tensor of shape {tuple(given.shape)}")
+    _check_integers(ids, what)
     return ids.long()
 
 
 def check_vocabulary(model: Any, least: int, most: int) -> None:
     """Raises InvalidArgumentError unless ids from ``least`` to ``most`` have embeddings; a GPU would only stop."""
-    weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
-    n_known = most + 1 if weight is None else int(weight.shape[0])
+    n_known = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "num_embeddings", most + 1)
     if least < 0 or most >= n_known:
         raise InvalidArgumentError(
             f"expected token ids from 0 to {n_known - 1}, those of the model's vocabulary, got {least} to {most}: does "

@@ -57,7 +57,7 @@ def check_tokenizer(given: object, call: str) -> None:
     elif isinstance(given, str):
         hint = ", a text: was the tokenizer forgotten?"
     elif hasattr(given, "tokenizer"):
-        hint = f": pass its tokenizer, {type(given).__name__.lower()}.tokenizer"
+        hint = ": pass processor.tokenizer"
     raise InvalidArgumentError(f"{call}: expected a tokenizer, got {_described(given)}{hint}")
 
 

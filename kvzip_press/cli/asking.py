@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,23 +88,22 @@ class Asking:
         def table() -> Table:
             shown = Table("question", *(Column(plain(name)) for name in caches), show_lines=True)
             for row in rows:
-                shown.add_row(*(plain(text, lines=True) for text in row))
+                shown.add_row(*(plain(text.strip(), lines=True) for text in row))
             return shown
 
-        with ExitStack() as stack:
-            live = show = None
-            if self.console.is_interactive:
-                live = stack.enter_context(Live(table(), console=self.console, transient=True))
-            else:
-                show = stack.enter_context(progress(self.console))
+        watched = self.console.is_interactive
+        showing: AbstractContextManager[Any] = (
+            Live(table(), console=self.console, transient=True) if watched else progress(self.console)
+        )
+        with showing as shown:
             for number, question in enumerate(self.questions):
-                rows.append([question, *("" for _ in caches)])
+                row = [question, *("" for _ in caches)]
+                rows.append(row)
                 for column, cache in enumerate(caches.values(), start=1):
-                    if show is not None:
-                        show("answering", number, len(self.questions))
-                    rows[-1][column] = self._answer(
-                        cache, question, live and _Cell(self, live, table, rows[-1], column)
-                    )
+                    if not watched:
+                        shown("answering", number, len(self.questions))
+                    streamer = _Cell(self.tokenizer, row, column, lambda: shown.update(table())) if watched else None
+                    row[column] = self._answer(cache, question, streamer)
         self.console.print(table())
 
     def _answer(self, cache: RaggedCache, question: str, streamer: TextStreamer | None) -> str:
@@ -129,13 +128,13 @@ class Asking:
 
 
 class _Cell(TextStreamer):
-    """Writes an answer into a cell of a table, which is drawn anew."""
+    """Writes an answer into a cell of a row, which is drawn anew with each word."""
 
-    def __init__(self, asking: Asking, live: Live, table: Callable[[], Table], row: list[str], column: int) -> None:
-        super().__init__(asking.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.live, self.table, self.row, self.column = live, table, row, column
+    def __init__(self, tokenizer: Any, row: list[str], column: int, draw: Callable[[], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.row, self.column, self.draw = row, column, draw
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Adds what was written."""
         self.row[self.column] += text
-        self.live.update(self.table())
+        self.draw()

@@ -95,7 +95,7 @@ def _context_ids(tokenizer: Any, context: Any, *, split: bool) -> tuple[int, ...
     ids = items_of(context, "a context as text or token ids")
     for item in ids:
         if not is_id(item):
-            raise InvalidArgumentError(f"expected a context as text or token ids, got one with {described(item)}")
+            raise InvalidArgumentError(f"expected a context as text or token ids, got {described(item)} among its ids")
     return tuple(ids)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from kvzip_press import compat
 from kvzip_press.arguments.model import takes_model
+from kvzip_press.arguments.named import is_press
 from kvzip_press.arguments.press import ForeignPress, as_press
 from kvzip_press.attention.implementation import attach, attention_watched
 from kvzip_press.budget.allocators import Allocation
@@ -270,7 +271,8 @@ class Prefill:
     def check(self, scores: object) -> None:
         """Raises InvalidArgumentError unless these are scores of this prefill: before anything is evicted by them."""
         if not isinstance(scores, Scores):
-            raise InvalidArgumentError(f"expected Scores, got {type(scores).__name__}")
+            hint = ", which makes them: pass press.score(prefill)" if is_press(scores) else ""
+            raise InvalidArgumentError(f"expected Scores, got {type(scores).__name__}{hint}")
         if scores.protected.shape != self.valid.shape or set(scores.layers) != set(self._compressible):
             raise InvalidArgumentError(
                 f"expected scores of layers {list(self._compressible)} over {tuple(self.valid.shape)} [batch, span], "

@@ -60,7 +60,9 @@ def test_scores_and_a_prefill_say_what_they_are_about() -> None:
         "by RandomPress(compression_ratio=0.5))"
     )
     assert repr(done).startswith("Prefill(2 rows, 69 tokens, 0.1 MB uncompressed, read in ")
-    assert "by ComposedPress(presses=" in repr(ComposedPress([HALF]).score(done))
+    assert repr(ComposedPress([HALF]).score(done)).endswith(
+        "Decided, by ComposedPress(presses=[RandomPress(compression_ratio=0.5)]))"
+    )
     assert repr(done.evict(scores, 0.8)).endswith("by RandomPress(compression_ratio=0.5))")
 
 

@@ -112,7 +112,13 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda c: get_press("makes_a_dict", 0.5),
         r"'makes_a_dict' to make a press.*got dict",
     ),
+    "a press instead of its scores": (
+        lambda c: prefill(MODEL, TOKENIZER, TEXT).evict(PRESS),
+        r"expected Scores, got RandomPress, which makes them: pass press\.score\(prefill\)",
+    ),
+    "a cache to score": (PRESS.score, r"RandomPress\.score: expected a Prefill, which prefill\(.*got RaggedCache"),
     # a model and a tokenizer
+    "a name as model in a with": (lambda c: PRESS("smollm2"), r"with press\(model\): expected a model, got str: load"),
     "a forgotten tokenizer": (
         lambda c: compress(MODEL, TEXT, PRESS),
         r"^compress\(model, tokenizer, context, press, \.\.\.\): expected a tokenizer, got str, a text: was the tokeni",
@@ -142,7 +148,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a path as context": (lambda c: compress(MODEL, TOKENIZER, Path("notes.txt"), PRESS), r"path\.read_text\(\)"),
     "an open file as context": (lambda c: compress(MODEL, TOKENIZER, io.StringIO(TEXT), PRESS), r"file\.read\(\)"),
     "floats as context": (lambda c: compress(MODEL, TOKENIZER, torch.tensor(IDS).float(), PRESS), r"of torch\.float32"),
-    "a float among ids": (lambda c: compress(MODEL, TOKENIZER, [5, 6.0], PRESS), r"got 6\.0"),
+    "a float among ids": (lambda c: compress(MODEL, TOKENIZER, [5, 6.0], PRESS), r"got 6\.0 among its ids"),
     "a mask as context": (lambda c: compress(MODEL, TOKENIZER, torch.ones(5).bool(), PRESS), r"of torch\.bool"),
     "a padded batch as context": (
         lambda c: compress(MODEL, TOKENIZER, torch.ones(2, 9).long(), PRESS),
@@ -173,7 +179,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"BatchEncoding with input_ids.*its input_id",
     ),
     "floats as tokens": (lambda c: generate(MODEL, c.fork(), torch.rand(1, 3), 3), r"got a Tensor of torch\.float32"),
-    "no tokens": (lambda c: generate(MODEL, c.fork(), [], 3), r"\[batch, n >= 1\]"),
+    "no tokens": (lambda c: generate(MODEL, c.fork(), [], 3), r"\[batch, n >= 1\], got a tensor of shape \(0,\)"),
     "ragged rows as tokens": (
         lambda c: generate(MODEL, c.fork(), [[5], [5, 6]], 3),
         r"\[batch, n >= 1\], got \[\[5\], ",
