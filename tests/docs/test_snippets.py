@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RENDERED = ROOT / "docs" / "notebooks"  # made from the notebooks, which have a test of their own
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if RENDERED not in path.parents)]
 UsageError = typer.BadParameter.__base__  # of click, or of the copy of it that newer versions of typer have
+FIRST = {"README.md", "docs/install.md", "docs/quickstart.md", "docs/howto/generate.md"}
 MARK = re.compile(r"<!--\s*(prints|needs: [\w.-]+)\s*-->")
 
 
@@ -83,9 +84,11 @@ def models_once() -> Iterator[None]:
 
 
 def pages(language: str) -> list[Any]:
+    """The pages with blocks of a language; what the newest and the oldest transformers are tested with are not slow."""
     return [
-        pytest.param(page, id=str(page.relative_to(ROOT)))
+        pytest.param(page, id=name, marks=() if language == "sh" or name in FIRST else pytest.mark.slow)
         for page in PAGES
+        for name in [page.relative_to(ROOT).as_posix()]
         if any(block.language == language for block in blocks_of(page.read_text(encoding="utf-8")))
     ]
 
