@@ -81,6 +81,10 @@ coverage: .venv/.stamp ## which lines the tests reach
 	.venv/bin/coverage run .venv/bin/pytest -m "not slow" $(PYTEST_ARGS)
 	.venv/bin/coverage report --skip-covered --show-missing
 
+.PHONY: docs
+docs: .venv-docs/.stamp typing-tree ## build the documents into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 .PHONY: check
 check: lint format-check types ## ruff, format and mypy; changes no file
 
@@ -146,7 +150,7 @@ clean: ## remove what was built and the caches
 
 .PHONY: distclean
 distclean: clean ## the same, and the environments
-	rm -rf .venv .venv-newest .venv-oldest
+	rm -rf .venv .venv-newest .venv-oldest .venv-docs
 
 .PHONY: help
 help: ## this list
@@ -193,4 +197,11 @@ unexport PYTHONDONTWRITEBYTECODE
 	@echo "$(@D): kvzip-press [$(EXTRAS)] and what it needs"
 	@$(PIP_INSTALL) --no-build-isolation -e '.[$(EXTRAS)]'
 	@$(@D)/bin/python -m compileall -qq -j 0 $(@D)/lib || true # some packages hold files of another Python
+	@touch $@
+
+# The reference is read from the source, not imported: no torch here. The extra `docs` says what is needed.
+.venv-docs/.stamp: constraints/docs.txt pyproject.toml
+	@[ -x $(@D)/bin/python ] || { echo "$(@D): new environment"; $(PYTHON) -m venv $(@D); }
+	@$(@D)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])' \
+	  | xargs $(@D)/bin/python -m pip install --quiet -c constraints/docs.txt
 	@touch $@

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvzip_press.attention.implementation import attach, detach
     from kvzip_press.budget.scores import Scores
     from kvzip_press.cache.ragged_cache import RaggedCache
-    from kvzip_press.decoding.answering import answer
+    from kvzip_press.decoding.answering import answer, question_ids
     from kvzip_press.decoding.generation import generate
     from kvzip_press.decoding.sampling import Sampling
     from kvzip_press.decoding.step import DecodeStep
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kvzip_press.presses.kvzip import KVzipPress
     from kvzip_press.presses.kvzip_head import KVzipHeadPress
     from kvzip_press.presses.random import RandomPress
-    from kvzip_press.registry import get_press, register_press
+    from kvzip_press.registry import get_press, presses_table, register_press
 
 _EXPORTS = {
     "ComposedPress": "kvzip_press.presses.composed",
@@ -57,6 +57,8 @@ _EXPORTS = {
     "get_press": "kvzip_press.registry",
     "load_model": "kvzip_press.loading.by_name",
     "prefill": "kvzip_press.prefilling.whole",
+    "presses_table": "kvzip_press.registry",
+    "question_ids": "kvzip_press.decoding.answering",
     "register_press": "kvzip_press.registry",
 }
 
@@ -85,6 +87,8 @@ __all__ = [
     "get_press",
     "load_model",
     "prefill",
+    "presses_table",
+    "question_ids",
     "register_press",
 ]
 

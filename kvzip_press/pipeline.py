@@ -18,12 +18,13 @@ from typing import Any
 from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from kvzip_press.arguments.ids import described
+from kvzip_press.arguments.press import ForeignPress, as_press
 from kvzip_press.decoding.answering import ASKED_AT_ONCE, answer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import encode
 from kvzip_press.prefilling.whole import compress
 from kvzip_press.press import Press
-from kvzip_press.registry import get_press
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,10 @@ TASK = "kvzip-press-text-generation"
 class KVzipPressTextGenerationPipeline(Pipeline):
     """Answers questions about a context through a compressed cache; called like kvpress's pipeline.
 
-    ``pipe(context, question=None, questions=None, answer_prefix="", press=None, max_new_tokens=50,
-    max_context_length=None, split_special_tokens=True)``: with one ``question`` (or none: then the answer follows the
-    context) it returns ``{"answer": str}``, with a list of ``questions`` ``{"answers": [str, ...]}``. Without a press
+    ``pipe(context, question=None, questions=None, answer_prefix="", press=None, compression_ratio=None,
+    max_new_tokens=50, max_context_length=None, split_special_tokens=True)``: with one ``question`` (or none: then the
+    answer follows the context) it returns ``{"answer": str}``, with a list of ``questions`` ``{"answers": [str,
+    ...]}``. The press is one of ours, one of kvpress, or the name of one with ``compression_ratio``; without a press
     nothing is removed. A context longer than ``max_context_length`` tokens is cut at its end, with a warning. Control
     tokens that are spelled out in a text (``<|im_end|>``) are read as ordinary text; with
     ``split_special_tokens=False`` they take effect.
@@ -46,7 +48,8 @@ class KVzipPressTextGenerationPipeline(Pipeline):
         question: str | None = None,
         questions: Sequence[str] | None = None,
         answer_prefix: str | None = None,
-        press: Press | None = None,
+        press: Press | ForeignPress | str | None = None,
+        compression_ratio: float | None = None,
         max_new_tokens: int = 50,
         max_context_length: int | None = None,
         split_special_tokens: bool = True,
@@ -64,7 +67,7 @@ class KVzipPressTextGenerationPipeline(Pipeline):
         forward = {
             "questions": asked,
             "answer_prefix": answer_prefix or "",
-            "press": press,
+            "press": as_press("none" if press is None else press, compression_ratio),
             "max_new_tokens": max_new_tokens,
             "split_special_tokens": split_special_tokens,
         }
@@ -73,6 +76,8 @@ class KVzipPressTextGenerationPipeline(Pipeline):
 
     def preprocess(self, input_: Any, **parameters: Any) -> dict[str, Any]:
         """Returns the context's token ids, cut to ``max_context_length``."""
+        if not isinstance(input_, str):
+            raise InvalidArgumentError(f"expected a context as text, got {described(input_)}")
         max_context_length = parameters["max_context_length"]
         ids = encode(self.tokenizer, input_, split_special_tokens=parameters["split_special_tokens"])
         if max_context_length is not None and len(ids) > max_context_length:
@@ -87,12 +92,11 @@ class KVzipPressTextGenerationPipeline(Pipeline):
         context_ids: Sequence[int],
         questions: Sequence[str],
         answer_prefix: str,
-        press: Press | None,
+        press: Press,
         max_new_tokens: int,
         *,
         split_special_tokens: bool,
     ) -> list[str]:
-        press = get_press("none") if press is None else press
         cache = compress(self.model, self.tokenizer, context_ids, press)
         answers: list[str] = []
         for start in range(0, len(questions), ASKED_AT_ONCE):

@@ -6,9 +6,10 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from kvzip_press.arguments.model import check_model
 from kvzip_press.budget.allocators import SAFEGUARD, Allocation
 from kvzip_press.budget.amount import Amount, LayerRatios, amount_of, check_compression_ratio
 from kvzip_press.budget.policy import Policy
@@ -67,6 +68,12 @@ class Press(ABC):
                 f"{type(policy).__name__} and {type(amount).__name__}"
             )
 
+    def __str__(self) -> str:
+        """Returns the press in short: its class, and the fields that differ from their defaults."""
+        values = [(one.name, getattr(self, one.name), one.default) for one in fields(self) if one.repr and one.init]
+        changed = [f"{name}={_shown(value)}" for name, value, default in values if not _is_same(value, default)]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
     @property
     def amount(self) -> Amount:
         """How much is kept, according to the fields."""
@@ -110,10 +117,22 @@ class Press(ABC):
         """Compresses every prefill of ``model`` inside the context, in place in the cache that the model used.
 
         Raises:
+            InvalidArgumentError: What is given is no model.
             UnsupportedModelError: The model has no layer that can be compressed.
             KVzipPressError: The model is already inside ``with press(model):``.
         """
+        check_model(model, "with press(model)")
         return compressing(self, model)
+
+
+def _is_same(value: object, default: object) -> bool:
+    return value is default or (isinstance(value, str | int | float) and value == default)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return str(value) if isinstance(value, Press) else f"{value!r:.60}"
 
 
 @contextmanager
@@ -132,9 +151,15 @@ def _checked_score(score: Callable[[Any, Prefill], Scores]) -> Callable[[Any, Pr
     @functools.wraps(score)
     def scored(self: Press, prefill: Prefill) -> Scores:
         with _named(self, ".score"):
+            if not isinstance(prefill, Prefill):
+                raise InvalidArgumentError(
+                    "expected a Prefill, which prefill(model, tokenizer, context) returns, got "
+                    f"{type(prefill).__name__}"
+                )
             scores = score(self, prefill)
             prefill.check(scores)
-            return scores if self.budget is None else scores.asked_for(budget=self.budget)
+            asked = scores if self.budget is None else scores.asked_for(budget=self.budget)
+            return asked.made_by(str(self))
 
     return scored
 

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kvzip_press import RaggedCache, attach, compat, generate, get_press
+from kvzip_press import RaggedCache, attach, compat, generate
+from kvzip_press.arguments.press import ForeignPress, as_press
 from kvzip_press.decoding.generation import eos_ids
-from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, NothingEvictedError, install_command
+from kvzip_press.errors import MissingDependencyError, NothingEvictedError, install_command
 from kvzip_press.leaderboard.lm_eval_prompts import SPLITS, Generation, Split, find_split, last_paragraph, n_equal
 from kvzip_press.leaderboard.running.measured import Measured, measure
 from kvzip_press.model.devices import input_device
@@ -64,7 +65,7 @@ class PressLM(HFLM):
 
     Args:
         pretrained: The model, or its name.
-        press: The press, or its name in the registry.
+        press: The press, one of kvpress, or a name in the registry.
         compression_ratio: The ratio of a press that is given by its name.
         split: Where a prompt's context ends, a name in ``SPLITS`` or a function: by default the question is the last
             paragraph. A context always leaves at least the prompt's last token to the question.
@@ -83,15 +84,15 @@ class PressLM(HFLM):
     def __init__(
         self,
         pretrained: Any,
-        press: Press | str,
+        press: Press | ForeignPress | str,
         *,
         compression_ratio: float | None = None,
         split: Split | str = last_paragraph,
         min_context_tokens: int = 64,
         **options: Any,
     ) -> None:
-        self.press = _press(press, compression_ratio)
         self.split = find_split(split)
+        self.press: Press = as_press(press, compression_ratio)
         self.min_context_tokens = min_context_tokens
         self.measured: list[Measured] = []
         super().__init__(pretrained, **options)
@@ -213,16 +214,6 @@ class PressLM(HFLM):
                 break
             unread = ids[-1:]
         return asked_for.cut(self.tok_decode(written))
-
-
-def _press(press: Press | str, compression_ratio: float | None) -> Press:
-    if isinstance(press, str):
-        return get_press(press, compression_ratio or 0.0)
-    if compression_ratio is not None:
-        raise InvalidArgumentError(
-            f"expected a compression_ratio beside a press's name only, got {compression_ratio} and {press}"
-        )
-    return press
 
 
 if __name__ == "__main__":

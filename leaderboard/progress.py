@@ -1,27 +1,25 @@
-"""A progress bar that counts rows, without transformers' own bars beside it."""
+"""How many rows are done, without transformers' own progress bars beside it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.terminal import printable
+from kvzip_press.terminal import progress
 
 
 @contextmanager
 def row_bar(console: Console, total: int) -> Iterator[Callable[[Row], None]]:
-    """Shows a progress bar while open; gives a function to call with each row."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(
-        TextColumn("{task.description}", markup=False), *columns, console=console, transient=True
-    ) as progress:
-        bar = progress.add_task("reading the first context", total=total)
+    """Shows how many rows of ``total`` are done while open; gives a function to call with each row."""
+    with progress(console) as show:
+        show("rows", 0, total, "reading the first context")
+        n_done = 0
 
         def on_row(row: Row) -> None:
-            what = f"{row.task} {row.sample_id}: {row.press} {row.compression_ratio}"
-            progress.update(bar, advance=1, description=printable(what))
+            nonlocal n_done
+            n_done += 1
+            show("rows", n_done, total, f"{row.task} {row.sample_id}: {row.press} {row.compression_ratio}")
 
         yield on_row
 

@@ -6,43 +6,101 @@ They are installed as ``kvzip_press.presses``; importing them by the bare name r
 if not __name__.startswith("kvzip_press."):
     raise ImportError("import kvzip_press.presses; the bare name 'presses' would load a second copy of every class")
 
-#: Name -> "module:Callable", resolved by :mod:`kvzip_press.registry` when a press is asked for.
-PRESSES = {
-    "none": "kvzip_press.presses.random:NonePress",
-    "random": "kvzip_press.presses.random:RandomPress",
-    "kvzip": "kvzip_press.presses.kvzip:KVzipPress",
-    "kvzip_local": "kvzip_press.presses.kvzip:local_press",
-    "kvzip_head": "kvzip_press.presses.kvzip_head:KVzipHeadPress",
-    "duo_attention": "kvzip_press.presses.duo_attention:DuoAttentionPress",
-    "fastkvzip": "kvzip_press.presses.fastkvzip:FastKVzipPress",
-    # kvpress's, with real eviction; the attribute of the catalogue is the name
-    **{
-        name: f"kvzip_press.presses.kvpress_adapter.catalogue:{name}"
-        for name in (
-            "adakv_expected_attention",
-            "adakv_snapkv",
-            "cap",
-            "chunkkv_snapkv",
-            "compactor",
-            "criticaladakv_expected_attention",
-            "criticalkv_snapkv",
-            "cur",
-            "expected_attention",
-            "keydiff",
-            "knorm",
-            "kvcompose",
-            "kvpress_duo_attention",
-            "kvpress_fastkvzip",
-            "kvpress_kvzip",
-            "lagkv",
-            "leverage",
-            "lukv",
-            "observed_attention",
-            "pyramidkv",
-            "qfilter",
-            "snapkv",
-            "streaming_llm",
-            "tova",
-        )
-    },
-}
+from kvzip_press.arguments.named import PressInfo
+
+
+def _of_kvpress(name: str, summary: str, paper: str, needs: str = "") -> PressInfo:
+    """Returns a line about a press of kvpress, which the catalogue makes under the same name, with real eviction."""
+    target = f"kvzip_press.presses.kvpress_adapter.catalogue:{name}"
+    return PressInfo(name, target, summary, paper, needs, needs_kvpress=True)
+
+
+#: Base class of another library -> the press that wraps its objects. The library is not imported to find one.
+WRAPPERS = {"kvpress:BasePress": "kvzip_press.presses.kvpress_adapter:RaggedPress"}
+
+_HEAD_SCORES = "scores of the model's heads (`kvzip-press heads compute`)"
+
+#: A line about each press that has a name, and what makes it. Each is imported when it is asked for.
+PRESSES = (
+    PressInfo(
+        "none",
+        "kvzip_press.presses.random:NonePress",
+        "removes nothing: the reference of every table",
+        takes_ratio=False,
+    ),
+    PressInfo(
+        "random", "kvzip_press.presses.random:RandomPress", "removes pairs at random: the baseline of every table"
+    ),
+    PressInfo(
+        "kvzip",
+        "kvzip_press.presses.kvzip:KVzipPress",
+        "keeps what the model attends to while it repeats the context",
+        "2505.23416",
+    ),
+    PressInfo(
+        "kvzip_local",
+        "kvzip_press.presses.kvzip:local_press",
+        "KVzip whose repetition attends to its own chunk only: linear cost (ours)",
+        "2505.23416",
+    ),
+    PressInfo(
+        "kvzip_head",
+        "kvzip_press.presses.kvzip_head:KVzipHeadPress",
+        "keeps the best heads whole by KVzip's scores; costs nothing at run time",
+        "2505.23416",
+        _HEAD_SCORES,
+    ),
+    PressInfo(
+        "duo_attention",
+        "kvzip_press.presses.duo_attention:DuoAttentionPress",
+        "keeps retrieval heads whole, of the others the two ends",
+        "2410.10819",
+        _HEAD_SCORES,
+    ),
+    PressInfo(
+        "fastkvzip",
+        "kvzip_press.presses.fastkvzip:FastKVzipPress",
+        "predicts KVzip's scores with a small gate a layer; also while decoding",
+        "2601.17668",
+        "gates for the model (`kvzip-press gates train`, or the authors')",
+    ),
+    _of_kvpress("adakv_expected_attention", "Expected Attention, a layer's budget shared by its heads", "2407.11550"),
+    _of_kvpress("adakv_snapkv", "SnapKV, a layer's budget shared by its heads", "2407.11550"),
+    _of_kvpress("cap", "keeps values that span the directions which past queries look at", "2604.25975"),
+    _of_kvpress("chunkkv_snapkv", "SnapKV's scores, kept or dropped in runs of tokens", "2502.00299"),
+    _of_kvpress("compactor", "leverage of keys blended with attention that is not causal", "2507.08143"),
+    _of_kvpress("criticaladakv_expected_attention", "AdaKV, scores weighted by the projected values", "2502.03805"),
+    _of_kvpress("criticalkv_snapkv", "SnapKV, scores weighted by the projected values", "2502.03805"),
+    _of_kvpress("cur", "leverage scores of keys and values", "2509.15038"),
+    _of_kvpress("expected_attention", "the attention that future queries are expected to pay", "2510.00636"),
+    _of_kvpress("keydiff", "keeps keys that are unlike the mean key", "2504.15364"),
+    _of_kvpress("knorm", "keeps keys of small norm", "2406.11430"),
+    _of_kvpress("kvcompose", "attention to the context, composite tokens, budgets across layers", "2509.05165"),
+    _of_kvpress(
+        "kvpress_duo_attention",
+        "kvpress's own DuoAttention; its ratio is that of streaming heads",
+        "2410.10819",
+        "a published pattern for the model",
+    ),
+    _of_kvpress("kvpress_fastkvzip", "kvpress's own Fast KVzip", "2601.17668", "published gates for the model"),
+    _of_kvpress("kvpress_kvzip", "kvpress's own KVzip", "2505.23416"),
+    _of_kvpress("lagkv", "compares each part of the context with the part after it", "2504.04704"),
+    _of_kvpress("leverage", "leverage scores of the keys before RoPE (a part of Compactor)", "2507.08143"),
+    _of_kvpress(
+        "lukv",
+        "Expected Attention with budgets a head from measured curves",
+        "2602.08585",
+        "a published curve for the model",
+    ),
+    _of_kvpress(
+        "observed_attention",
+        "the mean attention that a pair received, as in H2O",
+        "2306.14048",
+        "a model loaded with attn_implementation='eager'",
+    ),
+    _of_kvpress("pyramidkv", "SnapKV with larger budgets in lower layers", "2406.02069"),
+    _of_kvpress("qfilter", "projects keys on a learned direction", "2503.02812", "published filters for the model"),
+    _of_kvpress("snapkv", "the attention of the last tokens of the context", "2404.14469"),
+    _of_kvpress("streaming_llm", "keeps the first and the last tokens", "2309.17453"),
+    _of_kvpress("tova", "the attention of the last token", "2401.06104"),
+)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from kvzip_press.arguments.press import as_press
 from kvzip_press.budget.allocators import Decided
 from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
@@ -35,8 +36,9 @@ class ComposedPress(Press):
     A ComposedPress among the presses is replaced by its own presses, in order.
 
     Args:
-        presses: The presses, at least one. A press that decides itself how many pairs each head keeps (``is_scorer`` is
-            False, as for kvpress's AdaKV) can only come first, because its decision is about all pairs.
+        presses: The presses, at least one; those of kvpress are wrapped in a RaggedPress. A press that decides itself
+            how many pairs each head keeps (``is_scorer`` is False, as for kvpress's AdaKV) can only come first, because
+            its decision is about all pairs.
 
     Attributes:
         compression_ratio: The ratio that the presses' ratios amount to together; those with a budget or layer ratios
@@ -154,7 +156,8 @@ def _ratio(press: Press) -> float:
 def _flat(presses: object) -> Iterator[Press]:
     if not isinstance(presses, Sequence) or isinstance(presses, str):
         raise InvalidArgumentError(f"expected a sequence of presses, got {type(presses).__name__}")
-    for press in presses:
+    for given in presses:
+        press = as_press(given)
         if isinstance(press, ComposedPress):
             yield from press.presses
         elif isinstance(press, Press):

@@ -32,6 +32,7 @@ ROOMS = (
         "torch_file",
         "locks",
         "terminal",
+        "arguments",
         "model",
         "budget",
         "loading",
@@ -229,7 +230,7 @@ def names_concrete_press(one: Import, presses: frozenset[str]) -> bool:
 #: Where a module is imported by a name that the source does not spell out: out of a table of names, or of a user's.
 FOUND_BY_NAME = {
     "kvzip_press/__init__.py",
-    "kvzip_press/registry.py",
+    "kvzip_press/arguments/named.py",
     "kernels/dispatch.py",
     "leaderboard/tasks/__init__.py",
     "leaderboard/metrics/code.py",

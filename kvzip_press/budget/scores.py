@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeGuard
@@ -12,6 +13,7 @@ from kvzip_press.budget.allocators import Allocation, Decided
 from kvzip_press.budget.amount import is_int
 from kvzip_press.budget.policy import Policy
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.terminal import counted
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Scores:
         protected_count: Whether protected pairs count towards the budget, as in most papers (not in KVzip); or a mask
             ``[batch, span]``, bool, if only those of some positions do (Fast KVzip: the window, not the prefix).
         carried: Whether the pairs that stay carry their scores, for evictions while the model generates.
+        press: What made them, in short; empty if nobody said so. A press writes its own name here.
 
     Raises:
         InvalidArgumentError: A field is of another type, dtype or shape; the scores are not finite or not of one span;
@@ -38,6 +41,7 @@ class Scores:
     policy: Policy
     protected_count: bool | torch.Tensor = False
     carried: bool = False
+    press: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
@@ -66,6 +70,24 @@ class Scores:
         if not isinstance(self.carried, bool):
             raise InvalidArgumentError(f"expected carried to be True or False, got {_described(self.carried)}")
         return shape
+
+    def __repr__(self) -> str:
+        batch_size, span = self.protected.shape
+        parts = [
+            counted(len(self.layers), "layer"),
+            counted(batch_size, "row"),
+            counted(span, "token"),
+            f"{int(self.protected.sum())} protected",
+            f"{self.policy.amount}, {self.policy.allocation.name or type(self.policy.allocation).__name__}",
+            *([f"by {self.press}"] if self.press else []),
+        ]
+        return f"Scores({', '.join(parts)})"
+
+    def made_by(self, press: str) -> Scores:
+        """Returns the same scores, with the name of what made them; they are not checked again."""
+        named = copy.copy(self)
+        object.__setattr__(named, "press", press)
+        return named
 
     @property
     def charged(self) -> torch.Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from kvzip_press.budget.allocation import allocate, standing_pairs
+from kvzip_press.budget.amount import LayerRatios
 from kvzip_press.budget.candidates import Counts, Masks
 from kvzip_press.budget.scores import Scores
 
@@ -60,3 +61,25 @@ def top_mask(values: torch.Tensor, counts: torch.Tensor, eligible: torch.Tensor)
     ranks = torch.empty_like(order)
     ranks.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
     return ranks < counts.to(ranks.device).unsqueeze(-1)
+
+
+def why_nothing_went(scores: Scores, keep: Mapping[int, torch.Tensor], valid: torch.Tensor) -> str:
+    """Returns why an eviction that was asked for a fraction removed no pair; empty if some went, or none had to.
+
+    A budget in tokens asks for nothing of a context that is shorter.
+
+    Args:
+        scores: What the eviction was asked for.
+        keep: ``layer_idx -> [batch, num_key_value_heads, span]``, bool, as selected.
+        valid: ``[batch, span]``, bool, False at padding.
+    """
+    amount = scores.policy.amount
+    ratio = max(amount.values(), default=0.0) if isinstance(amount, LayerRatios) else amount.compression_ratio
+    went = ratio == 0 or any(bool((valid.to(kept.device)[:, None] & ~kept).any()) for kept in keep.values())
+    if went:
+        return ""
+    if not bool((valid & ~scores.protected).any()):
+        return "it protects every token of so short a context"
+    if scores.is_decided:
+        return "it decided to keep every pair: the ends that it keeps of each head, say, reach over so short a context"
+    return "its budget, rounded and with its floors, holds every pair of so short a context"

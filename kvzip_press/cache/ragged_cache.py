@@ -26,6 +26,7 @@ from kvzip_press.cache.ragged_layer import CopiedByFork, RaggedLayer
 from kvzip_press.cache.rows import TurnLock, Turns, batch_rows
 from kvzip_press.cache.sliding_windows import own_window
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.terminal import counted
 
 
 class RaggedCache(CopiedByFork, compat.Cache):
@@ -36,7 +37,12 @@ class RaggedCache(CopiedByFork, compat.Cache):
 
     Args:
         layers: One cache layer per decoder layer.
+
+    Attributes:
+        press: What compressed it, in short; empty if that is not known.
     """
+
+    press: str = ""
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
@@ -52,11 +58,27 @@ class RaggedCache(CopiedByFork, compat.Cache):
         if isinstance(cache, cls):
             return cache
         if not any(isinstance(layer, RaggedLayer) for layer in getattr(cache, "layers", [])):
-            raise CacheMismatchError(f"expected a cache with ragged layers, got {type(cache).__name__} without any")
+            raise CacheMismatchError(
+                f"expected a compressed cache, from compress(...) or `with press(model):`, got {type(cache).__name__} "
+                'without ragged layers (compress with get_press("none") for one that keeps everything)'
+            )
         vars(cache).setdefault("turn_lock", TurnLock())  # one for all views of the cache
         view = cls.__new__(cls)
         vars(view).update(vars(cache))
         return view
+
+    def __repr__(self) -> str:
+        if not any(True for _ in self.ragged_layers()):
+            return f"RaggedCache({counted(len(self.layers), 'layer')}, none compressed)"
+        seen = self.n_seen
+        parts = [
+            counted(self.batch_size, "row"),
+            f"{seen if isinstance(seen, int) else f'{min(seen)} to {max(seen)}'} tokens seen",
+            f"{self.kept_fraction:.1%} of pairs kept",
+            f"{self.resident_bytes / 1e6:.1f} of {self.dense_bytes / 1e6:.1f} MB",
+            *([f"by {self.press}"] if self.press else []),
+        ]
+        return f"RaggedCache({', '.join(parts)})"
 
     def ragged_layers(self) -> Iterable[tuple[int, RaggedLayer]]:
         """Yields the index and the layer of each compressed layer."""
@@ -200,7 +222,9 @@ class RaggedCache(CopiedByFork, compat.Cache):
         Pairs in a pool, which change while a model generates, are copied, too.
         """
         layers: list[Any] = list(self.layers)  # at once: another thread may give the cache its next turn meanwhile
-        return RaggedCache([layer.fork() if isinstance(layer, RaggedLayer) else copy.copy(layer) for layer in layers])
+        forked = RaggedCache([layer.fork() if isinstance(layer, RaggedLayer) else copy.copy(layer) for layer in layers])
+        forked.press = self.press
+        return forked
 
     def adopt_turn(self, grown: RaggedCache) -> None:
         """Takes over, as one turn, what a fork of this cache has read since.
@@ -271,6 +295,7 @@ class RaggedCache(CopiedByFork, compat.Cache):
         """
         layers, record = cache_file.load_layers(Path(path), model, device=device, verify=verify)
         cache = cls(layers)
+        cache.press = record.press or ""
         for _, layer in cache.ragged_layers():
             layer.turns = Turns.of(record.turn_starts)
         attach(model)

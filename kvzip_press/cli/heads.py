@@ -11,7 +11,7 @@ import typer
 from kvzip_press.cli.inputs import regular, text_of
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
-from kvzip_press.terminal import printable
+from kvzip_press.terminal import printable, progress
 
 app = typer.Typer(
     no_args_is_help=True, help="Scores of a model's KV heads, for the presses kvzip_head and duo_attention."
@@ -97,16 +97,16 @@ def _texts(paths: Sequence[Path] | None) -> dict[str, str]:
 
 
 def _compute(method: str, chunk_size: int, model: Any, tokenizer: Any, texts: list[str]) -> Any:
-    from rich.progress import Progress
+    from rich.console import Console
 
     from kvzip_press.presses import duo_attention, kvzip_head
 
-    with Progress(transient=True) as shown:
-        bar = shown.add_task("scoring heads", total=None)
+    with progress(Console()) as show:
+        show("scoring heads")
 
-        def progress(done: int, total: int) -> None:
-            shown.update(bar, completed=done, total=total)
+        def on_progress(done: int, total: int) -> None:
+            show("scoring heads", done, total)
 
         if method == "duo-attention":
-            return duo_attention.compute_head_scores(model, tokenizer, texts, progress=progress)
-        return kvzip_head.compute_head_scores(model, tokenizer, texts, chunk_size=chunk_size, progress=progress)
+            return duo_attention.compute_head_scores(model, tokenizer, texts, progress=on_progress)
+        return kvzip_head.compute_head_scores(model, tokenizer, texts, chunk_size=chunk_size, progress=on_progress)

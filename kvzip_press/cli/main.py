@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from kvzip_press.cli import heads
 from kvzip_press.cli.inputs import text_of
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 from kvzip_press.loading.command_options import ModelOption
-from kvzip_press.terminal import one_line, plain, printable
+from kvzip_press.terminal import one_line, plain
 from kvzip_press.version import __version__
 
 app = typer.Typer(
@@ -30,6 +29,8 @@ _HANDED_ON: dict[str, Any] = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 }
+
+LINE = 240  # characters of a line that a file or another command reads: none is broken
 
 OutputOption = Annotated[Path, typer.Option("--output", help="Directory for the rows and the picture.")]
 
@@ -114,10 +115,13 @@ def ask(
     ] = None,
     save: Annotated[Path | None, typer.Option("--save", help="Where to keep the compressed cache.")] = None,
     model: ModelOption = "smollm2",
-    press: Annotated[str, typer.Option("--press", help="Name of a press, see `kvzip-press presses`.")] = "kvzip",
+    press: Annotated[
+        str | None, typer.Option("--press", help="Name of a press, see `kvzip-press presses`; default kvzip.")
+    ] = None,
     compression_ratio: Annotated[
-        float, typer.Option("--compression-ratio", help="Fraction of pairs removed, in [0, 1).")
-    ] = 0.7,
+        float | None,
+        typer.Option("--compression-ratio", help="Fraction of pairs removed, in [0, 1); default 0.7."),
+    ] = None,
     answer_prefix: Annotated[
         str, typer.Option("--answer-prefix", help="How every answer begins; small models need the help.")
     ] = "",
@@ -132,33 +136,31 @@ def ask(
 ) -> None:
     """Asks questions about a file, and shows the answers of the full and of the compressed cache side by side.
 
-    With --cache a cache that was compressed earlier answers; the file it was made from is not needed.
+    With --cache a cache that was compressed earlier answers; the file it was made from is not needed. On a terminal the
+    answers appear as they are written.
     """
+    from kvzip_press.cli.asking import Asking
     from kvzip_press.loading.by_name import load_model
-    from kvzip_press.prefilling.whole import prefill
     from kvzip_press.registry import get_press
 
     if (context is None) == (cache is None):
         raise InvalidArgumentError("expected one of --context FILE and --cache FILE, got both or none")
-    if cache is not None:
-        if save is not None:
-            raise InvalidArgumentError("expected --save with --context, got it with --cache, which is a saved cache")
-        _ask_saved(cache, load_model(model), question, answer_prefix, max_new_tokens, split=split_special_tokens)
-        return
-    assert context is not None
-    text, chosen = text_of(context), get_press(press, compression_ratio)
-    loaded, tokenizer = load_model(model)
-    done = prefill(loaded, tokenizer, text.rstrip(), observers=[chosen], split_special_tokens=split_special_tokens)
-    begin = time.perf_counter()
-    compressed = done.evict(chosen.score(done))
-    seconds = time.perf_counter() - begin
-    if save is not None:  # before anything is asked: reading the context again is what costs
-        compressed.save(save, press=chosen)
-    full = done.evict(get_press("none").score(done))
-    caches = {"full cache": full, f"{press}, {compression_ratio:.0%} removed": compressed}
-    split = split_special_tokens
-    _print_answers(loaded, tokenizer, caches, question, answer_prefix, max_new_tokens, split=split)
-    _print_figures(caches, f"{done.valid.shape[1]} tokens read in {done.seconds:.1f} s, compressed in {seconds:.1f} s")
+    about_context = {"--save": save, "--press": press, "--compression-ratio": compression_ratio}
+    given = [name for name, value in about_context.items() if value is not None]
+    if cache is not None and given:
+        raise InvalidArgumentError(
+            f"expected {', '.join(given)} with --context, got it with --cache, which is a saved cache: what that keeps "
+            "is decided"
+        )
+    name, ratio = press or "kvzip", 0.7 if compression_ratio is None else compression_ratio
+    chosen = get_press(name, ratio)
+    text = None if context is None else text_of(context)
+    asking = Asking(*load_model(model), question, answer_prefix, max_new_tokens, split_special_tokens)
+    if text is None:
+        assert cache is not None
+        asking.of_saved(cache)
+    else:
+        asking.of_text(text, chosen, f"{name}, {ratio:.0%} removed", save)
 
 
 @app.command()
@@ -207,54 +209,14 @@ def profile(
 
 @app.command()
 def presses() -> None:
-    """Lists the names of the presses."""
-    from kvzip_press.registry import press_names
-
-    for name in press_names():
-        typer.echo(printable(name))
-
-
-def _print_answers(
-    model: Any, tokenizer: Any, caches: dict[str, Any], questions: list[str], prefix: str, limit: int, *, split: bool
-) -> None:
-    from rich.console import Console
-    from rich.progress import track
-    from rich.table import Column, Table
-
-    from kvzip_press.decoding.answering import answer
-
-    table = Table("question", *(Column(plain(name)) for name in caches), show_lines=True)
-    for question in track(questions, description="answering", transient=True):
-        answers = [
-            answer(model, tokenizer, cache, question, prefix, limit, split_special_tokens=split)
-            for cache in caches.values()
-        ]
-        table.add_row(*(plain(text, lines=True) for text in (question, *answers)))
-    Console().print(table)
-
-
-def _ask_saved(
-    path: Path, model_and_tokenizer: tuple[Any, Any], questions: list[str], prefix: str, limit: int, *, split: bool
-) -> None:
-    from kvzip_press.cache.file.writing import read_record
-    from kvzip_press.cache.ragged_cache import RaggedCache
-
-    model, tokenizer = model_and_tokenizer
-    begin = time.perf_counter()
-    caches = {path.name: RaggedCache.load(path, model)}
-    seconds = time.perf_counter() - begin
-    record = read_record(path)
-    _print_answers(model, tokenizer, caches, questions, prefix, limit, split=split)
-    _print_figures(caches, f"{record.n_seen} tokens, {record.press or 'press not named'}; loaded in {seconds:.1f} s")
-
-
-def _print_figures(caches: dict[str, Any], note: str) -> None:
+    """Lists the presses: what each keeps, the paper, and what it needs."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("cache", "kept pairs", "resident MB", "of dense")
-    for name, cache in caches.items():
-        megabytes, fraction = cache.resident_bytes / 1e6, cache.resident_bytes / cache.dense_bytes
-        table.add_row(plain(name), f"{cache.kept_fraction:.1%}", f"{megabytes:.1f}", f"{fraction:.1%}")
-    Console().print(table)
-    Console().print(plain(note))
+    from kvzip_press.registry import presses_table
+
+    table = Table("press", "what it keeps", "arXiv", "needs", box=None, pad_edge=False)
+    for info in presses_table():
+        needs = ", ".join(filter(None, ("kvpress" if info.needs_kvpress else "", info.needs)))
+        table.add_row(*map(plain, (info.name, info.summary, info.paper, needs)))
+    Console(width=None if Console().is_terminal else LINE).print(table)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, overload
 
+from kvzip_press.arguments.model import check_tokenizer, takes_model
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.padding import left_padded, padding_in
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.forward import read
-from kvzip_press.decoding.generation import eos_ids, generate
+from kvzip_press.decoding.generation import check_streamer, eos_ids, generate
+from kvzip_press.decoding.sampling import Sampling
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import chat_frame, encode, turn_break
 from kvzip_press.model.devices import input_device
@@ -28,6 +30,9 @@ def answer(
     answer_prefix: str | Sequence[str] = "",
     max_new_tokens: int | Sequence[int] = 64,
     *,
+    sampling: Sampling | None = None,
+    seed: int | None = None,
+    streamer: Any = None,
     keep: bool = False,
     split_special_tokens: bool = False,
 ) -> str: ...
@@ -42,11 +47,15 @@ def answer(
     answer_prefix: str | Sequence[str] = "",
     max_new_tokens: int | Sequence[int] = 64,
     *,
+    sampling: Sampling | None = None,
+    seed: int | None = None,
+    streamer: Any = None,
     keep: bool = False,
     split_special_tokens: bool = False,
 ) -> list[str]: ...
 
 
+@takes_model
 def answer(
     model: Any,
     tokenizer: Any,
@@ -55,10 +64,13 @@ def answer(
     answer_prefix: str | Sequence[str] = "",
     max_new_tokens: int | Sequence[int] = 64,
     *,
+    sampling: Sampling | None = None,
+    seed: int | None = None,
+    streamer: Any = None,
     keep: bool = False,
     split_special_tokens: bool = False,
 ) -> str | list[str]:
-    """Answers one question about a compressed context, or many in one batch, decoding greedily.
+    """Answers one question about a compressed context, or many in one batch.
 
     The cache is unchanged afterwards, unless ``keep`` is True: then question and answer stay in it, and the next
     question, kept or not, follows them as a new turn, framed by the model's chat template.
@@ -70,12 +82,19 @@ def answer(
     Args:
         model: The model that made the cache.
         tokenizer: Its tokenizer.
-        cache: From ``compress``, ``Prefill.evict`` or ``RaggedCache.of``.
+        cache: From ``compress``, ``Prefill.evict`` or ``with press(model):``.
         question: The question; it follows the context in the user's turn after an empty line. Or a list of questions.
             An empty question adds nothing, for a context that itself ends with the question.
         answer_prefix: How each answer begins; not part of what is returned. One for all, or a list with one for each
             question.
         max_new_tokens: Most tokens to generate. One bound for all, or a list with one for each question.
+        sampling: How to sample the tokens; None takes the most likely one each time.
+        seed: Seed of the sampling: the same seed gives the same answer, and PyTorch's own random numbers stay as they
+            are. None takes that of ``sampling``, and without one PyTorch's default generator. Questions in one batch
+            draw from one generator, so what one of them gets depends on the others.
+        streamer: A transformers streamer (``TextStreamer(tokenizer, skip_prompt=True)``), which is given the tokens as
+            they come; for one question and a cache of one row. It gets the question's ids first, and the answer without
+            ``answer_prefix``.
         keep: Whether the cache remembers this question and its answer. If an error is raised, it stays as it was. In
             several threads, turns that one cache keeps follow one another.
         split_special_tokens: Whether control tokens that are spelled out in a question or in the beginning of an answer
@@ -87,13 +106,26 @@ def answer(
         several rows that is so even if the question is a text, which type checkers cannot see.
 
     Raises:
-        CacheMismatchError: The cache was made by another model.
+        CacheMismatchError: The cache was made by another model, or is not compressed.
         InvalidArgumentError: Context, question and answer exceed the model's positions; the number of questions does
             not fit the rows, or the number of prefixes or bounds the questions; several questions are to be kept in one
-            row; one is no text, or a bound is negative; or the tokenizer cannot split special tokens.
+            row; one is no text, or a bound is negative; the tokenizer cannot split special tokens; there are several
+            rows for a streamer; or a seed, but no sampling.
     """
-    options = {"keep": keep, "split_special_tokens": split_special_tokens}
-    generated = answer_ids(model, tokenizer, cache, question, answer_prefix, max_new_tokens, **options)
+    cache = RaggedCache.of(cache)
+    generated = answer_ids(
+        model,
+        tokenizer,
+        cache,
+        question,
+        answer_prefix,
+        max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        streamer=streamer,
+        keep=keep,
+        split_special_tokens=split_special_tokens,
+    )
     answers = [decoded(tokenizer, row) for row in generated]
     return answers[0] if isinstance(question, str) and cache.batch_size == 1 else answers
 
@@ -106,6 +138,9 @@ def answer_ids(
     answer_prefix: str | Sequence[str] = "",
     max_new_tokens: int | Sequence[int] = 64,
     *,
+    sampling: Sampling | None = None,
+    seed: int | None = None,
+    streamer: Any = None,
     keep: bool = False,
     split_special_tokens: bool = False,
 ) -> list[list[int]]:
@@ -129,13 +164,27 @@ def answer_ids(
             f"expected questions and prefixes as texts, and max_new_tokens of 0 or more, got {questions!r:.80}, "
             f"{prefixes!r:.80} and {bounds!r:.80}"
         )
-    asked = _Asked(questions, prefixes, bounds, split_special_tokens)
+    check_streamer(streamer, len(questions))
+    asked = _Asked(questions, prefixes, bounds, split_special_tokens, _seeded(sampling, seed), streamer)
     if not keep:
         return _answered(model, tokenizer, cache, asked)[0]
     with cache.turn_lock:  # one turn after another: each begins where the one before it ends
         answers, grown = _answered(model, tokenizer, cache, asked, keep=True)
         cache.adopt_turn(grown)
     return answers
+
+
+def _seeded(sampling: Sampling | None, seed: int | None) -> Sampling | None:
+    """Returns how to sample with a seed, which one of the two may give."""
+    if seed is None:
+        return sampling
+    if not isinstance(sampling, Sampling):
+        raise InvalidArgumentError(
+            f"expected sampling=Sampling(temperature=...) with seed={seed!r:.80}: the most likely token needs no seed"
+        )
+    if sampling.seed not in (None, seed):
+        raise InvalidArgumentError(f"expected one seed, got {seed!r:.80} beside {sampling}")
+    return replace(sampling, seed=seed)
 
 
 def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -159,7 +208,35 @@ def question_ids(
     is_first: bool = True,
     split_special_tokens: bool = False,
 ) -> list[int]:
-    """Returns the ids of a question: the question, the end of the user's turn, and the beginning of the answer."""
+    """Returns the ids of a question as :func:`kvzip_press.answer` reads it, for use with :func:`kvzip_press.generate`.
+
+    They are the question, the end of the user's turn and the header of the answer, according to the tokenizer's chat
+    template, and the beginning of the answer::
+
+        ids = question_ids(tokenizer, "Where is the key?")
+        [answer] = generate(model, cache.fork(), ids, max_new_tokens=64, eos_ids={tokenizer.eos_token_id})
+
+    Args:
+        tokenizer: The model's tokenizer.
+        question: The question; an empty one adds nothing before the end of the turn.
+        answer_prefix: How the answer begins.
+        is_first: True for a question right behind the context: it follows in the user's turn, after an empty line.
+            False for a turn of its own, behind an answer.
+        split_special_tokens: Whether control tokens that are spelled out in question or prefix (``<|im_end|>``) are
+            read as ordinary text, as those of others should be; otherwise they become control tokens.
+
+    Returns:
+        The token ids of one row, at least one unless there is no chat template and all texts are empty.
+
+    Raises:
+        InvalidArgumentError: A text is none; the chat template does not insert texts as they are; or the tokenizer
+            cannot split special tokens.
+    """
+    check_tokenizer(tokenizer, "question_ids(tokenizer, question, ...)")
+    if not isinstance(question, str) or not isinstance(answer_prefix, str):
+        raise InvalidArgumentError(
+            f"expected one question and its answer_prefix as texts, got {question!r:.80} and {answer_prefix!r:.80}"
+        )
     asked, begun = (
         encode(tokenizer, part, split_special_tokens=split_special_tokens)
         for part in (_after_context(question) if is_first else question.strip(), answer_prefix)
@@ -181,6 +258,8 @@ class _Asked:
     prefixes: Sequence[str]
     bounds: Sequence[int]
     split_special_tokens: bool
+    sampling: Sampling | None
+    streamer: Any
 
     def rows(self, tokenizer: Any, *, is_first: bool) -> list[list[int]]:
         """Returns the ids of each question."""
@@ -202,7 +281,16 @@ def _answered(
         grown.batch_repeat_interleave(len(rows))
     ids, valid = left_padded(rows, input_device(model))
     ended = eos_ids(model, tokenizer)
-    generated = generate(model, grown, ids, max(asked.bounds), attention_mask=valid, eos_ids=ended)
+    generated = generate(
+        model,
+        grown,
+        ids,
+        max(asked.bounds),
+        attention_mask=valid,
+        eos_ids=ended,
+        sampling=asked.sampling,
+        streamer=asked.streamer,
+    )
     answers = [ids[:bound] for ids, bound in zip(generated, asked.bounds, strict=True)]
     if not keep:
         return answers, grown

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator
-from contextlib import closing
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from kvzip_press.arguments.ids import check_vocabulary, id_rows, is_id
+from kvzip_press.arguments.model import takes_model
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.padding import padding_in
 from kvzip_press.decoding.forward import check_reading, next_positions, read
@@ -29,12 +31,13 @@ def eos_ids(model: Any, tokenizer: Any) -> set[int]:
     return ids | ({tokenizer.eos_token_id} - {None})
 
 
+@takes_model
 @computing()
 @torch.no_grad()
 def generate(
     model: Any,
     cache: Any,
-    input_ids: torch.Tensor,
+    input_ids: torch.Tensor | Sequence[int] | Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
     attention_mask: torch.Tensor | None = None,
@@ -52,7 +55,8 @@ def generate(
     Args:
         model: A causal language model.
         cache: Its cache; for a compressed one on a GPU, decode steps replay a CUDA graph.
-        input_ids: int64 ``[batch, n]``, the tokens to read first, n >= 1.
+        input_ids: int64 ``[batch, n]``, the tokens to read first, n >= 1 (:func:`kvzip_press.question_ids` frames a
+            question); or the ids of one row, or a list of rows of equal length.
         max_new_tokens: Most tokens to generate per row.
         attention_mask: ``[batch, n]``, 0 or False at padding in ``input_ids``, which must be on the left; padding needs
             a compressed cache. None for no padding. The padding that is already in the cache need not be given.
@@ -72,26 +76,22 @@ def generate(
         InvalidArgumentError: An argument is out of range, or there are more tokens than the model has positions.
         UnsupportedCacheError: There is padding, but the cache is not compressed.
     """
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or max_new_tokens < 0:
-        shape = tuple(input_ids.shape)
-        raise InvalidArgumentError(
-            f"expected input_ids [batch, n >= 1] and max_new_tokens >= 0, got {shape} and {max_new_tokens}"
-        )
-    if streamer is not None:
-        if input_ids.shape[0] > 1:
-            raise InvalidArgumentError(f"expected one row for a streamer, got {input_ids.shape[0]}")
-        streamer.put(input_ids.cpu())
+    input_ids = _checked_ids(model, cache, input_ids, max_new_tokens)
+    choose = _chosen_by(sampling)
+    check_streamer(streamer, input_ids.shape[0])
     padding = None if attention_mask is None else padding_in(attention_mask, (input_ids.shape[0], input_ids.shape[1]))
     input_ids = input_ids.to(input_device(model))
     padding = None if padding is None else padding.to(input_ids.device)
     _check_positions(model, cache, input_ids, padding, max_new_tokens)
-    choose = most_likely if sampling is None else sampling.sampler()
     ended = set(eos_ids)
     rows: list[list[int]] = [[] for _ in range(input_ids.shape[0])]
     unended = set(range(len(rows)))
-    with closing(
-        _tokens(model, cache, input_ids, padding, max_new_tokens, choose, graph=graph, compile=compile)
-    ) as tokens:
+    with (
+        _streaming(streamer, input_ids) as show,
+        closing(
+            _tokens(model, cache, input_ids, padding, max_new_tokens, choose, graph=graph, compile=compile)
+        ) as tokens,
+    ):
         for chosen in tokens:
             for number, token in enumerate(chosen.tolist()):
                 rows[number].append(token)
@@ -99,11 +99,55 @@ def generate(
                     unended.discard(number)
             if not unended:
                 break
-            if streamer is not None:
-                streamer.put(chosen.cpu())
-    if streamer is not None:
-        streamer.end()
+            show(chosen)
     return [list(takewhile(lambda token: token not in ended, row)) for row in rows]
+
+
+def _checked_ids(model: Any, cache: Any, input_ids: object, max_new_tokens: object) -> torch.Tensor:
+    """Returns the ids as rows, int64 ``[batch, n]``, after a look at all that comes with them."""
+    if not callable(getattr(cache, "get_seq_length", None)):
+        raise InvalidArgumentError(
+            f"generate(model, cache, input_ids, max_new_tokens, ...): expected a cache, got {type(cache).__name__}"
+        )
+    ids = id_rows(input_ids, "input_ids [batch, n >= 1]")
+    if not is_id(max_new_tokens) or cast("int", max_new_tokens) < 0:
+        raise InvalidArgumentError(f"expected max_new_tokens >= 0, got {max_new_tokens!r:.80}")
+    check_vocabulary(model, int(ids.min()), int(ids.max()))
+    return ids
+
+
+def _chosen_by(sampling: Sampling | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    if not isinstance(sampling, Sampling | None):
+        raise InvalidArgumentError(
+            f"expected sampling as Sampling(temperature=..., top_k=..., top_p=...) or None, got {sampling!r:.80}"
+        )
+    return most_likely if sampling is None else sampling.sampler()
+
+
+def check_streamer(streamer: Any, n_rows: int) -> None:
+    """Raises InvalidArgumentError unless this is None, or a streamer for one row."""
+    if streamer is None:
+        return
+    if isinstance(streamer, type) or not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+        raise InvalidArgumentError(
+            "expected a streamer with the methods `put` and `end`, such as transformers.TextStreamer(tokenizer, "
+            f"skip_prompt=True), got {streamer!r:.80}"
+        )
+    if n_rows != 1:
+        raise InvalidArgumentError(f"expected one row for a streamer, got {n_rows}: what it shows would be mixed up")
+
+
+@contextmanager
+def _streaming(streamer: Any, input_ids: torch.Tensor) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Gives a function that shows each token; the streamer is ended in any case: somebody may be waiting for it."""
+    if streamer is None:
+        yield lambda _: None
+        return
+    streamer.put(input_ids.cpu())
+    try:
+        yield lambda token: streamer.put(token.cpu())
+    finally:
+        streamer.end()
 
 
 def _tokens(

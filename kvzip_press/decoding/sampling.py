@@ -40,6 +40,8 @@ class Sampling:
             raise InvalidArgumentError(f"expected temperature > 0, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise InvalidArgumentError(f"expected top_k >= 1 or None, got {self.top_k}")
+        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
+            raise InvalidArgumentError(f"expected seed as an int or None, got {self.seed!r:.80}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InvalidArgumentError(f"expected top_p in (0, 1] or None, got {self.top_p}")
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from kvzip_press.arguments.ids import check_vocabulary, described, is_id, items_of
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat_template import around_turns
 from kvzip_press.model.text import encode
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["ChatFrame", "Context", "chat_frame", "context_rows", "encode", "find_tokenizer", "turn_break"]
+__all__ = ["ChatFrame", "Context", "chat_frame", "check_ids", "context_rows", "encode", "find_tokenizer", "turn_break"]
 
-#: One context: its text, or its token ids.
-Context = str | Sequence[int]
+#: One context: its text, or its token ids, as a list or as a tensor ``[n]`` or ``[1, n]``.
+Context = str | Sequence[int] | torch.Tensor
+_EXPECTED = "a context as text or token ids, or a list of such"
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ def context_rows(
 ) -> list[tuple[int, ...]]:
     """Returns the token ids of each context.
 
-    A text is one context, and so is a sequence of integers; a sequence of these is several.
+    A text is one context, and so are integers: a list, or a tensor or array ``[n]`` or ``[1, n]``. A list of these is
+    several. A tensor of several rows is refused: its padding could not be told from text.
 
     Args:
         tokenizer: The tokenizer.
@@ -72,13 +77,12 @@ def context_rows(
         split_special_tokens: See :func:`kvzip_press.model.text.encode`.
 
     Raises:
-        InvalidArgumentError: A context is empty, there is none, or one is neither text nor token ids.
+        InvalidArgumentError: A context is empty, there is none, or one is neither text nor token ids. The message says
+            what to pass.
     """
-    one = isinstance(context, str)
-    if not one:
-        context = _plain(context)
-        one = all(isinstance(item, int) for item in context)
-    rows = [_context_ids(tokenizer, item, split=split_special_tokens) for item in ([context] if one else context)]
+    items: Any = context if isinstance(context, str) else items_of(context, _EXPECTED)
+    one = isinstance(items, str) or not items or any(map(is_id, items))
+    rows = [_context_ids(tokenizer, item, split=split_special_tokens) for item in ([items] if one else items)]
     if not all(rows):
         which = "" if one else f" at index {rows.index(())} of {len(rows)}"
         raise InvalidArgumentError(f"expected a context of at least one token, got an empty one{which}")
@@ -88,17 +92,16 @@ def context_rows(
 def _context_ids(tokenizer: Any, context: Any, *, split: bool) -> tuple[int, ...]:
     if isinstance(context, str):
         return encode(tokenizer, context, split_special_tokens=split)
-    ids = _plain(context)
-    if not all(isinstance(token, int) for token in ids):
-        raise InvalidArgumentError(f"expected a context as text or token ids, got {ids!r:.80}")
+    ids = items_of(context, "a context as text or token ids")
+    for item in ids:
+        if not is_id(item):
+            raise InvalidArgumentError(f"expected a context as text or token ids, got {described(item)} among its ids")
     return tuple(ids)
 
 
-def _plain(items: Any) -> list[Any]:
-    """Returns a list, with Python's own integers if the items are a tensor's or an array's."""
-    if not isinstance(items, Iterable):
-        raise InvalidArgumentError(f"expected a context as text or token ids, or a list of such, got {items!r:.80}")
-    return [item.tolist() if hasattr(item, "tolist") else item for item in items]
+def check_ids(model: Any, rows: Sequence[Sequence[int]]) -> None:
+    """Raises InvalidArgumentError if an id is not in the model's vocabulary."""
+    check_vocabulary(model, min(map(min, rows)), max(map(max, rows)))
 
 
 def find_tokenizer(model: Any) -> Any | None:

@@ -16,12 +16,14 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
+from kvzip_press.arguments.model import takes_model
+from kvzip_press.arguments.press import ForeignPress, as_press
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model.chat import Context, chat_frame, context_rows
+from kvzip_press.model.chat import Context, chat_frame, check_ids, context_rows
 from kvzip_press.model.devices import input_device
 from kvzip_press.model.structure import check_length, text_config
 from kvzip_press.model.watching import computing
@@ -31,14 +33,16 @@ from kvzip_press.prefilling.whole import Prefill, Scorer, compress, run_prefill
 CHUNK_SIZE, WINDOW_SIZE = 16384, 4096
 
 
+@takes_model
 @computing()
 @torch.no_grad()
 def compress_in_chunks(
     model: nn.Module,
     tokenizer: Any,
     context: Context,
-    press: Scorer,
+    press: Scorer | ForeignPress | str,
     *,
+    compression_ratio: float | None = None,
     chunk_size: int = CHUNK_SIZE,
     window_size: int = WINDOW_SIZE,
     rerank: bool = True,
@@ -56,7 +60,9 @@ def compress_in_chunks(
         context: The text or its token ids, without the chat template, which is put around either; one context, not a
             list.
         press: The press, which must be able to score a span of tokens by itself: :class:`kvzip_press.FastKVzipPress`,
-            KVzip (which replays each chunk), or kvpress's Knorm, SnapKV, TOVA and KeyDiff as a RaggedPress.
+            KVzip (which replays each chunk), or kvpress's Knorm, SnapKV, TOVA and KeyDiff; or the name of one, with
+            ``compression_ratio``.
+        compression_ratio: Fraction of pairs removed, in [0, 1), by a press that is given by its name.
         chunk_size: Number of tokens read at a time, including the template's.
         window_size: Number of last tokens that stay whole while more is to come.
         rerank: Whether pairs of all chunks compete, with the scores that they got, so that an informative chunk can
@@ -69,23 +75,27 @@ def compress_in_chunks(
 
     Raises:
         InvalidArgumentError: A size is out of range, there are several contexts, the context is longer than the model's
-            positions, or the press decides its own counts or cannot score a chunk.
+            positions, or the press is none, decides its own counts or cannot score a chunk.
     """
+    chosen: Scorer = as_press(press, compression_ratio)
     if chunk_size < 1 or window_size < 0:
         raise InvalidArgumentError(f"expected chunk_size >= 1 and window_size >= 0, got {chunk_size} and {window_size}")
     frame, rows = chat_frame(tokenizer), context_rows(tokenizer, context, split_special_tokens=split_special_tokens)
     if len(rows) != 1:
         raise InvalidArgumentError(f"expected one context to read in chunks, got {len(rows)}")
+    check_ids(model, rows)
     ids = torch.tensor([[*frame.prefix, *rows[0]]], device=input_device(model))
     check_length(model, ids.shape[1])
     if ids.shape[1] <= chunk_size:
-        return compress(model, tokenizer, rows[0], press)
+        return compress(model, tokenizer, rows[0], chosen)
     cache = compat.DynamicCache(config=text_config(model))
-    reading = _Reading(model, press, window_size, rerank=rerank, cache=cache, length=ids.shape[1])
+    reading = _Reading(model, chosen, window_size, rerank=rerank, cache=cache, length=ids.shape[1])
     for chunk in ids.split(chunk_size, dim=1):
         is_last = reading.n_seen + chunk.shape[1] == ids.shape[1]
         reading.read(chunk, is_last=is_last, prefix_length=len(frame.prefix), tokenizer=tokenizer)
-    return RaggedCache.of(cache)
+    compressed = RaggedCache.of(cache)
+    compressed.press = reading.scored_by
+    return compressed
 
 
 @dataclass
@@ -100,6 +110,7 @@ class _Reading:
         alive: ``layer_idx -> [1, heads, n_seen]``, bool, the pairs that each head still has.
         sink: ``[1, n_seen]``, bool, the positions that the press protects at the beginning.
         charged: ``[1, n_seen]``, bool, those of them that count towards the budget.
+        scored_by: The press, as its scores name it.
     """
 
     model: nn.Module
@@ -113,6 +124,7 @@ class _Reading:
     alive: dict[int, torch.Tensor] = field(default_factory=dict)
     sink: torch.Tensor | None = None
     charged: torch.Tensor | None = None
+    scored_by: str = ""
 
     def read(self, chunk: torch.Tensor, *, is_last: bool, **template: Any) -> None:
         """Reads ``chunk`` ``[1, n]``, scores it and evicts; ``template`` holds a Prefill's chat-template fields."""
@@ -124,6 +136,7 @@ class _Reading:
                 f"expected a press whose scores the core spends a budget on, to read in chunks, got {self.press!r}, "
                 "which decides its own counts"
             )
+        self.scored_by = new.press
         self._add(new)
         asked = self._asked(new, is_last=is_last)
         seen = torch.ones_like(asked.protected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,18 +14,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from kvzip_press import compat
+from kvzip_press.arguments.model import takes_model
+from kvzip_press.arguments.named import is_press
+from kvzip_press.arguments.press import ForeignPress, as_press
 from kvzip_press.attention.implementation import attach, attention_watched
 from kvzip_press.budget.allocators import Allocation
 from kvzip_press.budget.amount import Tokens
 from kvzip_press.budget.scores import Scores
-from kvzip_press.budget.selection import select
+from kvzip_press.budget.selection import select, why_nothing_went
 from kvzip_press.cache.compressible import check_not_evicted, compressible_layers, heads_and_device, last_pairs
 from kvzip_press.cache.padding import left_padded
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.sliding_windows import windows_only
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model.chat import Context, chat_frame, context_rows
+from kvzip_press.model.chat import Context, chat_frame, check_ids, context_rows
 from kvzip_press.model.devices import input_device, synchronize
 from kvzip_press.model.rope import check_context, depends_on_length, pinned
 from kvzip_press.model.structure import (
@@ -37,9 +42,12 @@ from kvzip_press.model.watching import computing
 from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.prefilling.eviction import Span, evicted_layers
 from kvzip_press.prefilling.self_check import SelfCheck
+from kvzip_press.terminal import counted
 
 if TYPE_CHECKING:
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
@@ -95,6 +103,18 @@ class Prefill:
     observers: dict[Scorer, Observer] = field(default_factory=dict)
     length: int | None = None
     weights: str = field(init=False, repr=False)
+
+    def __repr__(self) -> str:
+        batch_size, span = self.valid.shape
+        behind = f" behind {self.start}" if self.start else ""
+        parts = [
+            counted(batch_size, "row"),
+            f"{counted(span, 'token')}{behind}",
+            f"{self.dense_bytes / 1e6:.1f} MB uncompressed",
+            f"read in {self.seconds:.1f} s",
+            *(f"watched by {press!r:.100}" for press in self.observers),
+        ]
+        return f"Prefill({', '.join(parts)})"
 
     def __post_init__(self) -> None:
         """Notes which weights made the keys and values."""
@@ -216,8 +236,9 @@ class Prefill:
             UnsupportedCacheError: The cache cannot be compressed, or was already evicted in place.
         """
         asked = self._checked(scores).asked_for(compression_ratio, allocation, budget)
-        keep = select(asked, self.valid, held=self.held_pairs(asked))
-        return RaggedCache([layer for _, layer in self._evicted(asked, keep)])
+        cache = RaggedCache([layer for _, layer in self._evicted(asked, self._selected(asked))])
+        cache.press = asked.press
+        return cache
 
     def evict_in_place(self, scores: Scores) -> None:
         """Replaces the layers of the cache itself, freeing each dense one before the next is packed.
@@ -226,9 +247,16 @@ class Prefill:
             InvalidArgumentError: The scores are of another prefill.
             UnsupportedCacheError: The cache cannot be compressed, or was already evicted in place.
         """
-        keep = select(self._checked(scores), self.valid, held=self.held_pairs(scores))
+        keep = self._selected(self._checked(scores))
         for layer_idx, layer in self._evicted(scores, keep):
             self.cache.layers[layer_idx] = layer
+
+    def _selected(self, scores: Scores) -> dict[int, torch.Tensor]:
+        """Returns the keep masks, and says once for each press and reason if they keep all of what was to go."""
+        keep = select(scores, self.valid, held=self.held_pairs(scores))
+        if why := why_nothing_went(scores, keep, self.valid):
+            _warn_once(scores.press or "the press", why)
+        return keep
 
     def _evicted(self, scores: Scores, keep: Mapping[int, torch.Tensor]) -> Iterator[tuple[int, Any]]:
         span = Span(self.valid, self.positions, scores.protected)
@@ -243,7 +271,8 @@ class Prefill:
     def check(self, scores: object) -> None:
         """Raises InvalidArgumentError unless these are scores of this prefill: before anything is evicted by them."""
         if not isinstance(scores, Scores):
-            raise InvalidArgumentError(f"expected Scores, got {type(scores).__name__}")
+            hint = ", which makes them: pass press.score(prefill)" if is_press(scores) else ""
+            raise InvalidArgumentError(f"expected Scores, got {type(scores).__name__}{hint}")
         if scores.protected.shape != self.valid.shape or set(scores.layers) != set(self._compressible):
             raise InvalidArgumentError(
                 f"expected scores of layers {list(self._compressible)} over {tuple(self.valid.shape)} [batch, span], "
@@ -257,12 +286,18 @@ class Prefill:
                 )
 
 
+@functools.lru_cache(maxsize=64)
+def _warn_once(press: str, why: str) -> None:
+    logger.warning("%s was asked to remove pairs and removed none: %s", press, why)
+
+
+@takes_model
 def prefill(
     model: nn.Module,
     tokenizer: Any,
     context: Context | Sequence[Context],
     *,
-    observers: Sequence[Scorer] = (),
+    observers: Sequence[Scorer | ForeignPress] = (),
     split_special_tokens: bool = False,
 ) -> Prefill:
     """Reads a context once, framed by the model's chat template, ready for a question to follow it.
@@ -272,35 +307,43 @@ def prefill(
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        context: The text or its token ids, without the chat template, which is put around either; or a list of such
-            contexts.
+        context: The text or its token ids (a list, or a tensor ``[n]`` or ``[1, n]``), without the chat template, which
+            is put around either; or a list of such contexts.
         observers: Presses whose scorers watch the forward; each must be hashable. Scoring with them then needs no
-            further forward for watching.
+            further forward for watching. One of kvpress is wrapped in a :class:`kvzip_press.RaggedPress`, which scores
+            afterwards: it is a key of the prefill's ``observers``.
         split_special_tokens: Whether control tokens that are spelled out in a text (``<|im_end|>``) are read as
             ordinary text, as those of others should be; otherwise they become control tokens.
 
     Raises:
-        InvalidArgumentError: A context is empty, longer than the model's positions, or neither text nor token ids.
+        InvalidArgumentError: A context is empty, longer than the model's positions, or neither text nor token ids of
+            the model's vocabulary; or an observer is no press.
         UnsupportedModelError: The model has no layer that can be compressed, or its attention is not that of a ragged
             cache.
     """
+    if not isinstance(observers, list | tuple):
+        raise InvalidArgumentError(f"expected observers as a list of presses, got {type(observers).__name__}")
+    watching = [as_press(press) for press in observers]
     frame = chat_frame(tokenizer)
     rows = [
         [*frame.prefix, *ids] for ids in context_rows(tokenizer, context, split_special_tokens=split_special_tokens)
     ]
+    check_ids(model, rows)
     input_ids, valid = left_padded(rows, input_device(model))
-    done = run_prefill(model, input_ids, valid, observers=observers)
+    done = run_prefill(model, input_ids, valid, observers=watching)
     done.prefix_length, done.tokenizer = len(frame.prefix), tokenizer
     return done
 
 
+@takes_model
 @computing()
 def compress(
     model: nn.Module,
     tokenizer: Any,
     context: Context | Sequence[Context],
-    press: Scorer,
+    press: Scorer | ForeignPress | str,
     *,
+    compression_ratio: float | None = None,
     split_special_tokens: bool = False,
 ) -> RaggedCache:
     """Reads a context and compresses it into a cache that is ready for many questions (see :func:`kvzip_press.answer`).
@@ -308,20 +351,27 @@ def compress(
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        context: The text or its token ids; or a list of such contexts, which become the rows of one cache.
-        press: The press, with its compression ratio.
+        context: The text or its token ids (a list, or a tensor ``[n]`` or ``[1, n]``); or a list of such contexts,
+            which become the rows of one cache.
+        press: The press, with its compression ratio; one of kvpress; or the name of one, with ``compression_ratio``.
+        compression_ratio: Fraction of pairs removed, in [0, 1), by a press that is given by its name.
         split_special_tokens: Whether control tokens that are spelled out in a text (``<|im_end|>``) are read as
             ordinary text, as those of others should be; otherwise they become control tokens.
 
     Raises:
-        InvalidArgumentError: A context is empty, longer than the model's positions, or neither text nor token ids; or
-            the press cannot score it.
+        InvalidArgumentError: A context is empty, longer than the model's positions, or neither text nor token ids of
+            the model's vocabulary; what is given as a press is none, or a name without a ratio; or the press cannot
+            score the context.
         UnsupportedModelError: The model has no layer that can be compressed, or its attention is not that of a ragged
             cache.
     """
-    done = prefill(model, tokenizer, context, observers=[press], split_special_tokens=split_special_tokens)
-    done.evict_in_place(press.score(done))
-    return RaggedCache.of(done.cache)
+    chosen: Scorer = as_press(press, compression_ratio)
+    done = prefill(model, tokenizer, context, observers=[chosen], split_special_tokens=split_special_tokens)
+    scores = chosen.score(done)
+    done.evict_in_place(scores)
+    cache = RaggedCache.of(done.cache)
+    cache.press = scores.press
+    return cache
 
 
 @computing()

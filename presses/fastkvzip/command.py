@@ -15,7 +15,7 @@ from kvzip_press.errors import DiskFullError, InvalidArgumentError, KVzipPressEr
 from kvzip_press.files import sweep_temporaries
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
 from kvzip_press.locks import Lock
-from kvzip_press.terminal import printable
+from kvzip_press.terminal import printable, progress
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Gates of a model's layers, for the press fastkvzip."
@@ -81,14 +81,14 @@ def train(
         disk_bytes=int(disk_gb * 1e9),
     )
     loaded, tokenizer = load(model, device, dtype)
-    with _alone(out) as lock, _shown() as (progress, seconds):
+    with _alone(out) as lock, _shown() as (on_progress, seconds):
         folder = training.WorkFolder.inside(parent, out)
         found = None if self_generated else training.texts_of(data or [], tokenizer, recipe)
         with folder.held():
             found = found or training.self_generated(
-                loaded, tokenizer, recipe, folder.path / "sampled", batch_size=batch_size, progress=progress
+                loaded, tokenizer, recipe, folder.path / "sampled", batch_size=batch_size, progress=on_progress
             )
-            gates, agreement = training.Training(loaded, tokenizer, recipe, *found, folder, progress).run()
+            gates, agreement = training.Training(loaded, tokenizer, recipe, *found, folder, on_progress).run()
             lock.check()
             folder.check()
             gates.save(out)
@@ -123,25 +123,21 @@ def _alone(out: Path) -> Iterator[Lock]:
 
 @contextmanager
 def _shown() -> Iterator[tuple[Callable[[str, int, int, str], None], dict[str, float]]]:
-    """Shows a progress bar for each stage, and yields its callback and the seconds that each stage took."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """Shows how far each stage is, and yields its callback and the seconds that each stage took."""
+    from rich.console import Console
 
-    columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bars: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     last = time.perf_counter()
-    with Progress(*columns, TextColumn("{task.fields[remark]}")) as shown:
+    with progress(Console(), transient=False) as show:
 
-        def progress(stage: str, done: int, total: int, remark: str) -> None:
+        def on_progress(stage: str, done: int, total: int, remark: str) -> None:
             nonlocal last
             now = time.perf_counter()
             seconds[stage] = seconds.get(stage, 0.0) + now - last
             last = now
-            if stage not in bars:
-                bars[stage] = shown.add_task(stage, total=total, remark="")
-            shown.update(bars[stage], completed=done, total=total, remark=remark)
+            show(stage, done, total, remark)
 
-        yield progress, seconds
+        yield on_progress, seconds
 
 
 def _report(agreement: Any, seconds: dict[str, float]) -> None:

@@ -68,6 +68,8 @@ class RaggedPress(Press):
     def __repr__(self) -> str:
         return f"RaggedPress({self.press!r})"
 
+    __str__ = __repr__
+
     def __reduce__(self) -> tuple[Any, ...]:
         return RaggedPress, (self.press,)
 

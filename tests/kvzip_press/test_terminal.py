@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
+import threading
 
 import pytest
 from rich.console import Console
@@ -12,7 +14,7 @@ from rich.table import Column, Table
 
 from kvzip_press.cli.main import main
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.terminal import ERROR_CHARACTERS, one_line, plain, printable
+from kvzip_press.terminal import ERROR_CHARACTERS, counted, one_line, plain, printable, progress
 
 HOSTILE = "[/b][red]x[/] :boom: \x1b[31m\x07\x08\r\n\u202eevil\u2066\ud800\x9b1m\u2028"
 
@@ -80,3 +82,57 @@ def test_errors_and_warnings_of_the_command_are_one_line_whatever_they_quote(
     assert error.startswith("error: expected a name, got [/b][red]x[/]")
     assert len(error) < 5000
     assert not set(said) & set("\x1b\x07\x08\r\u202e\u2066\ud800\x9b")
+
+
+class Written(io.StringIO):
+    """Standard error, and a way to wait until something was written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flushed = threading.Event()
+
+    def flush(self) -> None:
+        self.flushed.set()
+
+    def wait_for(self, line: str) -> None:
+        """Returns once a line of this form has been written."""
+        while not re.search(f"^{line}$", self.getvalue(), re.MULTILINE):
+            assert self.flushed.wait(60), self.getvalue()
+            self.flushed.clear()
+
+
+def test_without_a_terminal_long_work_writes_plain_lines_to_standard_error(monkeypatch) -> None:
+    """Also while a single step runs; each says the stage, the steps, a remark and the time; all ends with the work."""
+    console, errors = Console(file=io.StringIO()), Written()
+    monkeypatch.setattr(sys, "stderr", errors)
+    before = set(threading.enumerate())
+    with progress(console, every=0.01) as show:
+        show("reading")
+        errors.wait_for(r"reading \(\d:\d\d min\)")
+        show("answering", 2, 3, "Who \x1b?")
+        errors.wait_for(r"answering: 2 of 3, Who \\x1b\? \(\d:\d\d min\)")
+        show("sampling", 7)
+        errors.wait_for(r"sampling: 7 \(\d:\d\d min\)")
+    assert set(threading.enumerate()) == before
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_short_work_and_an_error_leave_no_line_and_no_thread(capsys) -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(KeyError), progress(Console(file=io.StringIO())) as show:
+        show("reading")
+        raise KeyError
+    assert set(threading.enumerate()) == before and capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_each_stage_has_a_bar() -> None:
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
+    with progress(console, transient=False) as show:
+        show("reading", 1, 1)
+        show("answering", 2, 3, "Who[b]\x1b?")
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "reading" in printed and "2/3" in printed and "Who[b]\\x1b?" in printed
+
+
+def test_a_number_has_its_noun() -> None:
+    assert [counted(n, "row") for n in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 from typer.testing import CliRunner
 
+from kvzip_press import RandomPress
+from kvzip_press.cli.asking import Asking
 from kvzip_press.cli.main import app, main
 from kvzip_press.loading import by_name as loading
+from kvzip_press.registry import press_names, presses_table
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 run = CliRunner().invoke
@@ -28,9 +34,14 @@ def test_ask_shows_both_caches_and_the_figures(tmp_path) -> None:
 
 
 def test_presses_are_listed() -> None:
-    """`presses` prints the names of the registry."""
-    names = run(app, ["presses"]).output.split()
-    assert {"none", "random", "kvzip", "kvzip_local"} <= set(names) and names == sorted(names)
+    """`presses` prints a line about each press of the registry: name, what it keeps, paper, what it needs."""
+    lines = run(app, ["presses"]).output.splitlines()[1:]
+    names = [line.split()[0] for line in lines]
+    assert names == press_names()
+    by_name = dict(zip(names, lines, strict=True))
+    for info in presses_table():
+        for shown in (info.summary, info.paper, info.needs, "kvpress" if info.needs_kvpress else ""):
+            assert shown in by_name[info.name]
 
 
 def test_an_unknown_press_is_one_line_with_a_suggestion(tmp_path, monkeypatch, capsys) -> None:
@@ -79,6 +90,8 @@ def test_a_saved_cache_answers_as_the_one_that_was_made(tiny, tmp_path, monkeypa
         ([], "one of --context FILE and --cache FILE"),
         (["--context", "notes.txt", "--cache", "c.safetensors"], "one of --context FILE and --cache FILE"),
         (["--cache", "c.safetensors", "--save", "d.safetensors"], "--save with --context"),
+        (["--cache", "c.safetensors", "--compression-ratio", "0.5"], "--compression-ratio with --context"),
+        (["--cache", "c.safetensors", "--press", "snapkv"], "--press with --context"),
         (["--cache", "c.safetensors"], "c.safetensors: expected a file"),
     ],
 )
@@ -121,3 +134,26 @@ def test_ask_reads_control_tokens_of_a_file_and_a_question_as_letters(option, n_
     loaded = run(app, ["ask", "--cache", str(saved), *asked])
     assert made.exit_code == loaded.exit_code == 0, made.output + loaded.output
     assert read.count(2) == n_control  # two in the file, one in each of three questions
+
+
+def test_on_a_terminal_answers_appear_as_they_are_written(tiny, tmp_path, monkeypatch) -> None:
+    """A table is drawn anew with each word; what stays is the table that a file gets, too."""
+    context, model = tmp_path / "notes.txt", tiny_model()
+    context.write_text("The phone number of Vera is 47. The baker opens early.")
+    drawn: list[list[str]] = []
+    monkeypatch.setattr("rich.live.Live.update", lambda _, table, **__: drawn.append([str(c) for c in cells_of(table)]))
+    finals, numbers = [], []
+    for is_terminal in (True, False):
+        console = Console(file=io.StringIO(), width=120, force_terminal=is_terminal, color_system=None)
+        asking = Asking(model, ByteTokenizer(), ["Who?"], "", 6, split_special_tokens=False, console=console)
+        asking.of_text(context.read_text(), RandomPress(0.5), "random", None)
+        finals.append([line for line in console.file.getvalue().splitlines() if "Who?" in line][-1])
+        numbers.append(len(drawn))
+    assert finals[0] == finals[1]
+    assert numbers[0] == numbers[1], "drawn where nobody watches"
+    assert len({cells[0] for cells in drawn}) > 3, "the answer of the full cache grew"
+
+
+def cells_of(table: Table) -> list[object]:
+    """What stands in the last row under each cache."""
+    return [list(column.cells)[-1] for column in table.columns[1:]]

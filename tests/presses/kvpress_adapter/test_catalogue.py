@@ -12,7 +12,7 @@ from kvzip_press.presses import PRESSES
 
 pytestmark = pytest.mark.kvpress
 
-NAMES = [name for name, target in PRESSES.items() if ".kvpress_adapter." in target]
+NAMES = [info.name for info in PRESSES if info.needs_kvpress]
 
 
 @pytest.mark.parametrize("name", NAMES)

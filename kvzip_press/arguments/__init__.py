@@ -1,0 +1,1 @@
+"""What callers hand in, made into what the rooms take, or refused with a word on what to do."""
