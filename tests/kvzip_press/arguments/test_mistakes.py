@@ -85,6 +85,10 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "a name alone": (lambda c: compress(MODEL, TOKENIZER, TEXT, "kvzip"), r"'kvzip' alone.*get_press\('kvzip', 0\.7\)"),
     "a wrong name": (lambda c: compress(MODEL, TOKENIZER, TEXT, "kvzp"), r"got 'kvzp'; did you mean 'kvzip'\?"),
+    "a wrong option": (
+        lambda c: get_press("kvzip", 0.5, chunksize=99),
+        r"options of 'kvzip' among allocation, .*, got 'chunksize'; did you mean 'chunk_size'\?",
+    ),
     "a ratio beside a press": (
         lambda c: compress(MODEL, TOKENIZER, TEXT, PRESS, compression_ratio=0.7),
         r"beside a press's name only, got 0\.7 beside RandomPress",
