@@ -170,7 +170,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     # questions and tokens
     "a dense cache": (
         lambda c: answer(MODEL, TOKENIZER, DynamicCache(), "Where?"),
-        r"expected a compressed cache, from compress\(\.\.\.\) or .*got DynamicCache",
+        r"expected a compressed cache, from compress\(\.\.\.\), .*got DynamicCache",
     ),
     "a prefill as cache": (
         lambda c: answer(MODEL, TOKENIZER, prefill(MODEL, TOKENIZER, TEXT), "Where?"),
