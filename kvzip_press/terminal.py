@@ -80,8 +80,9 @@ class Show(Protocol):
 def progress(console: Console, *, transient: bool = True, every: float = 60.0) -> Iterator[Show]:
     """Shows how far long work is while open.
 
-    On a terminal that is a bar for each stage. Elsewhere, in a log say, it is a plain line on standard error, written
-    as often as ``every`` says, even if a single step takes longer; work that ends before leaves no line.
+    On a terminal, or in a notebook, that is a bar for each stage. Elsewhere, in a log say, it is a plain line on
+    standard error, written as often as ``every`` says, even if a single step takes longer; work that ends before leaves
+    no line.
 
     Args:
         console: Where the bars go.
@@ -92,7 +93,8 @@ def progress(console: Console, *, transient: bool = True, every: float = 60.0) -
         A function to be called with the stage, the steps done, their number and a remark.
     """
     with ExitStack() as stack:
-        yield _bars(console, stack, transient=transient) if console.is_interactive else _lines(stack, every)
+        watched = console.is_interactive or console.is_jupyter
+        yield _bars(console, stack, transient=transient) if watched else _lines(stack, every)
 
 
 def _bars(console: Console, stack: ExitStack, *, transient: bool) -> Show:

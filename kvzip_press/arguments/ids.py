@@ -37,12 +37,12 @@ def items_of(given: object, what: str) -> list[Any]:
     return [item.tolist() if scalar else item for item, scalar in zip(given, scalars, strict=True)]
 
 
-def described(given: object) -> str:
-    """Says what was given instead of texts or ids, and what to pass."""
+def described(given: object, encoded: str = "the text itself, or its input_ids") -> str:
+    """Says what was given instead of texts or ids, and what to pass: ``encoded`` for what a tokenizer returned."""
     if isinstance(given, Mapping):
         names = ", ".join(map(str, given))
         if "input_ids" in given:
-            return f"a {type(given).__name__} with {names:.80}: pass the text itself, or its input_ids"
+            return f"a {type(given).__name__} with {names:.80}: pass {encoded}"
         hint = ": pass its text; the chat template is put around it" if "content" in given else ""
         return f"a {type(given).__name__} with {names:.80}{hint}"
     if isinstance(given, bytes | bytearray):
@@ -67,7 +67,8 @@ def id_rows(given: object, what: str) -> torch.Tensor:
         InvalidArgumentError: It is something else, there is no id in it, or a number is no id.
     """
     if isinstance(given, str | Mapping):
-        said = "a text: question_ids(tokenizer, text) makes ids of it" if isinstance(given, str) else described(given)
+        said = described(given, "its input_ids, and its attention_mask if rows are padded")
+        said = "a text: question_ids(tokenizer, text) makes ids of it" if isinstance(given, str) else said
         raise InvalidArgumentError(f"expected {what}, got {said}")
     if not isinstance(given, torch.Tensor):
         rows = given.tolist() if hasattr(given, "tolist") else [_plain(row) for row in items_of(given, what)]
@@ -87,8 +88,8 @@ def check_vocabulary(model: Any, least: int, most: int) -> None:
     n_known = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "num_embeddings", most + 1)
     if least < 0 or most >= n_known:
         raise InvalidArgumentError(
-            f"expected token ids from 0 to {n_known - 1}, those of the model's vocabulary, got {least} to {most}: does "
-            "the tokenizer belong to another model?"
+            f"expected token ids from 0 to {n_known - 1}, those of the model's vocabulary, got "
+            f"{least if least < 0 else most}: does the tokenizer belong to another model?"
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,16 +82,33 @@ def made(name: str, compression_ratio: float, **options: Any) -> Any:
     """Makes the press of a name, and refuses what is none.
 
     Raises:
-        InvalidArgumentError: The name is unknown, a value is refused, or what is registered makes no press.
+        InvalidArgumentError: The name or an option is unknown, a value is refused, or what is registered makes no
+            press.
         MissingDependencyError: The press needs a package that is missing.
     """
-    press = resolved(find(name).target)(compression_ratio=compression_ratio, **options)
+    target = resolved(find(name).target)
+    _check_options(name, target, options)
+    press = target(compression_ratio=compression_ratio, **options)
     if not is_press(press):
         raise InvalidArgumentError(
             f"expected {name!r} to make a press, an object with the methods `score` and `observer`, got "
             f"{type(press).__name__}"
         )
     return press
+
+
+def _check_options(name: str, target: Callable[..., Any], options: Mapping[str, object]) -> None:
+    """Raises InvalidArgumentError if the target takes no option of a name; one that takes any checks them itself."""
+    parameters = inspect.signature(target).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return
+    known = sorted(parameters.keys() - {"compression_ratio"})
+    for option in options:
+        if option not in parameters:
+            raise InvalidArgumentError(
+                f"expected options of {name!r} among {', '.join(known)}, got {option!r:.80}"
+                f"{did_you_mean(option, known)}"
+            )
 
 
 def is_press(given: object) -> bool:

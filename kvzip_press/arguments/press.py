@@ -40,7 +40,7 @@ def as_press(given: object, compression_ratio: float | None = None) -> Any:
         return _of_name(given, compression_ratio)
     if compression_ratio is not None:
         raise InvalidArgumentError(
-            f"expected a compression_ratio beside a press's name only, got {compression_ratio} beside {given!r:.120}, "
+            f"expected a compression_ratio beside a press's name only, got {compression_ratio} beside {given!s:.120}, "
             "which has its own"
         )
     if is_press(given):

@@ -59,8 +59,8 @@ class RaggedCache(CopiedByFork, compat.Cache):
             return cache
         if not any(isinstance(layer, RaggedLayer) for layer in getattr(cache, "layers", [])):
             raise CacheMismatchError(
-                f"expected a compressed cache, from compress(...) or `with press(model):`, got {type(cache).__name__} "
-                'without ragged layers (compress with get_press("none") for one that keeps everything)'
+                "expected a compressed cache, from compress(...), prefill.evict(...) or `with press(model):`, got "
+                f'{type(cache).__name__} without ragged layers (get_press("none") makes one that keeps everything)'
             )
         vars(cache).setdefault("turn_lock", TurnLock())  # one for all views of the cache
         view = cls.__new__(cls)

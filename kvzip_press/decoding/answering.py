@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, overload
 
+from kvzip_press.arguments.ids import described
 from kvzip_press.arguments.model import check_tokenizer, takes_model
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.padding import left_padded, padding_in
@@ -145,8 +146,9 @@ def answer_ids(
     split_special_tokens: bool = False,
 ) -> list[list[int]]:
     """Returns the ids of the answers that :func:`answer` returns as texts, without the ids that ended them."""
-    if isinstance(question, bytes) or not isinstance(question, Iterable):
-        raise InvalidArgumentError(f"expected a question as text, or a list of questions, got {question!r:.80}")
+    if isinstance(question, bytes | Mapping) or not isinstance(question, Iterable):
+        said = described(question, "the question as text")
+        raise InvalidArgumentError(f"expected a question as text, or a list of questions, got {said}")
     batch_size = cache.batch_size
     questions = [question] if isinstance(question, str) else list(question)
     if len(questions) == 1:
@@ -157,12 +159,15 @@ def answer_ids(
             f"expected one question or one for each of {batch_size} rows of the cache"
             f"{' (an answer is kept in its own row)' if keep else ''}, got {len(questions)}"
         )
+    if not all(isinstance(text, str) for text in questions):
+        raise InvalidArgumentError(
+            f"expected a question as text, or a list of questions as texts, got {question!r:.80}"
+        )
     prefixes = _one_each("answer_prefix", answer_prefix, str, len(questions))
     bounds = _one_each("max_new_tokens", max_new_tokens, int, len(questions))
-    if not all(isinstance(text, str) for text in (*questions, *prefixes)) or min(bounds) < 0:
+    if not all(isinstance(text, str) for text in prefixes) or min(bounds) < 0:
         raise InvalidArgumentError(
-            f"expected questions and prefixes as texts, and max_new_tokens of 0 or more, got {questions!r:.80}, "
-            f"{prefixes!r:.80} and {bounds!r:.80}"
+            f"expected prefixes as texts, and max_new_tokens of 0 or more, got {prefixes!r:.80} and {bounds!r:.80}"
         )
     check_streamer(streamer, len(questions))
     asked = _Asked(questions, prefixes, bounds, split_special_tokens, _seeded(sampling, seed), streamer)

@@ -250,6 +250,7 @@ class Prefill:
         keep = self._selected(self._checked(scores))
         for layer_idx, layer in self._evicted(scores, keep):
             self.cache.layers[layer_idx] = layer
+        self.cache.press = scores.press  # the repr of a RaggedCache over these layers shows it
 
     def _selected(self, scores: Scores) -> dict[int, torch.Tensor]:
         """Returns the keep masks, and says once for each press and reason if they keep all of what was to go."""
@@ -367,11 +368,8 @@ def compress(
     """
     chosen: Scorer = as_press(press, compression_ratio)
     done = prefill(model, tokenizer, context, observers=[chosen], split_special_tokens=split_special_tokens)
-    scores = chosen.score(done)
-    done.evict_in_place(scores)
-    cache = RaggedCache.of(done.cache)
-    cache.press = scores.press
-    return cache
+    done.evict_in_place(chosen.score(done))
+    return RaggedCache.of(done.cache)
 
 
 @computing()

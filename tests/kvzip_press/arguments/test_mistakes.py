@@ -85,6 +85,10 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "a name alone": (lambda c: compress(MODEL, TOKENIZER, TEXT, "kvzip"), r"'kvzip' alone.*get_press\('kvzip', 0\.7\)"),
     "a wrong name": (lambda c: compress(MODEL, TOKENIZER, TEXT, "kvzp"), r"got 'kvzp'; did you mean 'kvzip'\?"),
+    "a wrong option": (
+        lambda c: get_press("kvzip", 0.5, chunksize=99),
+        r"options of 'kvzip' among allocation, .*, got 'chunksize'; did you mean 'chunk_size'\?",
+    ),
     "a ratio beside a press": (
         lambda c: compress(MODEL, TOKENIZER, TEXT, PRESS, compression_ratio=0.7),
         r"beside a press's name only, got 0\.7 beside RandomPress",
@@ -160,23 +164,30 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an empty one among contexts": (lambda c: compress(MODEL, TOKENIZER, [TEXT, ""], PRESS), r"at index 1 of 2"),
     "ids of another tokenizer": (
         lambda c: compress(MODEL, TOKENIZER, [5, 30000], PRESS),
-        r"ids from 0 to 127, those of the model's vocabulary, got 1 to 30000: does the tokenizer belong to another",
+        r"ids from 0 to 127, those of the model's vocabulary, got 30000: does the tokenizer belong to another",
     ),
     "several contexts in chunks": (lambda c: compress_in_chunks(MODEL, TOKENIZER, [TEXT, TEXT], PRESS), r"one context"),
     # questions and tokens
     "a dense cache": (
         lambda c: answer(MODEL, TOKENIZER, DynamicCache(), "Where?"),
-        r"expected a compressed cache, from compress\(\.\.\.\) or .*got DynamicCache",
+        r"expected a compressed cache, from compress\(\.\.\.\), .*got DynamicCache",
     ),
     "a prefill as cache": (
         lambda c: answer(MODEL, TOKENIZER, prefill(MODEL, TOKENIZER, TEXT), "Where?"),
         r"expected a compressed cache.*got Prefill",
     ),
-    "ids as question": (lambda c: answer(MODEL, TOKENIZER, c, QUESTION[0]), r"expected questions .*as texts"),
+    "an encoding as question": (
+        lambda c: answer(MODEL, TOKENIZER, c, BATCH),
+        r"input_ids, .*: pass the question as text",
+    ),
+    "ids as question": (
+        lambda c: answer(MODEL, TOKENIZER, c, QUESTION[0]),
+        r"a question as text, or a list of questions as texts, got \[1",
+    ),
     "a text as tokens": (lambda c: generate(MODEL, c.fork(), TEXT, 3), r"question_ids\(tokenizer, text\) makes ids"),
     "an encoding as tokens": (
         lambda c: generate(MODEL, c.fork(), BATCH, 3),
-        r"BatchEncoding with input_ids.*its input_id",
+        r"input_ids, attention_mask: pass its input_ids, and",
     ),
     "floats as tokens": (lambda c: generate(MODEL, c.fork(), torch.rand(1, 3), 3), r"got a Tensor of torch\.float32"),
     "no tokens": (lambda c: generate(MODEL, c.fork(), [], 3), r"\[batch, n >= 1\], got a tensor of shape \(0,\)"),
@@ -184,7 +195,10 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda c: generate(MODEL, c.fork(), [[5], [5, 6]], 3),
         r"\[batch, n >= 1\], got \[\[5\], ",
     ),
-    "tokens beyond the vocabulary": (lambda c: generate(MODEL, c.fork(), [[128]], 3), r"ids from 0 to 127"),
+    "tokens beyond the vocabulary": (
+        lambda c: generate(MODEL, c.fork(), [[128]], 3),
+        r"ids from 0 to 127, .*got 128: does",
+    ),
     "a tokenizer as cache": (lambda c: generate(MODEL, TOKENIZER, c, 3), r"expected a cache, got ByteTokenizer"),
     "a text as number": (lambda c: generate(MODEL, c.fork(), QUESTION, "3"), r"max_new_tokens >= 0, got '3'"),
     "a temperature as sampling": (

@@ -224,8 +224,8 @@ REFUSED = {
 def test_a_template_that_cannot_frame_a_text_is_refused_with_its_reason(name) -> None:
     """Before anything is read, by what reads contexts and what asks questions."""
     template, match = REFUSED[name]
-    tokenizer = fast(chat_template=template)
-    for frame in (chat_frame, turn_break, lambda one: prefill(None, one, "x")):
+    tokenizer, model = fast(chat_template=template), tiny_model(num_layers=1)
+    for frame in (chat_frame, turn_break, lambda one: prefill(model, one, "x")):
         with pytest.raises(InvalidArgumentError, match=match):
             frame(tokenizer)
 
