@@ -43,6 +43,9 @@ function lookOf(table, press) {
   return { colour: `light-dark(${light}, ${dark})`, path: MARKERS[marker], dashes: line.map((part) => 2 * part).join(" ") || null };
 }
 
+/** A press's name, which is cut on a small screen before it is broken. */
+const nameOf = (press) => el("span", { class: "name", title: press }, press);
+
 function marker(table, press) {
   const look = lookOf(table, press);
   return svg("svg", { class: "marker", viewBox: "-8 -8 16 16", "aria-hidden": "true" }, svg("path", { d: look.path, style: `fill:${look.colour}` }));

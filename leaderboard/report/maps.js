@@ -46,7 +46,7 @@ function drawAreas({ table, shown }) {
   if (table.areas === null) return;
   const found = Object.entries(table.areas.areas).filter(([press]) => shown.has(press)).sort((one, other) => (other[1] ?? -1) - (one[1] ?? -1));
   byId("area-bars").replaceChildren(el("div", { class: "bars" }, ...found.flatMap(([press, area]) => [
-    el("span", {}, marker(table, press), press),
+    el("span", {}, marker(table, press), nameOf(press)),
     el("span", { class: "meter", "aria-hidden": "true" }, el("i", { style: `width:${100 * (area ?? 0)}%;background:${lookOf(table, press).colour}` })),
     el("b", {}, fixed(3)(area)),
   ])));
@@ -100,7 +100,7 @@ function drawHeads(map) {
   byId("head-map").replaceChildren(heatMap("layer", map.layers.map(String), rows, { fine: true }));
 }
 
-const TENTHS = Array.from({ length: 10 }, (_, tenth) => `${10 * tenth}–${10 * tenth + 10} %`);
+const TENTHS = Array.from({ length: 10 }, (_, tenth) => `${10 * tenth}–${10 * tenth + 10}`);
 
 function drawNeedles(map) {
   const asTokens = (length) => `${length.toLocaleString("en")} tokens`;
@@ -110,7 +110,7 @@ function drawNeedles(map) {
     return { value: score, tip: `depth ${10 * tenth} to ${10 * tenth + 10} %, about ${asTokens(map.lengths[place])}\n${of.press}: ${found}` };
   };
   const drawn = map.presses
-    ? heatMap("depth", TENTHS, map.presses.map((of) => ({ label: of.press, values: TENTHS.map((_, tenth) => value(of, tenth, 0)) })))
-    : heatMap("depth", map.lengths.map(asTokens), TENTHS.map((label, tenth) => ({ label, values: map.lengths.map((_, place) => value(map, tenth, place)) })));
+    ? heatMap("depth, %", TENTHS, map.presses.map((of) => ({ label: of.press, values: TENTHS.map((_, tenth) => value(of, tenth, 0)) })))
+    : heatMap("depth, %", map.lengths.map(asTokens), TENTHS.map((label, tenth) => ({ label, values: map.lengths.map((_, place) => value(map, tenth, place)) })));
   byId("needle-map").replaceChildren(drawn);
 }
