@@ -17,9 +17,9 @@ from kvzip_press import load_model
 from kvzip_press.errors import RunDirectoryError
 from kvzip_press.files import replacing
 from kvzip_press.leaderboard.analysis.references import judge
-from kvzip_press.leaderboard.analysis.statistics import saturated_ratios
 from kvzip_press.leaderboard.analysis.summary import split_tables, summarise
 from kvzip_press.leaderboard.analysis.table import results_table
+from kvzip_press.leaderboard.analysis.ties import ties
 from kvzip_press.leaderboard.progress import quiet_loading, row_bar
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.line_file import read_lines
@@ -198,13 +198,13 @@ def print_table(path: str | os.PathLike[str], *, console: Console | None = None)
     console, rows = console or Console(), rows_of(path)
     for group in split_tables(rows):
         with console.status("comparing the presses"):
-            cells, judgement, saturated = summarise(group), judge(group), saturated_ratios(group)
+            cells, judgement, found = summarise(group), judge(group), ties(group)
         marks = {key: judgement.marks(*key) for key in {(cell.press, cell.compression_ratio) for cell in cells}}
         form = "query-aware" if cells[0].query_aware else "query-agnostic"
         title = f"{cells[0].model}, {form}: {cells[0].n_questions} questions a row"
         console.print(results_table(cells, title, marks))
-        for ratio in saturated:
-            console.print(f"at {ratio:g} removed nothing tells the presses apart beyond chance", style="yellow")
+        for tie in found:
+            console.print(plain(str(tie), "yellow"))
     if note := incomplete(path, rows):
         console.print(plain(note), style="yellow")
     console.print(plain(f"rows: {Path(path) / ROWS}"))

@@ -53,6 +53,16 @@ class NeedleMap:
     scores: list[list[float | None]]
     counts: list[list[int]]
 
+    @property
+    def scores_by_depth(self) -> list[float | None]:
+        """The mean score at each tenth of the context, over all lengths; None where nothing was asked."""
+        return [
+            sum((score or 0.0) * n for score, n in zip(scores, counts, strict=True)) / total
+            if (total := sum(counts))
+            else None
+            for scores, counts in zip(self.scores, self.counts, strict=True)
+        ]
+
 
 def head_maps(heads: Iterable[HeadBudgets]) -> list[HeadMap]:
     """Returns the map of each press and ratio, in the order of their first lines; all lines are from one run.

@@ -9,7 +9,6 @@ why.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,10 @@ from kvzip_press.leaderboard.rows.results import Row
 SIGNIFICANCE_LEVEL = 0.05
 N_RESAMPLES = 9999
 
-_Key = tuple[tuple[str, int, str], str]  # a context (its task first), and the id of a question about it
-_Scores = dict[_Key, float]
+Key = tuple[tuple[str, int, str], str]
+"""A context (its task first), and the id of a question about it."""
+
+_Scores = dict[Key, float]
 _Differences = list[NDArray[np.float64]]  # one array per task, one number per context
 
 
@@ -73,7 +74,7 @@ def compare(rows: Iterable[Row], reference: str, *, seed: int = 0, n_resamples: 
         InvalidArgumentError: The rows are of several tables, or the reference is none of their presses.
         MissingDependencyError: scipy is absent.
     """
-    cells = _scores_of_cells(one_table(rows))
+    cells = scores_of_cells(one_table(rows))
     ratios = {ratio for press, ratio in cells if press == reference}
     if cells and not ratios:
         raise InvalidArgumentError(f"expected one of {sorted({press for press, _ in cells})}, got {reference!r}")
@@ -105,36 +106,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def saturated_ratios(rows: Iterable[Row], *, seed: int = 0, n_resamples: int = N_RESAMPLES) -> list[float]:
-    """Returns the ratios at which nothing tells the presses apart: no two differ, all pairs counted (Bonferroni).
-
-    Either the presses are equally good there (the task is too easy, or too hard for all of them), or the contexts are
-    too few to show a difference. Ratio 0 and ratios with a single press are left out.
-    """
-    cells = _scores_of_cells(one_table(rows))
-    return [
-        ratio
-        for ratio in sorted({ratio for _, ratio in cells if ratio > 0})
-        if (presses := [scores for (_, other), scores in cells.items() if other == ratio])[1:]
-        and _all_tie(presses, seed, n_resamples)
-    ]
-
-
-def _all_tie(presses: Sequence[_Scores], seed: int, n_resamples: int) -> bool:
-    """Tests the pairs that look furthest apart first, so that an unsaturated ratio usually costs a single test."""
-    pairs = [differences for one, other in combinations(presses, 2) if (differences := _differences(one, other))]
-    pairs.sort(key=lambda differences: -abs(_mean(*differences)))
-    return all(_p_value(pair, seed, n_resamples) * len(pairs) > SIGNIFICANCE_LEVEL for pair in pairs)
-
-
-def _scores_of_cells(rows: Iterable[Row]) -> dict[tuple[str, float], _Scores]:
+def scores_of_cells(rows: Iterable[Row]) -> dict[tuple[str, float], _Scores]:
+    """Returns the scores of each press and ratio, by context and question."""
     cells: dict[tuple[str, float], _Scores] = {}
     for row in rows:
         cells.setdefault((row.press, row.compression_ratio), {})[context_key(row), row.question_id] = row.score
     return cells
 
 
-def _differences(scores: Mapping[_Key, float], reference: Mapping[_Key, float]) -> _Differences:
+def _differences(scores: Mapping[Key, float], reference: Mapping[Key, float]) -> _Differences:
     """Returns, per task in a fixed order, the mean difference of each context's questions; empty if none is shared."""
     shared = sorted(scores.keys() & reference.keys())
     tasks = split(split(shared, lambda key: key[0]), lambda context: context[0][0][0])
@@ -163,7 +143,7 @@ def _interval(differences: _Differences, seed: int, n_resamples: int) -> tuple[f
     if min(len(task) for task in differences) < 2:
         return None
     rng = np.random.default_rng(seed)
-    drawn = _scipy_stats().bootstrap(
+    drawn = scipy_stats().bootstrap(
         tuple(differences), _mean, n_resamples=n_resamples, batch=1000, method="percentile", rng=rng
     )  # each sample is resampled from itself: one stratum per task
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
@@ -174,7 +154,7 @@ def _p_value(differences: _Differences, seed: int, n_resamples: int) -> float:
     weighted = np.concatenate([task / (len(task) * len(differences)) for task in differences])
     if len(weighted) < 2:
         return 1.0  # both sign patterns are equally far from zero
-    tested = _scipy_stats().permutation_test(
+    tested = scipy_stats().permutation_test(
         (weighted,),
         np.sum,
         permutation_type="samples",
@@ -190,7 +170,12 @@ def _mean(*tasks: NDArray[np.float64], axis: int = -1) -> Any:
     return sum(np.mean(task, axis=axis) for task in tasks) / len(tasks)
 
 
-def _scipy_stats() -> Any:
+def scipy_stats() -> Any:
+    """Returns the module.
+
+    Raises:
+        MissingDependencyError: scipy is absent.
+    """
     try:
         from scipy import stats
     except ImportError as error:

@@ -197,7 +197,7 @@ def _cell(rows: Sequence[Row], task: str | None) -> Cell:
         prefill_seconds=mean_of_known(row.prefill_seconds for row in heads),
         compress_seconds=mean_of_known(_sum(row.score_seconds, row.evict_seconds) for row in heads),
         answer_seconds=mean_of_known(row.answer_seconds for row in rows),
-        ms_per_token=_ms_per_token(rows),
+        ms_per_token=ms_per_token(rows),
     )
 
 
@@ -205,7 +205,8 @@ def _sum(first: float | None, second: float | None) -> float | None:
     return None if first is None or second is None else first + second
 
 
-def _ms_per_token(rows: Sequence[Row]) -> float | None:
+def ms_per_token(rows: Sequence[Row]) -> float | None:
+    """Returns all answer seconds over all answer tokens, in milliseconds; None if no row has both."""
     known = [(row.answer_seconds, row.n_answer_tokens) for row in rows]
     seconds = sum(seconds for seconds, tokens in known if seconds is not None and tokens is not None)
     tokens = sum(tokens for seconds, tokens in known if seconds is not None and tokens is not None)

@@ -100,6 +100,7 @@ def _changed(path: Path, digests: Mapping[str, str]) -> list[str]:
 
 
 def _own_row(line: Mapping[str, str], config: Mapping[str, Any], extra: Mapping[str, Any], path: Path) -> Row:
+    line = {column_of("question"): "", **line}  # older versions wrote none
     try:
         provenances = dict(enumerate(extra["provenances"]))
         row = Row(
@@ -148,6 +149,7 @@ def _foreign_row(
             references=references,
             score=scorer(line["predicted_answer"], references, subset),
             query_aware=config.get("query_aware", config.get("compress_questions", False)),  # the older name
+            question=line.get("question", ""),
             tags={"subset": subset},
             provenance={"source": "kvpress", "press": str(config.get("press_init_command", config["press_name"]))},
             **unknown,

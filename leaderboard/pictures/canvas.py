@@ -1,9 +1,8 @@
-"""Figures that are drawn without a screen and saved, and the look of each press in them."""
+"""Figures that are drawn without a screen and saved, and what they have in common: signs, names, readable text."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,31 +13,37 @@ from kvzip_press.terminal import printable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which people with any kind of colour vision can tell apart; markers tell presses apart too.
-# Seven colours and six markers distinguish 42 presses. The page (report/style.css, elements.js) uses the same.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vP"
-_FULL_COLOUR = "#6B7280"
 _MAX_CHARACTERS = 60
 HEAT = "Blues"  # one hue, from light to dark: readable in print and with any kind of colour vision
+INKS = ("#000000", "#ffffff")  # on any ground one of them has a contrast of 4.5 or more
+SIGNS = {  # marker of a look -> matplotlib's name
+    "circle": "o",
+    "square": "s",
+    "diamond": "D",
+    "triangle": "^",
+    "turned triangle": "v",
+    "plus": "P",
+    "cross": "X",
+    "hexagon": "h",
+}
 
 
-@dataclass(frozen=True)
-class Look:
-    """How a press is drawn."""
+def ink_on(ground: Sequence[float]) -> str:
+    """Returns the colour of text that is readable on a ground: black or white, whichever has more contrast.
 
-    colour: str
-    marker: str
+    Args:
+        ground: Red, green and blue (and more, which is ignored), each in [0, 1].
+    """
+    return INKS[0] if luminance(ground) > _EQUAL_CONTRAST else INKS[1]
 
 
-def looks(presses: Iterable[str], full: str | None) -> dict[str, Look]:
-    """Returns how each press is drawn: the full cache in grey, each other press by its place in the order."""
-    others = [press for press in dict.fromkeys(presses) if press != full]
-    found = {
-        press: Look(_COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)])
-        for place, press in enumerate(others)
-    }
-    return found if full is None else {**found, full: Look(_FULL_COLOUR, "h")}
+def luminance(colour: Sequence[float]) -> float:
+    """Returns the relative luminance of a colour in sRGB, in [0, 1], as WCAG 2 defines it."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+_EQUAL_CONTRAST = 0.179  # the luminance L at which black and white do equally well: (L + 0.05)^2 = 1.05 * 0.05
 
 
 def shown(text: str) -> str:

@@ -8,9 +8,10 @@ from typing import TypeVar
 from kvzip_press.files import sweep_temporaries
 from kvzip_press.leaderboard.analysis.maps import HeadMap, NeedleMap, head_maps, needle_maps
 from kvzip_press.leaderboard.analysis.references import find_kvzip
-from kvzip_press.leaderboard.analysis.summary import split_tables, summarise, summarise_tasks
+from kvzip_press.leaderboard.analysis.summary import split, split_tables, summarise, summarise_tasks
+from kvzip_press.leaderboard.analysis.times import times
 from kvzip_press.leaderboard.file_names import file_name
-from kvzip_press.leaderboard.pictures.heat import save_head_map, save_needle_map, save_task_map
+from kvzip_press.leaderboard.pictures.heat import save_depth_map, save_head_map, save_needle_map, save_task_map
 from kvzip_press.leaderboard.pictures.pareto import TIME, save_pareto
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
@@ -21,10 +22,11 @@ Map = TypeVar("Map", HeadMap, NeedleMap)
 def save_all(rows: Iterable[Row], heads: Iterable[HeadBudgets], folder: str | os.PathLike[str]) -> list[Path]:
     """Saves every picture of every table of the rows.
 
-    For one table the files are ``pareto-kept.png``, ``pareto-time.png``, ``tasks.png``, ``heads.png`` and
-    ``needles-<task>.png``; with several tables each has a folder, named after model and run. A picture that shows a
-    single press shows KVzip (else the first press that removes anything), and one that shows a single ratio shows the
-    middle one; the page shows the others.
+    For one table the files are ``pareto-kept.png``, ``pareto-time.png`` (only where times differ by more than they
+    spread, see `times`), ``tasks.png``, ``heads.png`` and ``needles-<task>.png``; with several tables each has a
+    folder, named after model and run. A picture that shows a single press shows KVzip (else the first that removes
+    anything), and one that shows a single ratio shows the middle one; the page shows the others. Needles are shown by
+    depth and length of one press, or by press and depth where a task has one length.
 
     Args:
         rows: May be empty: the axes are then empty too.
@@ -64,23 +66,34 @@ def _save_table(rows: Sequence[Row], heads: Sequence[HeadBudgets], folder: Path)
     title = f"{rows[0].model}, {tasks[0] if len(tasks) == 1 else f'{len(tasks)} tasks'}" if rows else ""
     ratios = sorted({cell.compression_ratio for cell in cells if cell.compression_ratio > 0})
     ratio = ratios[len(ratios) // 2] if ratios else 0.0
-    paths = [folder / "pareto-kept.png", folder / "pareto-time.png", folder / "tasks.png"]
-    save_pareto(cells, paths[0], title)
-    save_pareto(cells, paths[1], title, cost=TIME)
-    save_task_map(summarise_tasks(rows), paths[2], ratio, f"accuracy at {ratio:.4g} removed")
+    paths = [folder / "pareto-kept.png"]
+    save_pareto(cells, paths[-1], title)
+    if (measured := times(rows)) is not None and measured.differ:
+        paths.append(folder / "pareto-time.png")
+        save_pareto(cells, paths[-1], title, cost=TIME)
+    paths.append(folder / "tasks.png")
+    save_task_map(summarise_tasks(rows), paths[-1], ratio, f"accuracy at {ratio:.4g} removed")
     for head_map in _telling(head_maps(heads), find_kvzip(rows), ratio)[:1]:
         paths.append(folder / "heads.png")
         save_head_map(
             head_map, paths[-1], f"kept by each head: {head_map.press}, {head_map.compression_ratio:.4g} removed"
         )
-    needles = needle_maps(rows)
-    for task in dict.fromkeys(needle_map.task for needle_map in needles):
-        (needle_map,) = _telling([one for one in needles if one.task == task], find_kvzip(rows), ratio)[:1]
-        paths.append(folder / f"needles-{file_name(task)}.png")
-        save_needle_map(
-            needle_map, paths[-1], f"{task}: {needle_map.press}, {needle_map.compression_ratio:.4g} removed"
-        )
+    for maps in split(needle_maps(rows), lambda needle_map: needle_map.task):
+        paths.append(folder / f"needles-{file_name(maps[0].task)}.png")
+        _save_needles(maps, paths[-1], find_kvzip(rows), ratio)
     return paths
+
+
+def _save_needles(maps: Sequence[NeedleMap], path: Path, press: str | None, ratio: float) -> None:
+    """Draws the maps of one task: those of all presses at a ratio where each is one column, else that of one press."""
+    first = _telling(maps, press, ratio)[0]
+    removed = f"{first.compression_ratio:.4g} removed"
+    if len(first.lengths) > 1:
+        save_needle_map(first, path, f"{first.task}: {first.press}, {removed}")
+    else:
+        ratios = {0.0, first.compression_ratio}
+        alike = [one for one in maps if one.compression_ratio in ratios]
+        save_depth_map(alike, path, f"{first.task}, {first.lengths[0]:,} tokens: {removed}")
 
 
 def _telling(maps: Sequence[Map], press: str | None, ratio: float) -> list[Map]:

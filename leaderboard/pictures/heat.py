@@ -10,10 +10,12 @@ import numpy as np
 
 from kvzip_press.leaderboard.analysis.maps import N_DEPTHS, HeadMap, NeedleMap
 from kvzip_press.leaderboard.analysis.summary import Cell, find_full
-from kvzip_press.leaderboard.pictures.canvas import HEAT, canvas, shown
+from kvzip_press.leaderboard.pictures.canvas import HEAT, canvas, ink_on, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_DEPTHS = [f"{100 * tenth // N_DEPTHS}–{100 * (tenth + 1) // N_DEPTHS} %" for tenth in range(N_DEPTHS)]
 
 Values = Sequence[Sequence[float | None]]
 
@@ -56,11 +58,17 @@ def save_head_map(head_map: HeadMap, path: str | os.PathLike[str], title: str = 
 
 def save_needle_map(needle_map: NeedleMap, path: str | os.PathLike[str], title: str = "") -> None:
     """Draws scores by depth and length of the context. Arguments and errors as for `save_task_map`."""
-    depths = [f"{100 * tenth // N_DEPTHS}–{100 * (tenth + 1) // N_DEPTHS} %" for tenth in range(N_DEPTHS)]
     lengths = [f"{length:,}" for length in needle_map.lengths]
     with canvas(path, title, (max(5.0, 2.2 + 0.8 * len(lengths)), 5)) as axes:
-        _heat(axes, needle_map.scores, depths, lengths)
+        _heat(axes, needle_map.scores, _DEPTHS, lengths)
         axes.set(xlabel="tokens of the context", ylabel="depth")
+
+
+def save_depth_map(needle_maps: Sequence[NeedleMap], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draws scores by press and depth, of maps that have one length each. Errors as for `save_task_map`."""
+    with canvas(path, title, (9.6, 1.7 + 0.36 * len(needle_maps))) as axes:
+        _heat(axes, [one.scores_by_depth for one in needle_maps], [shown(one.press) for one in needle_maps], _DEPTHS)
+        axes.set(xlabel="depth")
 
 
 def _heat(axes: "Axes", values: Values, rows: Sequence[str], columns: Sequence[str], *, numbers: bool = True) -> None:
@@ -78,5 +86,5 @@ def _heat(axes: "Axes", values: Values, rows: Sequence[str], columns: Sequence[s
     axes.figure.colorbar(image, ax=axes, shrink=0.8, aspect=24, pad=0.02).outline.set_visible(False)
     for row, column in np.argwhere(~np.isnan(grid)) if numbers else ():
         value = grid[row, column]
-        colour = "white" if value > 0.6 else "#14181f"
+        colour = ink_on(image.to_rgba(value))
         axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)

@@ -1,17 +1,20 @@
 """Pareto pictures: accuracy against a cost, with one line per press over its ratios."""
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from kvzip_press.leaderboard.analysis.curves import areas_under_curves
+from kvzip_press.leaderboard.analysis.looks import looks
 from kvzip_press.leaderboard.analysis.summary import Cell, find_full
-from kvzip_press.leaderboard.pictures.canvas import Look, canvas, looks, shown
+from kvzip_press.leaderboard.pictures.canvas import SIGNS, canvas, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LABEL_GAP = 0.055  # smallest distance between two labels, in units of accuracy
+_NAMES_A_COLUMN = 40
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ TIME = Cost("ms a token of an answer, reading the question included", lambda cel
 def save_pareto(cells: Sequence[Cell], path: str | os.PathLike[str], title: str = "", *, cost: Cost = KEPT) -> None:
     """Draws the cells and saves the picture in the format of the path's suffix.
 
-    The full cache is a horizontal line, for reference; presses are lines over their ratios, labelled at their ends,
-    with one standard error up and down where it is known.
+    The full cache is a horizontal line, for reference; presses are lines over their ratios, named beside the axes in
+    the order of the areas under them, with one standard error up and down where it is known.
 
     Args:
         cells: From `summarise`; may be empty. Those whose cost was not measured are left out.
@@ -49,7 +52,8 @@ def save_pareto(cells: Sequence[Cell], path: str | os.PathLike[str], title: str 
         MissingDependencyError: Matplotlib is not installed.
     """
     known = [cell for cell in cells if cost.value(cell) is not None]
-    with canvas(path, title, (8, 5)) as axes:
+    n_names = min(len({cell.press for cell in known}), _NAMES_A_COLUMN)
+    with canvas(path, title, (9, max(5.0, 1.0 + 0.3 * n_names))) as axes:
         _frame(axes, cost, empty=not known)
         _draw(axes, known, cost)
 
@@ -67,41 +71,31 @@ def _frame(axes: "Axes", cost: Cost, *, empty: bool) -> None:
 
 
 def _draw(axes: "Axes", cells: Sequence[Cell], cost: Cost) -> None:
-    full = find_full(cells)
-    ends = []
+    full, drawn = find_full(cells), {}
     for press, look in looks((cell.press for cell in cells), full).items():
         points = sorted((cell for cell in cells if cell.press == press), key=lambda cell: -cell.compression_ratio)
+        line: Any = (0, look.line) if look.line else "-"
         if press == full:
-            axes.axhline(points[-1].accuracy, color=look.colour, linestyle="--", linewidth=1)
-        axes.errorbar(
+            axes.axhline(points[-1].accuracy, color=look.colours[0], linestyle=line, linewidth=1)
+        drawn[press], *_ = axes.errorbar(
             [cost.value(point) or 0.0 for point in points],
             [point.accuracy for point in points],
             yerr=[point.standard_error or 0.0 for point in points],
-            color=look.colour, marker=look.marker, markersize=6, linewidth=1.8, elinewidth=0.8, capsize=2,
+            color=look.colours[0], linestyle=line, marker=SIGNS[look.marker], markersize=6, linewidth=1.8,
+            elinewidth=0.8, capsize=2,
         )  # fmt: skip
-        ends.append((points[-1], look))
-    _label(axes, [(cell, look, cost.value(cell) or 0.0) for cell, look in ends])
+    found = areas_under_curves(cells)
+    areas = {} if found is None else {press: area or 0.0 for press, area in found.areas.items()}
+    _name(axes, {press: drawn[press] for press in sorted(drawn, key=lambda press: -areas.get(press, 1.0))})
 
 
-def _label(axes: "Axes", ends: Sequence[tuple[Cell, Look, float]]) -> None:
-    """Writes each press's name on the right, at the height of its last point or as close to it as fits."""
-    ends = sorted(ends, key=lambda end: end[0].accuracy)
-    heights = spread([cell.accuracy for cell, _, _ in ends], _LABEL_GAP, highest=1.0)
-    for (cell, look, place), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            shown(cell.press), (place, cell.accuracy), color=look.colour, fontweight="bold", annotation_clip=False,
-            xytext=(1.03, height), textcoords=axes.get_yaxis_transform(), ha="left", va="center",
-            parse_math=False, arrowprops={"arrowstyle": "-", "color": look.colour, "linewidth": 0.5, "alpha": 0.7},
-        )  # fmt: skip
-
-
-def spread(heights: Sequence[float], gap: float, highest: float) -> list[float]:
-    """Moves sorted heights at least `gap` apart: upwards, then down again where that exceeds `highest`."""
-    found: list[float] = []
-    for height in heights:
-        found.append(max(height, found[-1] + gap) if found else height)
-    limit = highest
-    for place in reversed(range(len(found))):
-        found[place] = min(found[place], limit)
-        limit = found[place] - gap
-    return found
+def _name(axes: "Axes", drawn: Mapping[str, Any]) -> None:
+    """Writes the names in their order on the right of the axes, where no curve runs."""
+    if not drawn:
+        return
+    legend = axes.legend(
+        list(drawn.values()), [shown(press) for press in drawn], ncols=math.ceil(len(drawn) / _NAMES_A_COLUMN),
+        loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False, handlelength=3, labelspacing=0.7,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)

@@ -14,7 +14,7 @@ from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.compat import DynamicCache
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.profile.decode import WARMUP_STEPS, plain_ms, stepped_ms
-from kvzip_press.leaderboard.profile.rows import DENSE, OURS
+from kvzip_press.leaderboard.profile.rows import BASELINE, DENSE, OURS
 from kvzip_press.model.devices import synchronize
 from kvzip_press.model.structure import full_attention_layers, max_positions, text_config, text_decoder
 from kvzip_press.prefilling.whole import run_prefill
@@ -77,6 +77,9 @@ class Memory:
 def measure(subject: Subject, case: Case) -> dict[str, Any]:
     """Measures a case; the figures have the names of `ProfileRow`'s fields.
 
+    The steps of a press of ours are timed in turns with those of the ragged cache that keeps everything, the steps of
+    kvpress's with those of a DynamicCache. Either is read anew for that, so that it takes no memory before.
+
     Raises:
         InvalidArgumentError: More tokens than the model has positions, or a press that refuses.
         torch.OutOfMemoryError: Out of GPU memory. Any other error is passed on too; the caller turns it into a row.
@@ -113,25 +116,38 @@ def _ours(subject: Subject, case: Case) -> dict[str, Any]:
         "dense_bytes": cache.dense_bytes,
         "kept_fraction": cache.kept_fraction,
     }
-    return figures | stepped_ms(subject.model, cache, case.decode_tokens, compiled=case.compile)
+    baseline = None if case.press == BASELINE else _kept_whole(subject, ids)
+    return figures | stepped_ms(subject.model, cache, baseline, case.decode_tokens, compiled=case.compile)
 
 
-@torch.no_grad()
+def _kept_whole(subject: Subject, ids: torch.Tensor) -> RaggedCache:
+    """Returns the ragged cache of a context from which nothing was evicted."""
+    done = run_prefill(subject.model, ids, torch.ones_like(ids, dtype=torch.bool))
+    done.evict_in_place(get_press(BASELINE, 0.0).score(done))
+    return RaggedCache.of(done.cache)
+
+
 def _dense(subject: Subject, case: Case) -> dict[str, Any]:
     """Measures plain Hugging Face: the model's own attention over a DynamicCache."""
-    model, ids, decoder = subject.model, subject.context(case.context_length), text_decoder(subject.model)
-    detach(model)
     memory = Memory(subject.device)
     memory.restart()
-    cache = DynamicCache(config=text_config(model))
     synchronize(subject.device)
     begin = time.perf_counter()
-    decoder(input_ids=ids, use_cache=True, **compat.cache_argument(decoder, cache))
+    cache = _read_plainly(subject, subject.context(case.context_length))
     synchronize(subject.device)
     figures: dict[str, Any] = {"prefill_seconds": time.perf_counter() - begin, "peak_prefill_bytes": memory.peak()}
     seen = RaggedCache(cache.layers)
     figures |= {"resident_bytes": seen.resident_bytes, "dense_bytes": seen.dense_bytes, "kept_fraction": 1.0}
-    return figures | {"decode_ms_eager": plain_ms(model, cache, case.decode_tokens), "notes": {"graph": NO_GRAPH}}
+    return figures | plain_ms([subject.model], [cache], case.decode_tokens) | {"notes": {"graph": NO_GRAPH}}
+
+
+@torch.no_grad()
+def _read_plainly(subject: Subject, ids: torch.Tensor) -> Any:
+    model, decoder = subject.model, text_decoder(subject.model)
+    detach(model)
+    cache = DynamicCache(config=text_config(model))
+    decoder(input_ids=ids, use_cache=True, **compat.cache_argument(decoder, cache))
+    return cache
 
 
 def _kvpress(subject: Subject, case: Case) -> dict[str, Any]:
@@ -145,7 +161,7 @@ def _kvpress(subject: Subject, case: Case) -> dict[str, Any]:
     memory = Memory(subject.device)
     memory.restart()
     with run_original(press, model, ids, subject.tokenizer) as run:
-        return {
+        figures = {
             "prefill_seconds": run.prefill_seconds,
             "compress_seconds": run.compress_seconds,
             "peak_compress_bytes": memory.peak(),
@@ -153,9 +169,9 @@ def _kvpress(subject: Subject, case: Case) -> dict[str, Any]:
             "resident_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in run.cache.layers),
             "dense_bytes": _dense_bytes(model, run.cache, case.context_length),
             "kept_fraction": run.kept_fraction,
-            "decode_ms_eager": plain_ms(run.model, run.cache, case.decode_tokens),
             "notes": {"graph": NO_GRAPH},
         }
+        return figures | plain_ms([run.model, model], [run.cache, _read_plainly(subject, ids)], case.decode_tokens)
 
 
 def _dense_bytes(model: Any, cache: Any, n: int) -> int:

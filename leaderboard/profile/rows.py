@@ -30,6 +30,8 @@ class ProfileRow(SealedLine):
         decode_ms_eager: Median milliseconds of a decode step of one row.
         decode_ms_graph: The same in a CUDA graph.
         decode_ms_compiled: The same, compiled.
+        turns: "eager", "graph" or "compiled" -> the spread of that figure, and the gain over the cache that it was
+            timed in turns with: the fields of `Turns`. Empty in rows of older versions, which timed each cache alone.
         resident_bytes: What the compressed cache holds.
         dense_bytes: What the uncompressed cache would hold.
         peak_prefill_bytes: Most GPU memory beyond the weights while the context was read.
@@ -56,6 +58,7 @@ class ProfileRow(SealedLine):
     decode_ms_eager: float | None = None
     decode_ms_graph: float | None = None
     decode_ms_compiled: float | None = None
+    turns: dict[str, dict[str, float | None]] = field(default_factory=dict)
     resident_bytes: int | None = None
     dense_bytes: int | None = None
     peak_prefill_bytes: int | None = None

@@ -17,7 +17,7 @@ from kvzip_press.leaderboard.profile.decode import one_line
 from kvzip_press.leaderboard.profile.gains import sentences
 from kvzip_press.leaderboard.profile.grid import Grid, make_grid
 from kvzip_press.leaderboard.profile.measure import Case, Subject, measure
-from kvzip_press.leaderboard.profile.report import profile_table
+from kvzip_press.leaderboard.profile.report import profile_tables
 from kvzip_press.leaderboard.profile.rows import ProfileRow, provenance
 from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
 from kvzip_press.leaderboard.rows.line_file import LineWriter
@@ -72,7 +72,7 @@ def run_profile(
             subject = _load(str(model), place, kind)
     path = Path(output_dir) / "profile.jsonl"
     rows = list(_measured(subject, grid, path, console))
-    console.print(profile_table(rows, _title(rows[0])))
+    console.print(profile_tables(rows, _title(rows[0])))
     for sentence in sentences(rows):
         console.print(plain(sentence))
     console.print(plain(f"rows: {path}"))

@@ -68,12 +68,12 @@ function frame(width, x, y, cost) {
 
 function curve(table, press, points, width, y) {
   if (!points.length) return [];
-  const { colour, path } = lookOf(table, press);
+  const { colour, path, dashes } = lookOf(table, press);
   const inOrder = [...points].sort((a, b) => a.cell.compression_ratio - b.cell.compression_ratio);
   const level = inOrder[0].y;
   const line = press === table.full
     ? svg("line", { class: "full", x1: EDGE.left, x2: width - EDGE.right, y1: level, y2: level })
-    : svg("polyline", { class: "curve", stroke: colour, points: inOrder.map((point) => `${point.x},${point.y}`).join(" ") });
+    : svg("polyline", { class: "curve", style: `stroke:${colour}`, "stroke-dasharray": dashes, points: inOrder.map((point) => `${point.x},${point.y}`).join(" ") });
   return [line, ...inOrder.map((point) => dot(point, colour, path, y))];
 }
 
@@ -81,9 +81,9 @@ function dot({ cell, x, y: height }, colour, path, y) {
   const error = cell.standard_error ?? 0;
   const [top, bottom] = [y(Math.min(1, cell.accuracy + error)), y(Math.max(0, cell.accuracy - error))];
   return svg("g", { class: "point", role: "img", ...tipped(describe(cell)) },
-    svg("line", { class: "whisker", stroke: colour, x1: x, x2: x, y1: top, y2: bottom }),
+    svg("line", { class: "whisker", style: `stroke:${colour}`, x1: x, x2: x, y1: top, y2: bottom }),
     svg("circle", { class: "halo", cx: x, cy: height, r: 14 }),
-    svg("path", { d: path, fill: colour, stroke: "var(--card)", transform: `translate(${x} ${height}) scale(0.82)` }));
+    svg("path", { d: path, style: `fill:${colour}`, stroke: "var(--card)", transform: `translate(${x} ${height}) scale(0.82)` }));
 }
 
 const BY_BYTES = {

@@ -6,10 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from kvzip_press.leaderboard.analysis.curves import areas_under_curves, relative_performance
+from kvzip_press.leaderboard.analysis.looks import looks
 from kvzip_press.leaderboard.analysis.maps import head_maps, needle_maps
 from kvzip_press.leaderboard.analysis.references import Judgement, judge
-from kvzip_press.leaderboard.analysis.statistics import Comparison, saturated_ratios
+from kvzip_press.leaderboard.analysis.statistics import Comparison
 from kvzip_press.leaderboard.analysis.summary import Cell, context_key, split, split_tables, summarise, summarise_tasks
+from kvzip_press.leaderboard.analysis.ties import ties
+from kvzip_press.leaderboard.analysis.times import times
 from kvzip_press.leaderboard.report.examples import examples
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
@@ -58,7 +61,9 @@ def _table(rows: Sequence[Row], heads: Sequence[HeadBudgets]) -> dict[str, Any]:
         "presses": list(dict.fromkeys(row.press for row in rows)),
         "n_contexts": len({context_key(row) for row in rows}),
         "n_questions": len({(context_key(row), row.question_id) for row in rows}),
-        "saturated": saturated_ratios(rows),
+        "looks": {press: asdict(look) for press, look in looks((row.press for row in rows), judgement.full).items()},
+        "times": _times(rows),
+        "ties": [str(tie) for tie in ties(rows)],
         "areas": None if areas is None else asdict(areas),
         "cells": _cells(all_cells, judgement, relative)
         + [
@@ -71,6 +76,11 @@ def _table(rows: Sequence[Row], heads: Sequence[HeadBudgets]) -> dict[str, Any]:
         "examples": examples(rows),
         "provenance": _provenance(rows),
     }
+
+
+def _times(rows: Sequence[Row]) -> dict[str, Any] | None:
+    measured = times(rows)
+    return None if measured is None else {**asdict(measured), "differ": measured.differ}
 
 
 def _cells(

@@ -26,26 +26,27 @@ const significant = (value) => (value >= 100 ? value.toFixed(0) : value >= 10 ? 
 const asP = (p) => (p < 0.001 ? "p < 0.001" : `p = ${p.toFixed(3)}`);
 const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 
-const MARKERS = [
-  "M0-6A6 6 0 1 1 0 6A6 6 0 1 1 0-6Z", // circle
-  "M-5.4-5.4H5.4V5.4H-5.4Z", // square
-  "M0-7L7 0L0 7L-7 0Z", // diamond
-  "M0-6.6L6.6 5.4H-6.6Z", // triangle
-  "M0 6.6L6.6-5.4H-6.6Z", // triangle, turned
-  "M-6-2.2H-2.2V-6H2.2V-2.2H6V2.2H2.2V6H-2.2V2.2H-6Z", // plus
-];
-const PLACES = new WeakMap(); // table -> the place of each press, looked up once a point
-const N_COLOURS = 7; // no common divisor with the number of markers: 42 presses before two look alike
+const MARKERS = {
+  circle: "M0-6A6 6 0 1 1 0 6A6 6 0 1 1 0-6Z",
+  square: "M-5.4-5.4H5.4V5.4H-5.4Z",
+  diamond: "M0-7L7 0L0 7L-7 0Z",
+  triangle: "M0-6.6L6.6 5.4H-6.6Z",
+  "turned triangle": "M0 6.6L6.6-5.4H-6.6Z",
+  plus: "M-6-2.2H-2.2V-6H2.2V-2.2H6V2.2H2.2V6H-2.2V2.2H-6Z",
+  cross: "M-3.4-6.2L0-2.8L3.4-6.2L6.2-3.4L2.8 0L6.2 3.4L3.4 6.2L0 2.8L-3.4 6.2L-6.2 3.4L-2.8 0L-6.2-3.4Z",
+  hexagon: "M0-7L6-3.5V3.5L0 7L-6 3.5V-3.5Z",
+};
 
-/** How a press is drawn in a table: the full cache grey, the others by their place among the rest. */
+/** How a press is drawn, as the table says (`analysis/looks.py`): its colour on either ground, its marker and its dashes. */
 function lookOf(table, press) {
-  if (press === table.full) return { colour: "var(--full)", path: "M0-7L6-3.5V3.5L0 7L-6 3.5V-3.5Z" };
-  if (!PLACES.has(table)) PLACES.set(table, new Map(table.presses.filter((other) => other !== table.full).map((other, place) => [other, place])));
-  const place = PLACES.get(table).get(press);
-  return { colour: `var(--press-${place % N_COLOURS})`, path: MARKERS[place % MARKERS.length] };
+  const { colours: [light, dark], marker, line } = table.looks[press];
+  return { colour: `light-dark(${light}, ${dark})`, path: MARKERS[marker], dashes: line.map((part) => 2 * part).join(" ") || null };
 }
+
+/** A press's name, which is cut on a small screen before it is broken. */
+const nameOf = (press) => el("span", { class: "name", title: press }, press);
 
 function marker(table, press) {
   const look = lookOf(table, press);
-  return svg("svg", { class: "marker", viewBox: "-8 -8 16 16", "aria-hidden": "true" }, svg("path", { d: look.path, fill: look.colour }));
+  return svg("svg", { class: "marker", viewBox: "-8 -8 16 16", "aria-hidden": "true" }, svg("path", { d: look.path, style: `fill:${look.colour}` }));
 }

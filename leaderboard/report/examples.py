@@ -30,6 +30,7 @@ def _example(question: Sequence[Row]) -> dict[str, Any]:
         "task": first.task,
         "sample_id": first.sample_id,
         "question_id": first.question_id,
+        "question": _cut(first.question),
         "references": [_cut(reference) for reference in first.references[:5]],
         "answers": [[row.press, row.compression_ratio, row.score, _cut(row.prediction)] for row in question],
     }

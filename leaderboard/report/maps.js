@@ -10,41 +10,49 @@ function heatMap(corner, columns, rows, { fine = false } = {}) {
 
 function heat({ value, tip: text }, fine) {
   if (value === null) return el("td", { class: "none", ...tipped(text) });
-  const high = value > 0.86 ? "top" : value > 0.64 ? "high" : null;
+  const high = value > 0.76 ? "top" : value > 0.64 ? "high" : null;
   return el("td", { class: high, style: `--v:${value}`, ...tipped(text) }, fine ? "" : asScore(value));
 }
 
-/** One map a ratio: presses by tasks, the full cache above for comparison. Its rows are made when it is drawn. */
+/** One map a ratio, presses by tasks; of a single task one map, presses by ratios. The full cache stands above for comparison. */
 function taskMaps({ table, allCells }) {
   const found = new Map(allCells.map((cell) => [keyOf(cell.press, cell.compression_ratio, cell.task), cell]));
-  const columns = table.tasks.length > 1 ? [...table.tasks, null] : table.tasks;
-  const ratioOf = (press, ratio) => (press === table.full ? 0 : ratio);
   const measured = new Set(allCells.map((cell) => cell.press));
-  const rowsAt = (ratio) => table.presses.filter((press) => measured.has(press)).map((press) => ({
-    label: press,
-    values: columns.map((task) => {
-      const cell = found.get(keyOf(press, ratioOf(press, ratio), task));
-      return { value: cell?.accuracy ?? null, tip: `${task ?? "all tasks"}\n${cell ? describe(cell) : `${press}: not measured`}` };
-    }),
-  }));
-  return [...new Set(allCells.map((cell) => cell.compression_ratio))].filter((ratio) => ratio > 0).sort((a, b) => a - b)
-    .map((ratio) => ({ name: `${asRatio(ratio)} removed`, columns: columns.map((task) => task ?? "mean"), rows: () => rowsAt(ratio) }));
+  const ratios = [...new Set(allCells.map((cell) => cell.compression_ratio))].filter((ratio) => ratio > 0).sort((a, b) => a - b);
+  const value = (press, ratio, task) => {
+    const cell = found.get(keyOf(press, press === table.full ? 0 : ratio, task));
+    return { value: cell?.accuracy ?? null, tip: `${task ?? "all tasks"}\n${cell ? describe(cell) : `${press}: not measured`}` };
+  };
+  const map = (name, columns, valuesOf) => ({
+    name, columns, // its rows are made when it is drawn
+    rows: () => table.presses.filter((press) => measured.has(press)).map((press) => ({ label: press, values: valuesOf(press) })),
+  });
+  const tasks = [...table.tasks, null];
+  const maps = table.tasks.length > 1
+    ? ratios.map((ratio) => map(`${asRatio(ratio)} removed`, tasks.map((task) => task ?? "mean"), (press) => tasks.map((task) => value(press, ratio, task))))
+    : [map("every ratio", ratios.map((ratio) => `${asRatio(ratio)} removed`), (press) => ratios.map((ratio) => value(press, ratio, null)))];
+  return maps.filter(({ columns }) => columns.length > 1);
 }
 
 const keyOf = (...parts) => JSON.stringify(parts);
-const drawTaskMap = (map) => byId("task-map").replaceChildren(heatMap("", map.columns, map.rows()));
+
+function drawTaskMap(map) {
+  byId("tasks-title").textContent = map.name === "every ratio" ? "Every ratio" : "Every task";
+  byId("task-map").replaceChildren(heatMap("", map.columns, map.rows()));
+}
 
 function drawAreas({ table, shown }) {
   byId("areas").hidden = table.areas === null;
   if (table.areas === null) return;
   const found = Object.entries(table.areas.areas).filter(([press]) => shown.has(press)).sort((one, other) => (other[1] ?? -1) - (one[1] ?? -1));
   byId("area-bars").replaceChildren(el("div", { class: "bars" }, ...found.flatMap(([press, area]) => [
-    el("span", {}, marker(table, press), press),
+    el("span", {}, marker(table, press), nameOf(press)),
     el("span", { class: "meter", "aria-hidden": "true" }, el("i", { style: `width:${100 * (area ?? 0)}%;background:${lookOf(table, press).colour}` })),
     el("b", {}, fixed(3)(area)),
   ])));
-  const { low, high } = table.areas;
-  byId("area-note").textContent = `Area under accuracy over the measured kept fraction, from ${asScore(low)} to ${asScore(high)}, divided by that range; all tasks.`;
+  const range = `from ${asScore(table.areas.low)} to ${asScore(table.areas.high)}`;
+  byId("area-title").textContent = `Mean accuracy over kept fractions ${range}`;
+  byId("area-note").textContent = `Area under accuracy over the measured kept fraction ${range}, which all presses share, divided by that range; all tasks.`;
 }
 
 /** A section with a choice of map: keeps the chosen one where it is still there; hidden where there is none. */
@@ -60,8 +68,19 @@ function drawChosen(section, select, maps, draw, first = 0) {
   draw(maps[chosen]);
 }
 
-/** Maps with the names under which they are chosen. */
+/** Maps of one press each, with the names under which they are chosen. */
 const named = (maps) => maps.map((map) => ({ ...map, name: [map.task, `${map.press}, ${asRatio(map.compression_ratio)} removed`].filter(Boolean).join(": ") }));
+
+/** A task's maps: depth by length, one a press; where all contexts have one length, presses by depth, one a ratio. */
+function needleMaps(table, maps) {
+  return [...Map.groupBy(maps, (map) => map.task)].flatMap(([task, ofTask]) => {
+    if (ofTask[0].lengths.length > 1) return named(ofTask);
+    const full = ofTask.filter((map) => map.press === table.full);
+    const ofRatio = Map.groupBy(ofTask.filter((map) => map.compression_ratio > 0), (map) => map.compression_ratio);
+    return [...ofRatio].sort(([a], [b]) => a - b).map(([ratio, alike]) => (
+      { name: `${task}: ${asRatio(ratio)} removed`, press: table.kvzip, compression_ratio: ratio, lengths: ofTask[0].lengths, presses: [...full, ...alike] }));
+  });
+}
 
 /** At ratio 0 there is nothing to see: KVzip's first map that removes much, else any that removes something. */
 function telling(table, maps) {
@@ -81,14 +100,17 @@ function drawHeads(map) {
   byId("head-map").replaceChildren(heatMap("layer", map.layers.map(String), rows, { fine: true }));
 }
 
+const TENTHS = Array.from({ length: 10 }, (_, tenth) => `${10 * tenth}–${10 * tenth + 10}`);
+
 function drawNeedles(map) {
-  const rows = map.scores.map((line, tenth) => ({
-    label: `${10 * tenth}–${10 * tenth + 10} %`,
-    values: line.map((value, place) => ({
-      value,
-      tip: `depth ${10 * tenth} to ${10 * tenth + 10} %, about ${map.lengths[place].toLocaleString("en")} tokens\n` +
-        (value === null ? "nothing was asked here" : `score ${fixed(3)(value)} of ${count(map.counts[tenth][place], "question")}`),
-    })),
-  }));
-  byId("needle-map").replaceChildren(heatMap("depth", map.lengths.map((length) => length.toLocaleString("en")), rows));
+  const asTokens = (length) => `${length.toLocaleString("en")} tokens`;
+  const value = (of, tenth, place) => {
+    const [score, n] = [of.scores[tenth][place], of.counts[tenth][place]];
+    const found = score === null ? "nothing was asked here" : `score ${fixed(3)(score)} of ${count(n, "question")}`;
+    return { value: score, tip: `depth ${10 * tenth} to ${10 * tenth + 10} %, about ${asTokens(map.lengths[place])}\n${of.press}: ${found}` };
+  };
+  const drawn = map.presses
+    ? heatMap("depth, %", TENTHS, map.presses.map((of) => ({ label: of.press, values: TENTHS.map((_, tenth) => value(of, tenth, 0)) })))
+    : heatMap("depth, %", map.lengths.map(asTokens), TENTHS.map((label, tenth) => ({ label, values: map.lengths.map((_, place) => value(map, tenth, place)) })));
+  byId("needle-map").replaceChildren(drawn);
 }

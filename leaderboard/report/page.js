@@ -62,13 +62,23 @@ function drawTiles() {
 function drawWords() {
   const { table } = state;
   byId("about").textContent = `${table.model} · run ${table.run_id} · compressed ${table.query_aware ? "with the question in view (query-aware)" : "before any question is known (query-agnostic)"}`;
-  byId("saturated").hidden = !table.saturated.length;
-  byId("saturated").textContent = `At ${table.saturated.map(asRatio).join(", ")} removed nothing tells the presses apart beyond chance: that takes more contexts, harder tasks or larger ratios.`;
+  byId("ties").hidden = !table.ties.length;
+  byId("ties").textContent = table.ties.join("\n");
+  byId("times").hidden = !table.times?.differ;
+  byId("no-times").hidden = !byId("times").hidden;
+  byId("no-times").textContent = aboutTimes(table.times);
   byId("marks").textContent = `± standard error, clustered by context. ${aboutMarks(state.cells)}`;
   const provenance = Object.entries({ run: table.run_id, ...table.provenance }).map(([name, value]) => el("div", {}, el("dt", {}, name), " ", el("dd", {}, value)));
   byId("footer").replaceChildren(el("dl", {}, ...provenance),
     ...(DATA.command ? [el("p", {}, "Made by ", el("code", {}, DATA.command))] : []),
     el("p", {}, `Accuracy is the mean over tasks of the mean over contexts of the mean over questions. Page by kvzip-press ${DATA.version}.`));
+}
+
+/** Why there is no chart of times. */
+function aboutTimes(times) {
+  if (!times) return "There is no chart of times: it takes two caches that were timed on two contexts.";
+  const [apart, spread] = [times.apart, times.spread].map(fixed(2));
+  return `There is no chart of times, since they do not differ beyond their spread: on the same context the slowest cache takes ${apart} times as long a token as the fastest, and the contexts of one cache differ by a factor of ${spread} (nine of ten of them).`;
 }
 
 function aboutMarks(cells) {
@@ -87,10 +97,10 @@ function draw() {
   drawCurvesOnly();
   drawAreas(state);
   const { table } = state;
-  const inView = (map) => state.shown.has(map.press) && (state.ratio === null || map.compression_ratio === state.ratio);
+  const inView = (map) => state.shown.has(map.press) && (state.ratio === null || map.compression_ratio === state.ratio || map.press === table.full);
   const tasks = taskMaps(state);
   const heads = named(table.heads.filter(inView));
-  const needles = named(table.needles.filter((map) => inView(map) && (state.task === null || map.task === state.task)));
+  const needles = needleMaps(table, table.needles.filter((map) => inView(map) && (state.task === null || map.task === state.task)));
   drawChosen("tasks", "task-ratio", tasks, drawTaskMap, tasks.length >> 1);
   drawChosen("heads", "head-cell", heads, drawHeads, telling(table, heads));
   drawChosen("needles", "needle-cell", needles, drawNeedles, telling(table, needles));
@@ -99,7 +109,7 @@ function draw() {
 
 function drawCurvesOnly() {
   drawCurves("by-bytes", state, BY_BYTES);
-  drawCurves("by-time", state, BY_TIME);
+  if (state.table.times?.differ) drawCurves("by-time", state, BY_TIME);
 }
 
 function setTheme(theme) {

@@ -59,7 +59,7 @@ function drawTable(state, redraw) {
 
 function figure(table, cell, column) {
   if (column.name === "press") {
-    return el("td", {}, el("span", { class: "press" }, marker(table, cell.press), cell.press));
+    return el("td", {}, el("span", { class: "press" }, marker(table, cell.press), nameOf(cell.press)));
   }
   if (column.name === "accuracy") {
     const bar = el("i", { style: `width:${100 * cell.accuracy}%;background:${lookOf(table, cell.press).colour}` });

@@ -1,9 +1,10 @@
-"""Every picture is drawn from none, one and many rows, and labels stay apart."""
+"""Every picture is drawn from none, one and many rows; names cross nothing, and text is readable on its ground."""
 
-import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,10 +12,12 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
 from kvzip_press.errors import MissingDependencyError
+from kvzip_press.leaderboard.analysis.looks import FULL_MARKER, MARKERS
+from kvzip_press.leaderboard.analysis.maps import needle_maps
 from kvzip_press.leaderboard.analysis.summary import summarise
-from kvzip_press.leaderboard.pictures import save_all
-from kvzip_press.leaderboard.pictures.canvas import looks
-from kvzip_press.leaderboard.pictures.pareto import KEPT, TIME, Cost, save_pareto, spread
+from kvzip_press.leaderboard.pictures import draw_tokens, save_all
+from kvzip_press.leaderboard.pictures.canvas import HEAT, SIGNS, ink_on, luminance
+from kvzip_press.leaderboard.pictures.pareto import KEPT, TIME, Cost, save_pareto
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
 
@@ -32,7 +35,7 @@ def test_a_table_has_all_pictures(make_table: MakeTable, make_heads: MakeHeads, 
 @pytest.mark.parametrize("n_rows", [0, 1])
 def test_few_rows_give_pictures_too(n_rows: int, make_table: MakeTable, tmp_path: Path) -> None:
     paths = save_all(make_table(1)[:n_rows], [], tmp_path)
-    assert [path.name for path in paths[:3]] == ["pareto-kept.png", "pareto-time.png", "tasks.png"]
+    assert [path.name for path in paths[:2]] == ["pareto-kept.png", "tasks.png"]  # one cell's time differs from none
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
@@ -44,8 +47,8 @@ def test_each_table_has_a_folder_when_there_are_several(make_table: MakeTable, t
 
 def test_rows_without_sizes_and_times_are_drawn_without_them(make_table: MakeTable, tmp_path: Path) -> None:
     unknown = {"n_answer_tokens": None, "prefill_seconds": None, "score_seconds": None}
-    save_all(make_table(1, **unknown), [], tmp_path)
-    assert (tmp_path / "pareto-time.png").is_file()
+    names = [path.name for path in save_all(make_table(1, **unknown), [], tmp_path)]
+    assert names == ["pareto-kept.png", "tasks.png", "needles-niah.png"]
 
 
 @pytest.mark.parametrize("cost", [KEPT, TIME])
@@ -62,16 +65,106 @@ def test_every_point_lies_inside_the_axes(
     assert low <= min(places) and max(places) <= high <= 2 * max(places)
 
 
-def test_forty_two_presses_look_different() -> None:
-    found = looks([f"press {i}" for i in range(42)], None)
-    assert len(set(found.values())) == 42
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that would have been saved."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    return drawn
 
 
-def test_labels_keep_their_distance_and_their_order() -> None:
-    heights = spread([0.0, 0.01, 0.5, 0.98, 0.99, 1.0], 0.05, highest=1.0)
-    assert all(above - below >= 0.05 - 1e-9 for below, above in itertools.pairwise(heights))
-    assert heights[0] == 0.0 and heights[2] == 0.5 and heights[-1] == 1.0
-    assert spread([], 0.05, highest=1.0) == []
+def contrast(ink: Sequence[float], ground: Sequence[float]) -> float:
+    low, high = sorted((luminance(ink) + 0.05, luminance(ground) + 0.05))
+    return high / low
+
+
+@pytest.mark.parametrize("n_presses", [3, 11, 60])
+def test_names_stand_beside_the_axes_where_no_line_runs(
+    n_presses: int, make_row: Callable[..., Row], tmp_path: Path, figures: list[Any]
+) -> None:
+    presses = [f"a press with a long name {place}" for place in range(n_presses)]
+    rows = [
+        make_row(press=press, compression_ratio=ratio, kept_fraction=1 - ratio, score=0.75)
+        for press in presses
+        for ratio in (0.5, 0.9)
+    ]
+    save_pareto(summarise(rows), tmp_path / "pareto.png")
+    (figure,) = figures
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.get_legend().get_texts()]
+    inside, whole = axes.get_window_extent(), figure.bbox
+    assert len(boxes) == n_presses
+    assert all(inside.x1 < box.x0 and box.x1 <= whole.x1 and box.y0 >= whole.y0 for box in boxes)
+    assert not any(box.overlaps(other) for place, box in enumerate(boxes) for other in boxes[:place])
+    assert len(axes.texts) == 0  # nothing is written among the curves
+
+
+def test_every_marker_has_a_sign() -> None:
+    assert SIGNS.keys() == {*MARKERS, FULL_MARKER}
+
+
+def test_text_is_readable_on_every_ground_of_a_heat_map() -> None:
+    from matplotlib import colormaps
+    from matplotlib.colors import to_rgb
+
+    for value in range(101):
+        ground = colormaps[HEAT](value / 100)
+        assert contrast(to_rgb(ink_on(ground)), ground) >= 4.5, value
+
+
+def test_tokens_are_readable_and_end_lines() -> None:
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    tokens = ["The", " cat", "\n", " sat", " $x", "\n\n", " down"]
+    draw_tokens(axes, tokens, [place / 6 for place in range(7)], "a title", columns=10)
+    grounds = [patch.get_facecolor() for patch in axes.patches]
+    found = [(text.get_text(), text.get_position()) for text in axes.texts]
+    assert [text for text, _ in found] == ["The", " cat", "", " sat", " $x", "  ", "down"]
+    assert [line for _, (_, line) in found] == [0.5, 0.5, 1.5, 1.5, 1.5, 1.5, 2.5]
+    for text, ground in zip(axes.texts, grounds, strict=True):
+        assert contrast(to_rgb(text.get_color()), ground) >= 4.5
+    with pytest.raises(ValueError, match="zip"):
+        draw_tokens(axes, tokens, [0.5])
+
+
+def test_needles_of_one_length_are_drawn_by_press_and_depth(
+    make_table: MakeTable, tmp_path: Path, figures: list[Any]
+) -> None:
+    """A map of one column says less than a line of the table."""
+    rows = make_table(4, tasks=("niah",))
+    save_all(rows, [], tmp_path)
+    lengths = figures[-1].axes[0]
+    assert len(lengths.get_xticks()) == 2 and lengths.get_ylabel() == "depth"
+    one_length = [row for row in rows if row.n_context_tokens is not None and row.n_context_tokens < 600]
+    save_all(one_length, [], tmp_path)
+    depths = figures[-1].axes[0]
+    assert [text.get_text() for text in depths.get_yticklabels()] == ["full cache", "KVzip", "SnapKV", "random"]
+    assert depths.get_xticklabels()[0].get_text() == "0–10 %"
+    maps = {one.press: one for one in needle_maps(one_length) if one.compression_ratio in (0, 0.75)}
+    written = [float(text.get_text()) for text in depths.texts]
+    expected = [score for one in maps.values() for score in one.scores_by_depth if score is not None]
+    assert written == pytest.approx(expected, abs=0.005) and len(written) == 8
+
+
+def test_a_mean_over_lengths_counts_questions(make_row: Callable[..., Row]) -> None:
+    rows = [
+        make_row(question_id=str(place), tags={"depth": 0.05}, n_context_tokens=length, score=score)
+        for place, (length, score) in enumerate([(500, 1.0), (1000, 0.0), (1000, 0.0), (1000, 0.0)])
+    ]
+    (found,) = needle_maps(rows)
+    assert found.scores_by_depth == [0.25, *[None] * 9]
+
+
+@pytest.mark.parametrize("differ", [True, False])
+def test_times_are_drawn_only_where_they_differ(differ: bool, make_table: MakeTable, tmp_path: Path) -> None:
+    rows = make_table(3)
+    if not differ:
+        rows = [replace(row, answer_seconds=0.2 + 0.01 * (place % 7)) for place, row in enumerate(rows)]
+    names = [path.name for path in save_all(rows, [], tmp_path)]
+    assert ("pareto-time.png" in names) is differ
 
 
 def test_without_matplotlib_the_command_is_named(

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from kvzip_press.cli.main import app
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
-from kvzip_press.leaderboard.profile import grid, measure, run, shapes
+from kvzip_press.leaderboard.profile import decode, grid, measure, run, shapes
 from kvzip_press.leaderboard.profile.gains import sentences
-from kvzip_press.leaderboard.profile.report import profile_table
+from kvzip_press.leaderboard.profile.report import profile_tables
 from kvzip_press.leaderboard.profile.rows import ProfileRow
 from kvzip_press.leaderboard.rows.line_file import read_lines
 
@@ -55,13 +55,27 @@ def row(press: str = "kvzip", length: int = 4096, **values: Any) -> ProfileRow:
     return ProfileRow("m", press, engine, ratio, length, 32, **({} if "error" in values else defaults) | values)
 
 
+def timed(ms: float, baseline_ms: float, mode: str = "eager", *, spread: float = 0.0) -> dict[str, Any]:
+    """A decode time, measured in turns with a baseline; half of the turns gain by up to `spread` more or less."""
+    speedup = baseline_ms / ms
+    turns = {
+        "low_ms": ms * (1 - spread),
+        "high_ms": ms * (1 + spread),
+        "baseline_ms": baseline_ms,
+        "speedup_low": speedup * (1 - spread),
+        "speedup": speedup,
+        "speedup_high": speedup * (1 + spread),
+    }
+    return {f"decode_ms_{mode}": ms, "turns": {mode: turns}}
+
+
 def said(*rows: ProfileRow) -> str:
     return "\n".join(sentences(rows))
 
 
-def drawn(*rows: ProfileRow) -> str:
-    console = Console(file=io.StringIO(), width=160)
-    console.print(profile_table(rows))
+def drawn(*rows: ProfileRow, width: int = 160) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(profile_tables(rows))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -260,26 +274,43 @@ def test_the_gain_begins_where_a_step_takes_two_per_cent_less() -> None:
         row("none", 4096, decode_ms_graph=8.0, decode_ms_eager=20.0),
         row("none", 16384, decode_ms_graph=8.5, decode_ms_eager=20.0),
         row("none", 65536, decode_ms_graph=12.0, decode_ms_eager=20.0),
-        row("kvzip", 4096, decode_ms_graph=7.9, decode_ms_eager=1.0),
-        row("kvzip", 16384, decode_ms_graph=8.0, decode_ms_eager=30.0),
-        row("kvzip", 65536, decode_ms_graph=8.0, decode_ms_eager=30.0, compress_seconds=4.0),
+        row("kvzip", 4096, decode_ms_eager=1.0, **timed(7.9, 8.0, "graph")),
+        row("kvzip", 16384, decode_ms_eager=30.0, **timed(8.0, 8.5, "graph")),
+        row("kvzip", 65536, decode_ms_eager=30.0, compress_seconds=4.0, **timed(8.0, 12.0, "graph")),
     )
     assert "decode (in a CUDA graph) gains from 16384 tokens on (8.00 ms beside 8.50 ms)" in text
-    assert "at 65536 tokens it is 1.50 times as fast (8.00 ms beside 12.00 ms)" in text
+    assert "at 65536 tokens it is 1.50 (1.50 to 1.50) times as fast (8.00 ms beside 12.00 ms)" in text
     assert "paid back: 1000 at 16384, 1000 at 65536" in text
-    assert "no gain (in a CUDA graph) at 4096 tokens (7.90 ms beside 8.00 ms)" in text
+    assert "no gain beyond the spread (in a CUDA graph) at 4096 tokens (7.90 ms beside 8.00 ms, 1.01 (1.01 to" in text
 
 
 def test_no_gain_anywhere_is_said() -> None:
-    text = said(row("none", decode_ms_eager=5.0), row("kvzip", decode_ms_eager=6.0))
-    assert text == "kvzip, 70% removed: no gain (eager) at 4096 tokens (6.00 ms beside 5.00 ms)."
+    text = said(row("none", decode_ms_eager=5.0), row("kvzip", **timed(6.0, 5.0)))
+    assert text == (
+        "kvzip, 70% removed: no gain beyond the spread (eager) at 4096 tokens "
+        "(6.00 ms beside 5.00 ms, 0.83 (0.83 to 0.83) times as fast)."
+    )
+
+
+@pytest.mark.parametrize(("spread", "gains"), [(0.05, True), (0.15, False)])
+def test_a_gain_is_one_that_exceeds_its_spread(spread: float, gains: bool) -> None:
+    """Two caches of equal bytes were once 1.14 times as fast as each other."""
+    text = said(row("none", decode_ms_eager=5.0), row("kvzip", **timed(5.0, 5.7, spread=spread)))
+    assert ("gains from 4096 tokens on" in text) is gains
+    assert ("no gain beyond the spread" in text) is not gains
+
+
+def test_what_was_not_timed_in_turns_is_no_gain() -> None:
+    """Rows of older versions: each cache was timed alone."""
+    text = said(row("none", decode_ms_eager=5.0), row("kvzip", decode_ms_eager=1.0))
+    assert text == "kvzip, 70% removed: nothing to compare with at 4096 tokens."
 
 
 def test_kvpress_is_compared_with_a_dynamic_cache() -> None:
     text = said(
         row("none", decode_ms_eager=10.0, engine="dense"),
         row("none", decode_ms_eager=5.0, decode_ms_graph=2.0),
-        row("snapkv", decode_ms_eager=8.0, engine="kvpress", compress_seconds=0.0),
+        row("snapkv", engine="kvpress", compress_seconds=0.0, **timed(8.0, 10.0)),
     )
     assert "snapkv (kvpress), 70% removed: decode (eager) gains from 4096 tokens on (8.00 ms beside 10.00 ms)" in text
     assert "paid back" not in text
@@ -290,9 +321,9 @@ def test_a_press_of_ours_stands_beside_a_dynamic_cache_too() -> None:
     text = said(
         row("none", decode_ms_eager=4.0, engine="dense"),
         row("none", decode_ms_eager=9.0),
-        row("kvzip", decode_ms_eager=6.0),
+        row("kvzip", **timed(6.0, 9.0)),
     )
-    assert "(6.00 ms beside 9.00 ms), 1.50 times as fast" in text
+    assert "(6.00 ms beside 9.00 ms), 1.50 (1.50 to 1.50) times as fast" in text
     assert text.endswith("a plain DynamicCache (eager) takes 4.00 ms at 4096 tokens.")
 
 
@@ -309,16 +340,74 @@ def test_an_error_and_a_missing_baseline_are_said() -> None:
 def test_the_table_shows_shares_peaks_and_dashes() -> None:
     text = drawn(
         row("none", decode_ms_eager=5.0, resident_bytes=100),
-        row("kvzip", decode_ms_graph=4.25, peak_prefill_bytes=7_000_000, peak_compress_bytes=9_000_000),
+        row(
+            "kvzip",
+            peak_prefill_bytes=7_000_000,
+            peak_compress_bytes=9_000_000,
+            **timed(4.25, 5.0, "graph", spread=0.05),
+        ),
         row("snapkv", error="OutOfMemoryError: full"),
     )
-    none, kvzip, snapkv = (next(line.split() for line in text.splitlines() if name in line) for name in NAMES)
-    assert none == ["4096", "none", "-", "1.000", "0.500", "0.50", "5.00", "-", "0.0", "100.0%", "-"]
-    assert kvzip == ["kvzip", "0.70", "1.000", "0.500", "0.50", "-", "4.25", "0.0", "30.0%", "9.0"]
-    assert snapkv == ["snapkv", "0.70", "error"]
+    none, kvzip, snapkv = ([line.split() for line in text.splitlines() if name in line] for name in NAMES)
+    assert none[0] == ["4096", "none", "-", "1.000", "0.500", "5.00", "-"]
+    assert none[1] == ["4096", "none", "-", "0.50", "0.0", "100.0%", "-"]
+    assert kvzip == [
+        ["kvzip", "0.70", "1.000", "0.500", "-", "4.25", "±0.21"],
+        ["kvzip", "0.70", "0.50", "0.0", "30.0%", "9.0"],
+    ]
+    assert snapkv == [["snapkv", "0.70", "error"]] * 2
 
 
 NAMES = ("none", "kvzip", "snapkv")
+
+
+def test_the_tables_fit_80_columns_with_large_figures() -> None:
+    large = {
+        "prefill_seconds": 12345.678,
+        "compress_seconds": 23456.789,
+        "decode_ms_compiled": 1234.56,
+        "decode_ms_graph": 2345.67,
+        "resident_bytes": 98_765_400_000,
+        "dense_bytes": 198_765_400_000,
+        "peak_prefill_bytes": 123_456_700_000,
+    }
+    eager = timed(34567.8, 40000.0, spread=0.1)
+    turns = {mode: {"low_ms": 1000.0, "high_ms": 3000.0} for mode in ("graph", "compiled")} | eager.pop("turns")
+    text = drawn(row("criticaladakv_expected_attention", 131072, **large, **eager, turns=turns), width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for figure in ("131072", "0.70", "12346", "23457", "34568 ±3457", "2346 ±1000", "1235 ±1000", "1.90", "98765",
+                   "49.7%", "123457"):  # fmt: skip
+        assert figure in text, figure
+
+
+def test_two_caches_are_timed_in_turns_and_compared_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock doubles its pace halfway: one cache after the other would differ, turns do not."""
+    calls: list[str] = []
+    clock = {"now": 0.0, "pace": 1.0}
+
+    def step(name: str, seconds: float) -> Any:
+        def run_once() -> None:
+            calls.append(name)
+            clock["pace"] = 1.0 if len(calls) <= 10 else 2.0
+            clock["now"] += seconds * clock["pace"]
+
+        return run_once
+
+    monkeypatch.setattr(decode, "synchronize", lambda device: None)
+    monkeypatch.setattr(decode.time, "perf_counter", lambda: clock["now"])
+    found = decode._in_turns([step("own", 0.004), step("baseline", 0.006)], torch.device("cpu"), 4)
+    assert calls == ["own", "baseline"] * (decode.WARMUP_STEPS + 4)
+    assert (found["speedup_low"], found["speedup"], found["speedup_high"]) == pytest.approx((1.5, 1.5, 1.5))
+    assert (found["ms"], found["baseline_ms"], found["high_ms"]) == pytest.approx((6.0, 9.0, 8.0))
+
+
+def test_a_press_is_timed_beside_what_keeps_everything(tmp_path: Path) -> None:
+    rows, _ = profile(tmp_path, context_lengths=(40,), presses=("random",))
+    dense, none, random = (one.turns["eager"] for one in rows)
+    assert dense["speedup"] is none["speedup"] is None
+    assert random["speedup_low"] <= random["speedup"] <= random["speedup_high"]
+    assert random["baseline_ms"] > 0 and random["low_ms"] <= rows[2].decode_ms_eager <= random["high_ms"]
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------

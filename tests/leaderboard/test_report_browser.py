@@ -6,6 +6,7 @@ Needs chromium, chromedriver and selenium; `make browser` installs the first two
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
 from kvzip_press.leaderboard.analysis.references import Judgement
+from kvzip_press.leaderboard.pictures.canvas import luminance as relative_luminance
 from kvzip_press.leaderboard.report import write_report
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
@@ -256,9 +258,98 @@ def test_arrow_keys_walk_through_a_map_which_is_one_stop_of_the_tab_key(page: Pa
 
 
 def test_a_saturated_ratio_is_pointed_out(open_page: Open, make_row: MakeRow, make_table: MakeTable) -> None:
-    assert not open_page(make_table()).one("#saturated").is_displayed()
+    assert not open_page(make_table()).one("#ties").is_displayed()
     rows = [make_row(press=press, sample_id=str(i)) for press in ("a", "b") for i in range(9)]
-    assert "At 0.7 removed nothing tells the presses apart" in open_page(rows).reads("#saturated")
+    rows += [make_row(press=press, compression_ratio=0.9, score=score) for press, score in (("a", 0.94), ("b", 0.12))]
+    equal, few = open_page(rows).reads("#ties").splitlines()
+    assert equal == "At 0.7 removed nothing tells the presses apart: all have an accuracy of 1.00 on 9 contexts."
+    assert few.startswith("At 0.9 removed 1 context cannot tell the presses apart: accuracies from 0.12 to 0.94 may be")
+
+
+def test_times_are_charted_only_where_they_differ(open_page: Open, make_table: MakeTable) -> None:
+    page = open_page(make_table(2))
+    assert page.one("#times").is_displayed() and not page.one("#no-times").is_displayed()
+    rows = [replace(row, answer_seconds=0.2 + 0.01 * (place % 7)) for place, row in enumerate(make_table(2))]
+    page = open_page(rows)
+    assert not page.one("#times").is_displayed()
+    assert "do not differ beyond their spread" in page.reads("#no-times")
+
+
+def test_answers_show_the_question_and_right_and_wrong_by_sign_and_colour(open_page: Open, make_row: MakeRow) -> None:
+    scores = {"a": 1.0, "b": 0.0, "c": 0.5}
+    page = open_page([make_row(press=press, score=score, question="Who?") for press, score in scores.items()])
+    assert page.reads("#example-list summary").splitlines()[0] == "Who?"
+    page.one("#example-list summary").click()
+    found = page.all(".answers .score")
+    assert [answer.text for answer in found] == ["✓ 1.00", "✗ 0.00", "◐ 0.50"]
+    assert [answer.get_attribute("title") for answer in found] == ["right", "wrong", "partly"]
+    assert len({answer.value_of_css_property("color") for answer in found}) == 3
+
+
+def test_a_single_length_is_a_map_of_presses_by_depth_and_a_single_task_one_by_ratio(
+    open_page: Open, make_table: MakeTable
+) -> None:
+    rows = [row for row in make_table(4, tasks=("niah",)) if row.n_context_tokens and row.n_context_tokens < 600]
+    page = open_page(rows)
+    heads = [cell.text for cell in page.all("#needle-map thead th")]
+    assert heads == ["depth, %", *(f"{10 * tenth}–{10 * tenth + 10}" for tenth in range(10))]
+    presses = ["full cache", "KVzip", "SnapKV", "random"]
+    assert [cell.text for cell in page.all("#needle-map tbody th")] == presses
+    assert page.one("#needle-cell option").text == "niah: 0.5 removed"
+    assert page.reads("#tasks-title") == "Every ratio"
+    assert [cell.text for cell in page.all("#task-map thead th")][1:] == [
+        "0.5 removed",
+        "0.75 removed",
+        "0.9375 removed",
+    ]
+    page.choose("ratio", "0.75 removed")
+    assert not page.one("#tasks").is_displayed()
+    assert [cell.text for cell in page.all("#needle-map tbody th")] == presses
+
+
+def test_budgets_say_their_range(page: Page) -> None:
+    assert page.reads("#area-title") == "Mean accuracy over kept fractions from 0.06 to 1.00"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_numbers_of_a_map_are_readable_on_their_ground(scheme: str, open_page: Open, make_row: MakeRow) -> None:
+    rows = [make_row(press=f"{place:03}", task=task, score=place / 100) for place in range(101) for task in "ab"]
+    page = open_page(rows, scheme=scheme)
+    pairs = page.run(
+        """const pen = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+        const rgb = (colour) => {
+          pen.fillStyle = colour;
+          pen.fillRect(0, 0, 1, 1);
+          return [...pen.getImageData(0, 0, 1, 1).data];
+        };
+        return [...document.querySelectorAll("#task-map td:nth-child(2)")].map((cell) => getComputedStyle(cell))
+          .map((style) => [rgb(style.color), rgb(style.backgroundColor)]);"""
+    )
+    assert len(pairs) == 101
+    assert min(contrast(*pair) for pair in pairs) >= 4.5
+
+
+def contrast(one: Sequence[int], other: Sequence[int]) -> float:
+    low, high = sorted(relative_luminance([part / 255 for part in colour]) + 0.05 for colour in (one, other))
+    return high / low
+
+
+def test_names_of_presses_do_not_break_on_a_phone(open_page: Open, make_table: MakeTable) -> None:
+    rows = [
+        replace(row, press={"SnapKV": "adakv_expected_attention"}.get(row.press, row.press)) for row in make_table(4)
+    ]
+    page = open_page(rows, width=390)
+    for selector in ("#results .name", "#area-bars .name", "#task-map tbody th", "#needle-map tbody th"):
+        sizes = page.run(
+            """return [...document.querySelectorAll(arguments[0])].filter((name) => !/\\d %|–/.test(name.textContent))
+              .map((name) => [name.textContent, name.getClientRects().length, name.scrollWidth - name.clientWidth,
+                              name.clientHeight]);""",
+            selector,
+        )
+        heights = {text: height for text, _, _, height in sizes}
+        assert all(cut <= 0 for _, _, cut, _ in sizes), (selector, sizes)
+        assert len(set(heights.values())) <= 1, (selector, heights)  # a broken one would be twice as high
+    assert page.run("return document.documentElement.scrollWidth") == 390
 
 
 def test_what_models_say_is_shown_and_never_run(open_page: Open, make_row: MakeRow) -> None:
@@ -283,13 +374,13 @@ def test_an_empty_page_says_so_and_one_row_is_a_whole_page(open_page: Open, make
     page = open_page([make_row()])
     assert not page.one("#empty").is_displayed()
     assert (page.column(1), page.column(3)) == (["KVzip"], ["1.00"])
-    for chart in ("#by-bytes", "#by-time"):
-        assert len(page.all(f"{chart} .point")) == 1
-        labels = [text.text for text in page.all(f"{chart} text")]
-        assert len([label for label in labels if label.replace(".", "").isdigit()]) >= 6 + 2, labels  # both axes
+    assert len(page.all("#by-bytes .point")) == 1
+    labels = [text.text for text in page.all("#by-bytes text")]
+    assert len([label for label in labels if label.replace(".", "").isdigit()]) >= 6 + 2, labels  # both axes
+    assert "it takes two caches that were timed on two contexts" in page.reads("#no-times")
     assert page.reads("#marks") == "± standard error, clustered by context."
-    hidden = [name for name in ("areas", "heads", "needles") if page.one(f"#{name}").is_displayed()]
-    assert hidden == []
+    parts = ("areas", "heads", "needles", "times", "tasks")  # the last would be a map of one column
+    assert [name for name in parts if page.one(f"#{name}").is_displayed()] == []
 
 
 def test_ten_thousand_rows_are_drawn_in_a_second(open_page: Open, make_table: MakeTable) -> None:
@@ -308,7 +399,7 @@ def test_five_hundred_presses_each_at_ratios_of_its_own_are_usable(
 ) -> None:
     """What is measured is the page's program, so the statistics, which take minutes for so many, are left out."""
     monkeypatch.setattr("kvzip_press.leaderboard.report.data.judge", lambda rows: Judgement("full cache", "press 1"))
-    monkeypatch.setattr("kvzip_press.leaderboard.report.data.saturated_ratios", lambda rows: [])
+    monkeypatch.setattr("kvzip_press.leaderboard.report.data.ties", lambda rows: [])
     rows = [
         make_row(press=press, compression_ratio=ratio, task=task, score=place / 500, tags={"depth": 0.5})
         for task in ("a", "b", "c", "d")

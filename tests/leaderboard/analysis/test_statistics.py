@@ -13,7 +13,7 @@ from scipy import stats
 
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.analysis.curves import area_under_curve, areas_under_curves, relative_performance
-from kvzip_press.leaderboard.analysis.statistics import Comparison, compare, holm, saturated_ratios
+from kvzip_press.leaderboard.analysis.statistics import Comparison, compare, holm
 from kvzip_press.leaderboard.analysis.summary import find_full, summarise, summarise_tasks
 from kvzip_press.leaderboard.rows.results import Row
 
@@ -168,17 +168,6 @@ def test_an_unknown_reference_is_named(make_rows: Callable[..., list[Row]]) -> N
     with pytest.raises(InvalidArgumentError, match=r"\['KVzip'\], got 'none'"):
         compare(make_rows([1, 1]), "none")
     assert compare([], "none") == []
-
-
-def test_a_ratio_at_which_all_presses_tie_is_saturated(make_rows: Callable[..., list[Row]]) -> None:
-    rng = np.random.default_rng(0)
-    rows = make_rows([1.0] * 12, "full cache", 0.0)
-    for press, lost in (("KVzip", 0.1), ("SnapKV", 0.8), ("random", 0.9)):
-        rows += make_rows([1.0 - 0.01 * float(rng.random() > 0.5) for _ in range(12)], press, 0.1)
-        rows += make_rows([1.0 - lost] * 12, press, 0.9)
-    rows += make_rows([1.0] * 12, "KVzip", 0.3)  # alone: nothing to be told apart
-    assert saturated_ratios(rows) == [0.1]
-    assert saturated_ratios([]) == []
 
 
 def test_the_area_by_hand() -> None:
