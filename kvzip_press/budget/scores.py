@@ -27,6 +27,7 @@ class Scores:
         protected_count: Whether protected pairs count towards the budget, as in most papers (not in KVzip); or a mask
             ``[batch, span]``, bool, if only those of some positions do (Fast KVzip: the window, not the prefix).
         carried: Whether the pairs that stay carry their scores, for evictions while the model generates.
+        storage: The name of how the press stores what stays; ``press.score`` notes it.
 
     Raises:
         InvalidArgumentError: A field is of another type, dtype or shape; the scores are not finite or not of one span;
@@ -38,6 +39,7 @@ class Scores:
     policy: Policy
     protected_count: bool | torch.Tensor = False
     carried: bool = False
+    storage: str = "model"
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):

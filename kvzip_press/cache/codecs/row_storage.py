@@ -1,0 +1,103 @@
+"""What storages have in common that encode each key and each value by itself, with a scale of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from kvzip_press.cache.codecs.storage import Attended, Shapes, Storage
+from kvzip_press.cache.codecs.tiles import attend_in_tiles
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.kernels.row_codec import FORMATS, Codes, decode_rows, encode_rows
+
+STORED = {torch.float8_e4m3fn: torch.uint8}  # few operations know 8-bit floats; their bits are moved as bytes
+
+
+@dataclass(frozen=True)
+class RowStorage(Storage):
+    """Encodes rows in the formats of :mod:`kvzip_press.kernels.row_codec`.
+
+    Pairs need nothing of each other, so those that are evicted later leave the others' codes as they are.
+    """
+
+    key_format: ClassVar[str]
+    value_format: ClassVar[str]
+
+    @classmethod
+    def check_widths(cls, head_dim: int, v_head_dim: int) -> None:
+        """Raises InvalidArgumentError if keys or values do not fill whole bytes."""
+        for width, name in ((head_dim, cls.key_format), (v_head_dim, cls.value_format)):
+            if width % FORMATS[name].numbers_a_byte:
+                raise InvalidArgumentError(
+                    f"expected a head_dim that is a multiple of {FORMATS[name].numbers_a_byte}, which {name} fills "
+                    f"whole bytes with, got {width}: take a storage of 8 bits"
+                )
+
+    def column_shapes(self) -> Shapes:
+        """Returns the shapes of codes and scales."""
+        key, value = (
+            (self.key_format, self.head_dim),
+            (self.value_format, self.v_head_dim),
+        )
+        return {**_shapes("key", *key), **_shapes("value", *value)}
+
+    def encode(
+        self, keys: torch.Tensor, values: torch.Tensor, tables: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Returns codes and scales of keys and values."""
+        key, value = encode_rows(keys, self.key_format), encode_rows(values, self.value_format)
+        return {
+            "key_codes": _as_stored(key.codes),
+            "key_scales": key.scales,
+            "value_codes": _as_stored(value.codes),
+            "value_scales": value.scales,
+        }
+
+    def decode(
+        self, columns: Mapping[str, torch.Tensor], tables: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns keys and values, each number within half a step of what it was."""
+        key, value = self.codes(columns)
+        return decode_rows(key, self.dtype), decode_rows(value, self.dtype)
+
+    def codes(self, columns: Mapping[str, torch.Tensor]) -> tuple[Codes, Codes]:
+        """Returns the columns as codes of keys and of values."""
+        key, value = (
+            Codes(columns[f"{name}_codes"].view(FORMATS[form].dtype), columns[f"{name}_scales"], form)
+            for name, form in (("key", self.key_format), ("value", self.value_format))
+        )
+        return key, value
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        columns: Mapping[str, torch.Tensor],
+        tables: Mapping[str, torch.Tensor],
+        cu_seqlens: torch.Tensor,
+        tail_keys: torch.Tensor | None,
+        tail_values: torch.Tensor | None,
+        **options: Any,
+    ) -> Attended:
+        """Computes attention to rows that are decoded tile by tile."""
+        key, value = self.codes(columns)
+
+        def decoded(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            return decode_rows(key[rows], self.dtype), decode_rows(value[rows], self.dtype)
+
+        return attend_in_tiles(query, decoded, len(key.codes), cu_seqlens, tail_keys, tail_values, **options)
+
+
+def _shapes(name: str, form: str, width: int) -> Shapes:
+    codes = FORMATS[form]
+    stored = STORED.get(codes.dtype, codes.dtype)
+    return {
+        f"{name}_codes": (stored, (width // codes.numbers_a_byte,)),
+        f"{name}_scales": (torch.bfloat16, (2,) if codes.has_zero else ()),
+    }
+
+
+def _as_stored(codes: torch.Tensor) -> torch.Tensor:
+    return codes.view(STORED.get(codes.dtype, codes.dtype))
