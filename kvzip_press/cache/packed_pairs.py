@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from kvzip_press.cache.codecs.model_dtype import ModelDtype
-from kvzip_press.cache.codecs.storage import Attended, Storage
+from kvzip_press.cache.codecs.storage import POSITIONS, Attended, Storage
 from kvzip_press.kernels import ragged_pack
 
-POSITIONS, SCORES = "positions", "scores"
+SCORES = "scores"
 
 
 @dataclass(frozen=True)

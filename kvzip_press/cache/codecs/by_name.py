@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from kvzip_press.cache.codecs.fp8 import Fp8
+from kvzip_press.cache.codecs.int4 import Int4
 from kvzip_press.cache.codecs.int8 import Int8
+from kvzip_press.cache.codecs.k8v4 import K8V4
 from kvzip_press.cache.codecs.model_dtype import ModelDtype
 from kvzip_press.cache.codecs.storage import Storage
 from kvzip_press.errors import InvalidArgumentError, did_you_mean
@@ -13,6 +15,8 @@ STORAGES: dict[str, type[Storage]] = {
     "model": ModelDtype,
     "int8": Int8,
     "fp8": Fp8,
+    "k8v4": K8V4,
+    "int4": Int4,
 }
 
 

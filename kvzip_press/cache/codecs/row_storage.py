@@ -11,7 +11,7 @@ import torch
 from kvzip_press.cache.codecs.storage import Attended, Shapes, Storage
 from kvzip_press.cache.codecs.tiles import attend_in_tiles
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.kernels.row_codec import FORMATS, Codes, decode_rows, encode_rows
+from kvzip_press.kernels.row_codec import CODECS, Codes, decode_rows, encode_rows
 
 STORED = {torch.float8_e4m3fn: torch.uint8}  # few operations know 8-bit floats; their bits are moved as bytes
 
@@ -30,25 +30,28 @@ class RowStorage(Storage):
     def check_widths(cls, head_dim: int, v_head_dim: int) -> None:
         """Raises InvalidArgumentError if keys or values do not fill whole bytes."""
         for width, name in ((head_dim, cls.key_format), (v_head_dim, cls.value_format)):
-            if width % FORMATS[name].numbers_a_byte:
+            if width % CODECS[name].numbers_a_byte:
                 raise InvalidArgumentError(
-                    f"expected a head_dim that is a multiple of {FORMATS[name].numbers_a_byte}, which {name} fills "
+                    f"expected a head_dim that is a multiple of {CODECS[name].numbers_a_byte}, which {name} fills "
                     f"whole bytes with, got {width}: take a storage of 8 bits"
                 )
 
     def column_shapes(self) -> Shapes:
         """Returns the shapes of codes and scales."""
-        key, value = (
-            (self.key_format, self.head_dim),
-            (self.value_format, self.v_head_dim),
-        )
-        return {**_shapes("key", *key), **_shapes("value", *value)}
+        return {
+            **_shapes("key", self.key_format, self.head_dim),
+            **_shapes("value", self.value_format, self.v_head_dim),
+        }
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, tables: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Returns codes and scales of keys and values."""
-        key, value = encode_rows(keys, self.key_format), encode_rows(values, self.value_format)
+        return self.columns_of(encode_rows(keys, self.key_format), encode_rows(values, self.value_format))
+
+    @staticmethod
+    def columns_of(key: Codes, value: Codes) -> dict[str, torch.Tensor]:
+        """Returns codes of keys and of values as columns."""
         return {
             "key_codes": _as_stored(key.codes),
             "key_scales": key.scales,
@@ -66,7 +69,7 @@ class RowStorage(Storage):
     def codes(self, columns: Mapping[str, torch.Tensor]) -> tuple[Codes, Codes]:
         """Returns the columns as codes of keys and of values."""
         key, value = (
-            Codes(columns[f"{name}_codes"].view(FORMATS[form].dtype), columns[f"{name}_scales"], form)
+            Codes(columns[f"{name}_codes"].view(CODECS[form].dtype), columns[f"{name}_scales"], form)
             for name, form in (("key", self.key_format), ("value", self.value_format))
         )
         return key, value
@@ -91,7 +94,7 @@ class RowStorage(Storage):
 
 
 def _shapes(name: str, form: str, width: int) -> Shapes:
-    codes = FORMATS[form]
+    codes = CODECS[form]
     stored = STORED.get(codes.dtype, codes.dtype)
     return {
         f"{name}_codes": (stored, (width // codes.numbers_a_byte,)),

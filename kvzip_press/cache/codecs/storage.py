@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+POSITIONS = "positions"  # the column that every storage finds beside its own
 Attended = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 

@@ -27,6 +27,7 @@ def attend_in_tiles(
     tail_mask: torch.Tensor | None = None,
     tail_length: torch.Tensor | None = None,
     return_lse: bool = False,
+    context_query: torch.Tensor | None = None,
     **options: Any,
 ) -> Attended:
     """Computes what :func:`kvzip_press.kernels.ragged_attention.ragged_attention` does, over pairs that are encoded.
@@ -41,24 +42,36 @@ def attend_in_tiles(
         tail_mask: Which rows see which tail tokens.
         tail_length: How many tail tokens are live.
         return_lse: Whether to return the log-sum-exp too.
+        context_query: What attends to the packed pairs, if that is not what attends to the tail.
         options: Further options of ragged attention.
     """
-    tail = (tail_keys, tail_values)
     nothing = (None, None) if tail_keys is None or tail_values is None else (tail_keys[:, :, :0], tail_values[:, :, :0])
+    with_tail = {"tail_mask": tail_mask, "tail_length": tail_length}
+    # Without looking: on a GPU it would wait. The pairs of a pool are those of all layers.
+    begin, end = cu_seqlens[[0, -1]].tolist() if cu_seqlens.device.type == "cpu" else (0, n_pairs)
+    tiles = [slice(start, min(start + TILE, end)) for start in range(begin, end, TILE)]
+    if not tiles or context_query is not None:
+        tiles.append(slice(n_pairs, n_pairs))  # nothing of the packed pairs, for the tail alone
     merged: tuple[torch.Tensor, torch.Tensor] | None = None
-    for start in range(0, max(n_pairs, 1), TILE):
-        stop = min(start + TILE, n_pairs)
-        own = {"tail_mask": tail_mask, "tail_length": tail_length} if stop == n_pairs else {}
+    for tile in tiles:
+        is_last = tile is tiles[-1]
         part = ragged_attention(
-            query,
-            *decode(slice(start, stop)),
-            cu_seqlens.clamp(start, stop) - start,
-            *(tail if stop == n_pairs else nothing),
+            query if is_last or context_query is None else context_query,
+            *decode(tile),
+            cu_seqlens.clamp(tile.start, tile.stop) - tile.start,
+            *((tail_keys, tail_values) if is_last else nothing),
             return_lse=True,
-            **own,
+            **(with_tail if is_last else {}),
             **options,
         )
         assert isinstance(part, tuple)
         merged = part if merged is None else merge_attention(*merged, *part)
     assert merged is not None
     return merged if return_lse else merged[0]
+
+
+def segments_of(cu_seqlens: torch.Tensor, pairs: slice) -> torch.Tensor:
+    """Returns the segment of each of the packed pairs ``pairs``, int64 ``[n]``; any for one that is in none."""
+    index = torch.arange(pairs.start, pairs.stop, device=cu_seqlens.device)
+    found = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
+    return found.clamp(max=len(cu_seqlens) - 2)

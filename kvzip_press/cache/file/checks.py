@@ -31,7 +31,7 @@ def check_record(record: CacheRecord) -> None:
     for layer in record.layers:
         if layer.storage not in STORAGES:
             raise CacheFileError(
-                f"expected a storage out of {', '.join(STORAGES)}, got {layer.storage!r:.80}: a file of a later version?"
+                f"expected a storage out of {', '.join(STORAGES)}, got {layer.storage!r:.80}: of a later version?"
             )
         _check_rows(layer, record, checked)
         of_pairs = (layer.has_row_index, layer.has_scores, layer.storage != "model")

@@ -11,11 +11,11 @@ from torch import nn
 
 from kvzip_press import compat
 from kvzip_press.cache.codecs.by_name import STORAGES
-from kvzip_press.cache.codecs.storage import Storage
+from kvzip_press.cache.codecs.storage import POSITIONS, Storage
 from kvzip_press.cache.file.checks import check_numbers, check_pairs
 from kvzip_press.cache.file.metadata import opened_cache, record_in
 from kvzip_press.cache.file.record import DTYPES, NAMES, CacheRecord, LayerRecord, live_tokens, settings_of
-from kvzip_press.cache.packed_pairs import POSITIONS, SCORES, PackedPairs
+from kvzip_press.cache.packed_pairs import SCORES, PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheFileError, CacheMismatchError, InvalidArgumentError
 from kvzip_press.files import digest_of, digest_of_tensor, to_json

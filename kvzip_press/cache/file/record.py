@@ -12,8 +12,13 @@ FORMAT = 1
 TEXT = "kvzip_press"  # key of the safetensors metadata; the text's seal is stored beside it
 LIMIT = 2**31  # no length, count or position of a cache reaches it: positions are int32
 DTYPES = {
-    **{"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32},
-    **{"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8},
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -2,9 +2,9 @@
 
 Tensors are named ``<layer>.<part>``. A ragged layer has the columns and tables of its storage (keys and values, or
 codes and scales), positions, cu_seqlens, tail_keys and tail_values (live tokens only), row_index, and scores and
-tail_scores if its pairs carry them; a layer that stayed dense has keys and values. Everything else is one JSON text in the metadata, with the SHA-256 of every tensor's bytes; the SHA-256 of
-that text is stored beside it. So any changed byte is noticed, and the shapes that the file must have are known before a
-tensor is read.
+tail_scores if its pairs carry them; a layer that stayed dense has keys and values. Everything else is one JSON text in
+the metadata, with the SHA-256 of every tensor's bytes; the SHA-256 of that text is stored beside it. So any changed
+byte is noticed, and the shapes that the file must have are known before a tensor is read.
 """
 
 from __future__ import annotations
