@@ -98,6 +98,9 @@ def ask(
     compression_ratio: Annotated[
         float, typer.Option("--compression-ratio", help="Fraction of pairs removed, in [0, 1).")
     ] = 0.7,
+    storage: Annotated[
+        str, typer.Option("--storage", help="How kept pairs are stored: model, int8, fp8, k8v4 or int4.")
+    ] = "model",
     answer_prefix: Annotated[
         str, typer.Option("--answer-prefix", help="How every answer begins; small models need the help.")
     ] = "",
@@ -126,7 +129,7 @@ def ask(
         _ask_saved(cache, load_model(model), question, answer_prefix, max_new_tokens, split=split_special_tokens)
         return
     assert context is not None
-    text, chosen = text_of(context), get_press(press, compression_ratio)
+    text, chosen = text_of(context), get_press(press, compression_ratio, storage=storage)
     loaded, tokenizer = load_model(model)
     done = prefill(loaded, tokenizer, text.rstrip(), observers=[chosen], split_special_tokens=split_special_tokens)
     begin = time.perf_counter()
@@ -135,7 +138,8 @@ def ask(
     if save is not None:  # before anything is asked: reading the context again is what costs
         compressed.save(save, press=chosen)
     full = done.evict(get_press("none").score(done))
-    caches = {"full cache": full, f"{press}, {compression_ratio:.0%} removed": compressed}
+    stored = "" if storage == "model" else f", {storage}"
+    caches = {"full cache": full, f"{press}, {compression_ratio:.0%} removed{stored}": compressed}
     split = split_special_tokens
     _print_answers(loaded, tokenizer, caches, question, answer_prefix, max_new_tokens, split=split)
     _print_figures(caches, f"{done.valid.shape[1]} tokens read in {done.seconds:.1f} s, compressed in {seconds:.1f} s")
@@ -158,6 +162,10 @@ def profile(
     compression_ratio: Annotated[
         list[float] | None, typer.Option("--compression-ratio", help="Fraction removed, in [0, 1); several times.")
     ] = None,
+    storage: Annotated[
+        list[str] | None,
+        typer.Option("--storage", help="How kept pairs are stored: model, int8, fp8, k8v4, int4; several times."),
+    ] = None,
     decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Decode steps timed.")] = 32,
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default the GPU if any.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32.")] = None,
@@ -179,6 +187,7 @@ def profile(
         context_lengths=context_length or (),
         presses=press or (),
         compression_ratios=compression_ratio or (0.7,),
+        storages=storage or (),
         decode_tokens=decode_tokens,
         compile=compiled,
         kvpress=kvpress,
@@ -232,9 +241,9 @@ def _print_figures(caches: dict[str, Any], note: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("cache", "kept pairs", "resident MB", "of dense")
+    table = Table("cache", "kept pairs", "resident MB", "times smaller")
     for name, cache in caches.items():
-        megabytes, fraction = cache.resident_bytes / 1e6, cache.resident_bytes / cache.dense_bytes
-        table.add_row(plain(name), f"{cache.kept_fraction:.1%}", f"{megabytes:.1f}", f"{fraction:.1%}")
+        figures = f"{cache.kept_fraction:.1%}", f"{cache.resident_bytes / 1e6:.1f}", f"{cache.compression:.1f}"
+        table.add_row(plain(name), *figures)
     Console().print(table)
     Console().print(plain(note))

@@ -12,7 +12,8 @@ from kvzip_press.terminal import plain
 
 _CAPTION = (
     "Prefill: one dense forward, with what the press does inside it; compress: scoring and evicting after it. Decode: "
-    "median of a step of one row. Resident: keys and values held. Peak: GPU memory beyond the weights."
+    "median of a step of one row. Resident: keys and values held; "
+    "times smaller than uncompressed. Peak: GPU memory beyond the weights."
 )
 
 
@@ -25,7 +26,7 @@ def profile_table(rows: Sequence[ProfileRow], title: str = "") -> Table:
     """
     compiled = any(row.decode_ms_compiled is not None for row in rows)
     names = ["removed", "prefill\ns", "compress\ns", "compress/\nprefill", "decode ms\neager", "decode ms\ngraph"]
-    names += ["decode ms\ncompiled"] * compiled + ["resident\nMB", "of\ndense", "peak\nMB"]
+    names += ["decode ms\ncompiled"] * compiled + ["resident\nMB", "times\nsmaller", "peak\nMB"]
     table = Table(
         title=plain(title, "table.title") if title else None,
         caption=_CAPTION if rows else "no rows",
@@ -61,7 +62,7 @@ def _figures(row: ProfileRow, compiled: bool) -> tuple[str, ...]:
         _text(row.decode_ms_graph, ".2f"),
         *([_text(row.decode_ms_compiled, ".2f")] * compiled),
         _text(_ratio(row.resident_bytes, 1e6), ".1f"),
-        _text(_ratio(row.resident_bytes, row.dense_bytes), ".1%"),
+        _text(_ratio(row.dense_bytes, row.resident_bytes), ".2f"),
         _text(_ratio(max(peaks, default=None), 1e6), ".1f"),
     )
 

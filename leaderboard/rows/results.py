@@ -60,6 +60,7 @@ class Row(SealedLine):
         provenance: Versions, device, dtype and the like.
         task_version: The version of the task that asked; 1 in rows that older versions of this package wrote, None if
             nobody recorded it.
+        storage: The name of how the kept pairs are stored; "model" in rows of older versions, which knew no other.
 
     Raises:
         InvalidArgumentError: A field is of another type, or not finite. A row that is out of range (a score outside
@@ -92,6 +93,7 @@ class Row(SealedLine):
     tags: dict[str, float | str] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
     task_version: int | None = 1
+    storage: str = "model"
 
     @property
     def key(self) -> RowKey:

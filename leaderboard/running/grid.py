@@ -4,11 +4,13 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kvzip_press import get_press
 from kvzip_press.budget.amount import check_compression_ratio
+from kvzip_press.cache.codecs.by_name import STORAGES, storage_named
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, did_you_mean
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec
 from kvzip_press.leaderboard.tasks import get_task
@@ -73,7 +75,7 @@ def _grid(name: str, values: Any) -> Grid:
         batch_size=node.take("batch_size", int, 1),
         compression_ratios=_ratios(node),
         tasks=tuple(map(_task, node.items("tasks"))),
-        presses=tuple(map(_press, node.items("presses"))),
+        presses=tuple(chain.from_iterable(map(_presses, node.items("presses")))),
     )
     description = node.take("description", str, "")
     node.finish()
@@ -90,6 +92,23 @@ def _task(node: "_Node") -> TaskSpec:
     )
     node.finish()
     return spec
+
+
+def _presses(node: "_Node") -> list[PressSpec]:
+    """Returns a press, or one for each of its ``storages``, whose names are part of their labels, but for "model"."""
+    storages = node.take("storages", list, ["model"])
+    spec, known = _press(node), ", ".join(STORAGES)
+    for index, storage in enumerate(storages):
+        node.checked(f"storages[{index}]", lambda storage=storage: storage_named(storage))
+    if "storages" not in node.values:
+        return [spec]
+    if not storages or "storage" in spec.options:
+        raise InvalidArgumentError(f"expected storages out of {known}, or options with one storage, got {storages!r}")
+    labels = [spec.label if storage == "model" else f"{spec.label}, {storage}" for storage in storages]
+    return [
+        replace(spec, label=label, options={**spec.options, "storage": storage})
+        for label, storage in zip(labels, storages, strict=True)
+    ]
 
 
 def _press(node: "_Node") -> PressSpec:

@@ -279,6 +279,7 @@ class _Loop:
             tags={**question.tags, **context.tags},
             provenance={**self.provenance, "data_revision": work.task.data_revision},
             task_version=version_of(work.task),
+            storage=cell.cache.storage,
         )
 
     def _timed(self, function: Callable[..., T], *arguments: Any) -> tuple[T, float]:

@@ -49,7 +49,7 @@ class Int4(RowStorage):
     ) -> dict[str, torch.Tensor]:
         """Returns the mean of the kept keys of each (row, head), rotated."""
         kept = keep.unsqueeze(-1)
-        total = torch.where(kept, keys, 0).sum(dim=2, dtype=torch.float32)
+        total = torch.where(kept, keys, 0).sum(dim=2, dtype=self.exact_dtype)
         mean = total / kept.sum(dim=2).clamp(min=1)
         return {CENTRES: rotate(mean).to(self.dtype).flatten(0, 1)}
 
@@ -57,17 +57,16 @@ class Int4(RowStorage):
         self, keys: torch.Tensor, values: torch.Tensor, tables: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Returns codes and scales of keys, centred and rotated, and of values."""
-        centres = tables[CENTRES].view(*keys.shape[:2], 1, -1).float()
-        return self.columns_of(
-            encode_rows(rotate(keys.float()) - centres, self.key_format), encode_rows(values, self.value_format)
-        )
+        centres = tables[CENTRES].view(*keys.shape[:2], 1, -1)
+        centred = rotate(keys.to(self.exact_dtype)) - centres
+        return self.columns_of(encode_rows(centred, self.key_format), encode_rows(values, self.value_format))
 
     def decode(
         self, columns: Mapping[str, torch.Tensor], tables: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns keys, rotated back, and values."""
         key, value = self.codes(columns)
-        keys = rotate(decode_rows(key) + tables[CENTRES].unsqueeze(-2).float())
+        keys = rotate(decode_rows(key, self.exact_dtype) + tables[CENTRES].unsqueeze(-2))
         return keys.to(self.dtype), decode_rows(value, self.dtype)
 
     def attend(

@@ -43,7 +43,7 @@ class K8V4(RowStorage):
                 break
             column = here.byte().argmax(dim=2)[..., None, None].expand(-1, -1, 1, values.shape[3])
             exact = values.gather(2, column)
-            left = exact.float() - decode_rows(encode_rows(exact, self.value_format))
+            left = exact.to(self.exact_dtype) - decode_rows(encode_rows(exact, self.value_format), self.exact_dtype)
             lost[:, :, position : position + 1] = torch.where(here.any(dim=2)[..., None, None], left, 0).to(self.dtype)
         return {LOST: lost.flatten(0, 1)}
 
@@ -53,7 +53,7 @@ class K8V4(RowStorage):
         """Returns keys and values, the first of these as they were but for rounding."""
         key, value = self.codes(columns)
         lost = _of_pairs(tables[LOST], columns[POSITIONS])
-        return decode_rows(key, self.dtype), (decode_rows(value) + lost).to(self.dtype)
+        return decode_rows(key, self.dtype), (decode_rows(value, self.exact_dtype) + lost).to(self.dtype)
 
     def attend(
         self,
@@ -92,22 +92,23 @@ class K8V4(RowStorage):
         softcap: float | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """Returns the weighted sum of what each head's first values lost, fp32, in the shape of the output.
+        """Returns the weighted sum of what each head's first values lost, in the shape of the output.
 
         A head's first pairs are those at its first positions, as far as it kept them.
         """
         index = cu_seqlens[:-1, None].long() + torch.arange(SINKS, device=query.device)
         inside = index < cu_seqlens[1:, None]
         index = index.clamp(max=len(columns[POSITIONS]) - 1)
-        key, _ = self.codes({name: column[index] for name, column in columns.items()})
+        codes, _ = self.codes({name: column[index] for name, column in columns.items()})
+        firsts = decode_rows(codes, self.exact_dtype)
         positions = columns[POSITIONS][index].where(inside, SINKS)
         keys, lost, live = (
             tensor.unflatten(0, (-1, num_heads))
             if row_index is None
             else tensor.unflatten(0, (-1, num_heads))[row_index]
-            for tensor in (decode_rows(key), _of_pairs(tables[LOST], positions).float(), positions < SINKS)
+            for tensor in (firsts, _of_pairs(tables[LOST], positions).to(self.exact_dtype), positions < SINKS)
         )
-        grouped, peaks = query.float().unflatten(1, (num_heads, -1)), lse.float().unflatten(1, (num_heads, -1))
+        grouped, peaks = query.to(self.exact_dtype).unflatten(1, (num_heads, -1)), lse.unflatten(1, (num_heads, -1))
         logits = grouped @ keys.unsqueeze(2).transpose(-1, -2) * (self.head_dim**-0.5 if scaling is None else scaling)
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         weights = torch.where(live[:, :, None, None], logits - peaks.unsqueeze(-1), -torch.inf).exp()

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from kvzip_press.kernels.numerics import accumulation_dtype
+
 POSITIONS = "positions"  # the column that every storage finds beside its own
 Attended = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -57,6 +59,11 @@ class Storage(ABC):
     def dense_pair_bytes(self) -> int:
         """Bytes of one key and one value in the model's dtype."""
         return (self.head_dim + self.v_head_dim) * self.dtype.itemsize
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """Dtype in which keys and values are computed with: fp32, or fp64 for a model in fp64."""
+        return accumulation_dtype(self.dtype)
 
     @abstractmethod
     def column_shapes(self) -> Shapes:

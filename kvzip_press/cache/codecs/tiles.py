@@ -46,7 +46,7 @@ def attend_in_tiles(
         options: Further options of ragged attention.
     """
     nothing = (None, None) if tail_keys is None or tail_values is None else (tail_keys[:, :, :0], tail_values[:, :, :0])
-    with_tail = {"tail_mask": tail_mask, "tail_length": tail_length}
+    with_tail: dict[str, Any] = {"tail_mask": tail_mask, "tail_length": tail_length}
     # Without looking: on a GPU it would wait. The pairs of a pool are those of all layers.
     begin, end = cu_seqlens[[0, -1]].tolist() if cu_seqlens.device.type == "cpu" else (0, n_pairs)
     tiles = [slice(start, min(start + TILE, end)) for start in range(begin, end, TILE)]
