@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from kvzip_press import get_press
 from kvzip_press.budget.amount import check_compression_ratio
-from kvzip_press.cache.codecs.by_name import STORAGES, storage_named
+from kvzip_press.cache.codecs.by_name import storage_named
+from kvzip_press.cache.codecs.model_dtype import ModelDtype
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, did_you_mean
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec
 from kvzip_press.leaderboard.tasks import get_task
@@ -95,19 +96,25 @@ def _task(node: "_Node") -> TaskSpec:
 
 
 def _presses(node: "_Node") -> list[PressSpec]:
-    """Returns a press, or one for each of its ``storages``, whose names are part of their labels, but for "model"."""
-    storages = node.take("storages", list, ["model"])
-    spec, known = _press(node), ", ".join(STORAGES)
-    for index, storage in enumerate(storages):
-        node.checked(f"storages[{index}]", lambda storage=storage: storage_named(storage))
+    """Returns a press, or one for each of its ``storages``."""
+    storages, spec = node.take("storages", list, []), _press(node)
     if "storages" not in node.values:
         return [spec]
+    found: list[PressSpec] = node.checked("storages", lambda: _stored(spec, storages))
+    return found
+
+
+def _stored(spec: PressSpec, storages: Sequence[str]) -> list[PressSpec]:
+    """Returns a press with each storage, whose name is part of its label, but for "model"."""
     if not storages or "storage" in spec.options:
-        raise InvalidArgumentError(f"expected storages out of {known}, or options with one storage, got {storages!r}")
-    labels = [spec.label if storage == "model" else f"{spec.label}, {storage}" for storage in storages]
+        raise InvalidArgumentError(f"expected at least one, and no storage among the options, got {storages!r}")
     return [
-        replace(spec, label=label, options={**spec.options, "storage": storage})
-        for label, storage in zip(labels, storages, strict=True)
+        replace(
+            spec,
+            label=spec.label if storage_named(storage) is ModelDtype else f"{spec.label}, {storage}",
+            options={**spec.options, "storage": storage},
+        )
+        for storage in storages
     ]
 
 
