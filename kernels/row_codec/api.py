@@ -60,6 +60,20 @@ def decode_rows(codes: Codes, dtype: torch.dtype = torch.float32, *, impl: str |
     return select("decode_rows", _DECODE, impl, codes.codes)(codes, dtype)
 
 
+def write_numbers(codes: Codes, out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Writes codes as numbers into a buffer, and returns what makes rows of them: for the inner loop of an op.
+
+    Args:
+        codes: encoded rows [n, head_dim], not checked.
+        out: [n, head_dim], fp32 or fp64, written over.
+
+    Returns:
+        ``out``; and the scale [n] and the zero [n] of each row, in the dtype of ``out``, with which a row is
+        ``scale * out + zero``. None stands for a scale of 1 and a zero of 0.
+    """
+    return reference.write_numbers(codes, out)
+
+
 def groups_of(cu_seqlens: Tensor, total: int, group_size: int = 32) -> tuple[Tensor, int]:
     """Numbers groups of consecutive rows in packed segments: none crosses a segment, whose last one may be short.
 

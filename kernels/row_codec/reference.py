@@ -47,6 +47,19 @@ def encode_groups(rows: Tensor, groups: Tensor, num_groups: int, name: str) -> C
     return Codes(packed(_steps(exact, scales[groups], kind), kind), scales, name, groups)
 
 
+def write_numbers(codes: Codes, out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See :func:`kvzip_press.kernels.row_codec.write_numbers`."""
+    kind = CODECS[codes.codec]
+    if codes.groups is not None:
+        return out.copy_(decode_rows(codes, out.dtype)), None, None
+    if not kind.has_zero:
+        return out.copy_(codes.codes), codes.scales.to(out.dtype), None
+    for stretch, plane in zip(out.chunk(kind.numbers_a_byte, -1), planes(codes.codes, kind), strict=True):
+        stretch.copy_(plane)
+    scale, zero = codes.scales.to(out.dtype).unbind(-1)
+    return out, scale, torch.add(zero, scale, alpha=-(1 << (kind.bits - 1)))
+
+
 def ranges(low: Tensor, high: Tensor, kind: Codec) -> Tensor:
     """Returns scale and zero [..., 2] with which codes reach from ``low`` to ``high`` [...], however they are rounded.
 
