@@ -1,11 +1,11 @@
 """Ragged attention to codes in Triton: bytes become operands of the tensor cores, and no row is ever decoded.
 
-Work is shared out and merged as for rows of the model's dtype (``split.py``); what differs is the loop. Codes are read
-as words of 16 bits, and a plane of a word's bits (its low byte, its second nibble) is a tile of numbers for a dot of
-its own: with the query's channels of that plane, or into the accumulator of that plane. One or two logical operations on
-two words at once make a plane: what remains is a subnormal number of fp16, ``code * 2**-24``, which tensor cores
-multiply exactly. Scales are folded into logits and probabilities, and what is added to codes to make them unsigned is
-taken off in sums. DESIGN.md of kernels gives the reasons.
+Work is shared out and merged as for rows of the model's dtype (``split.py``); what differs is the loop. Codes are
+read as words of 16 bits, and a plane of a word's bits (its low byte, its second nibble) is a tile of numbers for a dot
+of its own: with the query's channels of that plane, or into the accumulator of that plane. One or two logical
+operations on two words at once make a plane: what remains is a subnormal number of fp16, ``code * 2**-24``, which
+tensor cores multiply exactly. Scales are folded into logits and probabilities, and what is added to codes to make them
+unsigned is taken off in sums. DESIGN.md of kernels gives the reasons.
 """
 
 from __future__ import annotations
@@ -167,6 +167,24 @@ def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, IS_FLOAT: tl.constexp
 def _two_at_a_time(words, ASM: tl.constexpr):
     """Applies an instruction of 32 bits to two words: Triton by itself takes them one by one."""
     return tl.inline_asm_elementwise(ASM, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _log2(x):
+    """The hardware's logarithm, off by 2**-22: a fifth of the instructions of the exact one."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _inverse(x):
+    """The hardware's 1 / x, off by a rounding."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -362,8 +380,8 @@ def _attend_codes_kernel(
         values = tl.load(values_ptr + tile * V_WORDS + value_offsets, mask_v, other=0)
         key_scale, value_scale = _scale_of(key_meta), tl.maximum(_scale_of(value_meta), TINY)
         # A pair's weight times its value's scale is what the dot takes; the peak is that of these products.
-        shift = tl.where(mask_n, tl.log2(value_scale), -float("inf"))
-        inverse = 1.0 / value_scale
+        shift = tl.where(mask_n, _log2(value_scale), -float("inf"))
+        inverse = _inverse(value_scale)
         key_zero = -K_OFFSET * key_scale
         if K_BITS == 4:
             key_zero += _zero_of(key_meta)
