@@ -6,12 +6,11 @@ from torch import Tensor
 from kvzip_press.kernels.checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from kvzip_press.kernels.dispatch import Impl, select
 from kvzip_press.kernels.row_codec import reference
-from kvzip_press.kernels.row_codec.codes import CODECS, Codes, check_width, codec_named
+from kvzip_press.kernels.row_codec.codes import Codes, check_width, codec_named
 
 _ENCODE = {"reference": Impl(reference.encode_rows)}
 _DECODE = {"reference": Impl(reference.decode_rows)}
 _ENCODE_GROUPS = {"reference": Impl(reference.encode_groups)}
-_DECODE_GROUPS = {"reference": Impl(reference.decode_groups)}
 
 
 def encode_rows(rows: Tensor, codec: str, *, impl: str | None = None) -> Codes:
@@ -43,7 +42,7 @@ def encode_rows(rows: Tensor, codec: str, *, impl: str | None = None) -> Codes:
 
 
 def decode_rows(codes: Codes, dtype: torch.dtype = torch.float32, *, impl: str | None = None) -> Tensor:
-    """Decodes what :func:`encode_rows` encoded.
+    """Decodes what :func:`encode_rows` or :func:`encode_groups` encoded, or any selection of its rows.
 
     Args:
         codes: encoded rows [..., head_dim].
@@ -61,6 +60,20 @@ def decode_rows(codes: Codes, dtype: torch.dtype = torch.float32, *, impl: str |
     return select("decode_rows", _DECODE, impl, codes.codes)(codes, dtype)
 
 
+def write_numbers(codes: Codes, out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Writes codes as numbers into a buffer, and returns what makes rows of them: for the inner loop of an op.
+
+    Args:
+        codes: encoded rows [n, head_dim], not checked.
+        out: [n, head_dim], fp32 or fp64, written over.
+
+    Returns:
+        ``out``; and the scale [n] and the zero [n] of each row, in the dtype of ``out``, with which a row is
+        ``scale * out + zero``. None stands for a scale of 1 and a zero of 0.
+    """
+    return reference.write_numbers(codes, out)
+
+
 def groups_of(cu_seqlens: Tensor, total: int, group_size: int = 32) -> tuple[Tensor, int]:
     """Numbers groups of consecutive rows in packed segments: none crosses a segment, whose last one may be short.
 
@@ -70,7 +83,7 @@ def groups_of(cu_seqlens: Tensor, total: int, group_size: int = 32) -> tuple[Ten
         group_size: rows of a group, 1 or more.
 
     Returns:
-        int64 [total], the group of each row, never falling; and the number of groups. It is read from the device.
+        int32 [total], the group of each row, never falling; and the number of groups, which is read from the device.
 
     Raises:
         ValueError: ``group_size`` is below 1.
@@ -83,7 +96,7 @@ def groups_of(cu_seqlens: Tensor, total: int, group_size: int = 32) -> tuple[Ten
     firsts = counts.cumsum(0) - counts
     segments = torch.repeat_interleave(lengths, output_size=total)
     within = torch.arange(total, device=bounds.device) - bounds[segments]
-    return firsts[segments] + within // group_size, int(counts.sum())
+    return (firsts[segments] + within // group_size).to(torch.int32), int(counts.sum())
 
 
 def encode_groups(rows: Tensor, groups: Tensor, num_groups: int, codec: str, *, impl: str | None = None) -> Codes:
@@ -93,13 +106,13 @@ def encode_groups(rows: Tensor, groups: Tensor, num_groups: int, codec: str, *, 
 
     Args:
         rows: [n, head_dim], any floating dtype; all finite, which is not checked.
-        groups: int64 [n], the group of each row, 0 .. num_groups - 1 (:func:`groups_of`).
+        groups: int32 [n], the group of each row, 0 .. num_groups - 1 (:func:`groups_of`).
         num_groups: number of groups; one without rows gets zeros.
         codec: "int4" or "int2".
         impl: "reference" (plain PyTorch, any device) or None.
 
     Returns:
-        Codes whose scales are [num_groups, head_dim, 2]; to be read with ``groups`` only, by :func:`decode_groups`.
+        Codes with ``groups``; their scales are [num_groups, head_dim, 2].
 
     Raises:
         ValueError: a shape, device, ``codec`` or ``impl`` is not as above.
@@ -111,36 +124,7 @@ def encode_groups(rows: Tensor, groups: Tensor, num_groups: int, codec: str, *, 
     check_rank("rows", rows, "n, head_dim")
     check_floating("rows", rows)
     check_width("rows", rows.shape[-1], kind)
-    _check_groups(groups, rows.shape[0], rows.device)
+    check_shape("groups", groups, rows.shape[:1], "n")
+    check_dtype("groups", groups, torch.int32)
+    check_device("groups", groups, rows.device)
     return select("encode_groups", _ENCODE_GROUPS, impl, rows)(rows, groups, num_groups, codec)
-
-
-def decode_groups(
-    codes: Codes, groups: Tensor, dtype: torch.dtype = torch.float32, *, impl: str | None = None
-) -> Tensor:
-    """Decodes what :func:`encode_groups` encoded, or any selection of its rows.
-
-    Args:
-        codes: codes [n, head_dim * bits / 8] and scales [num_groups, head_dim, 2].
-        groups: int64 [n], the group of each row.
-        dtype: of the result; a product and a sum are fp32 (fp64 for fp64) and rounded to it once.
-        impl: as in :func:`encode_groups`.
-
-    Returns:
-        [n, head_dim], contiguous.
-
-    Raises:
-        ValueError: a shape, device or ``impl`` is not as above.
-        TypeError: a dtype is not as above.
-    """
-    kind = CODECS[codes.codec]
-    check_dtype("codes.codes", codes.codes, kind.dtype)
-    check_shape("codes.scales", codes.scales, (codes.scales.shape[0], codes.head_dim, 2), "num_groups, head_dim, 2")
-    _check_groups(groups, codes.codes.shape[0], codes.device)
-    return select("decode_groups", _DECODE_GROUPS, impl, codes.codes)(codes, groups, dtype)
-
-
-def _check_groups(groups: Tensor, total: int, device: torch.device) -> None:
-    check_shape("groups", groups, (total,), "n")
-    check_dtype("groups", groups, torch.int64)
-    check_device("groups", groups, device)

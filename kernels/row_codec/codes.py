@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvzip_press.kernels.checks import check_device, check_dtype
+from kvzip_press.kernels.checks import check_device, check_dtype, check_shape
 
 SCALE_DTYPE = torch.bfloat16
 """Dtype of scales and zeros: with the exponents of fp32, no row of any model overflows or underflows it.
@@ -65,17 +65,20 @@ def codec_named(name: str) -> Codec:
 
 @dataclass(frozen=True)
 class Codes:
-    """Encoded rows, each with a scale of its own.
+    """Encoded rows, each with a scale of its own, or with those of its group's channels.
 
     Attributes:
         codes: [..., head_dim * bits / 8], int8, float8_e4m3fn or uint8.
-        scales: bf16 [...] for "int8" and "fp8", [..., 2] (scale, zero) for "int4" and "int2".
+        scales: bf16 [...] for "int8" and "fp8", [..., 2] (scale, zero) for "int4" and "int2"; with ``groups``
+            [num_groups, head_dim, 2].
         codec: a name of :data:`CODECS`.
+        groups: int32 [n], the group of each row [n, head_dim]; None if rows have scales of their own.
     """
 
     codes: Tensor
     scales: Tensor
     codec: str
+    groups: Tensor | None = None
 
     @property
     def head_dim(self) -> int:
@@ -94,23 +97,33 @@ class Codes:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
+        """Bytes of codes, scales and groups."""
+        return self.codes.nbytes + self.scales.nbytes + (0 if self.groups is None else self.groups.nbytes)
 
     def __getitem__(self, rows: slice) -> Codes:
         """Returns a stretch of the first dimension, without copying."""
-        return replace(self, codes=self.codes[rows], scales=self.scales[rows])
+        if self.groups is None:
+            return replace(self, codes=self.codes[rows], scales=self.scales[rows])
+        return replace(self, codes=self.codes[rows], groups=self.groups[rows])
 
     def check(self, name: str) -> None:
-        """Raises ValueError or TypeError unless codes and scales fit the codec and each other; ``name`` is theirs."""
+        """Raises ValueError or TypeError unless the tensors fit the codec and each other; ``name`` is theirs."""
         kind = codec_named(self.codec)
         check_dtype(f"{name}.codes", self.codes, kind.dtype)
         check_dtype(f"{name}.scales", self.scales, SCALE_DTYPE)
-        dims = "as codes have but the last" + (", 2" if kind.has_zero else "")
-        expected = (*self.codes.shape[:-1], *((2,) if kind.has_zero else ()))
+        check_device(f"{name}.scales", self.scales, self.device)
+        rows = self.codes.shape[:-1]
+        if self.groups is not None:
+            check_shape(f"{name}.groups", self.groups, rows, "n")
+            check_dtype(f"{name}.groups", self.groups, torch.int32)
+            check_device(f"{name}.groups", self.groups, self.device)
+            expected, dims = (*self.scales.shape[:1], self.head_dim, 2), "num_groups, head_dim, 2"
+        elif kind.has_zero:
+            expected, dims = (*rows, 2), "rows of codes, 2"
+        else:
+            expected, dims = (*rows,), "rows of codes"
         if self.scales.shape != torch.Size(expected):
             raise ValueError(f"{name}.scales: expected [{dims}] = {expected}, got shape {tuple(self.scales.shape)}")
-        check_device(f"{name}.scales", self.scales, self.codes.device)
 
 
 def check_width(name: str, width: int, kind: Codec) -> None:

@@ -31,25 +31,33 @@ def decode_rows(codes: Codes, dtype: torch.dtype) -> Tensor:
     exact = accumulation_dtype(dtype)
     if not kind.has_zero:
         return codes.codes.to(exact).mul_(codes.scales.to(exact).unsqueeze(-1)).to(dtype)
-    return _affine(codes.codes, codes.scales.to(exact).unsqueeze(-2), kind).to(dtype)
+    scales = codes.scales.unsqueeze(-2) if codes.groups is None else codes.scales[codes.groups]
+    return _affine(codes.codes, scales.to(exact), kind).to(dtype)
 
 
 def encode_groups(rows: Tensor, groups: Tensor, num_groups: int, name: str) -> Codes:
     """See :func:`kvzip_press.kernels.row_codec.encode_groups`."""
     kind = CODECS[name]
     exact = rows.to(accumulation_dtype(rows.dtype))
-    index = groups.unsqueeze(-1).expand_as(exact)
+    index = groups.long().unsqueeze(-1).expand_as(exact)
     empty = exact.new_zeros(num_groups, rows.shape[-1])
     low = empty.scatter_reduce(0, index, exact, "amin", include_self=False)
     high = empty.scatter_reduce(0, index, exact, "amax", include_self=False)
     scales = ranges(low, high, kind)
-    return Codes(packed(_steps(exact, scales[groups], kind), kind), scales, name)
+    return Codes(packed(_steps(exact, scales[groups], kind), kind), scales, name, groups)
 
 
-def decode_groups(codes: Codes, groups: Tensor, dtype: torch.dtype) -> Tensor:
-    """See :func:`kvzip_press.kernels.row_codec.decode_groups`."""
-    exact = accumulation_dtype(dtype)
-    return _affine(codes.codes, codes.scales[groups].to(exact), CODECS[codes.codec]).to(dtype)
+def write_numbers(codes: Codes, out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See :func:`kvzip_press.kernels.row_codec.write_numbers`."""
+    kind = CODECS[codes.codec]
+    if codes.groups is not None:
+        return out.copy_(decode_rows(codes, out.dtype)), None, None
+    if not kind.has_zero:
+        return out.copy_(codes.codes), codes.scales.to(out.dtype), None
+    for stretch, plane in zip(out.chunk(kind.numbers_a_byte, -1), planes(codes.codes, kind), strict=True):
+        stretch.copy_(plane)
+    scale, zero = codes.scales.to(out.dtype).unbind(-1)
+    return out, scale, torch.add(zero, scale, alpha=-(1 << (kind.bits - 1)))
 
 
 def ranges(low: Tensor, high: Tensor, kind: Codec) -> Tensor:
