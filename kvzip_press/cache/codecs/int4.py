@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from kvzip_press.cache.codecs.row_storage import RowStorage
+from kvzip_press.cache.codecs.row_storage import RowStorage, by_batch_row
 from kvzip_press.cache.codecs.storage import Attended, Shapes
-from kvzip_press.cache.codecs.tiles import attend_in_tiles, segments_of
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.kernels.row_codec import decode_rows, encode_rows, rotate
+from kvzip_press.kernels.row_codec import decode_rows, rotate
 
 CENTRES = "key_centres"
 
@@ -24,7 +23,7 @@ class Int4(RowStorage):
     Keys are what 4 bits are too few for: some of their channels are far larger than all others, and almost the same
     number for every token. So each head's mean key is subtracted (SmoothK of SageAttention, arXiv 2410.02367, does so
     before a product), and a Hadamard matrix spreads what is left over all channels (QuaRot, arXiv 2404.00456). Queries
-    are rotated instead of keys being rotated back, and the mean, kept for each head, is added to decoded keys.
+    are rotated instead of keys being rotated back, and the mean, kept for each head, comes back in the logits.
     """
 
     key_format: ClassVar[str] = "int4"
@@ -53,13 +52,9 @@ class Int4(RowStorage):
         mean = total / kept.sum(dim=2).clamp(min=1)
         return {CENTRES: rotate(mean).to(self.dtype).flatten(0, 1)}
 
-    def encode(
-        self, keys: torch.Tensor, values: torch.Tensor, tables: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Returns codes and scales of keys, centred and rotated, and of values."""
-        centres = tables[CENTRES].view(*keys.shape[:2], 1, -1)
-        centred = rotate(keys.to(self.exact_dtype)) - centres
-        return self.columns_of(encode_rows(centred, self.key_format), encode_rows(values, self.value_format))
+    def before_encoding(self, keys: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Returns keys rotated and centred."""
+        return rotate(keys.to(self.exact_dtype)) - tables[CENTRES].view(*keys.shape[:2], 1, -1)
 
     def decode(
         self, columns: Mapping[str, torch.Tensor], tables: Mapping[str, torch.Tensor]
@@ -79,21 +74,22 @@ class Int4(RowStorage):
         tail_values: torch.Tensor | None,
         **options: Any,
     ) -> Attended:
-        """Computes attention of rotated queries to keys that stay rotated, and of the queries to the tail."""
-        key, value = self.codes(columns)
-        centres = tables[CENTRES]
+        """Computes attention of rotated queries to keys that stay rotated, and of the queries to the tail.
 
-        def decoded(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            mine = centres[segments_of(cu_seqlens, rows)]
-            return decode_rows(key[rows], self.dtype).add_(mine), decode_rows(value[rows], self.dtype)
-
-        return attend_in_tiles(
+        A head's mean key adds the same to all logits of a query: its product with the query.
+        """
+        rotated = rotate(query.to(self.exact_dtype))
+        centres = by_batch_row(tables[CENTRES], query, tail_keys, options.get("row_index")).to(self.exact_dtype)
+        grouped = rotated.unflatten(1, (centres.shape[1], -1))
+        bias = (grouped @ centres[:, :, None, :, None]).squeeze(-1).flatten(1, 2)
+        return super().attend(
             query,
-            decoded,
-            len(key.codes),
+            columns,
+            tables,
             cu_seqlens,
             tail_keys,
             tail_values,
-            context_query=rotate(query),
+            context_query=rotated.to(query.dtype),
+            context_bias=bias,
             **options,
         )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from kvzip_press.cache.codecs.row_storage import RowStorage
+from kvzip_press.cache.codecs.row_storage import RowStorage, by_batch_row
 from kvzip_press.cache.codecs.storage import POSITIONS, Attended, Shapes
 from kvzip_press.kernels.row_codec import decode_rows, encode_rows
 
@@ -74,8 +74,7 @@ class K8V4(RowStorage):
         assert isinstance(attended, tuple)
         out, lse = attended
         if len(columns[POSITIONS]):
-            heads = (len(cu_seqlens) - 1) // query.shape[0] if tail_keys is None else tail_keys.shape[1]
-            out = out + self._lost(query, lse, columns, tables, cu_seqlens, heads, **options).to(out.dtype)
+            out = out + self._lost(query, lse, columns, tables, cu_seqlens, tail_keys, **options).to(out.dtype)
         return (out, lse) if return_lse else out
 
     def _lost(
@@ -85,7 +84,7 @@ class K8V4(RowStorage):
         columns: Mapping[str, torch.Tensor],
         tables: Mapping[str, torch.Tensor],
         cu_seqlens: torch.Tensor,
-        num_heads: int,
+        tail_keys: torch.Tensor | None,
         *,
         row_index: torch.Tensor | None = None,
         scaling: float | None = None,
@@ -100,19 +99,14 @@ class K8V4(RowStorage):
         inside = index < cu_seqlens[1:, None]
         index = index.clamp(max=len(columns[POSITIONS]) - 1)
         codes, _ = self.codes({name: column[index] for name, column in columns.items()})
-        firsts = decode_rows(codes, self.exact_dtype)
         positions = columns[POSITIONS][index].where(inside, SINKS)
-        keys, lost, live = (
-            tensor.unflatten(0, (-1, num_heads))
-            if row_index is None
-            else tensor.unflatten(0, (-1, num_heads))[row_index]
-            for tensor in (firsts, _of_pairs(tables[LOST], positions).to(self.exact_dtype), positions < SINKS)
-        )
-        grouped, peaks = query.to(self.exact_dtype).unflatten(1, (num_heads, -1)), lse.unflatten(1, (num_heads, -1))
+        found = (decode_rows(codes, self.exact_dtype), _of_pairs(tables[LOST], positions), positions < SINKS)
+        keys, lost, live = (by_batch_row(tensor, query, tail_keys, row_index) for tensor in found)
+        grouped, peaks = (x.to(self.exact_dtype).unflatten(1, (keys.shape[1], -1)) for x in (query, lse))
         logits = grouped @ keys.unsqueeze(2).transpose(-1, -2) * (self.head_dim**-0.5 if scaling is None else scaling)
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         weights = torch.where(live[:, :, None, None], logits - peaks.unsqueeze(-1), -torch.inf).exp()
-        return (weights @ lost.unsqueeze(2)).flatten(1, 2)
+        return (weights @ lost.to(self.exact_dtype).unsqueeze(2)).flatten(1, 2)
 
 
 def _of_pairs(lost: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

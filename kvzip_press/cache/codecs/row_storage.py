@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 
 from kvzip_press.cache.codecs.storage import Attended, Shapes, Storage
-from kvzip_press.cache.codecs.tiles import attend_in_tiles
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.kernels.row_codec import CODECS, Codes, decode_rows, encode_rows
 
+BLOCK = 8192  # tokens that are encoded at a time, in fp32
 STORED = {torch.float8_e4m3fn: torch.uint8}  # few operations know 8-bit floats; their bits are moved as bytes
 
 
@@ -46,18 +47,26 @@ class RowStorage(Storage):
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, tables: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Returns codes and scales of keys and values."""
-        return self.columns_of(encode_rows(keys, self.key_format), encode_rows(values, self.value_format))
+        """Returns codes and scales of keys and values, made of a block of tokens at a time."""
+        blocks = zip(keys.split(BLOCK, dim=2), values.split(BLOCK, dim=2), strict=True)
+        parts = [self._encoded(*block, tables) for block in blocks]
+        return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
 
-    @staticmethod
-    def columns_of(key: Codes, value: Codes) -> dict[str, torch.Tensor]:
-        """Returns codes of keys and of values as columns."""
+    def _encoded(
+        self, keys: torch.Tensor, values: torch.Tensor, tables: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        key = encode_rows(self.before_encoding(keys, tables), self.key_format)
+        value = encode_rows(values, self.value_format)
         return {
             "key_codes": _as_stored(key.codes),
             "key_scales": key.scales,
             "value_codes": _as_stored(value.codes),
             "value_scales": value.scales,
         }
+
+    def before_encoding(self, keys: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Returns keys ``[batch, num_heads, n, head_dim]`` as they are encoded: as they are, in most storages."""
+        return keys
 
     def decode(
         self, columns: Mapping[str, torch.Tensor], tables: Mapping[str, torch.Tensor]
@@ -84,13 +93,23 @@ class RowStorage(Storage):
         tail_values: torch.Tensor | None,
         **options: Any,
     ) -> Attended:
-        """Computes attention to rows that are decoded tile by tile."""
-        key, value = self.codes(columns)
+        """Computes ragged attention over the codes."""
+        return ragged_attention(query, *self.codes(columns), cu_seqlens, tail_keys, tail_values, **options)
 
-        def decoded(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            return decode_rows(key[rows], self.dtype), decode_rows(value[rows], self.dtype)
 
-        return attend_in_tiles(query, decoded, len(key.codes), cu_seqlens, tail_keys, tail_values, **options)
+def by_batch_row(
+    of_segments: torch.Tensor,
+    query: torch.Tensor,
+    tail_keys: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+) -> torch.Tensor:
+    """Returns what each segment has, ``[segments, ...]``, as what each batch row reads, ``[batch, num_heads, ...]``.
+
+    The other arguments are those of :meth:`Storage.attend`.
+    """
+    heads = len(of_segments) // query.shape[0] if tail_keys is None else tail_keys.shape[1]
+    rows = of_segments.unflatten(0, (-1, heads))
+    return rows if row_index is None else rows[row_index]
 
 
 def _shapes(name: str, form: str, width: int) -> Shapes:
