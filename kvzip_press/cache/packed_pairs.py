@@ -221,7 +221,10 @@ class PackedPairs:
         tables = self.storage.tables(keys, values, keep, positions) if begins else self.tables
         tail = _dense_columns(self.storage, keys, values, tables, positions, None if self.scores is None else scores)
         own = ragged_pack.Packed(tuple(self.columns[name] for name in tail), self.cu_seqlens)
-        return self._replaced(tail, ragged_pack.merge(own, tuple(tail.values()), keep, keep_context=kept), tables)
+        merged = self._replaced(tail, ragged_pack.merge(own, tuple(tail.values()), keep, keep_context=kept), tables)
+        if kept is None:
+            return merged
+        return replace(merged, tables=self.storage.tables_after_eviction(tables, merged.positions, merged.cu_seqlens))
 
     def _replaced(
         self, names: Iterable[str], packed: ragged_pack.Packed, tables: Mapping[str, torch.Tensor]

@@ -86,6 +86,18 @@ class Storage(ABC):
         """
         return {}
 
+    def tables_after_eviction(
+        self, tables: Mapping[str, torch.Tensor], positions: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> Mapping[str, torch.Tensor]:
+        """Returns the tables of segments that have lost pairs: the same ones, for most storages.
+
+        Args:
+            tables: Those before.
+            positions: ``[total_kept]``, of the pairs that are left.
+            cu_seqlens: Where the segment of each (row, head) begins.
+        """
+        return tables
+
     @abstractmethod
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, tables: Mapping[str, torch.Tensor]

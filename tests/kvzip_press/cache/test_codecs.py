@@ -160,6 +160,23 @@ def test_a_part_of_a_pool_is_read_alone(name) -> None:
         torch.testing.assert_close(got, whole[row : row + 1], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", LOSSY)
+def test_pairs_that_go_later_leave_nothing_behind(name) -> None:
+    """A head that has lost a first pair does not add what its value lost; new pairs are encoded beside the old ones."""
+    keys, values = span()
+    pairs = packed(name, keys[:, :, :30], values[:, :, :30])
+    kept = (pairs.positions != 1) & (pairs.positions % 3 != 2)
+    positions = torch.arange(30, 40, dtype=torch.int32).expand(ROWS, -1)
+    keep = torch.ones(ROWS, HEADS, 10, dtype=torch.bool)
+    merged = pairs.merge(keys[:, :, 30:], values[:, :, 30:], positions, keep, kept)
+    for column in pairs.storage.column_shapes():
+        old = merged.columns[column][merged.positions < 30]
+        assert torch.equal(old, pairs.columns[column][kept])
+    query = drawn(ROWS, 6, 2, DIM, seed=3)
+    expected = ragged_attention(query, *decoded(merged), merged.cu_seqlens)
+    torch.testing.assert_close(merged.attend(query, None, None), expected, rtol=1e-9, atol=1e-9)
+
+
 # Refusals ---------------------------------------------------------------------------------------------------------
 
 
