@@ -20,11 +20,13 @@ class Part(NamedTuple):
         keys: [..., k, head_dim] in the accumulation dtype.
         values: [..., k, value_head_dim] in the accumulation dtype.
         hidden: bool, broadcast to [..., groups, rows, k], True where a row must not look; None hides nothing.
+        query: [..., groups, rows, head_dim], what meets these keys in place of the query that all parts share.
     """
 
     keys: Tensor
     values: Tensor
     hidden: Tensor | None = None
+    query: Tensor | None = None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -66,7 +68,7 @@ def attend(query: Tensor, parts: Sequence[Part], softcap: float | None) -> tuple
         out [..., groups, rows, value_head_dim] and lse [..., groups, rows]; a row that sees nothing gives 0 and -inf.
     """
     shape = query.shape[:-1]
-    logits = [_logits(query.flatten(-3, -2), part, shape, softcap) for part in parts]
+    logits = [_logits(query if part.query is None else part.query, part, shape, softcap) for part in parts]
     joined = logits[0] if len(logits) == 1 else torch.cat(logits, -1)
     if joined.shape[-1] == 0:
         return query.new_zeros(*shape, parts[0].values.shape[-1]), query.new_full(shape, -torch.inf)
@@ -79,8 +81,8 @@ def attend(query: Tensor, parts: Sequence[Part], softcap: float | None) -> tuple
     return out, (total.log() + peak).squeeze(-1).unflatten(-1, shape[-2:])
 
 
-def _logits(folded: Tensor, part: Part, shape: torch.Size, softcap: float | None) -> Tensor:
-    logits = softcapped(folded @ part.keys.transpose(-1, -2), softcap)
+def _logits(query: Tensor, part: Part, shape: torch.Size, softcap: float | None) -> Tensor:
+    logits = softcapped(query.flatten(-3, -2) @ part.keys.transpose(-1, -2), softcap)
     if part.hidden is not None:
         logits.unflatten(-2, shape[-2:]).masked_fill_(part.hidden, -torch.inf)
     return logits

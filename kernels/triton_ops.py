@@ -5,13 +5,13 @@ import triton.language as tl
 
 from kvzip_press.kernels.triton_support import interpreting
 
-_INTERPRETED = tl.constexpr(interpreting())
+INTERPRETED = tl.constexpr(interpreting())
 
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """``tl.dot`` with fp32 sums. Triton's interpreter alone would multiply the bits of bf16 numbers as integers."""
-    if _INTERPRETED:
+    if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
 

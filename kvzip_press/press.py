@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from kvzip_press.arguments.model import check_model
@@ -14,6 +14,7 @@ from kvzip_press.budget.allocators import SAFEGUARD, Allocation
 from kvzip_press.budget.amount import Amount, LayerRatios, amount_of, check_compression_ratio
 from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
+from kvzip_press.cache.codecs.by_name import storage_named
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling.whole import Observer, Prefill
 from kvzip_press.session import compressing
@@ -39,13 +40,18 @@ class Press(ABC):
             holds of earlier turns, and the tokens between them, which all stay, are subtracted, and the new turn gets
             the rest (at least one pair per layer). So it bounds a whole conversation; one that outgrows it keeps next
             to nothing of its last turn.
+        storage: How kept pairs are stored: "model" (as the model made them), or a name of
+            :data:`kvzip_press.cache.codecs.by_name.STORAGES`, in fewer bytes. What the model reads or writes later
+            stays as it is until it is packed. A later turn is stored as the cache already is.
 
     Raises:
-        InvalidArgumentError: A value is out of range, or a ratio and a budget are both given.
+        InvalidArgumentError: A value is out of range, a ratio and a budget are both given, or there is no storage of
+            this name.
     """
 
     compression_ratio: float = 0.0
     budget: int | None = field(default=None, kw_only=True)
+    storage: str = field(default="model", kw_only=True)
 
     #: True if it only scores and the core spends its budget; False if it decides itself how many pairs each head keeps.
     is_scorer = True
@@ -61,6 +67,7 @@ class Press(ABC):
     def __post_init__(self) -> None:
         with _named(self):
             policy, amount = self.policy, self.amount  # raises for values out of range
+            storage_named(self.storage)
         if not isinstance(policy, Policy) or not isinstance(amount, Amount):
             name = type(self).__name__
             raise InvalidArgumentError(
@@ -158,6 +165,7 @@ def _checked_score(score: Callable[[Any, Prefill], Scores]) -> Callable[[Any, Pr
                 )
             scores = score(self, prefill)
             prefill.check(scores)
+            scores = scores if scores.storage == self.storage else replace(scores, storage=self.storage)
             asked = scores if self.budget is None else scores.asked_for(budget=self.budget)
             return asked.made_by(str(self))
 

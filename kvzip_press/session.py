@@ -23,7 +23,7 @@ from kvzip_press.errors import KVzipPressError, UnsupportedCacheError
 from kvzip_press.model.structure import check_keeps_cache, full_attention_layers, text_decoder
 from kvzip_press.model.watching import OpenFor, after_forward, before_forward, computing
 from kvzip_press.prefilling.call import PrefillCall
-from kvzip_press.prefilling.eviction import pack_prefix
+from kvzip_press.prefilling.eviction import check_storage, pack_prefix
 from kvzip_press.prefilling.self_check import SelfCheck
 from kvzip_press.prefilling.whole import Scorer
 
@@ -52,10 +52,12 @@ def compressing(press: SessionPress, model: nn.Module) -> Iterator[None]:
     its own. A thread that shall see this one runs in a copy of the context (``contextvars.copy_context().run``).
 
     Raises:
+        InvalidArgumentError: The press's storage cannot hold the model's keys and values.
         UnsupportedModelError: The model has no layer that can be compressed.
         KVzipPressError: The model is already inside ``with press(model):`` in this thread.
     """
     full_attention_layers(model)
+    check_storage(model, press.storage)
     decoder = text_decoder(model)
     if _SESSIONS.of(decoder) is not None:
         raise KVzipPressError("expected one press at a time: the model is already inside `with press(model):`")
@@ -194,7 +196,9 @@ class _Session:
                 if start and not _is_compressed(cache):
                     valid = call.valid()
                     positions = call.positions(start, valid)
-                    pack_prefix(self.model, cache, call.valid_before(start), positions, scored=bool(self.evictions))
+                    scored, storage = bool(self.evictions), self.press.storage
+                    before = call.valid_before(start)
+                    pack_prefix(self.model, cache, before, positions, scored=scored, storage=storage)
                 prefill = call.prefill(self.model, cache, start, observers)
                 prefill.evict_in_place(self.press.score(prefill))
         finally:

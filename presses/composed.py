@@ -33,7 +33,8 @@ class ComposedPress(Press):
     later one; only what all of them protect is kept by every head. A budget in tokens counts what earlier turns left,
     as it does for that press alone.
 
-    A ComposedPress among the presses is replaced by its own presses, in order.
+    A ComposedPress among the presses is replaced by its own presses, in order. Pairs are stored as the composition
+    says; if it says nothing, as those presses do that name a storage.
 
     Args:
         presses: The presses, at least one; those of kvpress are wrapped in a RaggedPress. A press that decides itself
@@ -45,8 +46,8 @@ class ComposedPress(Press):
             are left out.
 
     Raises:
-        InvalidArgumentError: There is no press, an item is not a press, or a press that decides its own counts is not
-            the first.
+        InvalidArgumentError: There is no press, an item is not a press, a press that decides its own counts is not the
+            first, or two name different storages.
     """
 
     presses: Sequence[Press]
@@ -65,6 +66,10 @@ class ComposedPress(Press):
                     f"expected presses that follow a budget after the first, got one at {i} that decides its own "
                     f"counts over all pairs: {press!r}; put it first"
                 )
+        storages = {self.storage, *(press.storage for press in presses)} - {"model"}
+        if len(storages) > 1:
+            raise InvalidArgumentError(f"expected presses that name one storage, got {sorted(storages)}")
+        object.__setattr__(self, "storage", next(iter(storages), "model"))
         ratios = [_ratio(press) for press in presses]
         object.__setattr__(self, "presses", presses)
         object.__setattr__(

@@ -1,26 +1,43 @@
 """Checks and dispatch of :func:`ragged_attention`."""
 
+from typing import Any
+
 from torch import Tensor
 
 from kvzip_press.kernels.checks import check_softcap
 from kvzip_press.kernels.dispatch import Impl, deferred, select
 from kvzip_press.kernels.ragged_attention import aten, reference, segments, support
+from kvzip_press.kernels.ragged_attention.codes import support as codes_support
+from kvzip_press.kernels.ragged_attention.codes import tiles
 from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
+from kvzip_press.kernels.row_codec import Codes
+
+_ROWS = deferred("kvzip_press.kernels.ragged_attention.triton", "ragged_attention")
+_CODES = deferred("kvzip_press.kernels.ragged_attention.codes.triton", "ragged_attention")
+
+
+def _triton(inputs: RaggedInputs, **options: Any) -> tuple[Tensor, Tensor]:
+    return (_CODES if isinstance(inputs.keys, Codes) else _ROWS)(inputs, **options)
+
+
+def _reason_against_triton(inputs: RaggedInputs, softcap: float | None) -> str | None:
+    of_kind = codes_support if isinstance(inputs.keys, Codes) else support
+    return of_kind.reason_against_triton(inputs, softcap)
+
 
 _IMPLS = {
     "segments": Impl(segments.ragged_attention, segments.reason_against),
-    "triton": Impl(
-        deferred("kvzip_press.kernels.ragged_attention.triton", "ragged_attention"), support.reason_against_triton
-    ),
+    "triton": Impl(_triton, _reason_against_triton),
     "aten": Impl(aten.ragged_attention, aten.reason_against),
+    "tiles": Impl(tiles.ragged_attention, tiles.reason_against),
     "reference": Impl(reference.ragged_attention),
 }
 
 
 def ragged_attention(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | Codes,
+    values: Tensor | Codes,
     cu_seqlens: Tensor,
     tail_keys: Tensor | None = None,
     tail_values: Tensor | None = None,
@@ -32,6 +49,8 @@ def ragged_attention(
     softcap: float | None = None,
     return_lse: bool = False,
     part_of_storage: bool = False,
+    context_query: Tensor | None = None,
+    context_bias: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Computes exact attention to a packed context, ragged over heads, and to a dense tail that came after it.
@@ -42,8 +61,10 @@ def ragged_attention(
 
     Args:
         query: [batch, num_attention_heads, query_length, head_dim], any floating dtype.
-        keys: packed context [total, head_dim], ordered by (row, key-value head, position).
-        values: packed context [total, value_head_dim].
+        keys: packed context [total, head_dim], ordered by (row, key-value head, position), in the dtype of ``query`` or
+            as codes (:mod:`kvzip_press.kernels.row_codec`), which are read as they lie: no implementation holds more
+            of them decoded than a tile of one segment ("reference": one segment).
+        values: packed context [total, value_head_dim], codes if ``keys`` are; their codec may be another.
         cu_seqlens: int32 [rows * num_key_value_heads + 1], from 0 to total; segment s is cu_seqlens[s] ..
             cu_seqlens[s + 1] - 1, and may be empty.
         tail_keys: [batch, num_key_value_heads, tail_length, head_dim], a view with any strides, or None; tail_length
@@ -62,10 +83,16 @@ def ragged_attention(
         return_lse: whether to return the log-sum-exp too.
         part_of_storage: whether ``keys`` and ``values`` hold more segments than these; ``cu_seqlens`` is then a slice
             of a longer one, and need neither begin at 0 nor end at total.
+        context_query: with codes only, [batch, num_attention_heads, query_length, head_dim], what meets the packed keys
+            in place of ``query``: rotated as they were before they were encoded. None: ``query``.
+        context_bias: with codes only, [batch, num_attention_heads, query_length], fp32 (fp64 for fp64 queries), added
+            to each product of a query and a packed key before scaling: the query's product with the centre that was
+            taken off the keys. None: 0.
         impl: "segments" (256 rows and more: PyTorch's fused dense kernels, a call a segment), "triton" (one launch that
-            streams all pairs, and one that merges; CUDA), "aten" (PyTorch's fused CPU kernel over the context; the
-            best that can do it over the tail), "reference" (plain PyTorch, any input), or None: the first of these that
-            can do this input. A named implementation refuses inputs that it cannot do.
+            streams all pairs, and one that merges; CUDA; of codes it reads rows of int8, fp8 and int4), "aten"
+            (PyTorch's fused CPU kernel over the context; the best that can do it over the tail; no codes), "tiles"
+            (plain PyTorch, codes only, any of them), "reference" (plain PyTorch, any input), or None: the first of
+            these that can do this input. A named implementation refuses inputs that it cannot do.
 
     Returns:
         out [batch, num_attention_heads, query_length, value_head_dim] in the dtype of ``query``; with ``return_lse``
@@ -80,7 +107,18 @@ def ragged_attention(
         TypeError: a dtype is not as above.
     """
     inputs = RaggedInputs(
-        query, keys, values, cu_seqlens, tail_keys, tail_values, row_index, tail_mask, tail_length, part_of_storage
+        query,
+        keys,
+        values,
+        cu_seqlens,
+        tail_keys,
+        tail_values,
+        row_index,
+        tail_mask,
+        tail_length,
+        part_of_storage,
+        context_query,
+        context_bias,
     )
     inputs.check()
     check_softcap(softcap)

@@ -16,6 +16,7 @@ from kvzip_press.kernels.dense_attention.aten import flash, reason_against_flash
 from kvzip_press.kernels.dense_attention.merge import merge_many
 from kvzip_press.kernels.numerics import accumulation_dtype
 from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
+from kvzip_press.kernels.row_codec import Codes
 
 _ROWS_A_THREAD = 32  # query rows that the kernel gives a thread at a time
 _MIN_PART = 512  # keys; a shorter part does not pay for the merge
@@ -29,7 +30,9 @@ def reason_against(inputs: RaggedInputs, softcap: float | None) -> str | None:
         return f"the device is {inputs.query.device.type}"
     if softcap is not None:
         return "a softcap is given"
-    return reason_against_flash(inputs.query, inputs.keys, inputs.values)
+    if isinstance(inputs.keys, Codes):
+        return "keys and values are codes"
+    return reason_against_flash(inputs.query, *inputs.dense)
 
 
 def ragged_attention(inputs: RaggedInputs, *, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ from kvzip_press.kernels.checks import (
     check_rank,
     check_shape,
 )
+from kvzip_press.kernels.numerics import accumulation_dtype
+from kvzip_press.kernels.row_codec import Codes
+
+_Pair = TypeVar("_Pair")
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,8 @@ class RaggedInputs:
     """Arguments of :func:`kvzip_press.kernels.ragged_attention.ragged_attention`, documented there."""
 
     query: Tensor
-    keys: Tensor
-    values: Tensor
+    keys: Tensor | Codes
+    values: Tensor | Codes
     cu_seqlens: Tensor
     tail_keys: Tensor | None = None
     tail_values: Tensor | None = None
@@ -33,6 +38,8 @@ class RaggedInputs:
     tail_mask: Tensor | None = None
     live_tail_length: Tensor | None = None
     part_of_storage: bool = False
+    context_query: Tensor | None = None
+    context_bias: Tensor | None = None
 
     @property
     def num_key_value_heads(self) -> int:
@@ -55,12 +62,35 @@ class RaggedInputs:
         keys, values = self.tail_keys[:, :, :length], self.tail_values[:, :, :length]
         return replace(self, tail_keys=keys, tail_values=values, tail_mask=mask, live_tail_length=None)
 
+    @property
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Packed keys and values, for implementations that refuse codes."""
+        assert isinstance(self.keys, Tensor)
+        assert isinstance(self.values, Tensor)
+        return self.keys, self.values
+
+    @property
+    def query_of_context(self) -> Tensor:
+        """The queries as they meet the packed keys."""
+        return self.query if self.context_query is None else self.context_query
+
     def segments(self) -> list[tuple[Tensor, Tensor]]:
         """Yields packed keys and values, views [1, 1, n, head_dim], for every (batch row, key-value head) in order."""
         bounds = self.cu_seqlens.tolist()
         seqlens, whole = [stop - start for start, stop in pairwise(bounds)], slice(bounds[0], bounds[-1])
-        split = (packed[None, None, whole].split(seqlens, 2) for packed in (self.keys, self.values))
-        pairs = list(zip(*split, strict=True))
+        split = (packed[None, None, whole].split(seqlens, 2) for packed in self.dense)
+        return self._of_batch(list(zip(*split, strict=True)))
+
+    def segment_codes(self) -> list[tuple[Codes, Codes]]:
+        """Yields packed codes of keys and values for every (batch row, key-value head) in order."""
+        keys, values = self.keys, self.values
+        assert isinstance(keys, Codes)
+        assert isinstance(values, Codes)
+        slices = [slice(start, stop) for start, stop in pairwise(self.cu_seqlens.tolist())]
+        return self._of_batch([(keys[rows], values[rows]) for rows in slices])
+
+    def _of_batch(self, pairs: list[_Pair]) -> list[_Pair]:
+        """Returns the segments that the batch rows read, of those that there are."""
         if self.row_index is None:
             return pairs
         n_heads = self.num_key_value_heads
@@ -71,19 +101,41 @@ class RaggedInputs:
         check_rank("query", self.query, "batch, num_attention_heads, query_length, head_dim")
         check_floating("query", self.query)
         self._check_context()
+        self._check_query_of_context()
         self._check_tail()
         self._check_rows()
         check_groups(self.query.shape[1], self.num_key_value_heads)
 
     def _check_context(self) -> None:
-        check_rank("keys", self.keys, "total, head_dim")
-        total = self.keys.shape[0]
-        check_shape("keys", self.keys, (total, self.query.shape[3]), "total, head_dim")
-        check_rank("values", self.values, "total, value_head_dim")
-        check_shape("values", self.values, (total, self.values.shape[1]), "total, value_head_dim")
-        check_like("keys", self.keys, "query", self.query)
-        check_like("values", self.values, "query", self.query)
+        for name, rows in (("keys", self.keys), ("values", self.values)):
+            check_rank(name, rows.codes if isinstance(rows, Codes) else rows, f"total, {name[:-1]}_dim")
+        total, head_dim = self.keys.shape[0], self.query.shape[3]
+        if self.keys.shape[1] != head_dim:
+            raise ValueError(f"keys: expected [total, head_dim] = {(total, head_dim)}, got {tuple(self.keys.shape)}")
+        if self.values.shape[0] != total:
+            raise ValueError(f"values: expected as many rows as keys, {total}, got shape {tuple(self.values.shape)}")
+        for name, rows in (("keys", self.keys), ("values", self.values)):
+            if isinstance(rows, Codes):
+                rows.check(name)
+                check_device(name, rows.codes, self.query.device)
+            else:
+                check_like(name, rows, "query", self.query)
+        if isinstance(self.keys, Codes) != isinstance(self.values, Codes):
+            raise TypeError("keys, values: expected codes for both or for neither, got codes for one")
         check_cu_seqlens(self.cu_seqlens, total, self.query.device, within=self.part_of_storage)
+
+    def _check_query_of_context(self) -> None:
+        if self.context_query is not None:
+            dims = "batch, num_attention_heads, query_length, head_dim"
+            check_shape("context_query", self.context_query, self.query.shape, dims)
+            check_like("context_query", self.context_query, "query", self.query)
+        if self.context_bias is not None:
+            dims = "batch, num_attention_heads, query_length"
+            check_shape("context_bias", self.context_bias, self.query.shape[:3], dims)
+            check_dtype("context_bias", self.context_bias, accumulation_dtype(self.query.dtype))
+            check_device("context_bias", self.context_bias, self.query.device)
+        if (self.context_query is not None or self.context_bias is not None) and not isinstance(self.keys, Codes):
+            raise ValueError("context_query, context_bias: expected only with codes, got keys in a dtype of the model")
 
     def _check_tail(self) -> None:
         if self.tail_keys is None or self.tail_values is None:

@@ -1,9 +1,13 @@
 """Ragged attention in plain PyTorch: a loop over (row, head) segments, with a block of query rows at a time."""
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
 from kvzip_press.kernels.numerics import MAX_LOGITS, Part, accumulation_dtype, attend, causal_hidden
 from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
+from kvzip_press.kernels.row_codec import Codes, decode_rows
 
 
 def ragged_attention(inputs: RaggedInputs, *, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -13,11 +17,26 @@ def ragged_attention(inputs: RaggedInputs, *, scaling: float, softcap: float | N
     grouped = inputs.query.unflatten(1, (n_heads, -1))
     out = grouped.new_empty(*grouped.shape[:-1], inputs.values.shape[-1])
     lse = grouped.new_empty(grouped.shape[:-1], dtype=accumulation_dtype(grouped.dtype))
-    for segment, (keys, values) in enumerate(inputs.segments()):
+    for segment, context in enumerate(_contexts(inputs, lse.dtype)):
         row, head = divmod(segment, n_heads)
-        parts = [Part(keys[0, 0].to(lse.dtype), values[0, 0].to(lse.dtype)), *_tail(inputs, row, head)]
+        parts = [context, *_tail(inputs, row, head)]
         _attend_segment(grouped[row, head], parts, scaling, softcap, out[row, head], lse[row, head])
     return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+def _contexts(inputs: RaggedInputs, dtype: torch.dtype) -> Iterator[Part]:
+    """Yields the packed context of each segment; codes are decoded, a segment at a time."""
+    if not isinstance(inputs.keys, Codes):
+        for keys, values in inputs.segments():
+            yield Part(keys[0, 0].to(dtype), values[0, 0].to(dtype))
+        return
+    query = inputs.query_of_context.to(dtype)
+    bias = query.new_zeros(query.shape[:3]) if inputs.context_bias is None else inputs.context_bias
+    with_bias = torch.cat([query, bias.unsqueeze(-1)], -1)  # meets a 1 behind each key
+    queries = with_bias.unflatten(1, (inputs.num_key_value_heads, -1)).flatten(0, 1)
+    for own, (keys, values) in zip(queries, inputs.segment_codes(), strict=True):
+        decoded = torch.nn.functional.pad(decode_rows(keys, dtype), (0, 1), value=1.0)
+        yield Part(decoded, decode_rows(values, dtype), query=own)
 
 
 def _tail(inputs: RaggedInputs, row: int, head: int) -> list[Part]:
@@ -46,9 +65,16 @@ def _attend_segment(
     n_rows = max(1, MAX_LOGITS // max(1, groups * n_keys))
     for start in range(0, query_length, n_rows):
         stop = min(start + n_rows, query_length)
-        block = [parts[0], *(_tail_block(part, start, stop, query_length) for part in parts[1:])]
+        block = [
+            _context_block(parts[0], start, stop, scaling),
+            *(_tail_block(part, start, stop, query_length) for part in parts[1:]),
+        ]
         rows = query[:, start:stop].to(lse.dtype) * scaling
         out[:, start:stop], lse[:, start:stop] = attend(rows, block, softcap)
+
+
+def _context_block(context: Part, start: int, stop: int, scaling: float) -> Part:
+    return context if context.query is None else context._replace(query=context.query[:, start:stop] * scaling)
 
 
 def _tail_block(tail: Part, start: int, stop: int, query_length: int) -> Part:

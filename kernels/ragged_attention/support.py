@@ -11,7 +11,7 @@ MAX_HEAD_DIM = 256
 
 def reason_against_triton(inputs: RaggedInputs, softcap: float | None) -> str | None:  # noqa: ARG001  # as dispatch asks
     """Returns why the Triton kernel cannot do this input, or None if it can."""
-    query, keys, values = inputs.query, inputs.keys, inputs.values
+    query, (keys, values) = inputs.query, inputs.dense
     if query.dtype not in DTYPES:
         return f"the dtype is {query.dtype}, not one of {DTYPES}"
     if query.shape[-1] != values.shape[-1] or not 1 <= query.shape[-1] <= MAX_HEAD_DIM:

@@ -30,6 +30,7 @@ class Scores:
             ``[batch, span]``, bool, if only those of some positions do (Fast KVzip: the window, not the prefix).
         carried: Whether the pairs that stay carry their scores, for evictions while the model generates.
         press: What made them, in short; empty if nobody said so. A press writes its own name here.
+        storage: The name of how the press stores what stays; ``press.score`` notes it.
 
     Raises:
         InvalidArgumentError: A field is of another type, dtype or shape; the scores are not finite or not of one span;
@@ -42,6 +43,7 @@ class Scores:
     protected_count: bool | torch.Tensor = False
     carried: bool = False
     press: str = ""
+    storage: str = "model"
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):

@@ -2,21 +2,23 @@
 
 A pair has an entry in each column: in those in which the storage holds keys and values, in that of positions, and in
 that of scores if pairs carry one. The entries are ordered by (batch row, KV head, position); ``cu_seqlens`` marks where
-the segment of each (row, head) begins. Whatever moves pairs moves all columns.
+the segment of each (row, head) begins. Some storages have tables besides, with an entry for each segment. Whatever
+moves pairs moves all columns, and whatever moves segments all tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from kvzip_press.cache.storage import Attended, ModelDtype, Storage
+from kvzip_press.cache.codecs.model_dtype import ModelDtype
+from kvzip_press.cache.codecs.storage import POSITIONS, Attended, Storage
 from kvzip_press.kernels import ragged_pack
 
-POSITIONS, SCORES = "positions", "scores"
+SCORES = "scores"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class PackedPairs:
         cu_seqlens: ``[num_rows * num_heads + 1]``, int32, starts at 0 and ends at ``total_kept``.
         num_heads: Number of KV heads of the layer.
         storage: How the columns hold keys and values.
+        tables: ``[num_rows * num_heads, ...]`` each: what the storage holds for a whole segment.
         pool: The pool of all layers that these tensors are views of, which changes while a model generates; None if
             they are not views of a pool, and frozen.
     """
@@ -38,6 +41,7 @@ class PackedPairs:
     cu_seqlens: torch.Tensor
     num_heads: int
     storage: Storage
+    tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
     pool: Any = None
 
     @classmethod
@@ -62,9 +66,10 @@ class PackedPairs:
             storage: How keys and values are stored.
         """
         kind = storage.of(keys, values)
-        columns = _dense_columns(kind, keys, values, positions, scores)
+        tables = kind.tables(keys, values, keep, positions)
+        columns = _dense_columns(kind, keys, values, tables, positions, scores)
         packed = ragged_pack.pack(tuple(columns.values()), keep)
-        return cls(dict(zip(columns, packed.columns, strict=True)), packed.cu_seqlens, keys.shape[1], kind)
+        return cls(dict(zip(columns, packed.columns, strict=True)), packed.cu_seqlens, keys.shape[1], kind, tables)
 
     @classmethod
     def joined(cls, parts: Sequence[PackedPairs]) -> PackedPairs:
@@ -75,8 +80,11 @@ class PackedPairs:
         ends = torch.stack([part.cu_seqlens[-1] for part in parts]).cumsum(0)
         starts = torch.nn.functional.pad(ends, (1, 0))
         bounds = [part.cu_seqlens[:-1] + start for part, start in zip(parts, starts, strict=False)]
-        columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
-        return cls(columns, torch.cat([*bounds, ends[-1:]]).int(), parts[0].num_heads, parts[0].storage)
+        columns, tables = (
+            {name: torch.cat([getattr(part, kind)[name] for part in parts]) for name in getattr(parts[0], kind)}
+            for kind in ("columns", "tables")
+        )
+        return cls(columns, torch.cat([*bounds, ends[-1:]]).int(), parts[0].num_heads, parts[0].storage, tables)
 
     @property
     def positions(self) -> torch.Tensor:
@@ -109,29 +117,32 @@ class PackedPairs:
         return sum(column.shape[1:].numel() * column.element_size() for column in self.columns.values())
 
     @property
+    def segment_bytes(self) -> int:
+        """Bytes per segment, over all tables."""
+        return sum(table.shape[1:].numel() * table.element_size() for table in self.tables.values())
+
+    @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Everything that this object holds in memory."""
-        return *self.columns.values(), self.cu_seqlens
+        return *self.columns.values(), *self.tables.values(), self.cu_seqlens
 
     def attend(
         self, query: torch.Tensor, tail_keys: torch.Tensor | None, tail_values: torch.Tensor | None, **options: Any
     ) -> Attended:
         """Computes exact attention to these pairs and a dense tail after them: see :meth:`Storage.attend`."""
-        return self.storage.attend(query, self.columns, self.cu_seqlens, tail_keys, tail_values, **options)
+        return self.storage.attend(query, self.columns, self.tables, self.cu_seqlens, tail_keys, tail_values, **options)
 
     def frozen(self) -> PackedPairs:
         """Returns these pairs in memory that nothing writes to: this object, or a copy if they lie in a pool."""
         if self.pool is None:
             return self
-        columns = {name: column.clone() for name, column in self.columns.items()}
-        return replace(self, columns=columns, cu_seqlens=self.cu_seqlens.clone(), pool=None)
+        return self._each(torch.Tensor.clone)
 
     def to(self, device: torch.device) -> PackedPairs:
         """Returns these pairs on a device: this object if they are already there, else a copy."""
         if self.device == device:
             return self
-        columns = {name: column.to(device) for name, column in self.columns.items()}
-        return replace(self, columns=columns, cu_seqlens=self.cu_seqlens.to(device), pool=None)
+        return self._each(lambda tensor: tensor.to(device))
 
     def head_positions(self, row: int, head: int) -> torch.Tensor:
         """Returns the positions kept by one head, ascending, ``[kept]``, int32."""
@@ -148,25 +159,43 @@ class PackedPairs:
         """
         starts = self.cu_seqlens[row * self.num_heads : (row + 1) * self.num_heads].long()
         index = starts[:, None] + torch.arange(count, device=starts.device)
-        return self.storage.decode({name: column[index].unsqueeze(0) for name, column in self.columns.items()})
+        segments = slice(row * self.num_heads, (row + 1) * self.num_heads)
+        keys, values = self.storage.decode(
+            {name: column[index] for name, column in self.columns.items()},
+            {name: table[segments] for name, table in self.tables.items()},
+        )
+        return keys.unsqueeze(0), values.unsqueeze(0)
 
-    def rows_between(self, start: int, stop: int, cu_seqlens: torch.Tensor, pool: Any) -> PackedPairs:
-        """Returns pairs ``start`` to ``stop`` as views, with the segments ``cu_seqlens``, which begin at 0."""
-        columns = {name: column[start:stop] for name, column in self.columns.items()}
-        return replace(self, columns=columns, cu_seqlens=cu_seqlens, pool=pool)
+    def part(self, segments: slice, pairs: slice, cu_seqlens: torch.Tensor, pool: Any) -> PackedPairs:
+        """Returns some segments of a pool, as views.
+
+        Args:
+            segments: Which they are, as (row, head) in order.
+            pairs: Pairs among which theirs are.
+            cu_seqlens: Where each begins among these pairs, ``[segments + 1]``.
+            pool: The pool.
+        """
+        columns = {name: column[pairs] for name, column in self.columns.items()}
+        tables = {name: table[segments] for name, table in self.tables.items()}
+        return replace(self, columns=columns, tables=tables, cu_seqlens=cu_seqlens, pool=pool)
 
     def emptied(self, num_rows: int) -> PackedPairs:
         """Returns an object of the same kind with ``num_rows`` rows and no pairs."""
         columns = {name: column.new_empty(0, *column.shape[1:]) for name, column in self.columns.items()}
+        n_segments = num_rows * self.num_heads
+        tables = {name: table.new_zeros(n_segments, *table.shape[1:]) for name, table in self.tables.items()}
         return replace(
-            self, columns=columns, cu_seqlens=self.cu_seqlens.new_zeros(num_rows * self.num_heads + 1), pool=None
+            self, columns=columns, tables=tables, cu_seqlens=self.cu_seqlens.new_zeros(n_segments + 1), pool=None
         )
 
     def select_rows(self, rows: Iterable[int]) -> PackedPairs:
         """Returns a copy that holds the given batch rows, in the given order."""
         index = torch.as_tensor(list(rows), dtype=torch.int64, device=self.device)
         own = ragged_pack.Packed(tuple(self.columns.values()), self.cu_seqlens)
-        return self._replaced(self.columns, ragged_pack.select_rows(own, index, self.num_heads))
+        heads = torch.arange(self.num_heads, device=self.device)
+        segments = (index[:, None] * self.num_heads + heads).flatten()
+        tables = {name: table[segments] for name, table in self.tables.items()}
+        return self._replaced(self.columns, ragged_pack.select_rows(own, index, self.num_heads), tables)
 
     def merge(
         self,
@@ -188,20 +217,38 @@ class PackedPairs:
             scores: ``[num_rows, num_heads, t]``, fp32, of the tail. If None, these pairs lose theirs; if these have
                 none, the tail's are dropped.
         """
-        tail = _dense_columns(self.storage, keys, values, positions, None if self.scores is None else scores)
+        begins = not self.positions.numel()  # the first pairs of all segments, after they were emptied
+        tables = self.storage.tables(keys, values, keep, positions) if begins else self.tables
+        tail = _dense_columns(self.storage, keys, values, tables, positions, None if self.scores is None else scores)
         own = ragged_pack.Packed(tuple(self.columns[name] for name in tail), self.cu_seqlens)
-        return self._replaced(tail, ragged_pack.merge(own, tuple(tail.values()), keep, keep_context=kept))
+        merged = self._replaced(tail, ragged_pack.merge(own, tuple(tail.values()), keep, keep_context=kept), tables)
+        if kept is None:
+            return merged
+        return replace(merged, tables=self.storage.tables_after_eviction(tables, merged.positions, merged.cu_seqlens))
 
-    def _replaced(self, names: Iterable[str], packed: ragged_pack.Packed) -> PackedPairs:
+    def _replaced(
+        self, names: Iterable[str], packed: ragged_pack.Packed, tables: Mapping[str, torch.Tensor]
+    ) -> PackedPairs:
         columns = dict(zip(names, packed.columns, strict=True))
-        return replace(self, columns=columns, cu_seqlens=packed.cu_seqlens, pool=None)
+        return replace(self, columns=columns, tables=tables, cu_seqlens=packed.cu_seqlens, pool=None)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedPairs:
+        columns, tables = (
+            {name: change(tensor) for name, tensor in held.items()} for held in (self.columns, self.tables)
+        )
+        return replace(self, columns=columns, tables=tables, cu_seqlens=change(self.cu_seqlens), pool=None)
 
 
 def _dense_columns(
-    storage: Storage, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, scores: torch.Tensor | None
+    storage: Storage,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: Mapping[str, torch.Tensor],
+    positions: torch.Tensor,
+    scores: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
     """Returns all columns of a dense span, ``[batch, num_heads, n, ...]`` each."""
-    columns = storage.encode(keys, values)
+    columns = storage.encode(keys, values, tables)
     columns[POSITIONS] = positions.unsqueeze(1).expand(keys.shape[:3])
     if scores is not None:
         columns[SCORES] = scores

@@ -133,8 +133,11 @@ class PairPool:
         bounds = self.packed.cu_seqlens[::n_segments].tolist()
         segments = self.packed.cu_seqlens.unfold(0, n_segments + 1, n_segments)
         segments = segments - segments[:, :1]
-        for layer, start, stop, cu_seqlens in zip(layers, bounds, bounds[1:], segments, strict=False):
-            layer.take(self.packed.rows_between(start, stop, cu_seqlens, self))
+        for number, (layer, start, stop, cu_seqlens) in enumerate(
+            zip(layers, bounds, bounds[1:], segments, strict=False)
+        ):
+            own = slice(number * n_segments, (number + 1) * n_segments)
+            layer.take(self.packed.part(own, slice(start, stop), cu_seqlens, self))
 
 
 @dataclass(frozen=True)

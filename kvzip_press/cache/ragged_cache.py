@@ -20,6 +20,7 @@ from kvzip_press.cache.all_layers import (
     truncate_columns,
     truncate_rows,
 )
+from kvzip_press.cache.codecs.by_name import name_of
 from kvzip_press.cache.file import kept_export
 from kvzip_press.cache.file import writing as cache_file
 from kvzip_press.cache.ragged_layer import CopiedByFork, RaggedLayer
@@ -112,7 +113,10 @@ class RaggedCache(CopiedByFork, compat.Cache):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes really held in memory, each storage once: packed pairs, positions, lengths, tails and dense layers."""
+        """Bytes really held in memory, each once: packed pairs (codes, scales, tables), positions, lengths, tails.
+
+        Dense layers count, too.
+        """
         tensors = [tensor for layer in self.layers for tensor in tensors_of(layer)]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values())
@@ -123,6 +127,20 @@ class RaggedCache(CopiedByFork, compat.Cache):
         dense = [layer for layer in self.layers if not isinstance(layer, RaggedLayer)]
         held = sum(tensor.nbytes for layer in dense for tensor in tensors_of(layer))
         return held + sum(layer.dense_bytes for _, layer in self.ragged_layers())
+
+    @property
+    def compression(self) -> float:
+        """How many times smaller the cache is than without compression: dense bytes over resident bytes.
+
+        It is 1.0 if nothing is held.
+        """
+        resident = self.resident_bytes
+        return self.dense_bytes / resident if resident else 1.0
+
+    @property
+    def storage(self) -> str:
+        """The name of how kept pairs are stored: see :class:`kvzip_press.press.Press`."""
+        return name_of(type(self._any_ragged().packed.storage))
 
     @property
     def kept_fraction(self) -> float:

@@ -119,10 +119,10 @@ class Asking:
         )
 
     def _figures(self, caches: Mapping[str, RaggedCache], note: str) -> None:
-        table = Table("cache", "kept pairs", "resident MB", "of dense")
+        table = Table("cache", "kept pairs", "resident MB", "times smaller")
         for name, cache in caches.items():
-            megabytes, fraction = cache.resident_bytes / 1e6, cache.resident_bytes / cache.dense_bytes
-            table.add_row(plain(name), f"{cache.kept_fraction:.1%}", f"{megabytes:.1f}", f"{fraction:.1%}")
+            figures = f"{cache.kept_fraction:.1%}", f"{cache.resident_bytes / 1e6:.1f}", f"{cache.compression:.1f}"
+            table.add_row(plain(name), *figures)
         self.console.print(table)
         self.console.print(plain(note))
 

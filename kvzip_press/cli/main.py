@@ -122,6 +122,10 @@ def ask(
         float | None,
         typer.Option("--compression-ratio", help="Fraction of pairs removed, in [0, 1); default 0.7."),
     ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", help="How kept pairs are stored: model (default), int8, fp8, k8v4 or int4."),
+    ] = None,
     answer_prefix: Annotated[
         str, typer.Option("--answer-prefix", help="How every answer begins; small models need the help.")
     ] = "",
@@ -145,7 +149,12 @@ def ask(
 
     if (context is None) == (cache is None):
         raise InvalidArgumentError("expected one of --context FILE and --cache FILE, got both or none")
-    about_context = {"--save": save, "--press": press, "--compression-ratio": compression_ratio}
+    about_context = {
+        "--save": save,
+        "--press": press,
+        "--compression-ratio": compression_ratio,
+        "--storage": storage,
+    }
     given = [name for name, value in about_context.items() if value is not None]
     if cache is not None and given:
         raise InvalidArgumentError(
@@ -153,14 +162,15 @@ def ask(
             "is decided"
         )
     name, ratio = press or "kvzip", 0.7 if compression_ratio is None else compression_ratio
-    chosen = get_press(name, ratio)
+    chosen = get_press(name, ratio, storage=storage or "model")
     text = None if context is None else text_of(context)
     asking = Asking(*load_model(model), question, answer_prefix, max_new_tokens, split_special_tokens)
     if text is None:
         assert cache is not None
         asking.of_saved(cache)
     else:
-        asking.of_text(text, chosen, f"{name}, {ratio:.0%} removed", save)
+        label = f"{name}, {ratio:.0%} removed{f', {storage}' if storage else ''}"
+        asking.of_text(text, chosen, label, save)
 
 
 @app.command()
@@ -179,6 +189,10 @@ def profile(
     ] = None,
     compression_ratio: Annotated[
         list[float] | None, typer.Option("--compression-ratio", help="Fraction removed, in [0, 1); several times.")
+    ] = None,
+    storage: Annotated[
+        list[str] | None,
+        typer.Option("--storage", help="How kept pairs are stored: model, int8, fp8, k8v4, int4; several times."),
     ] = None,
     decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Decode steps timed.")] = 32,
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default the GPU if any.")] = None,
@@ -201,6 +215,7 @@ def profile(
         context_lengths=context_length or (),
         presses=press or (),
         compression_ratios=compression_ratio or (0.7,),
+        storages=storage or (),
         decode_tokens=decode_tokens,
         compile=compiled,
         kvpress=kvpress,

@@ -7,7 +7,6 @@ increments both. During the capture only, these layers stand in for those of a c
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -201,7 +200,7 @@ class StaticCache:
         whole, n_segments = layer.packed.pool.packed, layer.packed.cu_seqlens.numel() - 1
         first = self._ragged.index(layer) * n_segments
         bounds = whole.cu_seqlens[first : first + n_segments + 1]
-        return replace(whole, cu_seqlens=bounds, pool=layer.packed.pool)
+        return whole.part(slice(first, first + n_segments), slice(None), bounds, layer.packed.pool)
 
     def follows_eviction(self) -> bool:
         """Continues after an eviction emptied the tails; returns False if it moved pairs to other memory."""

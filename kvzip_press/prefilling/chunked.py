@@ -27,7 +27,7 @@ from kvzip_press.model.chat import Context, chat_frame, check_ids, context_rows
 from kvzip_press.model.devices import input_device
 from kvzip_press.model.structure import check_length, text_config
 from kvzip_press.model.watching import computing
-from kvzip_press.prefilling.eviction import Span, evicted_layers
+from kvzip_press.prefilling.eviction import Span, check_storage, evicted_layers, storage_of
 from kvzip_press.prefilling.whole import Prefill, Scorer, compress, run_prefill
 
 CHUNK_SIZE, WINDOW_SIZE = 16384, 4096
@@ -47,6 +47,7 @@ def compress_in_chunks(
     window_size: int = WINDOW_SIZE,
     rerank: bool = True,
     split_special_tokens: bool = False,
+    storage: str | None = None,
 ) -> RaggedCache:
     """Reads and compresses a context that is too long to be held uncompressed.
 
@@ -69,15 +70,19 @@ def compress_in_chunks(
             keep more than a dull one. If False, each chunk keeps its own share for good, as in the code of Fast KVzip's
             authors.
         split_special_tokens: See :func:`kvzip_press.compress`.
+        storage: See :func:`kvzip_press.compress`. A pair is encoded once, with its chunk.
 
     Returns:
         The compressed cache, ready for questions (see :func:`kvzip_press.answer`).
 
     Raises:
         InvalidArgumentError: A size is out of range, there are several contexts, the context is longer than the model's
-            positions, or the press is none, decides its own counts or cannot score a chunk.
+            positions, the press is none, decides its own counts or cannot score a chunk, or the storage is unknown or
+            cannot hold the model's keys and values.
     """
     chosen: Scorer = as_press(press, compression_ratio)
+    storage = storage_of(chosen) if storage is None else storage
+    check_storage(model, storage)
     if chunk_size < 1 or window_size < 0:
         raise InvalidArgumentError(f"expected chunk_size >= 1 and window_size >= 0, got {chunk_size} and {window_size}")
     frame, rows = chat_frame(tokenizer), context_rows(tokenizer, context, split_special_tokens=split_special_tokens)
@@ -87,9 +92,10 @@ def compress_in_chunks(
     ids = torch.tensor([[*frame.prefix, *rows[0]]], device=input_device(model))
     check_length(model, ids.shape[1])
     if ids.shape[1] <= chunk_size:
-        return compress(model, tokenizer, rows[0], chosen)
+        return compress(model, tokenizer, rows[0], chosen, storage=storage)
     cache = compat.DynamicCache(config=text_config(model))
-    reading = _Reading(model, chosen, window_size, rerank=rerank, cache=cache, length=ids.shape[1])
+    length = ids.shape[1]
+    reading = _Reading(model, chosen, window_size, rerank=rerank, cache=cache, length=length, storage=storage)
     for chunk in ids.split(chunk_size, dim=1):
         is_last = reading.n_seen + chunk.shape[1] == ids.shape[1]
         reading.read(chunk, is_last=is_last, prefix_length=len(frame.prefix), tokenizer=tokenizer)
@@ -105,6 +111,7 @@ class _Reading:
     Attributes:
         cache: What is left of it.
         length: Number of tokens of the whole.
+        storage: The name of how pairs are stored.
         n_seen: Number of its tokens.
         scores: ``layer_idx -> [1, heads, n_seen]``, fp32, the score that each pair got when its chunk was read.
         alive: ``layer_idx -> [1, heads, n_seen]``, bool, the pairs that each head still has.
@@ -119,6 +126,7 @@ class _Reading:
     rerank: bool
     cache: Any
     length: int
+    storage: str
     n_seen: int = 0
     scores: dict[int, torch.Tensor] = field(default_factory=dict)
     alive: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -185,7 +193,8 @@ class _Reading:
         }
         keep = {i: alive[:, :, start:] for i, alive in self.alive.items()}
         span = Span(done.valid, done.positions, self.sink[:, start:])
-        for layer_idx, layer in evicted_layers(self.model, self.cache, span, keep, earlier=earlier, scores=carried):
+        options: dict[str, Any] = {"earlier": earlier, "scores": carried, "storage": self.storage}
+        for layer_idx, layer in evicted_layers(self.model, self.cache, span, keep, **options):
             self.cache.layers[layer_idx] = layer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,15 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvzip_press import compat
+from kvzip_press.cache.codecs.by_name import storage_named
+from kvzip_press.cache.codecs.finite import check_finite
 from kvzip_press.cache.compressible import last_pairs
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.sliding_windows import own_window
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import AttentionLayer, attention_layers, full_attention_layers, text_decoder
 from kvzip_press.model.weights import weights_fingerprint
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from kvzip_press.cache.codecs.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,11 @@ def evicted_layers(
     earlier: Mapping[int, torch.Tensor] | None = None,
     scores: Mapping[int, torch.Tensor] | None = None,
     weights: str | None = None,
+    storage: str = "model",
 ) -> Iterator[tuple[int, Any]]:
     """Yields ``(layer_idx, layer)`` for the layers of the compressed cache in order, each built when it is asked for.
+
+    What pairs cannot be stored is refused before the first one is built.
 
     Args:
         model: The model.
@@ -74,7 +83,15 @@ def evicted_layers(
         scores: ``layer_idx -> [batch, num_heads, span]``, fp32, for the pairs to carry; None for none. After an earlier
             context they are only carried if its pairs carry scores, and the span follows it directly.
         weights: Fingerprint of the decoder that read the span; None for that of the decoder as it is now.
+        storage: The name of how pairs are stored; a later span is stored as the layers already are.
+
+    Raises:
+        InvalidArgumentError: The storage cannot hold rows of this width, or a key or value is NaN or infinite and it
+            does not store these. The message names the layer.
     """
+    kind = storage_named(storage)
+    for layer_idx, kept in keep.items():
+        _check_can_be_stored(layer_idx, cache.layers[layer_idx], kept, kind)
     weights = weights_fingerprint(text_decoder(model)) if weights is None else weights
     by_idx = {layer.layer_idx: layer for layer in attention_layers(model)}
     for layer_idx, layer in enumerate(cache.layers):
@@ -89,7 +106,7 @@ def evicted_layers(
         else:
             n_tokens = kept.shape[-1]
             keys, values = last_pairs(layer, n_tokens)
-            packed = PackedPairs.pack(keys, values, kept, span.positions.to(keys.device), carried)
+            packed = PackedPairs.pack(keys, values, kept, span.positions.to(keys.device), carried, storage=kind)
             yield (
                 layer_idx,
                 RaggedLayer(
@@ -104,8 +121,38 @@ def evicted_layers(
             )
 
 
+def storage_of(press: object) -> str:
+    """Returns the name of how a press stores what stays; a scorer that is no ``Press`` need not say."""
+    return getattr(press, "storage", "model")
+
+
+def check_storage(model: nn.Module, storage: str) -> None:
+    """Raises InvalidArgumentError unless there is a storage of this name that can hold a model's keys and values."""
+    kind = storage_named(storage)
+    for attention in full_attention_layers(model):
+        head_dim: Any = getattr(attention.module, "head_dim", None)
+        if isinstance(head_dim, int):  # if the module does not say, the first span is refused
+            with _in_layer(attention.layer_idx):
+                kind.check_widths(head_dim, head_dim)
+
+
+@contextmanager
+def _in_layer(layer_idx: int) -> Iterator[None]:
+    """Names the layer in what is refused inside."""
+    try:
+        yield
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"layer {layer_idx}: {error}") from error
+
+
 def pack_prefix(
-    model: nn.Module, cache: Any, valid: torch.Tensor, positions: torch.Tensor, *, scored: bool = False
+    model: nn.Module,
+    cache: Any,
+    valid: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    scored: bool = False,
+    storage: str = "model",
 ) -> None:
     """Packs what dense layers held before the tokens that were read last: all of it, for no head to lose.
 
@@ -117,17 +164,26 @@ def pack_prefix(
         valid: ``[batch, prefix]``, bool, False at padding.
         positions: ``[batch, span]``, int32, of the tokens that were read last.
         scored: Whether the pairs get scores (0), for a cache from which pairs are evicted while the model generates.
+        storage: The name of how pairs are stored.
+
+    Raises:
+        InvalidArgumentError: As :func:`evicted_layers`; the cache is then as it was.
     """
+    kind, n = storage_named(storage), valid.shape[1]
+    for attention in full_attention_layers(model):
+        layer = cache.layers[attention.layer_idx]
+        keep = valid.to(layer.keys.device)[:, None].expand(-1, layer.keys.shape[1], -1)
+        _check_can_be_stored(attention.layer_idx, layer, keep, kind, first=0)
     rank = valid.long().cumsum(dim=-1) - 1
     before = (positions[:, :1] - valid.sum(dim=-1, keepdim=True) + rank).clamp(min=0).int()
     prefix = Span(valid, before, protected=valid)
-    n = valid.shape[1]
     for attention in full_attention_layers(model):
         layer = cache.layers[attention.layer_idx]
         keys, values = layer.keys, layer.values
         keep = valid.to(keys.device)[:, None].expand(-1, keys.shape[1], -1)
         zeros = torch.zeros_like(keep, dtype=torch.float32) if scored else None
-        packed = PackedPairs.pack(keys[:, :, :n], values[:, :, :n], keep, before.to(keys.device), zeros)
+        prefix_pairs = keys[:, :, :n], values[:, :, :n]
+        packed = PackedPairs.pack(*prefix_pairs, keep, before.to(keys.device), zeros, storage=kind)
         ragged = RaggedLayer(
             packed,
             n_context=n,
@@ -138,6 +194,27 @@ def pack_prefix(
         )
         ragged.update(keys[:, :, n:], values[:, :, n:])
         cache.layers[attention.layer_idx] = ragged
+
+
+def _check_can_be_stored(
+    layer_idx: int, layer: Any, keep: torch.Tensor, kind: type[Storage], *, first: int | None = None
+) -> None:
+    """Raises InvalidArgumentError, naming the layer, unless a storage can hold what is kept of a layer's columns.
+
+    These are the columns from ``first`` on, by default the last ones. A ragged layer has its own storage, and what lies
+    between its context and the span is kept whole.
+    """
+    if isinstance(layer, RaggedLayer):
+        kind = type(layer.packed.storage)
+        keep = torch.nn.functional.pad(keep, (layer.tail.length - keep.shape[2], 0), value=True)
+    n = keep.shape[2]
+    keys, values = (
+        last_pairs(layer, n) if first is None else (x[:, :, first : first + n] for x in (layer.keys, layer.values))
+    )
+    with _in_layer(layer_idx):
+        kind.check_widths(keys.shape[-1], values.shape[-1])
+        if not kind.is_exact:
+            check_finite(keys, values, keep)
 
 
 def _merged(

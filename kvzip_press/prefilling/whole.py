@@ -40,7 +40,7 @@ from kvzip_press.model.structure import (
 )
 from kvzip_press.model.watching import computing
 from kvzip_press.model.weights import weights_fingerprint
-from kvzip_press.prefilling.eviction import Span, evicted_layers
+from kvzip_press.prefilling.eviction import Span, check_storage, evicted_layers, storage_of
 from kvzip_press.prefilling.self_check import SelfCheck
 from kvzip_press.terminal import counted
 
@@ -220,6 +220,7 @@ class Prefill:
         allocation: str | Allocation | None = None,
         *,
         budget: int | None = None,
+        storage: str | None = None,
     ) -> RaggedCache:
         """Returns a compressed copy of the cache. Any number of copies can be made; this prefill stays as it is.
 
@@ -229,26 +230,32 @@ class Prefill:
             allocation: "global", "layer", "head", "adakv" or an :class:`kvzip_press.budget.allocators.Allocation`; by
                 default the press's own.
             budget: Tokens' worth of pairs to keep, instead of a ratio; see :class:`kvzip_press.press.Press`.
+            storage: How kept pairs are stored (see :class:`kvzip_press.press.Press`); by default as the press says.
 
         Raises:
             InvalidArgumentError: Ratio, budget or allocation are out of range, ratio and budget are both given, the
-                press decided its own counts and something else is asked for, or the scores are of another prefill.
+                press decided its own counts and something else is asked for, the scores are of another prefill, or
+                the storage is unknown or cannot hold the pairs.
             UnsupportedCacheError: The cache cannot be compressed, or was already evicted in place.
         """
         asked = self._checked(scores).asked_for(compression_ratio, allocation, budget)
-        cache = RaggedCache([layer for _, layer in self._evicted(asked, self._selected(asked))])
+        cache = RaggedCache([layer for _, layer in self._evicted(asked, self._selected(asked), storage)])
         cache.press = asked.press
         return cache
 
-    def evict_in_place(self, scores: Scores) -> None:
+    def evict_in_place(self, scores: Scores, *, storage: str | None = None) -> None:
         """Replaces the layers of the cache itself, freeing each dense one before the next is packed.
 
+        Args:
+            scores: The result of ``press.score(prefill)``.
+            storage: See :meth:`evict`.
+
         Raises:
-            InvalidArgumentError: The scores are of another prefill.
+            InvalidArgumentError: The scores are of another prefill, or the storage is unknown or cannot hold the pairs.
             UnsupportedCacheError: The cache cannot be compressed, or was already evicted in place.
         """
         keep = self._selected(self._checked(scores))
-        for layer_idx, layer in self._evicted(scores, keep):
+        for layer_idx, layer in self._evicted(scores, keep, storage):
             self.cache.layers[layer_idx] = layer
         self.cache.press = scores.press  # the repr of a RaggedCache over these layers shows it
 
@@ -259,10 +266,13 @@ class Prefill:
             _warn_once(scores.press or "the press", why)
         return keep
 
-    def _evicted(self, scores: Scores, keep: Mapping[int, torch.Tensor]) -> Iterator[tuple[int, Any]]:
+    def _evicted(
+        self, scores: Scores, keep: Mapping[int, torch.Tensor], storage: str | None
+    ) -> Iterator[tuple[int, Any]]:
         span = Span(self.valid, self.positions, scores.protected)
         carried = scores.layers if scores.carried else None
-        return evicted_layers(self.model, self.cache, span, keep, scores=carried, weights=self.weights)
+        storage = scores.storage if storage is None else storage
+        return evicted_layers(self.model, self.cache, span, keep, scores=carried, weights=self.weights, storage=storage)
 
     def _checked(self, scores: Scores) -> Scores:
         check_not_evicted(self.cache, self.start)
@@ -346,6 +356,7 @@ def compress(
     *,
     compression_ratio: float | None = None,
     split_special_tokens: bool = False,
+    storage: str | None = None,
 ) -> RaggedCache:
     """Reads a context and compresses it into a cache that is ready for many questions (see :func:`kvzip_press.answer`).
 
@@ -358,17 +369,19 @@ def compress(
         compression_ratio: Fraction of pairs removed, in [0, 1), by a press that is given by its name.
         split_special_tokens: Whether control tokens that are spelled out in a text (``<|im_end|>``) are read as
             ordinary text, as those of others should be; otherwise they become control tokens.
+        storage: How kept pairs are stored (see :class:`kvzip_press.press.Press`); by default as the press says.
 
     Raises:
         InvalidArgumentError: A context is empty, longer than the model's positions, or neither text nor token ids of
-            the model's vocabulary; what is given as a press is none, or a name without a ratio; or the press cannot
-            score the context.
+            the model's vocabulary; what is given as a press is none, or a name without a ratio; the press cannot score
+            the context; or the storage is unknown or cannot hold the model's keys and values.
         UnsupportedModelError: The model has no layer that can be compressed, or its attention is not that of a ragged
             cache.
     """
     chosen: Scorer = as_press(press, compression_ratio)
+    check_storage(model, storage_of(chosen) if storage is None else storage)
     done = prefill(model, tokenizer, context, observers=[chosen], split_special_tokens=split_special_tokens)
-    done.evict_in_place(chosen.score(done))
+    done.evict_in_place(chosen.score(done), storage=storage)
     return RaggedCache.of(done.cache)
 
 

@@ -34,6 +34,7 @@ class Cell:
             independent; None if a task has a single context.
         kept_fraction: Measured.
         resident_bytes: Of the compressed cache.
+        compression: Bytes of the uncompressed caches over those of the compressed ones.
         prefill_seconds: The forward pass that all presses share.
         compress_seconds: Scoring and evicting.
         answer_seconds: Reading a question and writing its answer.
@@ -52,6 +53,7 @@ class Cell:
     standard_error: float | None
     kept_fraction: float | None
     resident_bytes: float | None
+    compression: float | None
     prefill_seconds: float | None
     compress_seconds: float | None
     answer_seconds: float | None
@@ -194,11 +196,17 @@ def _cell(rows: Sequence[Row], task: str | None) -> Cell:
         standard_error=standard_error,
         kept_fraction=mean_of_known(row.kept_fraction for row in heads),
         resident_bytes=mean_of_known(row.resident_bytes for row in heads),
+        compression=_compression(heads),
         prefill_seconds=mean_of_known(row.prefill_seconds for row in heads),
         compress_seconds=mean_of_known(_sum(row.score_seconds, row.evict_seconds) for row in heads),
         answer_seconds=mean_of_known(row.answer_seconds for row in rows),
         ms_per_token=ms_per_token(rows),
     )
+
+
+def _compression(rows: Sequence[Row]) -> float | None:
+    known = [(row.dense_bytes, row.resident_bytes) for row in rows if row.dense_bytes and row.resident_bytes]
+    return sum(dense for dense, _ in known) / sum(resident for _, resident in known) if known else None
 
 
 def _sum(first: float | None, second: float | None) -> float | None:

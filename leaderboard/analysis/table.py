@@ -10,8 +10,9 @@ from kvzip_press.leaderboard.analysis.summary import Cell
 from kvzip_press.terminal import plain
 
 _CAPTION = (
-    "Means over contexts. Prefill is one forward that all presses share, those that watch it included; compress is "
-    "scoring and evicting; answer is one question read and answered."
+    "Means over contexts. Times smaller: bytes of the uncompressed cache over those held. Prefill is one forward that "
+    "all presses share, those that watch it included; compress is scoring and evicting; answer is one question read "
+    "and answered."
 )
 
 
@@ -33,7 +34,16 @@ def results_table(cells: Sequence[Cell], title: str = "", marks: Mapping[CellKey
         collapse_padding=True,
     )
     table.add_column("press", min_width=12, overflow="fold")
-    for name in ("removed", "accuracy", "kept", "cache\nMB", "prefill\ns", "compress\ns", "answer\ns"):
+    for name in (
+        "removed",
+        "accuracy",
+        "kept",
+        "cache\nMB",
+        "times\nsmaller",
+        "prefill\ns",
+        "compress\ns",
+        "answer\ns",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     above = None
     for cell in cells:
@@ -55,6 +65,7 @@ def _figures(cell: Cell, marks: str) -> tuple[str, ...]:
         f"{cell.accuracy:.2f}{error}{marks and ' '}{marks}",
         _figure(cell.kept_fraction),
         _figure(megabytes, 1),
+        _figure(cell.compression, 1),
         *(_figure(seconds) for seconds in (cell.prefill_seconds, cell.compress_seconds, cell.answer_seconds)),
     )
 

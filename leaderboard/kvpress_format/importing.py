@@ -132,7 +132,8 @@ def _foreign_row(
 ) -> Row:
     if lacking := {"answer", "predicted_answer"} - line.keys():
         raise InvalidArgumentError(f"{path / PREDICTIONS}: expected the columns {sorted(lacking)}, got {sorted(line)}")
-    subset, unknown = line.get("task") or config["dataset"], dict.fromkeys(_UNKNOWN)
+    subset = line.get("task") or config["dataset"]
+    unknown: dict[str, Any] = dict.fromkeys(_UNKNOWN)
     scorer = scorer_of(config["dataset"], score, path)
     try:
         references = parse_answers(line["answer"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kvzip_press.cache.codecs.by_name import storage_named
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError
 from kvzip_press.leaderboard.profile.measure import Case
 from kvzip_press.leaderboard.profile.rows import BASELINE, DENSE, KVPRESS, OURS
@@ -28,6 +29,7 @@ class Grid:
         compression_ratios: Fractions removed.
         decode_tokens: Steps timed for each figure.
         compile: Whether the compiled decode step is measured too.
+        storages: How kept pairs are stored: names.
     """
 
     context_lengths: tuple[int, ...]
@@ -36,6 +38,7 @@ class Grid:
     compression_ratios: tuple[float, ...]
     decode_tokens: int
     compile: bool = False
+    storages: tuple[str, ...] = ("model",)
 
     def cases(self) -> Iterator[Case]:
         """Yields the cases of each length: the two that keep everything, then every press at every ratio."""
@@ -45,18 +48,19 @@ class Grid:
             for name in self.presses:
                 for engine in (OURS, KVPRESS) if name in self.originals else (OURS,):
                     for ratio in self.compression_ratios:
-                        yield self._case(name, engine, ratio, length)
+                        for storage in self.storages if engine == OURS else ("model",):
+                            yield self._case(name, engine, ratio, length, storage)
 
     def warmups(self) -> Iterator[Case]:
         """Yields one short case for each press and engine, so that every code path runs once before it is timed."""
         length, seen = min(WARMUP_LENGTH, self.context_lengths[0]), set()
         for case in self.cases():
-            if (case.press, case.engine) not in seen:
-                seen.add((case.press, case.engine))
+            if (kind := (case.press, case.engine, case.storage)) not in seen:
+                seen.add(kind)
                 yield replace(case, context_length=length, decode_tokens=1, compile=False)
 
-    def _case(self, press: str, engine: str, ratio: float, length: int) -> Case:
-        return Case(press, engine, ratio, length, self.decode_tokens, self.compile)
+    def _case(self, press: str, engine: str, ratio: float, length: int, storage: str = "model") -> Case:
+        return Case(press, engine, ratio, length, self.decode_tokens, self.compile, storage)
 
 
 def make_grid(
@@ -68,6 +72,7 @@ def make_grid(
     decode_tokens: int = 32,
     compile: bool = False,  # noqa: A002  # the name of DecodeStep's argument
     kvpress: bool | None = None,
+    storages: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Grid:
     """Checks what was asked for and fills in the rest.
@@ -80,6 +85,7 @@ def make_grid(
         decode_tokens: Steps timed.
         compile: Whether the compiled step is measured too.
         kvpress: Whether kvpress's presses are also run its own way; by default if it is installed.
+        storages: How kept pairs are stored, as names; by default as the model made them.
         say: Called with a message for each press that is left out; the message says why.
 
     Raises:
@@ -91,6 +97,8 @@ def make_grid(
         raise InvalidArgumentError(
             f"expected context lengths and decode_tokens of at least 1, got {list(lengths)} and {decode_tokens}"
         )
+    for storage in storages:
+        storage_named(storage)
     ratios, names = tuple(dict.fromkeys(compression_ratios)), []
     for name in dict.fromkeys(presses or PRESSES):
         try:
@@ -103,7 +111,8 @@ def make_grid(
         else:
             names.append(name)
     chosen = tuple(name for name in names if name != BASELINE)
-    return Grid(lengths, chosen, _originals(chosen, ratios, kvpress), ratios, decode_tokens, compile)
+    kinds = tuple(dict.fromkeys(storages)) or ("model",)
+    return Grid(lengths, chosen, _originals(chosen, ratios, kvpress), ratios, decode_tokens, compile, kinds)
 
 
 def _originals(names: Sequence[str], ratios: Sequence[float], wanted: bool | None) -> frozenset[str]:

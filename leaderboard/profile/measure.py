@@ -33,6 +33,7 @@ class Case:
     context_length: int
     decode_tokens: int
     compile: bool = False
+    storage: str = "model"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _ours(subject: Subject, case: Case) -> dict[str, Any]:
     memory.restart()
     synchronize(subject.device)
     begin = time.perf_counter()
-    done.evict_in_place(press.score(done))
+    done.evict_in_place(press.score(done), storage=case.storage)
     synchronize(subject.device)
     figures |= {"compress_seconds": time.perf_counter() - begin, "peak_compress_bytes": memory.peak()}
     cache = RaggedCache.of(done.cache)

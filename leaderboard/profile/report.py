@@ -15,7 +15,7 @@ _TIMES = (
     "Prefill: one dense forward, with what the press does inside it. Compress: scoring and evicting after it. Decode: "
     "a step of one row, the median ± half the interquartile range."
 )
-_MEMORY = "Resident: keys and values held. Peak: GPU memory beyond the weights."
+_MEMORY = "Resident: keys and values held; times smaller than uncompressed. Peak: GPU memory beyond the weights."
 
 
 def profile_tables(rows: Sequence[ProfileRow], title: str = "") -> Group:
@@ -33,7 +33,7 @@ def profile_tables(rows: Sequence[ProfileRow], title: str = "") -> Group:
         _TIMES if rows else "no rows",
     )
     memory = _table(
-        ["compress/\nprefill", "resident\nMB", "of\ndense", "peak\nMB"],
+        ["compress/\nprefill", "resident\nMB", "times\nsmaller", "peak\nMB"],
         [(row, _memory(row)) for row in rows],
         "",
         _MEMORY,
@@ -82,11 +82,10 @@ def _decode(ms: float | None, turns: dict[str, float | None]) -> str:
 
 def _memory(row: ProfileRow) -> list[str]:
     peaks = [peak for peak in (row.peak_prefill_bytes, row.peak_compress_bytes) if peak is not None]
-    share = _ratio(row.resident_bytes, row.dense_bytes)
     return [
         _figure(_ratio(row.compress_seconds, row.prefill_seconds), 2),
         _figure(_ratio(row.resident_bytes, 1e6), 1),
-        "-" if share is None else f"{share:.1%}",
+        _figure(_ratio(row.dense_bytes, row.resident_bytes), 2),
         _figure(_ratio(max(peaks, default=None), 1e6), 1),
     ]
 

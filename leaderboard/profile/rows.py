@@ -37,6 +37,7 @@ class ProfileRow(SealedLine):
         peak_prefill_bytes: Most GPU memory beyond the weights while the context was read.
         peak_compress_bytes: The same while it was compressed, the cache included.
         kept_fraction: Pairs kept over pairs seen, of the layers that can be compressed.
+        storage: The name of how the kept pairs are stored.
         notes: Figure -> why it is missing.
         error: Why the whole row has no figures.
         provenance: Versions, device, dtype, commit, date.
@@ -64,6 +65,7 @@ class ProfileRow(SealedLine):
     peak_prefill_bytes: int | None = None
     peak_compress_bytes: int | None = None
     kept_fraction: float | None = None
+    storage: str = "model"
     notes: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     provenance: dict[str, str] = field(default_factory=dict)
@@ -71,12 +73,13 @@ class ProfileRow(SealedLine):
     @property
     def label(self) -> str:
         """The name that tables use."""
-        return {OURS: self.press, KVPRESS: f"{self.press} (kvpress)", DENSE: "DynamicCache"}[self.engine]
+        ours = self.press if self.storage == "model" else f"{self.press}, {self.storage}"
+        return {OURS: ours, KVPRESS: f"{self.press} (kvpress)", DENSE: "DynamicCache"}[self.engine]
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it is the ragged cache with everything kept."""
-        return self.engine == OURS and self.press == BASELINE
+        """Whether it is the ragged cache with everything kept, as the model made it."""
+        return self.engine == OURS and self.press == BASELINE and self.storage == "model"
 
     def check(self) -> None:
         """Raises InvalidArgumentError for an engine that is not known or a ratio out of range."""

@@ -92,7 +92,7 @@ def _measured(subject: Subject, grid: Grid, path: Path, console: Console) -> Ite
             _figures(subject, case)
         with LineWriter(path, ProfileRow) as writer:
             for number, case in enumerate(cases, start=1):
-                what = f"{case.press} ({case.engine}) {case.compression_ratio}"
+                what = f"{case.press} ({case.engine}, {case.storage}) {case.compression_ratio}"
                 status.update(plain(f"{number} of {len(cases)}: {case.context_length} tokens, {what}"))
                 row = _row(subject, case, about)
                 writer.write(row)
@@ -107,6 +107,7 @@ def _row(subject: Subject, case: Case, about: dict[str, str]) -> ProfileRow:
         compression_ratio=case.compression_ratio,
         context_length=case.context_length,
         decode_tokens=case.decode_tokens,
+        storage=case.storage,
         provenance=about,
         **_figures(subject, case),
     )

@@ -61,6 +61,7 @@ class Row(SealedLine):
         task_version: The version of the task that asked; 1 in rows that older versions of this package wrote, None if
             nobody recorded it.
         question: The question as it was put to the model, without a chat template; empty where nobody recorded it.
+        storage: The name of how the kept pairs are stored; "model" in rows of older versions, which knew no other.
 
     Raises:
         InvalidArgumentError: A field is of another type, or not finite. A row that is out of range (a score outside
@@ -94,6 +95,7 @@ class Row(SealedLine):
     provenance: dict[str, str] = field(default_factory=dict)
     task_version: int | None = 1
     question: str = ""
+    storage: str = "model"
 
     @property
     def key(self) -> RowKey:

@@ -4,11 +4,14 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kvzip_press import get_press
 from kvzip_press.budget.amount import check_compression_ratio
+from kvzip_press.cache.codecs.by_name import storage_named
+from kvzip_press.cache.codecs.model_dtype import ModelDtype
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, did_you_mean
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec
 from kvzip_press.leaderboard.tasks import get_task
@@ -73,7 +76,7 @@ def _grid(name: str, values: Any) -> Grid:
         batch_size=node.take("batch_size", int, 1),
         compression_ratios=_ratios(node),
         tasks=tuple(map(_task, node.items("tasks"))),
-        presses=tuple(map(_press, node.items("presses"))),
+        presses=tuple(chain.from_iterable(map(_presses, node.items("presses")))),
     )
     description = node.take("description", str, "")
     node.finish()
@@ -90,6 +93,29 @@ def _task(node: "_Node") -> TaskSpec:
     )
     node.finish()
     return spec
+
+
+def _presses(node: "_Node") -> list[PressSpec]:
+    """Returns a press, or one for each of its ``storages``."""
+    storages, spec = node.take("storages", list, []), _press(node)
+    if "storages" not in node.values:
+        return [spec]
+    found: list[PressSpec] = node.checked("storages", lambda: _stored(spec, storages))
+    return found
+
+
+def _stored(spec: PressSpec, storages: Sequence[str]) -> list[PressSpec]:
+    """Returns a press with each storage, whose name is part of its label, but for "model"."""
+    if not storages or "storage" in spec.options:
+        raise InvalidArgumentError(f"expected at least one, and no storage among the options, got {storages!r}")
+    return [
+        replace(
+            spec,
+            label=spec.label if storage_named(storage) is ModelDtype else f"{spec.label}, {storage}",
+            options={**spec.options, "storage": storage},
+        )
+        for storage in storages
+    ]
 
 
 def _press(node: "_Node") -> PressSpec:

@@ -280,6 +280,7 @@ class _Loop:
             provenance={**self.provenance, "data_revision": work.task.data_revision},
             task_version=version_of(work.task),
             question=question.text,
+            storage=cell.cache.storage,
         )
 
     def _timed(self, function: Callable[..., T], *arguments: Any) -> tuple[T, float]:

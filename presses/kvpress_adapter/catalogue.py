@@ -23,11 +23,12 @@ class Recipe:
     classes: tuple[str, ...]
     ratio: str = "compression_ratio"
 
-    def __call__(self, compression_ratio: float = 0.0, **options: Any) -> RaggedPress:
+    def __call__(self, compression_ratio: float = 0.0, *, storage: str = "model", **options: Any) -> RaggedPress:
         """Makes the press.
 
         Args:
             compression_ratio: Fraction of pairs removed, in [0, 1).
+            storage: How kept pairs are stored: see :class:`kvzip_press.press.Press`.
             options: Arguments of the classes; each goes to the outermost class that takes it.
 
         Raises:
@@ -49,7 +50,7 @@ class Recipe:
                 press = cls(**own) if press is None else cls(press=press, **own)
         except (AssertionError, TypeError) as error:
             raise InvalidArgumentError(f"{' of '.join(self.classes)} refused {options}: {error}") from error
-        return RaggedPress(press)
+        return RaggedPress(press, storage=storage)
 
 
 def _options_of(cls: type) -> set[str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from kvzip_press.budget.amount import Amount, Ratio, check_compression_ratio
 from kvzip_press.budget.scores import Scores
+from kvzip_press.cache.codecs.by_name import storage_named
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling.whole import Prefill, run_prefill
 from kvzip_press.press import Press
@@ -37,6 +39,7 @@ class RaggedPress(Press):
     Args:
         press: Any kvpress press that evicts pairs once the context was read. It is copied here: later changes to it
             have no effect, and it is never changed.
+        storage: How kept pairs are stored: see :class:`kvzip_press.press.Press`.
 
     Raises:
         MissingDependencyError: kvpress is missing, or a version is outside the range that works.
@@ -47,7 +50,9 @@ class RaggedPress(Press):
     is_scorer: bool  # it only scores, and kvpress's own top-k does the rest
     is_native: bool  # it acts in a context of its own instead of layer by layer
 
-    def __init__(self, press: Any) -> None:
+    def __init__(self, press: Any, *, storage: str = "model") -> None:
+        storage_named(storage)
+        object.__setattr__(self, "storage", storage)  # a field of the frozen base
         base, scorer = kvpress().BasePress, kvpress().ScorerPress
         if not isinstance(press, base):
             raise InvalidArgumentError(f"expected a press of kvpress, got {type(press).__name__}")
@@ -66,12 +71,12 @@ class RaggedPress(Press):
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        return f"RaggedPress({self.press!r})"
+        return f"RaggedPress({self.press!r}{'' if self.storage == 'model' else f', storage={self.storage!r}'})"
 
     __str__ = __repr__
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RaggedPress, (self.press,)
+        return partial(RaggedPress, storage=self.storage), (self.press,)
 
     @property
     def compression_ratio(self) -> float:

@@ -82,6 +82,16 @@ def drawn(*rows: ProfileRow, width: int = 160) -> str:
 # The run -------------------------------------------------------------------------------------------------------------
 
 
+def test_each_storage_is_a_row(tmp_path: Path) -> None:
+    """Under its name, and only of our own engine; an unknown one is refused before anything is measured."""
+    rows, printed = profile(tmp_path, context_lengths=(40,), presses=("random",), storages=("model", "int8"))
+    ours = [(r.label, r.storage) for r in rows if r.press == "random"]
+    assert ours == [("random", "model"), ("random, int8", "int8")] and "times" in printed
+    assert rows[-1].error is None and rows[-1].resident_bytes < rows[-2].resident_bytes / 3
+    with pytest.raises(InvalidArgumentError, match="expected a storage out of"):
+        profile(tmp_path, storages=("int9",))
+
+
 def test_every_case_is_a_row_on_disk_and_in_the_table(tmp_path: Path) -> None:
     rows, printed = profile(tmp_path, compression_ratios=(0.5, 0.7))
     assert [(r.context_length, r.label, r.compression_ratio) for r in rows] == [

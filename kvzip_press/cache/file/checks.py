@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 
+from kvzip_press.cache.codecs.by_name import STORAGES
 from kvzip_press.cache.file.record import LIMIT, CacheRecord, LayerRecord
 from kvzip_press.errors import CacheFileError
 from kvzip_press.files import digest_of, to_json
@@ -28,8 +29,13 @@ def check_record(record: CacheRecord) -> None:
     _check_turns(record)
     checked: set[tuple[str, int]] = set()  # lists that layers share are read once
     for layer in record.layers:
+        if layer.storage not in STORAGES:
+            raise CacheFileError(
+                f"expected a storage out of {', '.join(STORAGES)}, got {layer.storage!r:.80}: of a later version?"
+            )
         _check_rows(layer, record, checked)
-        ragged_only = any((layer.fingerprint, layer.n_protected, layer.has_row_index, layer.has_scores))
+        of_pairs = (layer.has_row_index, layer.has_scores, layer.storage != "model")
+        ragged_only = any((layer.fingerprint, layer.n_protected, *of_pairs))
         if (layer.sliding_window > 1) != (layer.kind == "sliding") or (ragged_only and layer.kind != "ragged"):
             raise CacheFileError(f"expected entries that go with a {layer.kind} layer, got {reprlib.repr(layer)}")
 

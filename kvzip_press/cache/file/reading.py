@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
+from kvzip_press.cache.codecs.by_name import STORAGES
+from kvzip_press.cache.codecs.storage import POSITIONS, Storage
 from kvzip_press.cache.file.checks import check_numbers, check_pairs
 from kvzip_press.cache.file.metadata import opened_cache, record_in
 from kvzip_press.cache.file.record import DTYPES, NAMES, CacheRecord, LayerRecord, live_tokens, settings_of
-from kvzip_press.cache.packed_pairs import POSITIONS, SCORES, PackedPairs
+from kvzip_press.cache.packed_pairs import SCORES, PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
-from kvzip_press.cache.storage import ModelDtype
-from kvzip_press.errors import CacheFileError, CacheMismatchError
+from kvzip_press.errors import CacheFileError, CacheMismatchError, InvalidArgumentError
 from kvzip_press.files import digest_of, digest_of_tensor, to_json
 from kvzip_press.model.devices import execution_device
 from kvzip_press.model.identity import check_fingerprint
@@ -140,9 +141,25 @@ class _Tensors:
 def _part_names(layer: LayerRecord, record: CacheRecord) -> list[str]:
     if layer.kind != "ragged":
         return ["keys", "values"]
-    names = ["keys", "values", "scores"] if layer.has_scores else ["keys", "values"]
-    tail = [f"tail_{name}" for name in names] if record.n_seen > record.n_context else []
-    return [*names, "positions", "cu_seqlens", *tail, *(["row_index"] if layer.has_row_index else [])]
+    storage, scores = _storage(layer, record), ["scores"] if layer.has_scores else []
+    tail = ["tail_keys", "tail_values", *(f"tail_{name}" for name in scores)]
+    names = [*storage.column_shapes(), *storage.table_shapes(), *scores, "positions", "cu_seqlens"]
+    names += tail if record.n_seen > record.n_context else []
+    return [*names, *(["row_index"] if layer.has_row_index else [])]
+
+
+def _storage(layer: LayerRecord, record: CacheRecord) -> Storage:
+    """Returns the storage of a layer.
+
+    Raises:
+        CacheFileError: It cannot hold pairs of these widths.
+    """
+    kind = STORAGES[layer.storage]
+    try:
+        kind.check_widths(layer.head_dim, layer.v_head_dim)
+    except InvalidArgumentError as error:
+        raise CacheFileError(f"expected pairs that the storage {layer.storage!r} can hold: {error}") from error
+    return kind(layer.head_dim, layer.v_head_dim, DTYPES[record.dtype])
 
 
 def _ragged(
@@ -183,15 +200,18 @@ def _packed(index: int, record: CacheRecord, tensors: _Tensors, device: torch.de
         raise CacheFileError(f"expected '{index}.cu_seqlens' to ascend from 0, got {total} at its end")
     positions = tensors.read(f"{index}.positions", "I32", (total,), device)
     check_pairs(cu_seqlens, positions, layer, record, str(index))
-    storage = ModelDtype(layer.head_dim, layer.v_head_dim, DTYPES[record.dtype])
-    columns = {
-        name: tensors.read(f"{index}.{name}", NAMES[dtype], (total, *shape), device)
-        for name, (dtype, shape) in storage.column_shapes().items()
-    }
+    storage = _storage(layer, record)
+    columns, tables = (
+        {
+            name: tensors.read(f"{index}.{name}", NAMES[dtype], (n, *shape), device)
+            for name, (dtype, shape) in shapes.items()
+        }
+        for n, shapes in ((total, storage.column_shapes()), (segments, storage.table_shapes()))
+    )
     columns[POSITIONS] = positions
     if layer.has_scores:
         columns[SCORES] = tensors.read(f"{index}.{SCORES}", "F32", (total,), device)
-    return PackedPairs(columns, cu_seqlens, layer.num_heads, storage)
+    return PackedPairs(columns, cu_seqlens, layer.num_heads, storage, tables)
 
 
 def _dense(index: int, record: CacheRecord, tensors: _Tensors, device: torch.device) -> Any:

@@ -11,7 +11,15 @@ import torch
 FORMAT = 1
 TEXT = "kvzip_press"  # key of the safetensors metadata; the text's seal is stored beside it
 LIMIT = 2**31  # no length, count or position of a cache reaches it: positions are int32
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # The settings that determine, with the weights, what keys and values mean. Those that count are listed, not those that
@@ -41,6 +49,8 @@ class LayerRecord:
         has_row_index: Whether batch rows point to packed rows.
         sliding_window: Window of a sliding layer, in tokens; 0 for other layers.
         has_scores: Whether the pairs of a ragged layer carry scores; False for files that do not say.
+        storage: The name of how the pairs of a ragged layer are stored; "model" for other layers, and for files that do
+            not say.
     """
 
     kind: str
@@ -54,6 +64,7 @@ class LayerRecord:
     has_row_index: bool = False
     sliding_window: int = 0
     has_scores: bool = False
+    storage: str = "model"
 
 
 @dataclass(frozen=True)

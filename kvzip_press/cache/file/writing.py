@@ -1,10 +1,10 @@
 """Writes a compressed cache to disk as a safetensors file, so that reading one runs no code.
 
-Tensors are named ``<layer>.<part>``. A ragged layer has keys, values, positions, cu_seqlens, tail_keys and tail_values
-(live tokens only), row_index, and scores and tail_scores if its pairs carry them; a layer that stayed dense has keys
-and values. Everything else is one JSON text in the metadata, with the SHA-256 of every tensor's bytes; the SHA-256 of
-that text is stored beside it. So any changed byte is noticed, and the shapes that the file must have are known before a
-tensor is read.
+Tensors are named ``<layer>.<part>``. A ragged layer has the columns and tables of its storage (keys and values, or
+codes and scales), positions, cu_seqlens, tail_keys and tail_values (live tokens only), row_index, and scores and
+tail_scores if its pairs carry them; a layer that stayed dense has keys and values. Everything else is one JSON text in
+the metadata, with the SHA-256 of every tensor's bytes; the SHA-256 of that text is stored beside it. So any changed
+byte is noticed, and the shapes that the file must have are known before a tensor is read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kvzip_press import compat
+from kvzip_press.cache.codecs.by_name import name_of
 from kvzip_press.cache.file.checks import check_numbers, check_pairs, check_record
 from kvzip_press.cache.file.metadata import text_of
 from kvzip_press.cache.file.reading import load_layers, read_record
@@ -70,7 +71,7 @@ def save_layers(
         press="" if press is None else str(press if isinstance(press, str) else repr(press))[:1000],
         config=settings,
         config_hash=digest_of(to_json(settings).encode()),
-        dtype=_one({NAMES.get(tensor.dtype, str(tensor.dtype)) for tensor in _pairs(tensors)}, "dtype"),
+        dtype=_one({NAMES.get(dtype, str(dtype)) for dtype in map(_dtype, layers)}, "dtype"),
         batch_size=_one({_batch_size(layer) for layer in layers}, "batch size"),
         n_context=_one({layer.n_context for layer in ragged}, "context length"),
         n_seen=_one({int(layer.get_seq_length()) for layer in layers}, "number of tokens seen"),
@@ -113,6 +114,7 @@ def _record_of(layer: Any) -> LayerRecord:
             *rows,
             has_row_index=layer.row_index is not None,
             has_scores=layer.packed.scores is not None,
+            storage=name_of(type(storage)),
         )
     kinds: dict[type, str] = {compat.DynamicLayer: "dense", compat.DynamicSlidingWindowLayer: "sliding"}
     if type(layer) not in kinds or not isinstance(layer.keys, torch.Tensor) or layer.keys.dim() != 4:
@@ -128,7 +130,7 @@ def _parts_of(layer: Any) -> dict[str, torch.Tensor]:
     if not isinstance(layer, RaggedLayer):
         live = live_tokens(int(layer.get_seq_length()), int(getattr(layer, "sliding_window", 0) or 0))
         return {"keys": layer.keys[:, :, -live:], "values": layer.values[:, :, -live:]}
-    parts = {**layer.packed.columns, "cu_seqlens": layer.packed.cu_seqlens}
+    parts = {**layer.packed.columns, **layer.packed.tables, "cu_seqlens": layer.packed.cu_seqlens}
     if layer.row_index is not None:
         parts["row_index"] = layer.row_index.long()
     if layer.tail.keys is not None and layer.tail.values is not None and layer.tail.length:
@@ -143,8 +145,9 @@ def _tail_padding(layer: RaggedLayer, turn_starts: Sequence[int | list[int]]) ->
     return (0,) * layer.batch_size if any(isinstance(start, list) for start in turn_starts) else ()
 
 
-def _pairs(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    return [tensor for name, tensor in tensors.items() if name.endswith(("keys", "values"))]
+def _dtype(layer: Any) -> torch.dtype:
+    dtype: torch.dtype = layer.packed.storage.dtype if isinstance(layer, RaggedLayer) else layer.keys.dtype
+    return dtype
 
 
 def _batch_size(layer: Any) -> int:

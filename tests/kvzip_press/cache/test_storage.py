@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from kvzip_press import FastKVzipPress, Gates, KVzipPress, RaggedCache, answer, compress, compress_in_chunks
-from kvzip_press.cache.packed_pairs import PackedPairs
-from kvzip_press.cache.storage import ModelDtype, Storage
+from kvzip_press.cache.codecs.by_name import STORAGES
+from kvzip_press.cache.codecs.model_dtype import ModelDtype
+from kvzip_press.cache.codecs.storage import Storage
 from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.presses.fastkvzip import LayerGate
@@ -28,22 +29,22 @@ class Scrambled(Storage):
         half = (self.v_head_dim,)
         return {"k": (torch.int32, (self.head_dim,)), "high": (torch.int16, half), "low": (torch.int16, half)}
 
-    def encode(self, keys, values):
+    def encode(self, keys, values, tables):
         halves = values.contiguous().view(torch.int16).unflatten(-1, (-1, 2))
         return {"k": keys.contiguous().view(torch.int32) ^ MASK, "high": halves[..., 1], "low": halves[..., 0]}
 
-    def decode(self, columns):
+    def decode(self, columns, tables):
         values = torch.stack([columns["low"], columns["high"]], dim=-1).flatten(-2).view(torch.float32)
         return (columns["k"] ^ MASK).view(torch.float32), values
 
-    def attend(self, query, columns, cu_seqlens, tail_keys, tail_values, **options):
-        return ragged_attention(query, *self.decode(columns), cu_seqlens, tail_keys, tail_values, **options)
+    def attend(self, query, columns, tables, cu_seqlens, tail_keys, tail_values, **options):
+        return ragged_attention(query, *self.decode(columns, tables), cu_seqlens, tail_keys, tail_values, **options)
 
 
 @pytest.fixture(params=[ModelDtype, Scrambled])
 def storage(request, monkeypatch) -> type[Storage]:
     """What pairs are packed into, wherever that is not said."""
-    monkeypatch.setitem(PackedPairs.pack.__func__.__kwdefaults__, "storage", request.param)
+    monkeypatch.setitem(STORAGES, "model", request.param)
     return request.param
 
 

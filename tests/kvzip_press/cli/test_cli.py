@@ -84,6 +84,18 @@ def test_a_saved_cache_answers_as_the_one_that_was_made(tiny, tmp_path, monkeypa
         assert shown in loaded.output
 
 
+def test_ask_stores_in_few_bits(tiny, tmp_path) -> None:
+    """`--storage` names how; an unknown one is refused before the model is loaded."""
+    context = tmp_path / "notes.txt"
+    context.write_text("The phone number of Vera is 47. The baker opens early.\n")
+    asked = ["ask", "--context", str(context), "--press", "random", "--question", "Who?", "--max-new-tokens", "1"]
+    made = run(app, [*asked, "--storage", "int8"])
+    assert made.exit_code == 0, made.output
+    assert "random, 70% removed, int8" in made.output.replace("\n", " ") and "times smaller" in made.output
+    refused = run(app, [*asked, "--storage", "int9"])
+    assert "expected a storage out of" in str(refused.exception)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

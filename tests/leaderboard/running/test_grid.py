@@ -52,6 +52,24 @@ def test_a_file_is_the_run_that_it_says(tmp_path: Path) -> None:
     assert {name: getattr(other, name) for name in options} == options
 
 
+def test_storages_of_a_press_are_presses_of_their_own(tmp_path: Path) -> None:
+    """Their names are in the labels, but for the model's own dtype; names are checked, and are not said twice."""
+    press = {"press": "kvzip", "label": "KVzip", "storages": ["model", "int8"], "options": {"chunk_size": 512}}
+    found = load_grid(grid_file(tmp_path, presses=[GRID["presses"][0], press])).run.presses[1:]
+    assert [(spec.label, spec.options) for spec in found] == [
+        ("KVzip", {"chunk_size": 512, "storage": "model"}),
+        ("KVzip, int8", {"chunk_size": 512, "storage": "int8"}),
+    ]
+    for storages, message in (
+        (["int9"], r"presses\[0\]\.storages: expected a storage out of model, int8"),
+        ([], r"presses\[0\]\.storages: expected at least one"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            load_grid(grid_file(tmp_path, presses=[{**press, "storages": storages}]))
+    with pytest.raises(InvalidArgumentError, match="no storage among the options"):
+        load_grid(grid_file(tmp_path, presses=[{**press, "options": {"storage": "int8"}}]))
+
+
 @pytest.mark.parametrize("name", grid_names())
 def test_every_grid_of_the_package_loads_and_has_its_baselines(name: str) -> None:
     grid = load_grid(name)

@@ -11,6 +11,8 @@ import torch
 from kvzip_press.budget.allocators import Decided
 from kvzip_press.budget.policy import Policy
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.analysis.summary import summarise
+from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.running import runner
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
 from kvzip_press.leaderboard.tasks import get_task
@@ -65,6 +67,24 @@ def test_measured_figures_follow_the_asked_ratio(rows: list[Any]) -> None:
         assert row.kept_fraction == pytest.approx(1 - row.compression_ratio, abs=0.02)
         assert row.resident_bytes / row.dense_bytes == pytest.approx(row.kept_fraction, rel=0.1)
         assert all(getattr(row, name) >= 0 for name in TIMES)
+
+
+def test_rows_carry_the_storage_and_the_bytes_that_it_takes(run: Run, model: Any) -> None:
+    """Measured and checked as in the model's dtype: the pairs that are kept are the same."""
+    presses = [PressSpec("random", name, {"seed": 3, "storage": name}) for name in ("model", "int8", "k8v4")]
+    alone = replace(run, tasks=run.tasks[1:], presses=tuple(presses), compression_ratios=(0.5,))
+    by_storage = {row.storage: row for row in execute(alone, model)}
+    assert [row.press for row in by_storage.values()] == list(by_storage) == ["model", "int8", "k8v4"]
+    assert len({row.kept_fraction for row in by_storage.values()}) == 1
+    sizes = [row.resident_bytes for row in by_storage.values()]
+    assert sizes[0] > 3 * sizes[1] > 3 * sizes[2] > 0  # of fp32
+    assert Row.from_json(by_storage["int8"].to_json()).storage == "int8"
+    assert summarise(by_storage.values())[1].compression == pytest.approx(row_ratio(by_storage["int8"]))
+
+
+def row_ratio(row: Any) -> float:
+    ratio: float = row.dense_bytes / row.resident_bytes
+    return ratio
 
 
 def test_one_prefill_a_context_and_one_scoring_a_press(run: Run, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

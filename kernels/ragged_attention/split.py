@@ -1,0 +1,201 @@
+"""How ragged attention's kernels share pairs among programs, and merge the programs' partial results."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
+from kvzip_press.kernels.triton_support import interpreting, multiprocessors
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    HAS_PDL = True
+except ImportError:  # an older Triton; the names are only in branches that are never compiled
+    gdc_launch_dependents = gdc_wait = None
+    HAS_PDL = False
+
+LN2 = tl.constexpr(0.6931471805599453)
+MIN_PIECE = tl.constexpr(32)  # fewest pairs that are worth a program
+
+
+def n_programs(device: torch.device, programs_per_sm: int, n_row_blocks: int, n_segments: int) -> int:
+    """Returns how many programs share the pairs: as many as are resident at once, but at least one per segment."""
+    slots = multiprocessors(device) * programs_per_sm
+    return max(n_segments, triton.cdiv(slots, n_row_blocks))
+
+
+def segments_of(inputs: RaggedInputs) -> tuple[Tensor, Tensor]:
+    """Returns where each segment of the batch begins in the packed context, and in the contexts put end to end.
+
+    The two differ if batch rows share packed rows.
+    """
+    if inputs.row_index is None:
+        return inputs.cu_seqlens, inputs.cu_seqlens
+    n_heads = inputs.num_key_value_heads
+    index = (inputs.row_index.unsqueeze(-1) * n_heads + torch.arange(n_heads, device=inputs.row_index.device)).flatten()
+    lengths = inputs.cu_seqlens.diff()[index]
+    starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return inputs.cu_seqlens[index], starts
+
+
+def tail_of(inputs: RaggedInputs) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Returns keys, values and length of the tail, or stand-ins that are never read if there is none.
+
+    A head's tokens must be contiguous; those of a cache are, others are copied.
+    """
+    if inputs.tail_keys is None or inputs.tail_values is None or inputs.tail_length == 0:
+        return inputs.query, inputs.query, 0
+    length = inputs.tail_length if inputs.live_tail_length is None else inputs.live_tail_length
+    head_dim = inputs.query.shape[-1]
+    dense = (x if x.stride(2) == head_dim else x.contiguous() for x in (inputs.tail_keys, inputs.tail_values))
+    return *dense, length  # type: ignore[return-value]  # two of them
+
+
+def broadcast_strides(mask: Tensor) -> tuple[int, ...]:
+    """Returns the strides of a mask, with 0 in dimensions of size 1."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+
+
+def uses_pdl(device: torch.device) -> bool:
+    """Returns whether a kernel may be launched while the one before it still runs."""
+    return HAS_PDL and not interpreting() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Makes ``device`` the current one, on which Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def merge(
+    partial_out: Tensor,
+    partial_sums: Tensor,
+    starts: Tensor,
+    tail_length: Tensor | int,
+    out: Tensor,
+    lse: Tensor,
+    shape: dict[str, Any],
+) -> None:
+    """Merges the partial results of all programs into ``out`` and ``lse``.
+
+    Args:
+        partial_out: fp32 [programs, rows of a segment, head_dim], not yet divided by the totals.
+        partial_sums: fp32 [programs, rows of a segment, 2], the exponent (base 2) that a program took off, and its
+            total.
+        starts: where segments begin, as the programs have read it.
+        tail_length: that of the programs too.
+        out: [batch, heads, query_length, head_dim], contiguous.
+        lse: [batch, heads, query_length], contiguous.
+        shape: the arguments that this kernel has in common with the one that made the partial results.
+    """
+    n_programs, n_rows, head_dim = partial_out.shape
+    n_segments = starts.shape[0] - 1
+    # Few rows are cut into slices of head_dim, so that the partial results are read by many programs at once.
+    block_d = min(triton.next_power_of_2(head_dim), 32 if n_segments * n_rows <= 128 else 128)
+    _merge_kernel[(n_segments, n_rows, triton.cdiv(head_dim, block_d))](
+        partial_out,
+        partial_sums,
+        starts,
+        tail_length,
+        out,
+        lse,
+        n_segments,
+        n_rows,
+        n_programs,
+        BLOCK_D=block_d,
+        BLOCK_P=min(64, max(4, triton.next_power_of_2(2 * n_programs // n_segments))),
+        num_warps=2,
+        **shape,
+    )
+
+
+@triton.jit
+def tail_length_of(tail_length, HAS_TAIL: tl.constexpr, TAIL_ON_DEVICE: tl.constexpr):
+    """Returns the tail's number of tokens, from an argument that is a number or points to one."""
+    if not HAS_TAIL:
+        return 0
+    elif TAIL_ON_DEVICE:
+        return tl.load(tail_length)
+    else:
+        return tail_length
+
+
+@triton.jit
+def items_of(lengths, n_segments, n_programs, BLOCK_S: tl.constexpr):
+    """Returns each segment's number of pieces [BLOCK_S], at most n_programs in all, to make the longest piece short.
+
+    Of 16 lengths of a piece (2 if there are very many segments) the shortest that fits is taken. The last one always
+    fits: with it, each segment has a program to spare for its remainder, or there is one program for each.
+    """
+    N_CHOICES: tl.constexpr = 16 if BLOCK_S <= 256 else 2
+    total = tl.sum(lengths, 0)
+    spare = (n_segments * tl.arange(0, N_CHOICES)) // (N_CHOICES - 1)
+    pieces = tl.maximum(tl.cdiv(total, tl.maximum(n_programs - spare, 1)), MIN_PIECE)
+    n_items = tl.sum((lengths[:, None] + pieces[None, :] - 1) // pieces[None, :], 0)
+    piece = tl.min(tl.where(n_items <= n_programs, pieces, tl.maximum(total, 1)), 0)
+    return (lengths + piece - 1) // piece
+
+
+@triton.jit(do_not_specialize=["tail_length", "n_segments", "n_rows", "n_programs"])
+def _merge_kernel(
+    partial_out_ptr,
+    partial_sums_ptr,
+    starts_ptr,
+    tail_length,
+    out_ptr,
+    lse_ptr,
+    n_segments,
+    n_rows,
+    n_programs,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    TAIL_ON_DEVICE: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Merges the partial results of a segment's query row, for a slice of head_dim; without any, gives 0 and -inf."""
+    segment, row = tl.program_id(0), tl.program_id(1)
+    n_tail = tail_length_of(tail_length, HAS_TAIL, TAIL_ON_DEVICE)
+    offs_s = tl.arange(0, BLOCK_S)
+    mask_s = offs_s < n_segments
+    starts = tl.load(starts_ptr + offs_s, mask_s, other=0)
+    stops = tl.load(starts_ptr + offs_s + 1, mask_s, other=0)
+    n_items = items_of(tl.where(mask_s, stops - starts + n_tail, 0), n_segments, n_programs, BLOCK_S)
+    first = tl.sum(tl.where(offs_s < segment, n_items, 0), 0)
+    n_parts = tl.sum(tl.where(offs_s == segment, n_items, 0), 0)
+    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    peak = -float("inf")
+    total = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    if USE_PDL:
+        gdc_wait()
+        gdc_launch_dependents()  # not earlier: the next kernel's programs would take the room of this one's
+    for part in range(0, n_parts, BLOCK_P):
+        offs_p = part + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < n_parts
+        rows = (first + offs_p).to(tl.int64) * n_rows + row
+        peaks = tl.load(partial_sums_ptr + 2 * rows, mask_p, other=-float("inf"))
+        totals = tl.load(partial_sums_ptr + 2 * rows + 1, mask_p, other=0.0)
+        mask = mask_p[:, None] & mask_d[None, :]
+        outs = tl.load(partial_out_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(peaks, 0))
+        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        weights = tl.exp2(peaks - base)
+        decay = tl.exp2(peak - base)
+        total = total * decay + tl.sum(weights * totals, 0)
+        acc = acc * decay + tl.sum(weights[:, None] * outs, 0)
+        peak = new_peak
+    acc = acc / tl.where(total > 0, total, 1.0)
+    out_row = segment.to(tl.int64) * n_rows + row
+    tl.store(out_ptr + out_row * HEAD_DIM + offs_d, acc.to(out_ptr.dtype.element_ty), mask_d)
+    if tl.program_id(2) == 0:
+        tl.store(lse_ptr + out_row, tl.where(total > 0, (peak + tl.log2(total)) * LN2, -float("inf")))

@@ -1,0 +1,130 @@
+"""Checks and dispatch of :func:`encode_rows`, :func:`decode_rows`, and their twins for groups of rows."""
+
+import torch
+from torch import Tensor
+
+from kvzip_press.kernels.checks import check_device, check_dtype, check_floating, check_rank, check_shape
+from kvzip_press.kernels.dispatch import Impl, select
+from kvzip_press.kernels.row_codec import reference
+from kvzip_press.kernels.row_codec.codes import Codes, check_width, codec_named
+
+_ENCODE = {"reference": Impl(reference.encode_rows)}
+_DECODE = {"reference": Impl(reference.decode_rows)}
+_ENCODE_GROUPS = {"reference": Impl(reference.encode_groups)}
+
+
+def encode_rows(rows: Tensor, codec: str, *, impl: str | None = None) -> Codes:
+    """Encodes rows, each with a scale of its own.
+
+    A decoded number differs from the original by at most half a step, which is the row's scale. "int8": the largest
+    absolute number / 127, rounded to bf16. "int4" and "int2": about (largest - smallest) / 15 or 3; rounding the zero
+    to bf16 adds up to its absolute value / 1792 (int4) or / 256 (int2). "fp8" has steps of its own: a number errs by
+    at most a 16th of itself, or by a 1024th of the row's scale if that is more. Rows of zeros decode to zeros, rows of
+    equal numbers to that number within these bounds.
+
+    Args:
+        rows: [..., head_dim], any floating dtype and strides; all finite, which is not checked (on a GPU that would
+            wait for the device): the codes of other rows are without meaning.
+        codec: "int8", "fp8" (e4m3), "int4" or "int2"; head_dim must be a multiple of 2 for "int4", of 4 for "int2".
+        impl: "reference" (plain PyTorch, any device) or None.
+
+    Returns:
+        Codes; their attributes say in which dtypes and shapes.
+
+    Raises:
+        ValueError: a shape, ``codec`` or ``impl`` is not as above.
+        TypeError: ``rows`` is not floating point.
+    """
+    kind = codec_named(codec)
+    check_floating("rows", rows)
+    check_width("rows", rows.shape[-1] if rows.ndim else 0, kind)
+    return select("encode_rows", _ENCODE, impl, rows)(rows, codec)
+
+
+def decode_rows(codes: Codes, dtype: torch.dtype = torch.float32, *, impl: str | None = None) -> Tensor:
+    """Decodes what :func:`encode_rows` or :func:`encode_groups` encoded, or any selection of its rows.
+
+    Args:
+        codes: encoded rows [..., head_dim].
+        dtype: of the result; a product and a sum are fp32 (fp64 for fp64) and rounded to it once.
+        impl: as in :func:`encode_rows`.
+
+    Returns:
+        [..., head_dim], contiguous.
+
+    Raises:
+        ValueError: a shape, device or ``impl`` is not as above.
+        TypeError: a dtype is not as above.
+    """
+    codes.check("codes")
+    return select("decode_rows", _DECODE, impl, codes.codes)(codes, dtype)
+
+
+def write_numbers(codes: Codes, out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Writes codes as numbers into a buffer, and returns what makes rows of them: for the inner loop of an op.
+
+    Args:
+        codes: encoded rows [n, head_dim], not checked.
+        out: [n, head_dim], fp32 or fp64, written over.
+
+    Returns:
+        ``out``; and the scale [n] and the zero [n] of each row, in the dtype of ``out``, with which a row is
+        ``scale * out + zero``. None stands for a scale of 1 and a zero of 0.
+    """
+    return reference.write_numbers(codes, out)
+
+
+def groups_of(cu_seqlens: Tensor, total: int, group_size: int = 32) -> tuple[Tensor, int]:
+    """Numbers groups of consecutive rows in packed segments: none crosses a segment, whose last one may be short.
+
+    Args:
+        cu_seqlens: int32 [segments + 1], rising from 0 to ``total``.
+        total: rows of all segments.
+        group_size: rows of a group, 1 or more.
+
+    Returns:
+        int32 [total], the group of each row, never falling; and the number of groups, which is read from the device.
+
+    Raises:
+        ValueError: ``group_size`` is below 1.
+    """
+    if group_size < 1:
+        raise ValueError(f"group_size: expected 1 or more, got {group_size}")
+    bounds = cu_seqlens.long()
+    lengths = bounds.diff()
+    counts = (lengths + group_size - 1) // group_size
+    firsts = counts.cumsum(0) - counts
+    segments = torch.repeat_interleave(lengths, output_size=total)
+    within = torch.arange(total, device=bounds.device) - bounds[segments]
+    return (firsts[segments] + within // group_size).to(torch.int32), int(counts.sum())
+
+
+def encode_groups(rows: Tensor, groups: Tensor, num_groups: int, codec: str, *, impl: str | None = None) -> Codes:
+    """Encodes rows with a scale and a zero for each channel of each group of rows (keys in KIVI, arXiv 2402.02750).
+
+    The error is that of :func:`encode_rows`, with the range of a channel in a group in place of that of a row.
+
+    Args:
+        rows: [n, head_dim], any floating dtype; all finite, which is not checked.
+        groups: int32 [n], the group of each row, 0 .. num_groups - 1 (:func:`groups_of`).
+        num_groups: number of groups; one without rows gets zeros.
+        codec: "int4" or "int2".
+        impl: "reference" (plain PyTorch, any device) or None.
+
+    Returns:
+        Codes with ``groups``; their scales are [num_groups, head_dim, 2].
+
+    Raises:
+        ValueError: a shape, device, ``codec`` or ``impl`` is not as above.
+        TypeError: a dtype is not as above.
+    """
+    kind = codec_named(codec)
+    if not kind.has_zero:
+        raise ValueError(f"codec: expected 'int4' or 'int2' for groups, got {codec!r}")
+    check_rank("rows", rows, "n, head_dim")
+    check_floating("rows", rows)
+    check_width("rows", rows.shape[-1], kind)
+    check_shape("groups", groups, rows.shape[:1], "n")
+    check_dtype("groups", groups, torch.int32)
+    check_device("groups", groups, rows.device)
+    return select("encode_groups", _ENCODE_GROUPS, impl, rows)(rows, groups, num_groups, codec)
