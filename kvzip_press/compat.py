@@ -15,8 +15,9 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -156,10 +157,26 @@ def uncompiled(model: Any) -> AbstractContextManager[None]:
     ``torch.compile`` traces what it can of a forward, which a ragged cache's views of memory are not.
     """
     compiled = getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod")
-    if not compiled and not hasattr(model.forward, "_torchdynamo_orig_callable"):
-        return nullcontext()
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
+    return _eager() if compiled or hasattr(model.forward, "_torchdynamo_orig_callable") else nullcontext()
+
+
+_EAGER_LOCK = threading.Lock()
+_EAGER: list[Any] = []  # one entry for each that is open in any thread; the first holds the stance
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """While open in any thread, nothing is compiled: the stance is the process's, so the last to leave ends it."""
+    with _EAGER_LOCK:
+        _EAGER.append(None if _EAGER else torch.compiler.set_stance("force_eager"))  # it holds from here on
+    try:
+        yield
+    finally:
+        with _EAGER_LOCK:
+            if len(_EAGER) > 1:
+                _EAGER.pop()
+            else:
+                _EAGER.pop().__exit__(None, None, None)
 
 
 def attention_function(name: str) -> Callable[..., Any] | None:
@@ -219,6 +236,6 @@ def register_attention(name: str, attention: Callable[..., Any], mask: Callable[
     """Adds an attention implementation (and its mask) under a new name; nothing that exists is replaced."""
     if name in ALL_ATTENTION_FUNCTIONS:
         return
-    AttentionInterface.register(name, attention)
-    if mask is not None:
+    if mask is not None:  # first: another thread that finds the attention expects its mask
         AttentionMaskInterface.register(name, mask)
+    AttentionInterface.register(name, attention)

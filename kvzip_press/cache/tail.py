@@ -17,6 +17,11 @@ def is_writable(tensor: torch.Tensor) -> bool:
     return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
+def writable(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor that may be written into here: itself, or a copy."""
+    return tensor if is_writable(tensor) else tensor.clone()
+
+
 def _in_new_buffer(columns: torch.Tensor, capacity: int) -> torch.Tensor:
     """Returns a new buffer that begins with these columns, ``[batch, num_heads, capacity, dim]``."""
     buffer = columns.new_empty(*columns.shape[:2], capacity, columns.shape[3])
@@ -36,6 +41,7 @@ class Tail:
         length: Number of columns: the tokens of the longest row.
         padding: int64 ``[batch]``, the number of columns on the left of each row that are padding; None if there are
             none. It is replaced, never written into.
+        settle: Called before the tail is copied: gives tokens their scores that still wait for them; None if none do.
     """
 
     def __init__(self, *, scored: bool = False) -> None:
@@ -45,6 +51,7 @@ class Tail:
         self.scored = scored
         self.length = 0
         self.padding: torch.Tensor | None = None
+        self.settle: Callable[[], None] | None = None
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -102,7 +109,7 @@ class Tail:
             where: Bool, broadcastable to the shape of ``scores``, False where the present score stays; None sets all.
         """
         assert self._scores is not None
-        self._scores = self._scores if is_writable(self._scores) else self._scores.clone()
+        self._scores = writable(self._scores)
         place = self._scores[:, :, : self.length, 0][:, :, first : first + scores.shape[2]]
         place.copy_(scores if where is None else torch.where(where, scores, place))
 
@@ -172,7 +179,7 @@ class Tail:
         """Forgets every column from ``length`` on; the buffer stays."""
         self.length = min(self.length, length)
         if self._scores is not None:
-            self._scores = self._scores if is_writable(self._scores) else self._scores.clone()
+            self._scores = writable(self._scores)
             self._scores[:, :, self.length :] = torch.nan  # a captured step writes pairs there, but no scores
         if self.padding is not None:
             self.padding = self.padding.clamp(max=self.length) if self.length else None
@@ -208,6 +215,8 @@ class Tail:
 
     def copy(self, device: torch.device | None = None) -> Tail:
         """Returns an independent tail with the same tokens, without spare room, on ``device`` or where this one is."""
+        if self.settle is not None:
+            self.settle()
         tail = Tail(scored=self.scored)
         if self.keys is not None and self.values is not None and self.length:
             tail.append(self.keys.to(device), self.values.to(device))

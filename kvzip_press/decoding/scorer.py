@@ -11,6 +11,7 @@ from torch import nn
 
 from kvzip_press.cache.padding import visible_columns
 from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cache.tail import writable
 from kvzip_press.model.hidden_states import watching_hidden_states
 
 Layers = Mapping[int, RaggedLayer]
@@ -121,6 +122,7 @@ class HiddenStateScorer(DecodeScorer):
             self._hidden = states.new_empty(n_layers, batch, self.buffer, hidden_size)
         if self._slot is None:
             self._slot = torch.full((1,), self._n_pending, device=states.device)
+        self._hidden, self._slot = writable(self._hidden), writable(self._slot)
         self._hidden.index_copy_(2, self._slot, states)
         self._slot.add_(1)
         self.abandon()
@@ -129,6 +131,7 @@ class HiddenStateScorer(DecodeScorer):
         """Counts the token whose hidden states are in the buffer, and scores the buffer when it is full."""
         if self._n_pending == 0:
             self._first, self._n_rearranged = _length(layers) - 1, _any(layers).n_rearranged
+            self._settle_before_copies(layers)
         self._n_pending += 1
         if self._n_pending == self.buffer:
             self.settle(layers)
@@ -141,6 +144,19 @@ class HiddenStateScorer(DecodeScorer):
                 layer.tail.put_scores(self.score(layer_idx, hidden[:, : self._n_pending]), self._first)
         self._n_pending = 0
         self._settle_slot()
+        for layer in layers.values():
+            layer.tail.settle = None
+
+    def _settle_before_copies(self, layers: Layers) -> None:
+        """Makes tails get the scores of pending tokens before they are copied: a copy could not get them later."""
+
+        @torch.no_grad()
+        def settle() -> None:
+            self.cut_to(layers)
+            self.settle(layers)
+
+        for layer in layers.values():
+            layer.tail.settle = settle
 
     def cut_to(self, layers: Layers) -> None:
         """Forgets hidden states of tokens that are no longer in the tails."""
@@ -161,7 +177,7 @@ class HiddenStateScorer(DecodeScorer):
 
     def _settle_slot(self) -> None:
         if self._slot is not None:
-            self._slot.fill_(self._n_pending)
+            self._slot = writable(self._slot).fill_(self._n_pending)
 
 
 def _any(layers: Layers) -> RaggedLayer:

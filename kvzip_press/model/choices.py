@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dis
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from types import CodeType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,6 +22,8 @@ _LIBRARIES = {"torch", "transformers", "transformers_modules", "accelerate"}
 _WATCHING = {*_LIBRARIES, "kvzip_press", "kvpress"}
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _DEPTH = 3
+_WRITING = {"STORE_DEREF", "STORE_GLOBAL", "STORE_ATTR"}
+_GATHERING = {"append", "extend", "insert", "update", "setdefault"}
 
 
 def passive_parts(prefix: str, module: nn.Module) -> list[str]:
@@ -38,7 +47,8 @@ def settings(module: nn.Module) -> list[tuple[str, str]]:
     """
     if _is_known(type(module)):
         return []
-    held = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    written = _facts(type(module).forward).written  # counters
+    held = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE | written}
     if _has_adapters(module):
         active = _active(module)
         dicts = {name: value for name, value in held.items() if isinstance(value, dict)}
@@ -52,12 +62,13 @@ def settings(module: nn.Module) -> list[tuple[str, str]]:
     return sorted((name, text) for name, text in texts.items() if text)
 
 
-def choices(module: nn.Module) -> list[Any]:
-    """Returns what chooses among a module's own weights: its settings, and the forward hooks that may compute."""
-    foreign = not _is_known(type(module))
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())  # noqa: SLF001  # no public name
-    computing = [id(hook) for hook in hooks if _library(hook) not in _WATCHING] if hooks else []
-    return [*computing, *(settings(module) if foreign else ())]
+def choices(module: nn.Module, root: nn.Module) -> Iterator[torch.Tensor | str]:
+    """Yields what a change of a module's settings, or of what others compute in it, changes: tensors and texts."""
+    if _is_foreign(module):
+        yield from (f"{name}={text}" for name, text in settings(module))
+    yield from (
+        held if isinstance(held, torch.Tensor) else f"{name}={held}" for name, held in held_outside(module, root)
+    )
 
 
 def _has_adapters(module: nn.Module) -> bool:
@@ -73,32 +84,128 @@ def _active(module: Any) -> list[str]:
     return [active] if isinstance(active, str) else list(active)
 
 
-def held_by_hooks(module: nn.Module, root: nn.Module) -> Iterator[tuple[str, torch.Tensor | str]]:
-    """Yields what a module's forward hooks compute with: tensors, and the texts and truths beside them.
+def held_outside(module: nn.Module, root: nn.Module) -> Iterator[tuple[str, torch.Tensor | str]]:
+    """Yields what a module computes with that is neither weight nor setting, by name: tensors, and texts beside them.
 
-    A hook counts if a variable of it is a tensor or another module, or a list or dict with parameters in it. One that
-    gathers what it sees in a list does not: that would be another model after each forward.
+    These are tensors that a module of others holds as plain attributes; and what functions of others hold that run in
+    its forward: its hooks, and a ``forward`` that was put on it. A function that may return something changes what the
+    module computes: it counts, with its instructions and all that it holds. One that only looks counts if it holds
+    weights: a tensor or another module, or a list or dict with parameters in it. What a function writes itself is its
+    log or counter, and would make another model of each forward: that does not count.
 
     Args:
         module: The module.
-        root: The whole of which it is a part; what hooks hold of it is counted already.
+        root: The whole of which it is a part; what functions hold of it is counted already.
     """
+    if _is_foreign(module):
+        written = _facts(type(module).forward).written
+        yield from ((name, value) for name, value in _plain_tensors(module) if name not in written)
+    index = 0  # of those that count, so that others may come and go
+    for function in _computing(module):
+        facts, held = _facts(function), _held(function)
+        kept = {name: value for name, value in held.items() if name not in facts.written and not _inside(value, root)}
+        deep = facts.changes and not facts.gathers
+        weights = [(name, one) for name, value in kept.items() for one in _weights(value, _DEPTH, deep=deep)]
+        if not weights and not facts.changes:
+            continue
+        prefix, index = f"hook{index}.", index + 1
+        yield from ((f"{prefix}{name}.{number}", one) for number, (name, one) in enumerate(weights))
+        texts = ((name, _chosen(value, numbers=facts.changes)) for name, value in kept.items())
+        yield from ((prefix + name, text) for name, text in texts if text)
+        if facts.changes:
+            yield f"{prefix}code", facts.digest
+
+
+def _plain_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of a module that its state dict leaves out."""
+    unsaved = {name: vars(module)["_buffers"].get(name) for name in vars(module)["_non_persistent_buffers_set"]}
+    for name, value in {**unsaved, **vars(module)}.items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+
+
+def _inside(value: Any, root: nn.Module) -> bool:
+    """Whether a variable is a part of the whole, or a module around it."""
+    return isinstance(value, nn.Module) and (value in set(root.modules()) or root in set(value.modules()))
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    return not _is_known(type(module))
+
+
+def _computing(module: nn.Module) -> list[Any]:
+    """Returns the functions of others that run in a module's forward: hooks, and a forward that was put on it."""
     hooks = [  # a list made in one step: other threads add hooks and remove them
         *module._forward_hooks.values(),  # noqa: SLF001  # no public name
         *module._forward_pre_hooks.values(),  # noqa: SLF001
     ]
-    for index, hook in enumerate(hooks):
-        function, held = _taken_apart(hook)
-        if _library(function) in _WATCHING:
-            continue
-        found = [(f"hook{index}.{name}", value) for name, one in held.items() for value in _weights(one, root, _DEPTH)]
-        if found:
-            yield from ((f"{name}.{number}", value) for number, (name, value) in enumerate(found))
-            yield from ((f"hook{index}.{name}", text) for name, one in held.items() if (text := _chosen(one)))
+    if (own := vars(module).get("forward")) is not None:
+        hooks.append(own)
+    return [hook for hook in hooks if _origin(hook) not in _WATCHING] if hooks else []
 
 
-def _taken_apart(hook: Any) -> tuple[Any, dict[str, Any]]:
-    """Returns a hook's function, and the variables that it carries along."""
+def _function(hook: Any) -> Any:
+    """Returns the Python function that is called in the end; the object itself if there is none."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    function = getattr(hook, "__func__", hook)
+    return function if hasattr(function, "__code__") else type(function).__call__
+
+
+def _origin(hook: Any) -> str:
+    """Returns the library that a hook is code of, whatever it says to stand for (`functools.wraps`)."""
+    function = _function(hook)
+    name = getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", "")
+    return str(name).partition(".")[0]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the instructions of a function tell.
+
+    Attributes:
+        changes: Whether it may return something. A hook that does replaces what it was given.
+        gathers: Whether it puts something into a list or dict.
+        written: Names of the variables and attributes that it writes.
+        read: Names of the globals that it reads.
+        digest: Of its instructions and constants.
+    """
+
+    changes: bool = False
+    gathers: bool = False
+    written: frozenset[str] = frozenset()
+    read: frozenset[str] = frozenset()
+    digest: str = ""
+
+
+def _facts(hook: Any) -> _Facts:
+    code = getattr(_function(hook), "__code__", None)
+    return _Facts() if code is None else _facts_of(code)
+
+
+@functools.lru_cache(maxsize=256)
+def _facts_of(code: CodeType) -> _Facts:
+    steps = list(dis.get_instructions(code))
+    gathers = any(step.opname == "STORE_SUBSCR" or step.argval in _GATHERING for step in steps)
+    returned = [before for before, step in pairwise(steps) if step.opname == "RETURN_VALUE"]
+    returned += [step for step in steps if step.opname == "RETURN_CONST"]
+    changes = any("CONST" not in step.opname or step.argval is not None for step in returned)
+    return _Facts(
+        changes=changes and not (gathers and code.co_name == "<lambda>"),  # `lambda ...: seen.append(...)` gives None
+        gathers=gathers,
+        written=frozenset(str(step.argval) for step in steps if step.opname in _WRITING),
+        read=frozenset(str(step.argval) for step in steps if step.opname == "LOAD_GLOBAL"),
+        digest=hashlib.sha256(_text_of_code(code).encode()).hexdigest()[:32],
+    )
+
+
+def _text_of_code(code: CodeType) -> str:
+    constants = [_text_of_code(one) if isinstance(one, CodeType) else _text(one, 0) for one in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
+
+
+def _held(hook: Any) -> dict[str, Any]:
+    """Returns the variables that a function carries along: arguments, attributes, those around it, and globals."""
     held: dict[str, Any] = {}
     while isinstance(hook, functools.partial):
         held |= {**{str(i): value for i, value in enumerate(hook.args)}, **hook.keywords}
@@ -106,31 +213,40 @@ def _taken_apart(hook: Any) -> tuple[Any, dict[str, Any]]:
     owner = getattr(hook, "__self__", None if hasattr(hook, "__code__") else hook)
     if owner is not None:
         held |= {"self": owner} if isinstance(owner, nn.Module) else dict(getattr(owner, "__dict__", {}))
-    function: Any = getattr(hook, "__func__", hook)
-    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-    for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=True):
-        try:
+    function = _function(hook)
+    if (code := getattr(function, "__code__", None)) is None:
+        return held
+    arguments = code.co_varnames[: code.co_argcount]
+    defaults = function.__defaults__ or ()
+    held |= dict(zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True))
+    held |= function.__kwdefaults__ or {}
+    held |= {name: function.__globals__[name] for name in _facts_of(code).read if name in function.__globals__}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not assigned yet
             held[name] = cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-    return function if hasattr(function, "__module__") else type(function), held
+    return held
 
 
-def _weights(value: Any, root: nn.Module, depth: int) -> Iterator[torch.Tensor]:
+def _weights(value: Any, depth: int, *, deep: bool) -> Iterator[torch.Tensor]:
+    """Yields the tensors in a variable of a hook; those in lists and dicts that are no parameters only if ``deep``."""
     if isinstance(value, torch.Tensor):
-        if depth == _DEPTH or isinstance(value, nn.Parameter):
+        if deep or depth == _DEPTH or isinstance(value, nn.Parameter):
             yield value
     elif isinstance(value, nn.Module):
-        parts = set(value.modules())
-        if root not in parts and value not in set(root.modules()):
-            yield from value.state_dict(keep_vars=True).values()
+        yield from value.state_dict(keep_vars=True).values()
     elif depth and isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _weights(item, root, depth - 1)
+            yield from _weights(item, depth - 1, deep=deep)
 
 
-def _chosen(value: Any) -> str:
-    """Returns the texts and truths in a hook's variable; numbers there are counters as often as not."""
+def _chosen(value: Any, *, numbers: bool) -> str:
+    """Returns the texts and truths in a hook's variable; also numbers and arrays, which may be a counter or a log."""
+    if numbers and isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return hashlib.sha256(value.tobytes()).hexdigest()[:32]
+    if numbers and isinstance(value, nn.Module):
+        return ",".join(f"{name}={text}" for module in value.modules() for name, text in settings(module))
+    if numbers:
+        return _text(value, _DEPTH)
     if isinstance(value, Mapping):
         return ",".join(f"{name}={item!r}" for name, item in value.items() if isinstance(item, str | bool))
     return repr(value) if isinstance(value, str | bool) else ""

@@ -3,7 +3,7 @@
 A key of layer 7 depends on the embedding and on everything in the layers below, so a cache belongs to the whole decoder
 and not to one projection; the head above it counts for nothing. What counts besides the numbers is what chooses among
 them: of a layer with adapters (peft's) those that are active, of any module that is not torch's or transformers' the
-plain values that it holds, and tensors that a forward hook holds on to.
+plain values that it holds, and what forward hooks compute with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kvzip_press.errors import UnsupportedModelError
-from kvzip_press.model.choices import choices, held_by_hooks, passive_parts, settings
+from kvzip_press.model.choices import choices, held_outside, passive_parts, settings
 from kvzip_press.model.tensor_digest import digests_of, looks_of, plain_parts
 
 #: Begins every fingerprint that counts all weights; older ones counted 64 values of each attention weight.
@@ -68,7 +68,8 @@ def _traces(root: nn.Module) -> list[Any] | None:
         tensors += [
             t for t in chain(vars(module)["_parameters"].values(), vars(module)["_buffers"].values()) if t is not None
         ]
-        traces += choices(module)
+        for choice in choices(module, root):
+            (tensors if isinstance(choice, torch.Tensor) else traces).append(choice)
     if any(type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors):
         return None
     looks = looks_of(tensors)
@@ -102,7 +103,7 @@ def _entries(root: nn.Module) -> dict[str, str]:
     for prefix, module in modules.items():
         for name, value in settings(module):
             entries[_usual(f"{prefix}.{name}")] = value
-        for name, held in held_by_hooks(module, root):
+        for name, held in held_outside(module, root):
             if isinstance(held, torch.Tensor):
                 _add(tensors, entries, f"{prefix}.{name}", held)
             else:

@@ -61,8 +61,12 @@ def check_supported(press: Any, base: Any) -> None:
             )
 
 
-# What torch says, in a RuntimeError, of the empty tensors that a few tokens leave some presses with.
-_OF_NOTHING = re.compile(r"numel\(\) == 0|of 0 elements")
+# What torch says, in a RuntimeError, where a press's arithmetic does not fit what it is given: the empty tensors that a
+# few tokens leave it with, heads of which RoPE turns a part only, a dtype that it was not written for.
+_DOES_NOT_FIT = re.compile(
+    r"numel\(\) == 0|of 0 elements|must match the size of tensor|cannot be converted to type"
+    r"|shapes cannot be multiplied"
+)
 _FEW = 64  # tokens; of so short a context the length is said
 
 
@@ -75,8 +79,8 @@ def as_ours(press: str, error: Exception, where: str = "", n_tokens: int | None 
         where: Where it did, with a space before it.
         n_tokens: The length of what it read, if that may be too short for it.
     """
-    of_nothing = type(error) is RuntimeError and _OF_NOTHING.search(str(error))
-    if isinstance(error, KVzipPressError) or not (isinstance(error, REFUSALS) or of_nothing):
+    does_not_fit = type(error) is RuntimeError and _DOES_NOT_FIT.search(str(error))
+    if isinstance(error, KVzipPressError) or not (isinstance(error, REFUSALS) or does_not_fit):
         return error
     is_short = n_tokens is not None and n_tokens < _FEW
     length = f", of {n_tokens} token{'s' if n_tokens != 1 else ''}" if is_short else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import ExitStack
 from types import MethodType
 from typing import Any
 
@@ -159,3 +161,24 @@ def test_the_installed_names_of_caches_are_read_without_a_warning(recwarn) -> No
     assert RaggedCache.of(compat.cache_after(output)).get_seq_length() == 60
     assert compat.cache_after(BaseModelOutputWithPast(), cache) is cache
     assert [str(w.message) for w in recwarn if "cache" in str(w.message) or "past" in str(w.message)] == []
+
+
+def test_what_one_thread_leaves_stays_uncompiled_for_another() -> None:
+    """Compiled models in two threads: each runs eagerly to its end, and afterwards models are compiled again."""
+    calls: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(1)
+        return graph
+
+    model = torch.nn.Linear(2, 2)
+    model.forward = torch.compile(model.forward, backend=backend)
+    with ExitStack() as other:
+        with compat.uncompiled(model):
+            thread = threading.Thread(target=lambda: other.enter_context(compat.uncompiled(model)))
+            thread.start()
+            thread.join()
+        model(torch.ones(1, 2))
+        assert not calls
+    model(torch.ones(1, 2))
+    assert calls

@@ -337,6 +337,49 @@ def test_a_fork_keeps_its_pairs_while_the_other_goes_on() -> None:
     )
 
 
+@pytest.mark.parametrize("n_before", [0, 3, 15, 16])
+def test_a_fork_goes_on_with_tokens_that_wait_for_their_scores(n_before) -> None:
+    """It is what the cache would be that it was forked from, whichever of them is read first."""
+    model = tiny_model()
+    press, ids = press_for(model), token_ids(1, 60)
+
+    def read_on(cache, first: int) -> None:
+        for token in range(first, first + 40):
+            step(model, cache, torch.tensor([[3 + token % 100]]))
+
+    def begun() -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        step(model, cache, ids)
+        for token in range(n_before):
+            step(model, cache, torch.tensor([[50 + token]]))
+        return cache
+
+    with press(model):
+        expected = begun()
+        read_on(expected, 7)
+    with press(model):
+        cache = begun()
+        fork = RaggedCache.of(cache).fork()
+        read_on(cache, 30)
+        read_on(fork, 7)
+    assert kept(fork) == kept(expected)
+
+
+def test_a_context_that_is_used_in_and_out_of_inference_mode_evicts_alike() -> None:
+    model = tiny_model()
+    press, ids = press_for(model), token_ids(1, 60)
+
+    def read_on(modes: list[bool]) -> Any:
+        cache = DynamicCache(config=model.config)
+        with press(model):
+            for index, mode in enumerate(modes):
+                with torch.inference_mode(mode), torch.no_grad():
+                    step(model, cache, ids if not index else torch.tensor([[3 + index]]))
+        return kept(cache)
+
+    assert read_on([True, True, False, False, True, True, False] * 6) == read_on([False] * 42)
+
+
 def test_a_conversation_goes_on_in_another_context() -> None:
     """What was pending when the first ended has been scored; what is read outside of both is refused at an eviction."""
     model = tiny_model()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -107,6 +109,116 @@ def test_weights_that_changed_are_noticed(change, tmp_path) -> None:
     CHANGES[change](model)
     refused(model, cache, path)
     assert answer(model, TOKENIZER, compress(model, TOKENIZER, TEXT, PRESS), "Whose?", max_new_tokens=2)
+
+
+STEERING = torch.full((64,), 3.0)
+ARRAY = np.full(64, 3.0, dtype=np.float32)
+VECTORS = {"first": torch.full((64,), 3.0)}
+STRENGTH = 2
+
+
+class Steer:
+    """A hook that is an object."""
+
+    def __init__(self) -> None:
+        self.vector, self.is_on, self.n_calls = torch.full((64,), 3.0), True, 0
+
+    def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        self.n_calls += 1
+        return output + self.vector if self.is_on else None
+
+
+class Steered(nn.Module):
+    """A module around another, which adds a vector that is an attribute, and keeps what it saw."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.vector, self.seen, self.n_calls = inner, torch.full((64,), 3.0), None, 0
+        self.register_buffer("bias", torch.zeros(64), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.n_calls += 1
+        self.seen = self.inner(x) + self.vector + self.bias
+        return self.seen
+
+
+def hooked(hook: Callable[..., Any]) -> Callable[[Any], None]:
+    return lambda model: model.model.layers[0].mlp.register_forward_hook(hook)
+
+
+def with_forward(wrap: Callable[[Callable[..., Any]], Any]) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        mlp = model.model.layers[0].mlp
+        mlp.forward = functools.wraps(mlp.forward)(wrap(mlp.forward))
+
+    return change
+
+
+def around(model: Any) -> None:
+    model.model.layers[0].mlp = Steered(model.model.layers[0].mlp)
+
+
+FUNCTIONS: dict[str, Callable[[Any], None]] = {
+    "a constant": hooked(lambda _, args, output: output * 2),
+    "a global tensor": hooked(lambda _, args, output: output + STEERING),
+    "a global array": hooked(lambda _, args, output: output + torch.from_numpy(ARRAY)),
+    "a global number": hooked(lambda _, args, output: output * STRENGTH),
+    "a tensor in a dict": hooked(lambda _, args, output: output + VECTORS["first"]),
+    "a default": hooked(lambda _, args, output, by=STEERING: output + by),
+    "a pre-hook": lambda model: model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: (args[0] + 1,)),
+    "an object": hooked(Steer()),
+    "a forward in place of the module's": with_forward(lambda forward: lambda x: forward(x) * 2),
+    "a module around another": around,
+}
+
+
+@pytest.mark.parametrize("change", FUNCTIONS)
+def test_functions_of_others_that_change_an_output_are_noticed(change) -> None:
+    """Whatever they compute with: constants, globals, defaults, attributes; beside one that only looks."""
+    model, seen = tiny_model(num_layers=1), []
+    cache = compress(model, TOKENIZER, TEXT, PRESS)
+    answer(model, TOKENIZER, cache, "Whose?", max_new_tokens=2)
+    FUNCTIONS[change](model)
+    with pytest.raises(CacheMismatchError, match=r"differ first in layers\.0\.mlp"):
+        answer(model, TOKENIZER, cache, "Whose?", max_new_tokens=2)
+    cache = compress(model, TOKENIZER, TEXT, PRESS)
+    model.model.layers[0].mlp.register_forward_hook(lambda _, args, output: seen.append(output))
+    assert answer(model, TOKENIZER, cache, "Whose?", max_new_tokens=2)
+    assert seen
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda hook: hook.vector.neg_(),
+        lambda hook: setattr(hook, "vector", -hook.vector),
+        lambda hook: setattr(hook, "is_on", False),
+    ],
+    ids=["in place", "another tensor", "switched off"],
+)
+def test_what_a_hook_holds_is_looked_at_again_each_time(change) -> None:
+    model, hook = tiny_model(num_layers=1), Steer()
+    hooked(hook)(model)
+    cache = compress(model, TOKENIZER, TEXT, PRESS)
+    answer(model, TOKENIZER, cache, "Whose?", max_new_tokens=2)
+    change(hook)
+    with pytest.raises(CacheMismatchError, match=r"differ first in layers\.0\.mlp\.hook0"):
+        answer(model, TOKENIZER, cache, "Whose?", max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda module: module.vector.neg_(), lambda module: module.bias.add_(1)],
+    ids=["an attribute", "a buffer that is not saved"],
+)
+def test_tensors_of_foreign_modules_that_are_no_weights_count(change) -> None:
+    model = tiny_model(num_layers=1)
+    around(model)
+    cache = compress(model, TOKENIZER, TEXT, PRESS)
+    answer(model, TOKENIZER, cache, "Whose?", max_new_tokens=2)
+    change(model.model.layers[0].mlp)
+    with pytest.raises(CacheMismatchError, match=r"differ first in layers\.0\.mlp\."):
+        answer(model, TOKENIZER, cache, "Whose?", max_new_tokens=2)
 
 
 def test_a_cache_remembers_the_weights_that_read_it_not_those_that_were_there_at_its_eviction() -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from kvzip_press import RaggedPress
+from kvzip_press import RaggedPress, compress
 from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling.whole import run_prefill
+from kvzip_press.testing import ByteTokenizer, tiny_model
 
 pytestmark = pytest.mark.kvpress
 
@@ -63,3 +65,11 @@ def test_only_full_layers_of_a_hybrid_model_are_compressed(make_press: Any, cont
         cache = done.evict(ragged.score(done))
         assert [isinstance(layer, RaggedLayer) for layer in cache.layers] == [False, True, False]
         assert int(cache.seqlens(1).sum()) == 120  # 0.4 of 300, for PyramidKV too: it is the middle one of three layers
+
+
+@pytest.mark.parametrize("options", [{"partial_rotary_factor": 0.5}, {"dtype": torch.bfloat16}], ids=["rotary", "bf16"])
+def test_a_model_that_a_press_s_arithmetic_does_not_fit_is_refused(options: Any, make_press: Any) -> None:
+    """kvpress's SnapKV turns all of a head, and pads with a number that bf16 does not hold on some devices."""
+    model, context = tiny_model("phi3", **options), list(range(3, 103))
+    with pytest.raises(InvalidArgumentError, match=r"SnapKVPress.*refused in layer 0: RuntimeError"):
+        compress(model, ByteTokenizer(), context, RaggedPress(make_press("SnapKVPress")))
