@@ -1,7 +1,5 @@
 """Checks and dispatch of :func:`ragged_attention`."""
 
-from typing import Any
-
 from torch import Tensor
 
 from kvzip_press.kernels.checks import check_softcap
@@ -16,8 +14,10 @@ _ROWS = deferred("kvzip_press.kernels.ragged_attention.triton", "ragged_attentio
 _CODES = deferred("kvzip_press.kernels.ragged_attention.codes.triton", "ragged_attention")
 
 
-def _triton(inputs: RaggedInputs, **options: Any) -> tuple[Tensor, Tensor]:
-    return (_CODES if isinstance(inputs.keys, Codes) else _ROWS)(inputs, **options)
+def _triton(inputs: RaggedInputs, *, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    run = _CODES if isinstance(inputs.keys, Codes) else _ROWS
+    out, lse = run(inputs, scaling=scaling, softcap=softcap)
+    return out, lse
 
 
 def _reason_against_triton(inputs: RaggedInputs, softcap: float | None) -> str | None:

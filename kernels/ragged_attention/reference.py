@@ -34,9 +34,9 @@ def _contexts(inputs: RaggedInputs, dtype: torch.dtype) -> Iterator[Part]:
     bias = query.new_zeros(query.shape[:3]) if inputs.context_bias is None else inputs.context_bias
     with_bias = torch.cat([query, bias.unsqueeze(-1)], -1)  # meets a 1 behind each key
     queries = with_bias.unflatten(1, (inputs.num_key_value_heads, -1)).flatten(0, 1)
-    for own, (keys, values) in zip(queries, inputs.segment_codes(), strict=True):
-        decoded = torch.nn.functional.pad(decode_rows(keys, dtype), (0, 1), value=1.0)
-        yield Part(decoded, decode_rows(values, dtype), query=own)
+    for own, (key_codes, value_codes) in zip(queries, inputs.segment_codes(), strict=True):
+        decoded = torch.nn.functional.pad(decode_rows(key_codes, dtype), (0, 1), value=1.0)
+        yield Part(decoded, decode_rows(value_codes, dtype), query=own)
 
 
 def _tail(inputs: RaggedInputs, row: int, head: int) -> list[Part]:

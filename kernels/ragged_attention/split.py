@@ -21,6 +21,20 @@ except ImportError:  # an older Triton; the names are only in branches that are 
     gdc_launch_dependents = gdc_wait = None
     HAS_PDL = False
 
+__all__ = [
+    "broadcast_strides",
+    "gdc_launch_dependents",
+    "gdc_wait",
+    "items_of",
+    "merge",
+    "n_programs",
+    "on_device",
+    "segments_of",
+    "tail_length_of",
+    "tail_of",
+    "uses_pdl",
+]
+
 LN2 = tl.constexpr(0.6931471805599453)
 MIN_PIECE = tl.constexpr(32)  # fewest pairs that are worth a program
 

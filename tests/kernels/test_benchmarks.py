@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvzip_press.kernels.benchmarks import (
+    codecs,
     decode_peers,
     harness,
     kv_scoring,
@@ -41,7 +42,7 @@ from kvzip_press.kernels.benchmarks.timing import (
 
 CPU = torch.device("cpu")
 SMALL = DecodeCase(6, 2, 16, 50, batch=2)
-SCRIPTS = ["kv_scoring", "ragged_attention", "ragged_pack", "replay_attention"]
+SCRIPTS = ["codecs", "kv_scoring", "ragged_attention", "ragged_pack", "replay_attention"]
 
 
 class CallingBench(Bench):
@@ -70,7 +71,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CallingBench:
 
 @pytest.fixture(autouse=True)
 def _few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for script in (kv_scoring, ragged_attention):
+    for script in (codecs, kv_scoring, ragged_attention):
         monkeypatch.setattr(script, "copies_for", lambda n_bytes: 2)
 
 
@@ -359,6 +360,30 @@ def test_the_bytes_of_a_decode_are_those_of_the_pairs_it_reads(bench: CallingBen
     assert n_bytes["ours reference, tail 64"] == context + 2 * 2 * 64 * 2 * 16 * 2
     assert n_bytes["memcpy"] == 2 * context
     assert n_bytes["sdpa flash, full cache"] == 2 * 2 * 50 * 2 * 16 * 2
+
+
+def test_codecs_are_measured_beside_bf16_and_a_failure_does_not_end_the_run(
+    bench: CallingBench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without Triton here, the op chooses; block sizes of a kernel's own need it, and are left out with a reason."""
+    monkeypatch.setattr(codecs, "IMPL", None)
+    codecs.measure_all(bench, [SMALL], math.inf)
+    assert impls_of(bench) >= {"bf16, tail 0", "int8, tail 0", "k8v4, tail 0", "int4, tail 0", "fp8, tail 64"}
+    by_name = {row.impl: row for row in bench.rows}
+    n_pairs = sum(SMALL.lengths())
+    assert by_name["int8, tail 0"].bytes == n_pairs * 2 * (16 + 2)
+    assert by_name["int4, tail 0"].bytes == n_pairs * 2 * (8 + 4)
+    assert all(row.error is not None and row.error < codecs.ERROR_LIMIT for row in bench.rows if row.impl[:4] != "bf16")
+    monkeypatch.setattr(codecs, "ERROR_LIMIT", 1e-12)
+    bench.rows.clear()
+    codecs.measure_all(bench, [SMALL], math.inf)
+    assert impls_of(bench) == {"bf16, tail 0"}
+    assert "expected a relative error of at most 1e-12" in capsys.readouterr().out
+
+
+def test_no_measurement_of_codecs_begins_when_the_time_is_over(bench: CallingBench) -> None:
+    codecs.measure_all(bench, [SMALL], 0.0)
+    assert not bench.rows
 
 
 def test_scoring_runs(bench: CallingBench) -> None:

@@ -86,16 +86,16 @@ def test_it_equals_attention_to_the_decoded_rows(
 @pytest.mark.parametrize("codecs", CODECS)
 def test_the_kernel_equals_attention_to_the_decoded_rows(codecs: tuple[str, str], triton_device: torch.device) -> None:
     """Every width of a word, tiles that end inside a segment, an empty segment, and a tail in the same launch."""
-    given = arguments([66, 0], codecs, n_tail=3, groups=2, head_dim=64, device=triton_device)
+    given = arguments([40, 0], codecs, n_tail=3, groups=2, head_dim=64, device=triton_device)
     assert_equals_decoded(given, "triton")
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize(("head_dim", "groups", "n_rows"), [(80, 1, 1), (128, 16, 1), (256, 2, 9)])
+@pytest.mark.parametrize(("head_dim", "groups", "n_rows"), [(80, 1, 1), (128, 16, 1), (32, 2, 9)])
 def test_the_kernel_does_every_width_and_many_rows(
     head_dim: int, groups: int, n_rows: int, triton_device: torch.device
 ) -> None:
-    """In bf16, as on a GPU; 80 numbers fill no power of two of words."""
+    """In bf16, as on a GPU; 80 numbers fill no power of two of words, 32 in nibbles too few."""
     given = arguments(
         [33],
         ("int8", "int4"),

@@ -60,7 +60,8 @@ def ragged_attention(
         return out, lse
     groups, n_segments = num_attention_heads // n_heads, batch_size * n_heads
     n_rows = groups * query_length
-    config = config or choose(n_rows, head_dim, keys.shape[0], n_segments)
+    key_bits, value_bits = CODECS[keys.codec].bits, CODECS[values.codec].bits
+    config = config or choose(n_rows, head_dim, key_bits + value_bits, keys.shape[0], n_segments)
     n_row_blocks = triton.cdiv(n_rows, config.block_m)
     n_programs = split.n_programs(query.device, config.programs_per_sm, n_row_blocks, n_segments)
     partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
@@ -105,10 +106,10 @@ def ragged_attention(
             0.0 if softcap is None else softcap * LOG2E,
             HEADS=n_heads,
             GROUPS=groups,
-            K_BITS=CODECS[keys.codec].bits,
+            K_BITS=key_bits,
             K_FLOAT=keys.codec == "fp8",
             K_BLOCK=_block_of_words(keys),
-            V_BITS=CODECS[values.codec].bits,
+            V_BITS=value_bits,
             V_FLOAT=values.codec == "fp8",
             V_BLOCK=_block_of_words(values),
             BLOCK_M=config.block_m,
