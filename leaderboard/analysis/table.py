@@ -10,9 +10,8 @@ from kvzip_press.leaderboard.analysis.summary import Cell
 from kvzip_press.terminal import plain
 
 _CAPTION = (
-    "Means over contexts. Times smaller: bytes of the uncompressed cache over those held. Prefill is one forward that "
-    "all presses share, those that watch it included; compress is scoring and evicting; answer is one question read "
-    "and answered."
+    "Means over contexts. Prefill is one forward that all presses share, those that watch it included; compress is "
+    "scoring and evicting; answer is one question read and answered. Times smaller: in bytes."
 )
 
 
