@@ -86,5 +86,5 @@ def _heat(axes: "Axes", values: Values, rows: Sequence[str], columns: Sequence[s
     axes.figure.colorbar(image, ax=axes, shrink=0.8, aspect=24, pad=0.02).outline.set_visible(False)
     for row, column in np.argwhere(~np.isnan(grid)) if numbers else ():
         value = grid[row, column]
-        colour = ink_on(image.to_rgba(value))
+        colour = ink_on(tuple(image.to_rgba(value)))
         axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)

@@ -48,9 +48,10 @@ def _table(names: Sequence[str], lines: Iterable[tuple[ProfileRow, Sequence[str]
         header_style="bold",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        show_edge=False,
     )
     table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("press", min_width=10, overflow="fold")
+    table.add_column("press", min_width=8, overflow="fold")
     for name in ("removed", *names):
         table.add_column(name, justify="right", no_wrap=True)
     above = None
