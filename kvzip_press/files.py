@@ -56,6 +56,8 @@ def replacing(path: Path, *, parents: bool = False) -> Iterator[Path]:
     Raises:
         CacheFileError: The file cannot be written. The message names the path and the cause.
     """
+    if not _can_be_named(path):
+        raise CacheFileError(f"expected a name that a file can have, got {str(path)!r}")
     try:
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +81,13 @@ def replacing(path: Path, *, parents: bool = False) -> Iterator[Path]:
                 os.close(folder)
     except (OSError, SafetensorError) as error:
         raise CacheFileError(f"expected to write {path}, got {type(error).__name__}: {error}") from error
+
+
+def _can_be_named(path: Path) -> bool:
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeError:
+        return False
 
 
 def _new_temporary(folder: Path) -> tuple[Path, int]:

@@ -69,7 +69,10 @@ def _traces(root: nn.Module) -> list[Any] | None:
             t for t in chain(vars(module)["_parameters"].values(), vars(module)["_buffers"].values()) if t is not None
         ]
         for choice in choices(module, root):
-            (tensors if isinstance(choice, torch.Tensor) else traces).append(choice)
+            if isinstance(choice, torch.Tensor):
+                tensors.append(choice)
+            else:
+                traces.append(choice)
     if any(type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors):
         return None
     looks = looks_of(tensors)

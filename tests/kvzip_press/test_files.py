@@ -265,3 +265,10 @@ def test_a_file_is_the_same_bytes_whatever_order_its_tensors_and_texts_came_in(p
     before = path.read_bytes()
     write_tensors(path, dict(reversed(TENSORS.items())), dict(reversed(texts.items())))
     assert path.read_bytes() == before and metadata_of(path) == texts
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_a_name_that_no_file_can_have_is_refused_and_nothing_is_left(name, tmp_path) -> None:
+    with pytest.raises(CacheFileError, match="name that a file can have"), replacing(tmp_path / name):
+        pytest.fail("nothing is written")
+    assert not list(tmp_path.iterdir())
