@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 class SessionPress(Scorer, Protocol):
     """The part of a press that a session needs."""
 
+    @property
+    def storage(self) -> str:
+        """The name of how kept pairs are stored."""
+
     def decode_eviction(self, model: nn.Module) -> DecodeEviction | None:
         """Returns what evicts while the model generates, a new one with each call; None if nothing does."""
 

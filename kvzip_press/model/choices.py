@@ -45,7 +45,7 @@ def settings(module: nn.Module) -> list[tuple[str, str]]:
 
     Of a layer with adapters, those of the active ones.
     """
-    if _is_known(type(module)):
+    if not _is_foreign(module):
         return []
     written = _facts(type(module).forward).written  # counters
     held = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE | written}
@@ -130,7 +130,8 @@ def _inside(value: Any, root: nn.Module) -> bool:
 
 
 def _is_foreign(module: nn.Module) -> bool:
-    return not _is_known(type(module))
+    kind: Any = type(module)  # mypy takes the hash of a class for that of its modules
+    return not _is_known(kind)
 
 
 def _computing(module: nn.Module) -> list[Any]:
