@@ -22,6 +22,7 @@ from kvzip_press.decoding.eviction import DecodeEviction, DecodeEvictions
 from kvzip_press.errors import KVzipPressError, UnsupportedCacheError
 from kvzip_press.model.structure import check_keeps_cache, full_attention_layers, text_decoder
 from kvzip_press.model.watching import OpenFor, after_forward, before_forward, computing
+from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.prefilling.call import PrefillCall
 from kvzip_press.prefilling.eviction import check_storage, pack_prefix
 from kvzip_press.prefilling.self_check import SelfCheck
@@ -193,6 +194,7 @@ class _Session:
             return  # a decode step
         call = PrefillCall.of(decoder, args, kwargs).within(forward.outer)
         cache = compat.cache_after(output, call.cache)
+        weights = weights_fingerprint(text_decoder(self.model))  # the host looks while the device still reads
         check.finish(cache)
         forward.busy = True
         try:
@@ -203,7 +205,7 @@ class _Session:
                     scored, storage = bool(self.evictions), self.press.storage
                     before = call.valid_before(start)
                     pack_prefix(self.model, cache, before, positions, scored=scored, storage=storage)
-                prefill = call.prefill(self.model, cache, start, observers)
+                prefill = call.prefill(self.model, cache, start, observers, weights)
                 prefill.evict_in_place(self.press.score(prefill))
         finally:
             forward.busy = False

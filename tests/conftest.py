@@ -29,7 +29,8 @@ for _helper in ("faults", "fuzzing"):  # imported by these names: nothing under 
     sys.modules[_helper] = module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules[_helper])
 
-torch.set_num_threads(2)  # sums in the same order on every machine, and no machine is taken whole
+# Sums in the same order on every machine, and no machine is taken whole: by one process, or by several (pytest -n).
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 TRITON_DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 SKIPPED_FOLDERS = {".git", "build", "dist", "outputs", "__pycache__"}  # where git cannot say what is ours: a tarball

@@ -62,6 +62,12 @@ def settings(module: nn.Module) -> list[tuple[str, str]]:
     return sorted((name, text) for name, text in texts.items() if text)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is torch's or transformers' own, without a hook or a ``forward`` put on it: no choices."""
+    held = vars(module)
+    return not (held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held or _is_foreign(module))
+
+
 def choices(module: nn.Module, root: nn.Module) -> Iterator[torch.Tensor | str]:
     """Yields what a change of a module's settings, or of what others compute in it, changes: tensors and texts."""
     if _is_foreign(module):

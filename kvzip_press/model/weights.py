@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kvzip_press.errors import UnsupportedModelError
-from kvzip_press.model.choices import choices, held_outside, passive_parts, settings
+from kvzip_press.model.choices import choices, held_outside, is_plain, passive_parts, settings
 from kvzip_press.model.tensor_digest import digests_of, looks_of, plain_parts
 
 #: Begins every fingerprint that counts all weights; older ones counted 64 values of each attention weight.
@@ -68,7 +68,7 @@ def _traces(root: nn.Module) -> list[Any] | None:
         tensors += [
             t for t in chain(vars(module)["_parameters"].values(), vars(module)["_buffers"].values()) if t is not None
         ]
-        for choice in choices(module, root):
+        for choice in () if is_plain(module) else choices(module, root):
             if isinstance(choice, torch.Tensor):
                 tensors.append(choice)
             else:

@@ -132,8 +132,10 @@ class PrefillCall:
         same = self.embeds is not None and torch.equal(embeds, self.embeds.to(embeds.device))
         return self.outer_ids if same else None
 
-    def prefill(self, model: nn.Module, cache: Any, start: int, observers: dict[Scorer, Any]) -> Prefill:
-        """Returns what was just read in the form in which presses see it."""
+    def prefill(self, model: nn.Module, cache: Any, start: int, observers: dict[Scorer, Any], weights: str) -> Prefill:
+        """Returns what was just read, by the weights of this fingerprint, in the form in which presses see it."""
         valid = self.valid()
         positions = self.positions(start, valid)
-        return Prefill(model, cache, self._ids_read(model), valid, positions, start=start, observers=observers)
+        return Prefill(
+            model, cache, self._ids_read(model), valid, positions, start=start, observers=observers, weights=weights
+        )

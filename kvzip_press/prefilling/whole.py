@@ -102,7 +102,7 @@ class Prefill:
     seconds: float = 0.0
     observers: dict[Scorer, Observer] = field(default_factory=dict)
     length: int | None = None
-    weights: str = field(init=False, repr=False)
+    weights: str = field(default="", repr=False)
 
     def __repr__(self) -> str:
         batch_size, span = self.valid.shape
@@ -117,8 +117,8 @@ class Prefill:
         return f"Prefill({', '.join(parts)})"
 
     def __post_init__(self) -> None:
-        """Notes which weights made the keys and values."""
-        self.weights = weights_fingerprint(text_decoder(self.model))
+        """Notes which weights made the keys and values, if nobody has."""
+        self.weights = self.weights or weights_fingerprint(text_decoder(self.model))
 
     @property
     def turned_for(self) -> int:
@@ -438,9 +438,18 @@ def run_prefill(
             use_cache=True,
             **compat.cache_argument(decoder, cache),
         )
+    weights = weights_fingerprint(text_decoder(model))  # the host looks at them while the device still reads
     check.finish(cache)
     synchronize(input_ids.device)
-    seconds = time.perf_counter() - begin
     return Prefill(
-        model, cache, input_ids, valid, positions.int(), start, seconds=seconds, observers=watching, length=length
+        model,
+        cache,
+        input_ids,
+        valid,
+        positions.int(),
+        start,
+        seconds=time.perf_counter() - begin,
+        observers=watching,
+        length=length,
+        weights=weights,
     )

@@ -61,7 +61,7 @@ def ragged_attention(
     groups, n_segments = num_attention_heads // n_heads, batch_size * n_heads
     n_rows = groups * query_length
     key_bits, value_bits = CODECS[keys.codec].bits, CODECS[values.codec].bits
-    config = config or choose(n_rows, head_dim, key_bits + value_bits, keys.shape[0], n_segments)
+    config = config or choose(n_rows, head_dim, key_bits + value_bits, keys.shape[0])
     n_row_blocks = triton.cdiv(n_rows, config.block_m)
     n_programs = split.n_programs(query.device, config.programs_per_sm, n_row_blocks, n_segments)
     partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
