@@ -3,6 +3,7 @@
 #   PYTHON=python3.12         the interpreter that makes the environments
 #   TORCH_PIP_ARGS=...        options of pip for the one step that installs torch (a CPU build from an index of yours, say)
 #   PYTEST_ARGS="-k budget"   passed on to pytest
+#   WORKERS=2                 processes that share the tests (pytest-xdist)
 #   INSTALL_EXTRAS=...        what `make install-check` installs; embedded by default
 
 SHELL := bash
@@ -14,6 +15,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 INSTALL_EXTRAS ?= embedded
 
 # The repository root holds folders named kernels, presses and leaderboard: it must never stand on sys.path.
@@ -25,6 +27,8 @@ TESTS := test test-fast test-newest test-oldest test-gpu models-gemma coverage n
 $(TESTS): export TQDM_DISABLE := 1
 $(TESTS): export TRANSFORMERS_VERBOSITY := error
 $(TESTS): export HF_HUB_OFFLINE := 1
+
+SHARED = --numprocesses=$(WORKERS) --dist=worksteal
 
 ##@ Use
 
@@ -44,20 +48,20 @@ venv: .venv/.stamp ## only set up .venv, for all targets (constraints/tested.txt
 
 .PHONY: test
 test: .venv/.stamp ## all tests, on the versions of constraints/tested.txt
-	.venv/bin/pytest --durations=10 $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 .venv/bin/pytest -m triton --durations=5 $(PYTEST_ARGS)
+	.venv/bin/pytest $(SHARED) --durations=10 $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 .venv/bin/pytest $(SHARED) -m triton --durations=5 $(PYTEST_ARGS)
 
 .PHONY: test-fast
 test-fast: .venv/.stamp ## the tests that are not marked slow
-	.venv/bin/pytest -m "not slow" $(PYTEST_ARGS)
+	.venv/bin/pytest $(SHARED) -m "not slow" $(PYTEST_ARGS)
 
 .PHONY: test-newest
 test-newest: .venv-newest/.stamp ## the core on the newest transformers, without kvpress (its own environment)
-	.venv-newest/bin/pytest -m "not kvpress and not slow" $(PYTEST_ARGS)
+	.venv-newest/bin/pytest $(SHARED) -m "not kvpress and not slow" $(PYTEST_ARGS)
 
 .PHONY: test-oldest
 test-oldest: .venv-oldest/.stamp ## the core on the oldest transformers, without kvpress (its own environment)
-	.venv-oldest/bin/pytest -m "not kvpress and not slow" $(PYTEST_ARGS)
+	.venv-oldest/bin/pytest $(SHARED) -m "not kvpress and not slow" $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: ## the tests that need a CUDA GPU, with the python that has it: make test-gpu PYTHON=python3

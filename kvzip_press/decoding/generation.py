@@ -139,15 +139,27 @@ def check_streamer(streamer: Any, n_rows: int) -> None:
 
 @contextmanager
 def _streaming(streamer: Any, input_ids: torch.Tensor) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Gives a function that shows each token; the streamer is ended in any case: somebody may be waiting for it."""
+    """Gives a function that shows each token; the streamer is ended in any case: somebody may be waiting for it.
+
+    Only one that raised itself is left alone.
+    """
     if streamer is None:
         yield lambda _: None
         return
-    streamer.put(input_ids.cpu())
+    is_well = True
+
+    def show(token: torch.Tensor) -> None:
+        nonlocal is_well
+        is_well = False
+        streamer.put(token.cpu())
+        is_well = True
+
+    show(input_ids)
     try:
-        yield lambda token: streamer.put(token.cpu())
+        yield show
     finally:
-        streamer.end()
+        if is_well:
+            streamer.end()
 
 
 def _tokens(

@@ -67,4 +67,4 @@ def test_pictures_show_them(make_row: MakeRow, tmp_path: Path) -> None:
     name = "[/b] $\\frac{$ \x1b\ud800"
     row = make_row(press=name, task=name, model=name, tags={"depth": 0.5})
     heads = [HeadBudgets(row.run_id, row.task, row.sample_id, row.press, row.compression_ratio, (0,), ((0.5,),))]
-    assert len(save_all([row], heads, tmp_path)) == 5
+    assert len(save_all([row], heads, tmp_path)) == 4

@@ -360,10 +360,10 @@ def test_the_table_shows_shares_peaks_and_dashes() -> None:
     )
     none, kvzip, snapkv = ([line.split() for line in text.splitlines() if name in line] for name in NAMES)
     assert none[0] == ["4096", "none", "-", "1.000", "0.500", "5.00", "-"]
-    assert none[1] == ["4096", "none", "-", "0.50", "0.0", "100.0%", "-"]
+    assert none[1] == ["4096", "none", "-", "0.50", "0.0", "1.00", "-"]
     assert kvzip == [
         ["kvzip", "0.70", "1.000", "0.500", "-", "4.25", "±0.21"],
-        ["kvzip", "0.70", "0.50", "0.0", "30.0%", "9.0"],
+        ["kvzip", "0.70", "0.50", "0.0", "3.33", "9.0"],
     ]
     assert snapkv == [["snapkv", "0.70", "error"]] * 2
 
@@ -387,7 +387,7 @@ def test_the_tables_fit_80_columns_with_large_figures() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     for figure in ("131072", "0.70", "12346", "23457", "3457 ±346", "2346 ±1000", "1235 ±1000", "1.90", "98765",
-                   "49.7%", "123457"):  # fmt: skip
+                   "2.01", "123457"):  # fmt: skip
         assert figure in text, figure
 
 

@@ -245,9 +245,11 @@ def test_what_is_one_context_and_what_is_several() -> None:
     for several in (["some text", "so"], [ids, ids[:2]], [torch.tensor(ids), "so"], (range(3, 12), [3, 4])):
         done = prefill(model, TOKENIZER, several)
         assert done.valid.tolist() == [[True] * 10, [False] * 7 + [True] * 3]
-    assert prefill(model, TOKENIZER, torch.tensor([ids, ids])).input_ids.tolist() == [[1, *ids]] * 2
+    assert prefill(model, TOKENIZER, list(torch.tensor([ids, ids]))).input_ids.tolist() == [[1, *ids]] * 2
     assert prefill(model, TOKENIZER, ["some text"]).input_ids.tolist() == [[1, *ids]]
-    for bad, named in ((["a", ""], "index 1 of 2"), ([], "empty"), ([[1.5]], "token ids"), (3, "token ids")):
+    padded = torch.tensor([ids, ids])  # nobody can tell: it may hold padding
+    refused = (["a", ""], "index 1 of 2"), ([], "empty"), ([[1.5]], "token ids"), (3, "token ids"), (padded, "padding")
+    for bad, named in refused:
         with pytest.raises(InvalidArgumentError, match=named):
             prefill(model, TOKENIZER, bad)
 

@@ -72,10 +72,14 @@ def test_a_streamer_shows_what_is_returned(cache: RaggedCache, options: dict[str
         assert streamer.ended == n_answers
 
 
+def stop(*_: object) -> None:
+    raise RuntimeError("stop")
+
+
 def test_a_streamer_is_ended_when_the_model_fails(cache: RaggedCache) -> None:
     """Somebody in another thread may be waiting for it."""
     streamer = Collected()
-    handle = MODEL.model.layers[2].register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    handle = MODEL.model.layers[2].register_forward_hook(stop)
     try:
         with pytest.raises(RuntimeError, match="stop"):
             asked(cache, streamer=streamer)

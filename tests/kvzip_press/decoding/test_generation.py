@@ -184,13 +184,17 @@ def test_keeping_and_discarding_may_alternate() -> None:
     assert again == dialogues[0][0][1]
 
 
+def stop(*_: object) -> None:
+    raise RuntimeError("stop")
+
+
 def test_a_failure_while_keeping_leaves_the_cache_as_it_was(monkeypatch) -> None:
     """Nothing is remembered of a question whose answer did not come to its end."""
     model, tokenizer = tiny_model(), FramedTokenizer()
     cache = compress(model, tokenizer, CONTEXT, KVzipPress(0.5))
     expected = answer(model, tokenizer, cache, "Where?", max_new_tokens=5)
     before = (cache.get_seq_length(), cache.resident_bytes)
-    handle = model.model.layers[2].register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    handle = model.model.layers[2].register_forward_hook(stop)
     with pytest.raises(RuntimeError, match="stop"):
         answer(model, tokenizer, cache, "Where?", max_new_tokens=5, keep=True)
     handle.remove()
