@@ -165,8 +165,9 @@ def check_compression_ratio(compression_ratio: float) -> float:
 def _described(given: object) -> str:
     """Says what was given as a ratio; for what was meant as something else, what to write."""
     if isinstance(given, int | float) and given > 1 and float(given).is_integer():
-        return f"{given}: {int(given)} % is {int(given) / 100}, {int(given)} tokens are budget={int(given)}"
-    if isinstance(given, int | float | str):
+        percent = f"{int(given)} % is {int(given) / 100}, " if given < 100 else ""
+        return f"{given}: {percent}{int(given)} tokens are budget={int(given)}"
+    if isinstance(given, int | float | str | None):
         return f"{given!r:.80}"
     return f"{type(given).__name__}: a press is made first, and given a model then, `with press(model):`"
 
