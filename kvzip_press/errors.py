@@ -70,6 +70,10 @@ def install_command(extra: str) -> str:
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:
-    """Returns ``; did you mean 'x'?`` with the known name closest to ``given``; an empty text if none is close."""
-    near = difflib.get_close_matches(str(given), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Returns ``; did you mean 'x'?`` with the known name closest to ``given``; an empty text if none is close.
+
+    Small and capital letters count as the same.
+    """
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(str(given).lower(), names, n=1)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""

@@ -26,11 +26,13 @@ DirectoryArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The dire
 @app.command()
 def run(
     grid: Annotated[str, typer.Option("--grid", help="Name of a grid (see `list`), or a YAML file.")],
-    output: Annotated[Path, typer.Option("--output", help="The run's directory; what it holds is gone on with.")],
+    output: Annotated[Path, typer.Option("--output", help="The run's directory; a run that is there is continued.")],
     model: Annotated[str | None, typer.Option("--model", help="Instead of the grid's.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:1; default the GPU if any.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32, instead of the grid's.")] = None,
-    contexts: Annotated[int | None, typer.Option("--contexts", help="Contexts of each task, not the grid's.")] = None,
+    contexts: Annotated[
+        int | None, typer.Option("--contexts", help="Contexts of each task; default the grid's.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Contexts in one forward.")] = None,
     query_aware: Annotated[
         bool | None, typer.Option("--query-aware/--query-agnostic", help="Whether questions are known beforehand.")
@@ -127,7 +129,7 @@ def export(
 
 @app.command("import")
 def import_(
-    folder: Annotated[Path, typer.Argument(help="Folders of kvpress's leaderboard.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folders of kvpress's leaderboard.")],
     output: Annotated[Path, typer.Option("--output", help="The directory for their rows.")],
 ) -> None:
     """Reads folders of kvpress's leaderboard and stores them as our rows."""

@@ -67,6 +67,11 @@ def find(name: str) -> PressInfo:
 
 def unknown(name: str, known: Iterable[str]) -> str:
     """Returns the message about a name that no press has."""
+    if len(name) > 80 or name.count(" ") > 1:
+        return (
+            f"expected a press, got a text of {len(name)} letters, {name!r:.40}: the context comes before the press, "
+            "compress(model, tokenizer, context, press)"
+        )
     return f"expected a press among {', '.join(sorted(known))}, got {name!r:.80}{did_you_mean(name, known)}"
 
 

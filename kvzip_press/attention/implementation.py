@@ -204,16 +204,21 @@ def attention_forward(
             watch(module, query, key, value, result[0], kwargs)
         return result
     refuse_unsupported(module, kwargs)
-    if query.requires_grad or key.requires_grad or value.requires_grad:
+    refuse_gradients(query, key, value)
+    softcap = softcap_of(module, kwargs)
+    with torch.autocast(query.device.type, enabled=False):  # it would round what the kernels keep exact
+        output = key.layer.attend(module, query, attention_mask, scaling=kwargs.get("scaling"), softcap=softcap)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def refuse_gradients(*states: torch.Tensor) -> None:
+    """Raises UnsupportedCacheError if one of the states of a forward over a compressed cache records gradients."""
+    if any(one.requires_grad for one in states):
         raise UnsupportedCacheError(
             "expected a forward without gradients over a compressed cache, got one that records them: what a cache "
             "holds has no history, so gradients would be wrong. Call the model inside torch.no_grad(), or freeze it "
             "with model.requires_grad_(False)"
         )
-    softcap = softcap_of(module, kwargs)
-    with torch.autocast(query.device.type, enabled=False):  # it would round what the kernels keep exact
-        output = key.layer.attend(module, query, attention_mask, scaling=kwargs.get("scaling"), softcap=softcap)
-    return output.transpose(1, 2).contiguous(), None
 
 
 def softcap_of(module: nn.Module, kwargs: dict[str, Any]) -> float | None:

@@ -157,9 +157,19 @@ def check_compression_ratio(compression_ratio: float) -> float:
     valid = isinstance(compression_ratio, (int, float)) and not isinstance(compression_ratio, bool)
     if not valid or math.isnan(compression_ratio) or not 0 <= compression_ratio < 1:
         raise InvalidArgumentError(
-            f"expected compression_ratio (the fraction removed) in [0, 1), got {compression_ratio!r}"
+            f"expected compression_ratio (the fraction removed) in [0, 1), got {_described(compression_ratio)}"
         )
     return float(compression_ratio)
+
+
+def _described(given: object) -> str:
+    """Says what was given as a ratio; for what was meant as something else, what to write."""
+    if isinstance(given, int | float) and given > 1 and float(given).is_integer():
+        percent = f"{int(given)} % is {int(given) / 100}, " if given < 100 else ""
+        return f"{given}: {percent}{int(given)} tokens are budget={int(given)}"
+    if isinstance(given, int | float | str | None):
+        return f"{given!r:.80}"
+    return f"{type(given).__name__}: a press is made first, and given a model then, `with press(model):`"
 
 
 def is_int(value: Any) -> bool:

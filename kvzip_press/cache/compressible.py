@@ -85,7 +85,8 @@ def last_pairs(layer: Any, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         held = 0 if keys is None else keys.shape[2]
         raise UnsupportedCacheError(
             f"expected the keys and values of {n_tokens} tokens as the model left them, got a layer with {held} such "
-            "tokens: they were evicted already"
+            "tokens: they were evicted already. Inside `with press(model):` a prefill is compressed when it ends; "
+            "call compress and prefill outside of it"
         )
     first = keys.shape[2] - n_tokens
     # autocast leaves them in two dtypes where RoPE is computed in fp32; the wider one loses nothing

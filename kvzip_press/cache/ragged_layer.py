@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
-from kvzip_press.attention.implementation import CacheView
+from kvzip_press.attention.implementation import CacheView, refuse_gradients
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.rows import NO_TURNS, LayerRows, Turns
 from kvzip_press.cache.tail import Tail
@@ -108,6 +108,7 @@ class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
 
         Raises:
             CacheMismatchError: The keys differ from the layer in batch size, heads, dtype or device.
+            UnsupportedCacheError: The keys or values record gradients.
         """
         return self.append(key_states, value_states)
 
@@ -121,6 +122,7 @@ class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
         given = (key_states.shape[0], key_states.shape[1], key_states.dtype, key_states.device)
         if given != expected:
             raise CacheMismatchError(f"expected keys with (batch, heads, dtype, device) = {expected}, got {given}")
+        refuse_gradients(key_states, value_states)  # here, before the tail holds them: the cache stays as it was
         self.tail.append(key_states, value_states.to(key_states.dtype), padding)  # autocast: see last_pairs
         assert self.tail.keys is not None and self.tail.values is not None
         return CacheView.of(self, self.tail.keys), CacheView.of(self, self.tail.values)

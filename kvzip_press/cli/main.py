@@ -80,7 +80,7 @@ def _commands(
 
 @app.command()
 def demo(output: OutputOption = Path("outputs/demo"), model: ModelOption = "smollm2") -> None:
-    """Answers questions about real contexts from caches compressed by several presses, and prints the table."""
+    """Answers questions about eight short contexts from caches compressed by several presses, and prints the table."""
     from kvzip_press.leaderboard.demo import run_demo
 
     run_demo(output, model_name=model)
@@ -188,15 +188,18 @@ def profile(
         typer.Option("--press", help="Several times; none is always there. Default kvzip, kvzip_local, snapkv."),
     ] = None,
     compression_ratio: Annotated[
-        list[float] | None, typer.Option("--compression-ratio", help="Fraction removed, in [0, 1); several times.")
+        list[float] | None,
+        typer.Option("--compression-ratio", help="Fraction removed, in [0, 1); several times. Default 0.7."),
     ] = None,
     storage: Annotated[
         list[str] | None,
-        typer.Option("--storage", help="How kept pairs are stored: model, int8, fp8, k8v4, int4; several times."),
+        typer.Option(
+            "--storage", help="How kept pairs are stored: model (default), int8, fp8, k8v4, int4; several times."
+        ),
     ] = None,
     decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Decode steps timed.")] = 32,
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default the GPU if any.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32; default the model's.")] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also the compiled decode step.")] = False,
     kvpress: Annotated[
         bool | None, typer.Option("--kvpress/--no-kvpress", help="Also kvpress's own runs; default if installed.")

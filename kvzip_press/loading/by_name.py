@@ -51,7 +51,8 @@ def load_model(name_or_path: str, **from_pretrained_kwargs: Any) -> "tuple[PreTr
         ModelNotFoundError: The files are neither on this machine nor reachable. The message has the cause.
         MissingDependencyError: The alias needs packages that are missing, and it has no hub id, or that cannot be
             loaded either. The message says how to get them.
-        InvalidArgumentError: ``dtype`` and ``torch_dtype`` disagree; or the model's config names code of a hub
+        InvalidArgumentError: ``dtype`` and ``torch_dtype`` disagree; ``device`` is given, which transformers calls
+            ``device_map``; or the model's config names code of a hub
             repository, and ``trust_remote_code`` is not set.
     """
     options = _with_dtype(from_pretrained_kwargs)
@@ -70,6 +71,8 @@ def load_model(name_or_path: str, **from_pretrained_kwargs: Any) -> "tuple[PreTr
 
 def _with_dtype(options: dict[str, Any]) -> dict[str, Any]:
     options = dict(options)
+    if "device" in options:
+        raise InvalidArgumentError(f"expected device_map={str(options['device'])!r}, got device={options['device']!r}")
     old = options.pop("torch_dtype", None)
     if old is not None and options.setdefault("dtype", old) != old:
         raise InvalidArgumentError(f"expected one dtype, got dtype={options['dtype']} and torch_dtype={old}")

@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import InvalidArgumentError, did_you_mean
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
 from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress
 
@@ -41,7 +41,10 @@ class Recipe:
             taken = [i for i, cls in enumerate(classes) if name in _options_of(cls)]
             if not taken:
                 known = sorted({option for cls in classes for option in _options_of(cls)} - {self.ratio})
-                raise InvalidArgumentError(f"expected options among {known}, got {name!r}")
+                raise InvalidArgumentError(
+                    f"expected options of {' of '.join(self.classes)} among {', '.join(known)}, got {name!r:.80}"
+                    f"{did_you_mean(name, known)}"
+                )
             arguments[taken[0]][name] = value
         press: Any = None
         arguments[-1][self.ratio] = compression_ratio

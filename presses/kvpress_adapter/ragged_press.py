@@ -55,7 +55,7 @@ class RaggedPress(Press):
         object.__setattr__(self, "storage", storage)  # a field of the frozen base
         base, scorer = kvpress().BasePress, kvpress().ScorerPress
         if not isinstance(press, base):
-            raise InvalidArgumentError(f"expected a press of kvpress, got {type(press).__name__}")
+            raise InvalidArgumentError(f"expected a press of kvpress, got {_described(press)}")
         check_supported(press, base)
         self.press = fresh_copy(press)
         self.is_native = not _inherits(press, "__call__", base)
@@ -168,3 +168,14 @@ def _nominal_ratio(press: Any) -> float | None:
 def _joined(rows: list[dict[int, list[torch.Tensor]]]) -> dict[int, list[torch.Tensor]]:
     """Joins rows that were run separately, by layer."""
     return {layer_idx: [row for part in rows for row in part[layer_idx]] for layer_idx in rows[0]}
+
+
+def _described(given: object) -> str:
+    """Says what was given instead of a press of kvpress, and what to do."""
+    if isinstance(given, type):
+        return f"the class {given.__name__}: make one, {given.__name__}(0.7)"
+    if isinstance(given, str):
+        return f"the text {given!r:.80}: get_press(name, 0.7) wraps a press that has a name"
+    if isinstance(given, Press):
+        return f"{type(given).__name__}, which needs no wrapper: pass it as it is"
+    return type(given).__name__

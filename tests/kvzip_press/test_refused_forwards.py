@@ -73,6 +73,14 @@ def test_gradients_behind_a_compressed_cache_are_refused() -> None:
     assert torch.equal(model(ids, past_key_values=cache.fork(), use_cache=True).logits, expected)  # nothing to train
 
 
+def test_a_refused_forward_with_gradients_leaves_the_cache_as_it_was() -> None:
+    model = tiny_model()
+    cache = compress(model, TOKENIZER, list(range(5, 65)), RandomPress(0.5))
+    with pytest.raises(UnsupportedCacheError, match=r"torch.no_grad\(\)"):
+        model(torch.tensor([[5, 6, 7]]), past_key_values=cache, use_cache=True)
+    assert not any(layer.tail.length for layer in cache.layers)
+
+
 def test_a_prefill_with_gradients_gives_them_as_without_a_press() -> None:
     model, ids = tiny_model(), repeating_ids()
     with RandomPress(0.5)(model):

@@ -98,6 +98,15 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"no compression_ratio with 'none'",
     ),
     "a ratio in percent": (lambda c: KVzipPress(70), r"KVzipPress: expected compression_ratio .* in \[0, 1\), got 70"),
+    "tokens as ratio": (lambda c: KVzipPress(2048), r"got 2048: .*2048 tokens are budget=2048"),
+    "a model as ratio": (lambda c: KVzipPress(MODEL), r"got LlamaForCausalLM: a press is made first"),
+    "a context in the place of the press": (
+        lambda c: compress(MODEL, TOKENIZER, PRESS, TEXT),
+        r"^expected a press, got a text of 68 letters.*the context comes before the press",
+    ),
+    "a class's name as a press's": (lambda c: get_press("KVzipPress", 0.7), r"did you mean 'kvzip'\?"),
+    "capital letters": (lambda c: get_press("SnapKV", 0.7), r"did you mean 'snapkv'\?"),
+    "a storage in capital letters": (lambda c: KVzipPress(0.5, storage="INT8"), r"did you mean 'int8'\?"),
     "an observer alone": (
         lambda c: prefill(MODEL, TOKENIZER, TEXT, observers=PRESS),
         r"observers as a list of presses",

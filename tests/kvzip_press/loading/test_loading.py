@@ -64,6 +64,11 @@ def test_two_names_for_dtype_that_disagree_are_refused(directory: Path) -> None:
         load_model(str(directory), dtype=torch.float16, torch_dtype="auto")
 
 
+def test_a_device_goes_by_the_name_that_transformers_gives_it(directory: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"expected device_map='cuda:0', got device=device\(type='cuda'"):
+        load_model(str(directory), device=torch.device("cuda:0"))
+
+
 def test_other_options_reach_the_model(directory: Path) -> None:
     model, _ = load_model(str(directory), attn_implementation="eager")
     assert model.config._attn_implementation == "eager"

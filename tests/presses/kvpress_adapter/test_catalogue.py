@@ -28,7 +28,9 @@ def test_options_reach_the_class_that_takes_them() -> None:
 
 
 def test_an_unknown_option_names_those_that_exist() -> None:
-    with pytest.raises(InvalidArgumentError, match=r"expected options among \['alpha_safeguard', .*'window'"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"options of AdaKVPress of SnapKVPress among alpha_safeguard, .*, got 'window'"
+    ):
         get_press("adakv_snapkv", 0.3, window=32)
 
 

@@ -156,6 +156,12 @@ def test_it_is_its_own_key_and_survives_copies(kvpress: Any) -> None:
 def test_what_is_no_press_of_kvpress_is_refused(kvpress: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="expected a press of kvpress, got float"):
         RaggedPress(0.5)
+    with pytest.raises(InvalidArgumentError, match=r"got the class SnapKVPress: make one, SnapKVPress\(0\.7\)"):
+        RaggedPress(kvpress.SnapKVPress)
+    with pytest.raises(InvalidArgumentError, match=r"got the text 'snapkv': get_press\(name, 0\.7\)"):
+        RaggedPress("snapkv")
+    with pytest.raises(InvalidArgumentError, match="got RandomPress, which needs no wrapper"):
+        RaggedPress(RandomPress(0.5))
     nested = kvpress.ComposedPress([kvpress.KnormPress(0.5), kvpress.ThinKPress(0.5)])
     with pytest.raises(InvalidArgumentError, match="ThinKPress cannot be made real"):
         RaggedPress(nested)
