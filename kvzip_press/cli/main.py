@@ -80,7 +80,7 @@ def _commands(
 
 @app.command()
 def demo(output: OutputOption = Path("outputs/demo"), model: ModelOption = "smollm2") -> None:
-    """Answers questions about eight short contexts from caches compressed by several presses, and prints the table."""
+    """Answers questions about nine short contexts from caches compressed by several presses, and prints the table."""
     from kvzip_press.leaderboard.demo import run_demo
 
     run_demo(output, model_name=model)
