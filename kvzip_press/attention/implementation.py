@@ -85,6 +85,12 @@ class CacheView(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001  # torch documents it under this name
                 return func(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():  # its tracer asks a tensor for more than attention does
+            raise CacheMismatchError(
+                "expected a forward over a compressed cache to run as it is written, got one that torch.compile "
+                "traces: let kvzip_press.generate or answer call the model, or call it inside "
+                "torch.compiler.set_stance('force_eager')"
+            )
         name = getattr(func, "__name__", str(func))
         raise CacheMismatchError(
             f"a ragged KV cache was given to an attention function that does not know it (it called `{name}` on the "

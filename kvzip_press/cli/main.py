@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +16,40 @@ from kvzip_press.cli import heads
 from kvzip_press.cli.inputs import text_of
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 from kvzip_press.loading.command_options import ModelOption
-from kvzip_press.terminal import one_line, plain
+from kvzip_press.terminal import one_line, plain, printable
 from kvzip_press.version import __version__
 
+
+class _Commands(typer.core.TyperGroup):
+    """Commands whose usage errors show what they quote, an argument of any characters, as text."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Parses the options before the command."""
+        with _arguments_quoted():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Any:
+        """Parses what follows, and runs the command."""
+        with _arguments_quoted():
+            return super().invoke(*args, **kwargs)
+
+
+@contextmanager
+def _arguments_quoted() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # click's class, or typer's own copy of it: which one depends on typer's version
+        if hasattr(error, "format_message") and getattr(error, "message", None):
+            error.message = printable(error.message)
+        raise
+
+
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="KV-cache compression presses whose eviction is real."
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    help="KV-cache compression presses whose eviction is real.",
 )
 
 app.add_typer(heads.app, name="heads")

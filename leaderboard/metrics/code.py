@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, install_command
+from kvzip_press.leaderboard.metrics.references import compared_with_texts
 
 THRESHOLD = 0.8
 # Its parts give nothing back: a block that is never closed is searched to its end once, not once a blank line.
@@ -27,6 +28,7 @@ _FUNCTIONS = {
 """Language -> package of its grammar, the package's function, and the query that finds functions (RepoQA's own)."""
 
 
+@compared_with_texts
 def repoqa(prediction: str, functions: Sequence[str], language: str) -> float:
     """Returns 1.0 if the written function is similar enough to ``functions[0]``, and no more similar to another.
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Sequence
 
 from kvzip_press.errors import MissingDependencyError, install_command
+from kvzip_press.leaderboard.metrics.references import compared_with_texts
 
 TIMEOUT_SECONDS = 10
 MAX_CHARACTERS = 500  # of a result that is parsed: twice the longest of the benchmarks'
@@ -24,6 +25,7 @@ def result(answer: str) -> str:
     return numbers[-1] if numbers else ""
 
 
+@compared_with_texts
 def math_equal(answer: str, references: Sequence[str]) -> float:
     """Returns 1.0 if the answer's result equals a reference: as text, as a number (or percentage), or mathematically.
 

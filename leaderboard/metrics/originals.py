@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from kvzip_press.errors import MissingDependencyError, install_command
+from kvzip_press.leaderboard.metrics.references import compared_with_texts
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -35,6 +36,7 @@ def squad_normalise(text: str, *, digits: bool = False) -> str:
     return _NUMBER_WORDS.sub(lambda found: _DIGITS[found[0]], text) if digits else text
 
 
+@compared_with_texts
 def contains(prediction: str, references: Sequence[str]) -> float:
     """Returns 1.0 if a reference is in the prediction, both normalised with digits (KVzip: SQuAD, NIAH and most)."""
     text = squad_normalise(prediction, digits=True)
@@ -42,37 +44,44 @@ def contains(prediction: str, references: Sequence[str]) -> float:
     return float(any(reference and reference in text for reference in found))
 
 
+@compared_with_texts
 def contains_as_is(prediction: str, references: Sequence[str]) -> float:
     """Returns 1.0 if a reference is in the prediction, character by character."""
     return float(any(reference and reference in prediction for reference in references))
 
 
+@compared_with_texts
 def part_contained(prediction: str, references: Sequence[str]) -> float:
     """Returns the fraction of the references in the prediction, character by character (KVzip: variable tracking)."""
     return sum(contains_as_is(prediction, [reference]) for reference in references) / max(len(references), 1)
 
 
+@compared_with_texts
 def exactly(prediction: str, references: Sequence[str]) -> float:
     """Returns 1.0 if the prediction is a reference, character by character (KVzip: Math.Find)."""
     return float(prediction in references)
 
 
+@compared_with_texts
 def f1(prediction: str, references: Sequence[str], *, digits: bool = False) -> float:
     """Returns the best F1 over normalised words (LongBench; ``digits`` as in KVzip's evaluation)."""
     words = Counter(squad_normalise(prediction, digits=digits).split())
     return max((_f1(words, Counter(squad_normalise(r, digits=digits).split())) for r in references), default=0.0)
 
 
+@compared_with_texts
 def f1_or_contains(prediction: str, references: Sequence[str]) -> float:
     """Returns the larger of `f1` with digits and `contains` (KVzip: En.QA)."""
     return max(f1(prediction, references, digits=True), contains(prediction, references))
 
 
+@compared_with_texts
 def first_line_contains(prediction: str, references: Sequence[str]) -> float:
     """Applies `contains` to the first line alone; an explanation after it does not count (KVzip: En.MultiChoice)."""
     return contains(prediction.partition("\n")[0], references)
 
 
+@compared_with_texts
 def option(prediction: str, references: Sequence[str]) -> float:
     """Returns 1.0 for the right option "(X) text": by letter if the prediction begins with "(", else by text."""
     letters = {reference.partition(")")[0] for reference in references if reference.startswith("(")}
@@ -81,22 +90,26 @@ def option(prediction: str, references: Sequence[str]) -> float:
     return contains(prediction, [r.partition(")")[2].strip() if r.startswith("(") else r for r in references])
 
 
+@compared_with_texts
 def last_answer(prediction: str, references: Sequence[str]) -> float:
     """Returns 1.0 if the number is in what follows the last "the answer is" (KVzip: GSM8K)."""
     return contains_as_is(prediction.strip().lower().split("the answer is ")[-1], references)
 
 
+@compared_with_texts
 def ruler_all(prediction: str, references: Sequence[str]) -> float:
     """Returns the fraction of the references in the prediction, ignoring case (RULER: all tasks but QA)."""
     text = _CONTROL.sub("\n", prediction.strip()).strip().lower()
     return sum(reference.lower() in text for reference in references) / max(len(references), 1)
 
 
+@compared_with_texts
 def ruler_any(prediction: str, references: Sequence[str]) -> float:
     """Returns 1.0 if a reference is in the prediction, ignoring case (RULER: QA)."""
     return max((ruler_all(prediction, [reference]) for reference in references), default=0.0)
 
 
+@compared_with_texts
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """Returns the best ROUGE-L F1, by the package ``rouge-score`` without stemming.
 
@@ -137,6 +150,7 @@ def longest_common(one: Sequence[str], other: Sequence[str]) -> int:
     return len(other) - row.bit_count()
 
 
+@compared_with_texts
 def numbers_right(prediction: str, references: Sequence[str]) -> float:
     """Returns the fraction of the prediction's numbers that are the reference's last (LongBench: counts, retrieval)."""
     numbers = re.findall(r"\d+", prediction)
@@ -144,6 +158,7 @@ def numbers_right(prediction: str, references: Sequence[str]) -> float:
     return sum(number in wanted for number in numbers) / max(len(numbers), 1)
 
 
+@compared_with_texts
 def code_line(prediction: str, references: Sequence[str]) -> float:
     """Returns the similarity of the first line of code: one without backtick, # or // (LongBench: lcc, repobench-p)."""
     lines = prediction.lstrip("\n").split("\n")
@@ -151,12 +166,14 @@ def code_line(prediction: str, references: Sequence[str]) -> float:
     return max((round(_likeness(line, reference), 2) for reference in references), default=0.0)
 
 
+@compared_with_texts
 def right_class(prediction: str, references: Sequence[str], classes: Sequence[str]) -> float:
     """Returns 1 / (classes named) if the right one is among them; names contained in the right one do not count."""
     named = [name for name in classes if name in prediction]
     return max((_right_class(named, reference) for reference in references), default=0.0)
 
 
+@compared_with_texts
 def mrcr(prediction: str, references: Sequence[str], prefix: str) -> float:
     """Returns 0.0 unless the answer begins with ``prefix``, else the similarity of the rest (`difflib`, as in MRCR)."""
     if not prediction.startswith(prefix):

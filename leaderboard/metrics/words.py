@@ -6,6 +6,8 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
+from kvzip_press.leaderboard.metrics.references import compared_with_texts
+
 MAX_WORDS = 20_000
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " ") | {"'": "", "’": ""})
@@ -20,11 +22,13 @@ def normalise(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
+@compared_with_texts
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """Returns 1.0 if the prediction is one of the references, both normalised."""
     return float(any(normalise(prediction) == normalise(reference) for reference in references))
 
 
+@compared_with_texts
 def substring_match(prediction: str, references: Sequence[str]) -> float:
     """Returns 1.0 if the words of a reference appear consecutively in the prediction, both normalised.
 
@@ -35,12 +39,14 @@ def substring_match(prediction: str, references: Sequence[str]) -> float:
     return float(any(reference and f" {reference} " in words for reference in found))
 
 
+@compared_with_texts
 def fraction_found(prediction: str, references: Sequence[str]) -> float:
     """Returns the fraction of the references that `substring_match` finds; 0.0 without references."""
     found = [substring_match(prediction, [reference]) for reference in references]
     return sum(found) / len(found) if found else 0.0
 
 
+@compared_with_texts
 def token_f1(prediction: str, references: Sequence[str]) -> float:
     """Returns the best F1 over words, both sides normalised; 0.0 without references."""
     return max(
@@ -56,6 +62,7 @@ def _f1(predicted: list[str], expected: list[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+@compared_with_texts
 def words_in_order(prediction: str, references: Sequence[str]) -> float:
     """Returns the fraction of the best reference's words that the prediction has in the same order, both normalised.
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from kvzip_press import compress
 from kvzip_press.cache.ragged_layer import RaggedLayer
-from kvzip_press.errors import UnsupportedCacheError
+from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
 from kvzip_press.presses.kvzip import KVzipPress
 from kvzip_press.presses.random import RandomPress
 from kvzip_press.testing import ByteTokenizer, tiny_model
@@ -89,3 +89,16 @@ def test_a_prefill_with_gradients_gives_them_as_without_a_press() -> None:
     model.zero_grad()
     model(ids, use_cache=True).logits[:, -1].sum().backward()
     torch.testing.assert_close(got, model.model.layers[0].self_attn.k_proj.weight.grad)
+
+
+def test_a_compiled_model_called_on_a_compressed_cache_is_told_how_to_be_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the tracer of torch.compile does first to a ragged layer's keys; a real one takes most of a minute here."""
+    layer = compress(tiny_model(num_layers=1), TOKENIZER, list(range(3, 40)), RandomPress(0.5)).layers[0]
+    keys, _ = layer.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))
+    with pytest.raises(CacheMismatchError, match=r"call kvzip_press\.attach"):
+        keys.is_nested  # noqa: B018
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(CacheMismatchError, match=r"got one that torch\.compile traces: let kvzip_press\.generate"):
+        keys.is_nested  # noqa: B018

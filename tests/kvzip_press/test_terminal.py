@@ -84,6 +84,32 @@ def test_errors_and_warnings_of_the_command_are_one_line_whatever_they_quote(
     assert not set(said) & set("\x1b\x07\x08\r\u202e\u2066\ud800\x9b")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--{}"],
+        ["{}"],
+        ["presses", "{}"],
+        ["ask", "--question", "{}", "--{}"],
+        ["ask", "--question", "x", "--max-new-tokens", "{}"],
+        ["heads", "compute", "--{}"],
+        ["leaderboard", "table", "{}", "{}"],
+        ["gates", "{}"],
+    ],
+)
+def test_usage_errors_show_the_arguments_that_they_quote_as_text(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "\x1b[31m\x1b]0;x\x07\x9b1m\u202eevil\u2066"
+    monkeypatch.setattr(sys, "argv", ["kvzip-press", *(argument.format(hostile) for argument in arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = "".join(capsys.readouterr())
+    assert "Usage: kvzip-press" in said
+    assert not set(said) & set(hostile) - set(map(chr, range(32, 127)))
+
+
 class Written(io.StringIO):
     """Standard error, and a way to wait until something was written to it."""
 

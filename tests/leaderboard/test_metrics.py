@@ -1,15 +1,32 @@
 """Golden cases of the metrics, worked out by hand."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.metrics import (
+    code,
     exact_match,
     fraction_found,
+    mathematics,
     normalise,
+    originals,
     substring_match,
     token_f1,
+    words,
     words_in_order,
 )
+
+ALL = {
+    name: function
+    for module in (words, originals, code, mathematics)
+    for name, function in vars(module).items()
+    if inspect.isfunction(function) and {"references", "functions"} & set(inspect.signature(function).parameters)
+}
+MORE: dict[str, tuple[Any, ...]] = {"right_class": (("4", "42"),), "mrcr": ("",), "repoqa": ("python",)}
 
 
 @pytest.mark.parametrize(
@@ -102,3 +119,24 @@ def test_fraction_found_counts_references(prediction: str, references: list[str]
 )
 def test_words_in_order_is_the_part_that_is_copied(prediction: str, references: list[str], expected: float) -> None:
     assert words_in_order(prediction, references) == expected
+
+
+def test_a_text_is_one_reference_and_not_its_characters() -> None:
+    assert exact_match("4", "42") == 0.0
+    assert exact_match("42", "42") == 1.0
+    assert token_f1("4", "42") == 0.0
+    assert fraction_found("24 apples", "42") == 0.0
+    assert originals.ruler_all("24 apples", "42") == 0.0
+    assert originals.f1("Alice", "Alice") == 1.0
+    assert originals.exactly("li", "Alice") == 0.0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_metric_reads_a_text_as_one_reference_and_refuses_what_is_none(name: str) -> None:
+    metric: Callable[..., float] = ALL[name]
+    more = MORE.get(name, ())
+    if name not in ("repoqa", "rouge_l", "code_line", "mrcr", "math_equal"):  # these need packages of their own
+        assert metric("4", "42", *more) == metric("4", ["42"], *more)
+    for wrong in (42, None, {"42": 1}, b"42", ["42", 42], {"42"}):
+        with pytest.raises(InvalidArgumentError, match="expected references as a text or a list of texts, got"):
+            metric("4", wrong, *more)
