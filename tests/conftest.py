@@ -13,10 +13,15 @@ for _name, _value in {
     "TRANSFORMERS_VERBOSITY": "error",
 }.items():
     os.environ.setdefault(_name, _value)
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # one of several processes that share the machine: also what it starts takes one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator  # noqa: E402  # the environment comes first
 from importlib.util import find_spec, module_from_spec, spec_from_file_location  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -82,6 +87,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def kvpress() -> Any:
+    """The package kvpress as the adapter imports it: imported plainly, it wraps attention for the rest of the tests."""
+    if find_spec("kvpress") is None:
+        pytest.skip("needs the package kvpress")
+    from kvzip_press.presses.kvpress_adapter.importing import kvpress
+
+    return kvpress()
 
 
 @pytest.fixture(scope="session")

@@ -129,14 +129,12 @@ def kvpress_rows() -> dict[str, str]:
 
 
 @pytest.mark.kvpress
-def test_every_press_of_kvpress_is_in_the_table_of_those_who_come_from_there() -> None:
-    kvpress = pytest.importorskip("kvpress")
+def test_every_press_of_kvpress_is_in_the_table_of_those_who_come_from_there(kvpress: Any) -> None:
     assert set(kvpress_rows()) == {name for name in kvpress.__all__ if name.endswith("Press")}
 
 
 @pytest.mark.kvpress
-def test_the_table_refuses_what_is_refused() -> None:
-    kvpress = pytest.importorskip("kvpress")
+def test_the_table_refuses_what_is_refused(kvpress: Any) -> None:
     refused = {
         name for name in kvpress_rows() if any(base.__name__ in REFUSED for base in getattr(kvpress, name).__mro__)
     }

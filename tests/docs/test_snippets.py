@@ -2,16 +2,24 @@
 
 A comment before a block says why it is not run here: ``<!-- needs: gpu -->`` (or kvpress, hub, or a file that is not
 there). Such a block must still be Python. ``<!-- prints -->`` stands between a block and what it prints, to the letter.
+
+Pages run in a process of their own, whose program is this file: what they register stays as long as a process, and so
+does what kvpress patches when it is imported as a user does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
+import json
 import re
 import shlex
+import subprocess
+import sys
+import tempfile
 import tomllib
-from collections.abc import Iterator
+import traceback
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -73,14 +81,32 @@ def available() -> set[str]:
     return found | ({"kvpress"} if importlib.util.find_spec("kvpress") else set())
 
 
-@pytest.fixture(scope="module")
-def models_once() -> Iterator[None]:
-    """Pages load the same model; here it is loaded once."""
+def run_pages(found: Path, pages: list[Path]) -> None:
+    """Runs pages, and writes page -> traceback (empty if there is none) as JSON; a model of several is loaded once."""
     from kvzip_press.loading import by_name
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(by_name, "load_model", cache(by_name.load_model))
-        yield
+    torch.set_num_threads(1)
+    by_name.load_model = cache(by_name.load_model)
+    errors = {}
+    for page in pages:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            try:
+                run_page(str(page), blocks_of(page.read_text(encoding="utf-8")), available=available())
+                errors[str(page)] = ""
+            except Exception:  # noqa: BLE001  # whatever a page raises is what is asked for
+                errors[str(page)] = traceback.format_exc()
+    found.write_text(json.dumps(errors), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def errors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The traceback of each page that is tested, empty if there is none."""
+    name = test_the_python_of_a_page_runs.__name__
+    tested = [str(item.callspec.params["page"]) for item in request.session.items if item.name.startswith(f"{name}[")]
+    found = tmp_path_factory.mktemp("pages") / "errors.json"
+    done = subprocess.run([sys.executable, __file__, found, *tested], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(found.read_text(encoding="utf-8"))
 
 
 def pages(language: str) -> list[Any]:
@@ -95,11 +121,8 @@ def pages(language: str) -> list[Any]:
 
 @pytest.mark.embedded
 @pytest.mark.parametrize("page", pages("python"))
-def test_the_python_of_a_page_runs(
-    page: Path, models_once: None, one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    run_page(str(page), blocks_of(page.read_text(encoding="utf-8")), available=available())
+def test_the_python_of_a_page_runs(page: Path, errors: dict[str, str]) -> None:
+    assert not errors[str(page)], errors[str(page)]
 
 
 @pytest.mark.parametrize("page", pages("sh"))
@@ -198,3 +221,7 @@ def test_a_block_that_needs_what_is_absent_is_read_and_not_run() -> None:
 def test_a_command_that_does_not_exist_is_seen(line: str) -> None:
     with pytest.raises((AssertionError, UsageError)):
         check_command(shlex.split(line))
+
+
+if __name__ == "__main__":
+    run_pages(Path(sys.argv[1]), [Path(page) for page in sys.argv[2:]])

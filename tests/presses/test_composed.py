@@ -288,14 +288,13 @@ def test_a_press_that_decides_its_counts_comes_first() -> None:
 
 @pytest.mark.kvpress
 @pytest.mark.skipif(find_spec("kvpress") is None, reason="needs the package kvpress")
-def test_presses_of_kvpress_can_be_composed() -> None:
+def test_presses_of_kvpress_can_be_composed(kvpress) -> None:
     """Those that score may stand anywhere, those that decide (AdaKV) come first; they watch the one forward."""
-    from kvpress import AdaKVPress, KnormPress
-
     from kvzip_press import RaggedPress
 
     done = prefilled()
-    knorm, adakv = RaggedPress(KnormPress(0.5)), RaggedPress(AdaKVPress(KnormPress(0.5)))
+    knorm = RaggedPress(kvpress.KnormPress(0.5))
+    adakv = RaggedPress(kvpress.AdaKVPress(kvpress.KnormPress(0.5)))
     assert int(kept_by(ComposedPress([RandomPress(0.5, "head", n_sink=0), knorm]), done).sum()) == 6 * N // 4
     first = kept_by(adakv, done)
     both = kept_by(ComposedPress([adakv, RandomPress(0.5, n_sink=0)]), done)

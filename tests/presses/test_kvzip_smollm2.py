@@ -26,7 +26,7 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def scored():
+def scored(kvpress):
     """Our scores and kvpress's of a prose context in chunks of 100, the two known differences taken out.
 
     kvpress drops the trailing space of the later prompts, and takes four sink tokens instead of the whole prefix.
@@ -39,11 +39,10 @@ def scored():
         patched = KVzipPress(0.7, chunk_size=100).score(done)
     plain = KVzipPress(0.7, chunk_size=100).score(done)
     detach(model)
-    return done, plain, patched, kvpress_scores(model, tokenizer, done)
+    return done, plain, patched, kvpress_scores(kvpress, model, tokenizer, done)
 
 
-def kvpress_scores(model, tokenizer, done) -> torch.Tensor:
-    kvpress = pytest.importorskip("kvpress")
+def kvpress_scores(kvpress, model, tokenizer, done) -> torch.Tensor:
     press = kvpress.KVzipPress(compression_ratio=0.7, chunk_size=100, n_sink=done.prefix_length)
     seen, finish = [], press.compress_post
 

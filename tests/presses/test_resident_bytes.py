@@ -26,9 +26,8 @@ def test_resident_bytes_follow_the_kept_fraction(name, options) -> None:
 
 
 @pytest.mark.kvpress
-def test_duo_attention_frees_what_its_streaming_heads_lose(monkeypatch) -> None:
+def test_duo_attention_frees_what_its_streaming_heads_lose(monkeypatch, kvpress) -> None:
     """Three of four heads keep 4 sink and 64 recent tokens only; kvpress by itself holds every byte."""
-    kvpress = pytest.importorskip("kvpress")
     pattern = (4, 64, np.array([[0.9, 0.1], [0.2, 0.3]]))
     monkeypatch.setattr(kvpress.DuoAttentionPress, "load_attention_pattern", staticmethod(lambda model: pattern))
     check(RaggedPress(kvpress.DuoAttentionPress(head_compression_ratio=0.75)), kept=(N + 3 * 68) / (4 * N))

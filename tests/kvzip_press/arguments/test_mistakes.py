@@ -307,9 +307,8 @@ def test_a_class_is_registered_with_the_first_line_of_its_docstring() -> None:
 
 
 @pytest.mark.kvpress
-def test_presses_of_kvpress_are_wrapped() -> None:
+def test_presses_of_kvpress_are_wrapped(kvpress: Any) -> None:
     """In `compress`, in chunks, as observers and in compositions; as they are at that moment."""
-    kvpress = pytest.importorskip("kvpress")
     from kvzip_press import RaggedPress
 
     knorm = kvpress.KnormPress(0.5)

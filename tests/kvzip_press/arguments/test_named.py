@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def named_by(module: str) -> set[str]:
 @pytest.mark.parametrize(
     "info", [info for info in PRESSES if not info.needs_kvpress and info.paper], ids=lambda info: info.name
 )
-def test_a_press_of_ours_names_the_paper_of_its_line(info: PressInfo) -> None:
+def test_a_press_of_ours_names_the_paper_of_its_line(info: PressInfo, kvpress: Any) -> None:
     assert isinstance(info.target, str)
     module = info.target.partition(":")[0]
     assert info.paper in named_by(module)
@@ -39,9 +40,8 @@ def test_a_press_of_ours_names_the_paper_of_its_line(info: PressInfo) -> None:
 
 @pytest.mark.kvpress
 @pytest.mark.parametrize("info", [info for info in PRESSES if info.needs_kvpress], ids=lambda info: info.name)
-def test_a_press_of_kvpress_names_the_paper_of_its_line(info: PressInfo) -> None:
+def test_a_press_of_kvpress_names_the_paper_of_its_line(info: PressInfo, kvpress: Any) -> None:
     """Expected Attention's names none."""
-    kvpress = pytest.importorskip("kvpress")
     from kvzip_press.presses.kvpress_adapter import catalogue
 
     outermost = getattr(kvpress, getattr(catalogue, info.name).classes[0])
