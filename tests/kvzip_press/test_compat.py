@@ -97,13 +97,14 @@ def with_an_unknown_name(takes: str, gives: str) -> Any:
 @pytest.mark.parametrize("name", ["kv_store", "past_key_values"])
 def test_a_cache_that_is_returned_under_an_unknown_name_is_refused(name) -> None:
     """The next renaming ends with the version's name, and not with "already evicted"; what is given is found."""
-    decoder = with_an_unknown_name("past_key_values", name)
+    (takes,) = compat.cache_argument(tiny_model().model, None)  # as this version calls it
+    decoder = with_an_unknown_name(takes, name)
     with torch.no_grad(), PRESS(decoder):
         if name == "kv_store":
             with pytest.raises(UnsupportedModelError, match=rf"this is {compat.TRANSFORMERS_VERSION}.*got.*kv_store"):
                 decoder(input_ids=IDS, use_cache=True)
         cache = compat.DynamicCache(config=decoder.config)
-        decoder(input_ids=IDS, use_cache=True, past_key_values=cache)
+        decoder(input_ids=IDS, use_cache=True, **{takes: cache})
     assert 0.4 < RaggedCache.of(cache).kept_fraction < 0.7
 
 
