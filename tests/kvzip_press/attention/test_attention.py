@@ -87,7 +87,7 @@ def test_what_ragged_attention_does_not_know_is_refused() -> None:
     with torch.no_grad(), RandomPress(0.5)(model):
         model(token_ids(1, 20), past_key_values=cache)
     model.train()
-    with pytest.raises(UnsupportedModelError, match="dropout"):
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="dropout"):
         model(token_ids(1, 3), past_key_values=cache)
 
 
