@@ -40,7 +40,7 @@ def _arguments_quoted() -> Iterator[None]:
         yield
     except Exception as error:
         # click's class, or typer's own copy of it: which one depends on typer's version
-        if hasattr(error, "format_message") and getattr(error, "message", None):
+        if hasattr(error, "format_message") and hasattr(error, "message") and error.message:
             error.message = printable(error.message)
         raise
 
