@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from kvzip_press.arguments.model import check_model
@@ -165,9 +165,8 @@ def _checked_score(score: Callable[[Any, Prefill], Scores]) -> Callable[[Any, Pr
                 )
             scores = score(self, prefill)
             prefill.check(scores)
-            scores = scores if scores.storage == self.storage else replace(scores, storage=self.storage)
             asked = scores if self.budget is None else scores.asked_for(budget=self.budget)
-            return asked.made_by(str(self))
+            return asked.made_by(str(self), self.storage)
 
     return scored
 

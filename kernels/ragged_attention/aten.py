@@ -11,11 +11,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from kvzip_press.kernels.dense_attention.api import unchecked
 from kvzip_press.kernels.dense_attention.aten import flash, reason_against_flash
 from kvzip_press.kernels.dense_attention.merge import merge_many
 from kvzip_press.kernels.numerics import accumulation_dtype
 from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
+from kvzip_press.kernels.ragged_attention.tail import tail_attention
 from kvzip_press.kernels.row_codec import Codes
 
 _ROWS_A_THREAD = 32  # query rows that the kernel gives a thread at a time
@@ -71,17 +71,10 @@ def _context(folded: Tensor, inputs: RaggedInputs, scaling: float) -> list[_Part
 
 def _tail(folded: Tensor, inputs: RaggedInputs, scaling: float) -> _Partials:
     """Returns, for each segment, the result over its tail: out [1, 1, rows, head_dim], lse [1, 1, rows]; or nothing."""
-    if inputs.tail_keys is None or inputs.tail_values is None or inputs.tail_length == 0:
+    tail = tail_attention(inputs, scaling=scaling, softcap=None)
+    if tail is None:
         return []
-    mask = inputs.tail_mask
-    out, lse = unchecked(
-        inputs.query,
-        inputs.tail_keys,
-        inputs.tail_values,
-        causal=mask is None,
-        mask=mask,
-        scaling=scaling,
-    )
+    out, lse = tail
     return list(zip(out.reshape(folded.shape).unbind(0), lse.reshape(folded.shape[:-1]).unbind(0), strict=True))
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from kvzip_press.kernels.dense_attention import aten
-from kvzip_press.kernels.dense_attention.api import unchecked
 from kvzip_press.kernels.dense_attention.merge import merge_attention
 from kvzip_press.kernels.numerics import accumulation_dtype
 from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
+from kvzip_press.kernels.ragged_attention.tail import tail_attention
 from kvzip_press.kernels.row_codec import Codes, decode_rows
 
 MIN_QUERY_LENGTH = 256
@@ -50,10 +50,8 @@ def ragged_attention(inputs: RaggedInputs, *, scaling: float, softcap: float | N
     )
     if inputs.context_bias is not None:
         lse += inputs.context_bias * scaling
-    if inputs.tail_keys is None or inputs.tail_values is None or inputs.tail_length == 0:
-        return out, lse
-    tail = unchecked(query, inputs.tail_keys, inputs.tail_values, causal=True, mask=None, scaling=scaling)
-    return merge_attention(out, lse, *tail)
+    tail = tail_attention(inputs, scaling=scaling, softcap=None)
+    return (out, lse) if tail is None else merge_attention(out, lse, *tail)
 
 
 _Tiles = Iterable[tuple[Tensor, Tensor]]

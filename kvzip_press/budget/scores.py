@@ -85,10 +85,11 @@ class Scores:
         ]
         return f"Scores({', '.join(parts)})"
 
-    def made_by(self, press: str) -> Scores:
-        """Returns the same scores, with the name of what made them; they are not checked again."""
+    def made_by(self, press: str, storage: str) -> Scores:
+        """Returns the same scores, with what made them and how that stores what stays; they are not checked again."""
         named = copy.copy(self)
         object.__setattr__(named, "press", press)
+        object.__setattr__(named, "storage", storage)
         return named
 
     @property

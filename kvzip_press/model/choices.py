@@ -70,8 +70,7 @@ def is_plain(module: nn.Module) -> bool:
 
 def choices(module: nn.Module, root: nn.Module) -> Iterator[torch.Tensor | str]:
     """Yields what a change of a module's settings, or of what others compute in it, changes: tensors and texts."""
-    if _is_foreign(module):
-        yield from (f"{name}={text}" for name, text in settings(module))
+    yield from (f"{name}={text}" for name, text in settings(module))
     yield from (
         held if isinstance(held, torch.Tensor) else f"{name}={held}" for name, held in held_outside(module, root)
     )

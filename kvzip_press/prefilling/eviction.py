@@ -206,6 +206,9 @@ def _check_can_be_stored(
     """
     if isinstance(layer, RaggedLayer):
         kind = type(layer.packed.storage)
+    if kind.is_exact:
+        return  # it holds any number, in rows of any width
+    if isinstance(layer, RaggedLayer):
         keep = torch.nn.functional.pad(keep, (layer.tail.length - keep.shape[2], 0), value=True)
     n = keep.shape[2]
     keys, values = (
@@ -213,8 +216,7 @@ def _check_can_be_stored(
     )
     with _in_layer(layer_idx):
         kind.check_widths(keys.shape[-1], values.shape[-1])
-        if not kind.is_exact:
-            check_finite(keys, values, keep)
+        check_finite(keys, values, keep)
 
 
 def _merged(

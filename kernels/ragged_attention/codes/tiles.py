@@ -8,10 +8,10 @@ than a tile of a segment is ever decoded.
 import torch
 from torch import Tensor
 
-from kvzip_press.kernels.dense_attention.api import unchecked
 from kvzip_press.kernels.dense_attention.merge import merge_pair
 from kvzip_press.kernels.numerics import MAX_LOGITS, accumulation_dtype, finite_peak, softcapped
 from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
+from kvzip_press.kernels.ragged_attention.tail import tail_attention
 from kvzip_press.kernels.row_codec import Codes, write_numbers
 
 TILE_BYTES = 1 << 19  # of a tile's numbers: what the caches of a core hold beside the codes
@@ -38,19 +38,8 @@ def ragged_attention(inputs: RaggedInputs, *, scaling: float, softcap: float | N
             out[rows], lse[rows] = _attend(folded[rows], None if bias is None else bias[rows], keys, values, softcap)
     out = out.view(*inputs.query.shape[:3], -1).to(inputs.query.dtype)
     lse = lse.view(inputs.query.shape[:3])
-    if inputs.tail_keys is None or inputs.tail_values is None or inputs.tail_length == 0:
-        return out, lse
-    mask = inputs.tail_mask
-    tail = unchecked(
-        inputs.query,
-        inputs.tail_keys,
-        inputs.tail_values,
-        causal=mask is None,
-        mask=mask,
-        scaling=scaling,
-        softcap=softcap,
-    )
-    return merge_pair(out, lse, *tail)
+    tail = tail_attention(inputs, scaling=scaling, softcap=softcap)
+    return (out, lse) if tail is None else merge_pair(out, lse, *tail)
 
 
 def _attend(
