@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,10 +19,14 @@ from kvzip_press.leaderboard.rows.results import Row
 MakeRow = Callable[..., Row]
 
 
-def text_of(cells: list[Cell], width: int = 100) -> str:
+def drawn(cells: list[Cell], width: int = 100, **options: Any) -> str:
     console = Console(width=width, file=io.StringIO())
-    console.print(results_table(cells, "a title"))
+    console.print(results_table(cells, **options))
     return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def text_of(cells: list[Cell], width: int = 100) -> str:
+    return drawn(cells, width, title="a title")
 
 
 def many(make_row: MakeRow) -> list[Row]:
@@ -151,12 +156,20 @@ def test_without_matplotlib_the_picture_names_the_command(
 
 def test_marks_stand_behind_the_figures_and_are_explained(make_row: MakeRow) -> None:
     cells = summarise([make_row(press="A", compression_ratio=0.5), make_row(press="B", compression_ratio=0.5)])
-    console = Console(width=100, file=io.StringIO())
-    console.print(results_table(cells, marks={("A", 0.5): "†‡", ("B", 0.5): ""}))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = drawn(cells, marks={("A", 0.5): "†‡", ("B", 0.5): ""})
     assert len([line for line in text.splitlines() if "0.50" in line and "†‡" in line]) == 1
     assert "† less accurate than the full cache" in text
     assert "†" not in text_of(cells)
+
+
+def test_no_figure_is_cut_off_at_80_columns(make_row: MakeRow) -> None:
+    figures = {"prefill_seconds": 102.84, "score_seconds": 100.0, "evict_seconds": 2.16, "answer_seconds": 10.13}
+    rows = [make_row(press="AdaKV (ExpectedAttention)", sample_id=str(i), score=i / 3, **figures) for i in range(3)]
+    (cell,) = summarise(rows)
+    text = drawn([cell], width=80, marks={(cell.press, cell.compression_ratio): "†"})
+    assert max(map(len, text.splitlines())) <= 80
+    for figure in (f"{cell.accuracy:.2f} ± {cell.standard_error:.2f} †", *("102.84", "102.16", "10.13")):
+        assert figure in text, figure
 
 
 def test_rows_of_two_versions_of_a_task_make_no_table(make_row: Callable[..., Row]) -> None:
