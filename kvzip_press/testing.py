@@ -46,13 +46,15 @@ def tiny_model(architecture: str = "llama", *, num_layers: int = 3, seed: int = 
         architecture: A key of :data:`ARCHITECTURES`, transformers' model type.
         num_layers: Number of decoder layers; hybrid architectures always have four.
         seed: Seed of the weights.
-        options: Further config values, including ``attn_implementation`` and ``dtype``.
+        options: Further config values, including ``dtype`` and ``attn_implementation``: sdpa by default, eager for
+            Gemma 2, which newer transformers refuse with sdpa.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     extra = ARCHITECTURES[architecture]
     layers = len(extra["layer_types"]) if "layer_types" in extra else num_layers
-    attn_implementation, dtype = options.pop("attn_implementation", "sdpa"), options.pop("dtype", torch.float32)
+    usual = "eager" if architecture == "gemma2" else "sdpa"
+    attn_implementation, dtype = options.pop("attn_implementation", usual), options.pop("dtype", torch.float32)
     config = AutoConfig.for_model(architecture, **{**_COMMON, "num_hidden_layers": layers, **extra, **options})
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -26,8 +26,6 @@ TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
 def tiny(architecture: str = "llama", **options):
     """A tiny model whose answers differ (with tied embeddings they repeat a token); one token in seven ends them."""
-    if architecture == "gemma2":
-        options["attn_implementation"] = "eager"
     model = tiny_model(architecture, tie_word_embeddings=False, **options)
     model.generation_config.eos_token_id = list(range(0, 128, 7))
     return model

@@ -21,13 +21,6 @@ N_CONTEXT, N_QUESTION, N_STEPS = 40, 3, 40
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
 
-def tiny(architecture: str, **options):
-    """A tiny model; Gemma 2 with eager attention, since the newest transformers refuses it with sdpa."""
-    if architecture == "gemma2":
-        options["attn_implementation"] = "eager"
-    return tiny_model(architecture, **options)
-
-
 def asked(model, *, batch: int = 1, ratio: float = 0.5):
     """A compressed cache that has read a question, and the logits of its last token."""
     device = next(model.parameters()).device
@@ -56,7 +49,7 @@ def run(step, token, n_steps=N_STEPS):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_static_step_equals_an_eager_step(architecture, batch) -> None:
     """Over more steps than a sliding window is long; a trial step before leaves no trace."""
-    model = tiny(architecture)
+    model = tiny_model(architecture)
     cache, token = asked(model, batch=batch)
     twin = cache.fork()
     static = _StaticStep(model, twin, N_STEPS, None, torch.device("cpu"))
@@ -193,7 +186,7 @@ def test_a_streamer_gets_prompt_and_tokens() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_graph_writes_what_eager_steps_write(architecture, compiled) -> None:
     """Token for token, with room for the tail to grow past a block."""
-    model = tiny(architecture, max_position_embeddings=512).to("cuda")
+    model = tiny_model(architecture, max_position_embeddings=512).to("cuda")
     cache, token = asked(model)
     twin = cache.fork()
     expected, _ = run(DecodeStep(model, cache, max_new_tokens=300, graph=False), token, 300)
