@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvzip_press.arguments.model import check_model
 from kvzip_press.budget.allocators import SAFEGUARD, Allocation
@@ -130,6 +130,13 @@ class Press(ABC):
         """
         check_model(model, "with press(model)")
         return compressing(self, model)
+
+    def __enter__(self) -> NoReturn:
+        """Raises InvalidArgumentError: a press alone does not know the model."""
+        raise InvalidArgumentError("expected a model: write `with press(model):`, got `with press:`")
+
+    def __exit__(self, *_: object) -> None:
+        """Is never reached; Python looks for it before it enters."""
 
 
 def _is_same(value: object, default: object) -> bool:

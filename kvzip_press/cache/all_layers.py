@@ -18,7 +18,7 @@ from kvzip_press.cache.padded_block import drop_ends_of_sliding
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.sliding_windows import own_window
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
-from kvzip_press.model.devices import execution_device
+from kvzip_press.model.devices import execution_device, reachable
 from kvzip_press.model.structure import attention_layers, text_decoder
 from kvzip_press.model.weights import weights_fingerprint
 
@@ -123,6 +123,7 @@ def move_layers(cache: Any, target: torch.device | str | nn.Module) -> None:
 
     Raises:
         CacheMismatchError: The model does not have attention in just these layers.
+        InvalidArgumentError: There is no such device.
         UnsupportedCacheError: A layer holds no keys and values.
     """
     layers: list[Any] = cache.layers
@@ -137,7 +138,7 @@ def move_layers(cache: Any, target: torch.device | str | nn.Module) -> None:
 
 def _devices(layers: Sequence[Any], target: torch.device | str | nn.Module) -> list[torch.device]:
     if not isinstance(target, nn.Module):
-        return [torch.device(target)] * len(layers)
+        return [reachable(target)] * len(layers)
     by_idx = {layer.layer_idx: layer.module for layer in attention_layers(target)}
     if sorted(by_idx) != list(range(len(layers))):
         raise CacheMismatchError(

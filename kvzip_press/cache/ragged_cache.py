@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
+from kvzip_press.arguments.model import check_model
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.all_layers import (
     all_or_nothing,
@@ -27,6 +28,7 @@ from kvzip_press.cache.ragged_layer import CopiedByFork, RaggedLayer
 from kvzip_press.cache.rows import TurnLock, Turns, batch_rows
 from kvzip_press.cache.sliding_windows import own_window
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.model.devices import reachable
 from kvzip_press.terminal import counted
 
 
@@ -272,6 +274,7 @@ class RaggedCache(CopiedByFork, compat.Cache):
 
         Raises:
             CacheMismatchError: The model has other layers.
+            InvalidArgumentError: There is no such device.
             UnsupportedCacheError: A layer holds no keys and values.
         """
         move_layers(self, target)
@@ -310,7 +313,10 @@ class RaggedCache(CopiedByFork, compat.Cache):
             CacheFileError: The file does not exist, is truncated or changed, or is not one of this package's cache
                 files.
             CacheMismatchError: Another model made the cache, or the model is loaded in another dtype.
+            InvalidArgumentError: There is no model, or no such device.
         """
+        check_model(model, "RaggedCache.load(path, model)")
+        device = None if device is None else reachable(device)
         layers, record = cache_file.load_layers(Path(path), model, device=device, verify=verify)
         cache = cls(layers)
         cache.press = record.press or ""

@@ -14,7 +14,7 @@ def text_of(path: Path) -> str:
 
     Raises:
         InvalidArgumentError: The file does not exist or cannot be read; it is a folder, a pipe or a device; or it holds
-            something else than text. The message names the path.
+            something else than text, or nothing. The message names the path.
     """
     try:
         text = read_text(path)
@@ -24,6 +24,8 @@ def text_of(path: Path) -> str:
         raise InvalidArgumentError(f"{path}: {error}") from error
     if (place := text.find("\0")) >= 0:
         raise InvalidArgumentError(f"{path}: expected a text file, got a null byte behind {place} characters")
+    if not text.strip():
+        raise InvalidArgumentError(f"{path}: expected a file with text in it, got an empty one")
     return text
 
 

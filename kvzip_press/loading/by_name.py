@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError, did_you_mean
 from kvzip_press.loading.embedded import GEMMA3_270M, SMOLLM2, EmbeddedModel, embedded_model_dir, find_gguf
+from kvzip_press.model.devices import get_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +45,8 @@ def load_model(name_or_path: str, **from_pretrained_kwargs: Any) -> "tuple[PreTr
         **from_pretrained_kwargs: Passed to ``AutoModelForCausalLM.from_pretrained`` (``device_map``,
             ``quantization_config``, ``low_cpu_mem_usage`` ...); those that say where files come from (``revision``,
             ``token``, ``local_files_only`` ...) also to ``AutoTokenizer``. ``dtype`` is ``"auto"`` by default, the
-            checkpoint's (fp32 for embedded models); the older name ``torch_dtype`` also works.
+            checkpoint's (fp32 for embedded models); also a torch dtype, or a name such as ``"bf16"``. The older name
+            ``torch_dtype`` also works.
 
     Returns:
         ``(model, tokenizer)``.
@@ -51,9 +55,9 @@ def load_model(name_or_path: str, **from_pretrained_kwargs: Any) -> "tuple[PreTr
         ModelNotFoundError: The files are neither on this machine nor reachable. The message has the cause.
         MissingDependencyError: The alias needs packages that are missing, and it has no hub id, or that cannot be
             loaded either. The message says how to get them.
-        InvalidArgumentError: ``dtype`` and ``torch_dtype`` disagree; ``device`` is given, which transformers calls
-            ``device_map``; or the model's config names code of a hub
-            repository, and ``trust_remote_code`` is not set.
+        InvalidArgumentError: There is no such ``dtype``, or ``dtype`` and ``torch_dtype`` disagree; ``device`` is
+            given, which transformers calls ``device_map``; or the model's config names code of a hub repository, and
+            ``trust_remote_code`` is not set.
     """
     options = _with_dtype(from_pretrained_kwargs)
     if name_or_path not in ALIASES:
@@ -76,7 +80,9 @@ def _with_dtype(options: dict[str, Any]) -> dict[str, Any]:
     old = options.pop("torch_dtype", None)
     if old is not None and options.setdefault("dtype", old) != old:
         raise InvalidArgumentError(f"expected one dtype, got dtype={options['dtype']} and torch_dtype={old}")
-    options.setdefault("dtype", "auto")
+    dtype = options.setdefault("dtype", "auto")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        options["dtype"] = get_dtype(dtype)
     return options
 
 

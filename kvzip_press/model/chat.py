@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,8 @@ def context_rows(
     """Returns the token ids of each context.
 
     A text is one context, and so are integers: a list, or a tensor or array ``[n]`` or ``[1, n]``. A list of these is
-    several. A tensor of several rows is refused: its padding could not be told from text.
+    several. A tensor of several rows is refused: its padding could not be told from text. So is the name of a file: its
+    letters would be the context.
 
     Args:
         tokenizer: The tokenizer.
@@ -91,6 +93,11 @@ def context_rows(
 
 def _context_ids(tokenizer: Any, context: Any, *, split: bool) -> tuple[int, ...]:
     if isinstance(context, str):
+        if os.path.isfile(context):  # noqa: PTH113  # Path.is_file raises for a text that is too long for a name
+            raise InvalidArgumentError(
+                f"expected a context as text, got {context!r:.80}, the name of a file: read it first, "
+                f"Path({context!r:.80}).read_text()"
+            )
         return encode(tokenizer, context, split_special_tokens=split)
     ids = items_of(context, "a context as text or token ids")
     for item in ids:

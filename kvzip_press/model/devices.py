@@ -40,6 +40,23 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def reachable(device: torch.device | str) -> torch.device:
+    """Returns a device that tensors can be put on.
+
+    Raises:
+        InvalidArgumentError: There is no such device, or this PyTorch cannot use it.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise InvalidArgumentError(
+            f"expected a device that PyTorch can use here, got {str(device)!r:.80} ({reason:.120})"
+        ) from error
+    return found
+
+
 def get_device(name: str | None) -> torch.device:
     """Returns the device of a name; for None the GPU if there is one, else the CPU.
 

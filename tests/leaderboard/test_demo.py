@@ -46,10 +46,10 @@ def test_the_demo_writes_rows_and_picture_and_prints_the_table(tmp_path: Path) -
     pytest.importorskip("matplotlib")
     done, printed = run(tmp_path)
     rows = list(read_rows(tmp_path / "rows.jsonl"))
-    assert len(rows) == (1 + 3 + 3) * 6
+    assert len(rows) == (1 + 1 + 3) * 6
     assert done.rows_path == tmp_path / "rows.jsonl"
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    assert len(done.cells) == 7
+    assert len(done.cells) == 5
     for text in ("full cache", "random", "KVzip", "6 questions a row", str(tmp_path / "pareto.png")):
         assert text in printed.replace("\n", "")
 
@@ -65,7 +65,7 @@ def test_presses_without_their_package_or_gates_are_left_out_with_one_line_each(
 def test_the_time_limit_ends_the_demo_after_whole_contexts(tmp_path: Path) -> None:
     _, printed = run(tmp_path, time_limit_seconds=0.0)
     assert "stopped after 1 of 3 contexts" in printed
-    assert len(list(read_rows(tmp_path / "rows.jsonl"))) == (1 + 3 + 3) * 2
+    assert len(list(read_rows(tmp_path / "rows.jsonl"))) == (1 + 1 + 3) * 2
 
 
 def test_rows_of_an_earlier_demo_are_kept_aside(tmp_path: Path) -> None:

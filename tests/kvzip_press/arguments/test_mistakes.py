@@ -26,6 +26,7 @@ from kvzip_press import (
     compress_in_chunks,
     generate,
     get_press,
+    load_model,
     prefill,
     question_ids,
     register_press,
@@ -60,6 +61,11 @@ class Streamer:
 
     def end(self) -> None:
         self.given.append("end")
+
+
+def entered(press: Any) -> None:
+    with press:
+        raise AssertionError
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +154,19 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a name as model": (lambda c: compress("smollm2", TOKENIZER, TEXT, PRESS), r"load_model\('smollm2'\)"),
     "a pair as model": (lambda c: prefill((MODEL, TOKENIZER), TOKENIZER, TEXT), r"got tuple: unpack what load_model"),
     "a tokenizer as model": (lambda c: prefill(TOKENIZER, MODEL, TEXT), r"expected a model, got ByteTokenizer"),
+    "a press without its model": (lambda c: entered(PRESS), r"write `with press\(model\):`, got `with press:`"),
+    "a model before the file": (
+        lambda c: RaggedCache.load(MODEL, "cache.kvzip"),
+        r"RaggedCache\.load\(path, model\): expected a model, got str",
+    ),
+    "a dtype that there is not": (
+        lambda c: load_model("smollm2", dtype="float17"),
+        r"expected a dtype among fp32, .*got 'float17'",
+    ),
+    "a device that there is not": (
+        lambda c: c.move_to("cuda:99"),
+        r"expected a device that PyTorch can use here, got 'cuda:99' \(",
+    ),
     # a context
     "an encoding as context": (
         lambda c: compress(MODEL, TOKENIZER, BATCH, PRESS),
@@ -159,6 +178,10 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "bytes as context": (lambda c: compress(MODEL, TOKENIZER, TEXT.encode(), PRESS), r"got bytes: decode them first"),
     "a path as context": (lambda c: compress(MODEL, TOKENIZER, Path("notes.txt"), PRESS), r"path\.read_text\(\)"),
+    "the name of a file as context": (
+        lambda c: compress(MODEL, TOKENIZER, __file__, PRESS),
+        r"test_mistakes\.py', the name of a file: read it first, Path\('.*'\)\.read_text\(\)",
+    ),
     "an open file as context": (lambda c: compress(MODEL, TOKENIZER, io.StringIO(TEXT), PRESS), r"file\.read\(\)"),
     "floats as context": (lambda c: compress(MODEL, TOKENIZER, torch.tensor(IDS).float(), PRESS), r"of torch\.float32"),
     "a float among ids": (lambda c: compress(MODEL, TOKENIZER, [5, 6.0], PRESS), r"got 6\.0 among its ids"),
