@@ -135,7 +135,7 @@ class Press(ABC):
         """Raises InvalidArgumentError: a press alone does not know the model."""
         raise InvalidArgumentError("expected a model: write `with press(model):`, got `with press:`")
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:  # noqa: B027  # not abstract: it is the same for all
         """Is never reached; Python looks for it before it enters."""
 
 
