@@ -131,15 +131,15 @@ NAMES = [name for name in vars(Operations) if not name.startswith("_") and name 
 def test_whatever_is_done_to_a_cache_it_answers_as_if_all_were_decoded(architecture, names) -> None:
     """Forks, rows, beams, later turns and moves, in any order, behind presses of several kinds."""
     model = MODELS[architecture]
+    # transformers' eager attention makes NaN of padding in fp64: Gemma 2 reads rows of one length.
+    texts = [TEXT[:60], TEXT[20:80] if architecture == "gemma2" else TEXT[:33]]
 
     @settings(max_examples=5, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
     @given(st.booleans(), st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 20)), min_size=1, max_size=5))
     def check(replayed, operations) -> None:
         press = KVzipPress(0.5, chunk_size=64) if replayed else RandomPress(0.6, allocation="layer")
-        caches = [compress(model, TOKENIZER, [TEXT[:60], TEXT[:33]], press, storage=name) for name in names]
+        caches = [compress(model, TOKENIZER, texts, press, storage=name) for name in names]
         for name, seed in operations:
-            if name == "turn" and architecture == "gemma2":
-                continue  # its rows of different length end a turn for sliding layers
             caches = [getattr(Operations, name)(model, cache, seed) for cache in caches]
         fast, slow = caches
         assert kept(fast) == kept(slow)
