@@ -25,7 +25,7 @@ from kvzip_press.leaderboard.samples.task import Task
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.terminal import plain
 
-REMOVED = (0.0, 0.5, 0.7, 0.9)
+REMOVED = [0.0, 0.5, 0.7, 0.9]
 NOTHING = Agreement((), ())
 
 
@@ -34,6 +34,8 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 450,
     keys: Annotated[int, typer.Option(help="Facts, and questions, a context.")] = 6,
     answer_tokens: Annotated[int, typer.Option(help="Tokens of each answer that the full cache writes.")] = 12,
+    removed: Annotated[list[float], typer.Option(help="Fractions removed.")] = REMOVED,
+    storage: Annotated[list[str] | None, typer.Option(help="Storages; all by default.")] = None,
     press: Annotated[str, typer.Option(help="The press that scores.")] = "kvzip",
     seed: Annotated[int, typer.Option(help="Seed of the contexts.")] = 29,
     model: Annotated[str, typer.Option(help="Path or hub id of a model, or smollm2.")] = "smollm2",
@@ -57,25 +59,25 @@ def main(
         full = done.evict(scores, 0.0, storage="model")
         written = [generate(loaded, full.fork(), [ids], answer_tokens)[0] for ids in asked]
         expected = log_probabilities(loaded, full, asked, written)
-        for removed in REMOVED:
-            exact = log_probabilities(loaded, done.evict(scores, removed, storage="model"), asked, written)
-            for name in STORAGES:
-                cache = done.evict(scores, removed, storage=name)
+        for ratio in removed:
+            exact = log_probabilities(loaded, done.evict(scores, ratio, storage="model"), asked, written)
+            for name in storage or STORAGES:
+                cache = done.evict(scores, ratio, storage=name)
                 found = exact if name == "model" else log_probabilities(loaded, cache, asked, written)
-                cell = removed, name
+                cell = ratio, name
                 alone[cell] = alone.get(cell, NOTHING) + Agreement.of(exact, found)
                 in_all[cell] = in_all.get(cell, NOTHING) + Agreement.of(expected, found)
                 smaller.setdefault(cell, []).append(cache.compression)
     rows: list[dict[str, Any]] = [
         {
-            "removed": removed,
+            "removed": ratio,
             "storage": name,
-            "times_smaller": statistics.mean(smaller[removed, name]),
-            "tokens": len(alone[removed, name].kl),
-            **_figures("by_storage", alone[removed, name]),
-            **_figures("in_all", in_all[removed, name]),
+            "times_smaller": statistics.mean(smaller[ratio, name]),
+            "tokens": len(alone[ratio, name].kl),
+            **_figures("by_storage", alone[ratio, name]),
+            **_figures("in_all", in_all[ratio, name]),
         }
-        for removed, name in alone
+        for ratio, name in alone
     ]
     dtype = str(loaded.dtype).removeprefix("torch.")
     if output is not None:
