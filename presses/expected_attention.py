@@ -1,7 +1,8 @@
 """Expected Attention (https://arxiv.org/abs/2510.00636): pairs are kept that future queries are expected to attend to.
 
 ``S_j = (mean over the group of softmax_j(s k_j . mu + s^2 / 2 k_j . C k_j) + epsilon) ||v_j||``, where ``s`` is the
-model's scaling of logits, ``1 / sqrt(d)`` in most, and ``mu`` and ``C`` are mean and covariance of the context's queries before RoPE, moved to the mean of the positions to come.
+model's scaling of logits, ``1 / sqrt(d)`` in most, and ``mu`` and ``C`` are mean and covariance of the context's
+queries before RoPE, moved to the mean of the positions to come.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class ExpectedAttentionPress(AllocatingPress, ObservingPress):
     kept. The first tokens, whose queries stick out, are left out of both and protected, inside the budget. RoPE is
     undone and applied again by the model's own function, and what it does to the last token's queries is checked, so a
     model that turns them in another way raises. Logits are scaled as the model scales them (the authors' code always by
-    ``1 / sqrt(d)``); a softcap is not modelled. Everything is computed in fp32. Budgets are per KV head (other code may count query heads).
+    ``1 / sqrt(d)``); a softcap is not modelled. Everything is computed in fp32. Budgets are per KV head (other code may
+    count query heads).
 
     A later turn, or a chunk of a long context, is scored by its own queries over its own pairs, and has no sink.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ class KnormPress(AllocatingPress):
                 f'expected skip_layers with allocation "head", got it with {self.allocation!r:.80}: give '
                 "allocation=SkippingLayers(...) or layer_ratios instead"
             )
-        floors = {"min_kept_per_head": self.min_kept_per_head, "safeguard": self.safeguard}
+        floors: dict[str, Any] = {"min_kept_per_head": self.min_kept_per_head, "safeguard": self.safeguard}
         return Policy(policy.amount, SkippingLayers(layers=self.skip_layers, **floors))
 
     def score(self, prefill: Prefill) -> Scores:

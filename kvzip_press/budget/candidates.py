@@ -79,7 +79,7 @@ class Candidates:
                 row,
                 {i: rows[row] for i, rows in values.items()},
                 *({i: by_row[row][kind] for i, by_row in numbers.items()} for kind in range(5)),
-                attention=None if attention is None else {i: rows[row] for i, rows in attention.items()},
+                None if attention is None else {i: rows[row] for i, rows in attention.items()},
             )
             for row in range(len(protected))
         ]

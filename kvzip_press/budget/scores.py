@@ -9,7 +9,7 @@ from typing import TypeGuard
 
 import torch
 
-from kvzip_press.budget.allocators import Allocation, Decided
+from kvzip_press.budget.allocators import AllocationLike, Decided
 from kvzip_press.budget.amount import is_int
 from kvzip_press.budget.policy import Policy
 from kvzip_press.errors import InvalidArgumentError
@@ -108,7 +108,7 @@ class Scores:
     def asked_for(
         self,
         compression_ratio: float | None = None,
-        allocation: str | Allocation | None = None,
+        allocation: AllocationLike | None = None,
         budget: int | None = None,
     ) -> Scores:
         """Returns the same scores with the policy that an eviction asks for; None leaves a value as it is.

@@ -7,6 +7,7 @@ pair at the same level and the budget has room for some only, the heads with the
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from kvzip_press.budget.allocators.base import Allocation
 from kvzip_press.budget.amount import Amount
 from kvzip_press.budget.candidates import Candidates, Counts, Pool
+from kvzip_press.errors import InvalidArgumentError
 
 #: ``level -> [heads]``, float64: the pairs that each head keeps there, not yet rounded.
 Curve = Callable[[float], torch.Tensor]
@@ -45,6 +47,9 @@ class Levelled(Allocation):
         """Returns one pool with everything: it is the whole that keeps what was asked for."""
         return [[(i, slice(None)) for i in heads]]
 
+    def check(self, row: Candidates, least: int, budget: int) -> None:
+        """Raises InvalidArgumentError if a budget is too small, ``least`` pairs being kept at level 0."""
+
     def counts(self, row: Candidates, amount: Amount) -> Counts:
         """Returns ``layer_idx -> [heads]``, int64: how many unprotected pairs each head of a row keeps."""
         pool = self.pools(row.heads)[0]
@@ -52,7 +57,9 @@ class Levelled(Allocation):
         sizes, budget = torch.tensor(row.sizes(pool)), row.to_spend(pool, asked)
         values = row.best_first(pool)
         first = sizes.clamp(max=self.min_kept_per_head).maximum((values == torch.inf).any(dim=1).long().cpu())
-        spent = _spent(self.curve(row, sizes.double()), first, sizes, budget, values)
+        curve = self.curve(row, sizes.double())
+        self.check(row, int(_rounded(curve(0.0), first, sizes).sum()), budget)
+        spent = _spent(curve, first, sizes, budget, values)
         parts = spent.split(list(row.heads.values()))
         return {i: part.to(row.values[i].device) for i, part in zip(row.heads, parts, strict=True)}
 
@@ -70,19 +77,24 @@ def _spent(curve: Curve, first: torch.Tensor, sizes: torch.Tensor, budget: int, 
     in_turns = int(first.sum()) >= budget
 
     def at(level: float) -> torch.Tensor:
-        if in_turns:
-            return first.clamp(max=int(level))
-        return (curve(level) + 0.5).floor().clamp(max=float(sizes.max())).long().maximum(first).minimum(sizes)
+        return first.clamp(max=int(level)) if in_turns else _rounded(curve(level), first, sizes)
 
     low, high = 0.0, 1.0
     while int(at(high).sum()) < budget:
         low, high = high, 2 * high
+        if math.isinf(high):
+            raise InvalidArgumentError(f"expected a curve that reaches {budget} pairs at some level, got {at(low)}")
     while int((here := at(low)).sum()) < budget and low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if int(at(middle).sum()) <= budget else (low, middle)
     missing = budget - int(here.sum())
     if missing:
         here[_best_next(values, here, (at(high) > here).nonzero()[:, 0])[:missing]] += 1
     return here
+
+
+def _rounded(wanted: torch.Tensor, first: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Returns whole pairs, ``[heads]``, int64, within what each head has at least and at most."""
+    return (wanted + 0.5).floor().minimum(sizes.double()).long().maximum(first)
 
 
 def _best_next(values: torch.Tensor, kept: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,5 @@ def _starts(size: int, n_protected: int, page_size: int) -> torch.Tensor:
     """Returns the first pair of each page of a head's ``size`` competing pairs, behind the protected ones."""
     if not size:
         return torch.zeros(0, dtype=torch.int64)
-    return torch.cat(
-        [torch.zeros(1, dtype=torch.int64), torch.arange(page_size - n_protected % page_size, size, page_size)]
-    )
+    room = page_size - n_protected % page_size  # in the page where the protected pairs end
+    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(min(room, size), size, page_size)])

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from kvzip_press.budget.allocators.levels import Curve, Levelled
-from kvzip_press.budget.amount import Amount, is_int
-from kvzip_press.budget.candidates import Candidates, Counts
+from kvzip_press.budget.amount import is_int
+from kvzip_press.budget.candidates import Candidates
 from kvzip_press.errors import InvalidArgumentError
 
 
@@ -37,29 +37,24 @@ class SkippingLayers(Levelled):
             )
         object.__setattr__(self, "layers", tuple(dict.fromkeys(layers)))
 
-    def counts(self, row: Candidates, amount: Amount) -> Counts:
-        """Returns ``layer_idx -> [heads]``, int64: how many unprotected pairs each head of a row keeps.
+    def check(self, row: Candidates, least: int, budget: int) -> None:
+        """Raises InvalidArgumentError if the budget does not hold these layers, and the floors of the others."""
+        if least > budget:
+            raise InvalidArgumentError(
+                f"expected a budget that holds the layers to skip, {list(self.layers)}, got one of {budget} pairs for "
+                f"all layers, where these and the floors of the others have {least}: skip fewer layers, or remove less"
+            )
+
+    def curve(self, row: Candidates, sizes: torch.Tensor) -> Curve:
+        """Returns everything for the layers that are skipped, the level itself for the others.
 
         Raises:
-            InvalidArgumentError: A layer is not one that can be compressed, or these layers alone are more than the
-                budget.
+            InvalidArgumentError: A layer is not one that can be compressed.
         """
         if unknown := set(self.layers) - set(row.heads):
             raise InvalidArgumentError(
                 f"expected layers to skip among those that can be compressed, {sorted(row.heads)}, got "
                 f"{sorted(unknown)}"
             )
-        counts = super().counts(row, amount)
-        whole = {i: sum(row.free[i]) for i in self.layers}
-        if any(int(counts[i].sum()) < pairs for i, pairs in whole.items()):
-            raise InvalidArgumentError(
-                f"expected a budget that holds the layers to skip, {sorted(self.layers)}, with {sum(whole.values())} "
-                f"pairs, got one of {sum(int(count.sum()) for count in counts.values())} for all layers: skip fewer "
-                "layers, or remove less"
-            )
-        return counts
-
-    def curve(self, row: Candidates, sizes: torch.Tensor) -> Curve:
-        """Returns everything for the layers that are skipped, the level itself for the others."""
         skipped = torch.tensor([i in self.layers for i, heads in row.heads.items() for _ in range(heads)])
         return lambda level: torch.where(skipped, sizes, torch.full_like(sizes, level))

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from kvzip_press.budget.allocators.levels import Curve, Levelled
-from kvzip_press.budget.amount import Amount
-from kvzip_press.budget.candidates import Candidates, Counts
+from kvzip_press.budget.candidates import Candidates
 from kvzip_press.budget.share_file import read_shares
 from kvzip_press.errors import InvalidArgumentError
 
@@ -55,17 +54,12 @@ class Table(Levelled):
     def __repr__(self) -> str:
         return f"Table({list(torch.tensor(self.shares).shape)})"
 
-    def counts(self, row: Candidates, amount: Amount) -> Counts:
-        """Returns ``layer_idx -> [heads]``, int64: how many unprotected pairs each head of a row keeps.
+    def curve(self, row: Candidates, sizes: torch.Tensor) -> Curve:
+        """Returns each head's share, times the level; of LU-KV's curves, what is left at the level.
 
         Raises:
             InvalidArgumentError: The table is for another number of layers or heads.
         """
-        self._rows(row.heads)
-        return super().counts(row, amount)
-
-    def curve(self, row: Candidates, sizes: torch.Tensor) -> Curve:
-        """Returns each head's share, times the level; of LU-KV's curves, what is left at the level."""
         table = torch.tensor(self.shares, dtype=torch.float64)[..., self._rows(row.heads), :].flatten(-2)
         if table.dim() == 1:
             table = table.clamp(min=_LEAST * float(table.max()))
