@@ -17,7 +17,7 @@ from kvzip_press.budget.allocators import AllocationLike, Pyramid
 from kvzip_press.budget.amount import is_int
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.prefilling.query_window import QueryWindow, being_read, token_bounds
+from kvzip_press.prefilling.query_window import QueryWindow, being_read
 from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import AllocatingPress, ObservingPress
 
@@ -65,10 +65,9 @@ class SnapKVPress(AllocatingPress, ObservingPress):
     def scores(self, prefill: Prefill, window: QueryWindow) -> Scores:
         """Returns the scores of a prefill whose window was kept."""
         layers, protected = prefill.blank_scores(), prefill.last_tokens(self.window_size)
-        bounds = token_bounds(prefill.valid)
         for layer_idx, scores in layers.items():
-            for row, heads, attention in window.attention(prefill, layer_idx):
-                first, end = bounds[row]
+            for row, heads, attention in window.attention(layer_idx, prefill.pairs(layer_idx)[0]):
+                first, end = window.bounds[row]
                 end -= window.lengths[row]
                 if first < end:
                     paid = attention.mean(dim=2)[..., : end - first]

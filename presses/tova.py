@@ -32,7 +32,7 @@ class TOVAPress(AllocatingPress):
         """Returns the last token's attention; 1, the most there is, for the last token itself."""
         layers, last = prefill.blank_scores(), prefill.last_tokens(1)
         for layer_idx, scores in layers.items():
-            for row, heads, attention in prefill.last_token().attention(prefill, layer_idx):
+            for row, heads, attention in prefill.last_token().attention(layer_idx, prefill.pairs(layer_idx)[0]):
                 valid = prefill.valid[row].to(scores.device)
                 scores[row, heads, valid] = attention[:, :, 0].mean(dim=1)
             scores.copy_(scores.mean(dim=1, keepdim=True).expand_as(scores))

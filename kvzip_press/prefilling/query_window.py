@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +15,6 @@ from kvzip_press.attention.queries import queries_watched
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.model.watching import OpenFor
-
-if TYPE_CHECKING:
-    from kvzip_press.prefilling.whole import Prefill
 
 
 @dataclass(frozen=True)
@@ -81,6 +78,7 @@ class QueryWindow:
         window_size: Number of last tokens; of a shorter row there are fewer.
 
     Attributes:
+        bounds: The first column of each row's tokens, and the one after its last.
         lengths: Number of tokens in the window of each row.
     """
 
@@ -89,7 +87,8 @@ class QueryWindow:
         size = min(window_size, self._span)
         rank = valid.long().cumsum(dim=-1).masked_fill(~valid, 0)  # 0 at padding: it comes first, before the tokens
         self._columns = rank.argsort(dim=-1, stable=True)[:, self._span - size :]
-        self.lengths = tuple(valid.sum(dim=-1).clamp(max=size).tolist())
+        self.bounds = token_bounds(valid)
+        self.lengths = tuple(min(end - first, size) for first, end in self.bounds)
         self._indices = {layer.module: layer.layer_idx for layer in full_attention_layers(model)}
         self._seen: dict[int, _Seen] = {}
         self._watching = ExitStack()
@@ -109,19 +108,22 @@ class QueryWindow:
         columns = self._columns.to(query.device)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
         self._seen[layer_idx] = _Seen(query.gather(2, columns), kwargs.get("scaling"), softcap_of(module, kwargs))
 
-    def attention(self, prefill: Prefill, layer_idx: int) -> Iterator[tuple[int, slice, torch.Tensor]]:
-        """Yields what the tokens of each row's window pay to the pairs of the prefill's span, some heads at a time.
+    def attention(self, layer_idx: int, keys: torch.Tensor) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """Yields what the tokens of each row's window pay to the pairs of the span that was read, some heads at a time.
 
         It is the model's own attention (its scaling and softcap), normalised over the pairs of the span that a token
         sees: itself and those before it. What lies before the span, as in a later turn or chunk, is left out.
+
+        Args:
+            layer_idx: The layer.
+            keys: ``[batch, num_key_value_heads, n, head_dim]``, its keys of the span: ``prefill.pairs(layer_idx)[0]``.
 
         Yields:
             The row; a slice of its KV heads; ``[heads, num_key_value_groups, window, n]``, fp32, over the ``n`` tokens
             of the row without its padding.
         """
-        seen, keys = self._seen[layer_idx], prefill.pairs(layer_idx)[0]
-        num_heads = keys.shape[1]
-        for row, (first_token, end) in enumerate(token_bounds(prefill.valid)):
+        seen, num_heads = self._seen[layer_idx], keys.shape[1]
+        for row, (first_token, end) in enumerate(self.bounds):
             own, size = keys[row, :, first_token:end], self.lengths[row]
             queries = seen.queries[row, :, seen.queries.shape[2] - size :].unflatten(0, (num_heads, -1))
             at_once = max(_LOGITS_AT_ONCE // (queries.shape[1] * size * own.shape[1]), 1)

@@ -219,7 +219,7 @@ class Prefill:
         """
         layers = self.blank_scores()
         for layer_idx, paid in layers.items():
-            for row, heads, attention in self.last_token().attention(self, layer_idx):
+            for row, heads, attention in self.last_token().attention(layer_idx, self.pairs(layer_idx)[0]):
                 paid[row, heads, self.valid[row].to(paid.device)] = attention[:, :, 0].amax(dim=1)
         return layers
 

@@ -70,14 +70,14 @@ class Pages(Allocation):
 
         The first page that no longer fits ends the list, lest a smaller budget keep a page that a larger one does not.
         """
-        ordered = best.sort(dim=1, descending=True).values.cpu()
+        ordered = best.sort(dim=1, descending=True).values
         starts = [_starts(size, others, self.page_size) for size, others in zip(sizes, protected, strict=True)]
         heads = torch.cat([torch.full_like(one, head) for head, one in enumerate(starts)])
         ends = torch.cat(
             [torch.cat([one[1:], one.new_tensor([size])])[: len(one)] for one, size in zip(starts, sizes, strict=True)]
         )
         numbers, first = torch.cat([torch.arange(len(one)) for one in starts]), torch.cat(starts)
-        price = ordered[heads, first]
+        price = ordered[heads.to(ordered.device), first.to(ordered.device)].cpu()
         is_must = price == torch.inf  # the page of a layer's best pair, where the layer would be left empty
         turn = torch.where(first < self.min_kept_per_head, numbers, len(first)).masked_fill(is_must, -1)
         order = price.argsort(descending=True, stable=True)
