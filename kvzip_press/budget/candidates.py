@@ -74,15 +74,14 @@ class Candidates:
             parts = [part.sum(dim=-1) for part in (free, mask & safe, mask & paid, base[i] & ~outside)]
             counts[i] = torch.stack([*parts, held[i].to(mask.device) if i in held else none], dim=1)
         numbers = _numbers(counts)
-        return [
-            cls(
-                row,
-                {i: rows[row] for i, rows in values.items()},
-                *({i: by_row[row][kind] for i, by_row in numbers.items()} for kind in range(5)),
-                None if attention is None else {i: rows[row] for i, rows in attention.items()},
-            )
-            for row in range(len(protected))
-        ]
+        rows = []
+        for row in range(len(protected)):
+            own = {i: scores[row] for i, scores in values.items()}
+            kinds = [{i: of[row][kind] for i, of in numbers.items()} for kind in range(5)]
+            n_free, n_protected, n_charged, n_counted, n_held = kinds
+            looked_at = None if attention is None else {i: of[row] for i, of in attention.items()}
+            rows.append(cls(row, own, n_free, n_protected, n_charged, n_counted, n_held, looked_at))
+        return rows
 
     @property
     def heads(self) -> dict[int, int]:
