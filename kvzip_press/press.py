@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvzip_press.arguments.model import check_model
-from kvzip_press.budget.allocators import SAFEGUARD, Allocation
+from kvzip_press.budget.allocators import SAFEGUARD, AllocationLike, allocation_of
 from kvzip_press.budget.amount import Amount, LayerRatios, amount_of, check_compression_ratio
 from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
@@ -173,7 +173,7 @@ def _checked_score(score: Callable[[Any, Prefill], Scores]) -> Callable[[Any, Pr
             scores = score(self, prefill)
             prefill.check(scores)
             asked = scores if self.budget is None else scores.asked_for(budget=self.budget)
-            return asked.made_by(str(self), self.storage)
+            return prefill.attended(asked).made_by(str(self), self.storage)
 
     return scored
 
@@ -201,7 +201,9 @@ class AllocatingPress(Press):
         compression_ratio: Fraction of key/value pairs removed, in [0, 1).
         allocation: "global" (all pairs of all layers and heads compete), "layer" (every layer keeps the same fraction,
             its heads compete), "head" (every head keeps the same fraction), "adakv" (like "layer", with a safeguard),
-            or an :class:`kvzip_press.budget.allocators.Allocation`, which has its own floors.
+            another name of :data:`kvzip_press.budget.allocators.ALLOCATIONS`, or an
+            :class:`kvzip_press.budget.allocators.Allocation`, which has its own floors; in files, a mapping with the
+            name and arguments of one (``{name: pages, page_size: 64}``).
         budget: Tokens' worth of pairs to keep, instead of a ratio; see :class:`Press`.
         layer_ratios: A ratio for each layer instead of one for all, by layer index, as a mapping or a sequence; for
             exactly the layers that can be compressed. Not with allocation "global".
@@ -215,7 +217,7 @@ class AllocatingPress(Press):
         InvalidArgumentError: A value is out of range, or more than one of ratio, budget and layer ratios is given.
     """
 
-    allocation: str | Allocation = "global"
+    allocation: AllocationLike = "global"
     layer_ratios: Mapping[int, float] | Sequence[float] | None = field(default=None, kw_only=True)
     safeguard: float = field(default=SAFEGUARD, kw_only=True)
     min_kept_per_head: int = field(default=0, kw_only=True)
@@ -223,6 +225,9 @@ class AllocatingPress(Press):
     def __post_init__(self) -> None:
         if self.layer_ratios is not None:
             object.__setattr__(self, "layer_ratios", LayerRatios(self.layer_ratios))
+        if isinstance(self.allocation, Mapping):
+            with _named(self):
+                object.__setattr__(self, "allocation", allocation_of(self.allocation))
         super().__post_init__()
 
     @property

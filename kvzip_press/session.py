@@ -25,6 +25,7 @@ from kvzip_press.model.watching import OpenFor, after_forward, before_forward, c
 from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.prefilling.call import PrefillCall
 from kvzip_press.prefilling.eviction import check_storage, pack_prefix
+from kvzip_press.prefilling.query_window import READING, QueryWindow, Reading
 from kvzip_press.prefilling.self_check import SelfCheck
 from kvzip_press.prefilling.whole import Scorer
 
@@ -98,13 +99,14 @@ class _Forward(threading.local):
         self.watching = ExitStack()
         watching.append(self.watching)
         self.check: SelfCheck | None = None
+        self.last_queries: QueryWindow | None = None
         self.observers: dict[Scorer, Any] = {}
         self.eviction: DecodeEviction | None = None  # what sees tokens that count as generated
 
     def close(self) -> None:
         """Stops watching."""
         self.watching.close()
-        self.check, self.observers, self.eviction = None, {}, None
+        self.check, self.last_queries, self.observers, self.eviction = None, None, {}, None
 
 
 class _Session:
@@ -171,6 +173,8 @@ class _Session:
         forward.watching.enter_context(computing())
         forward.check = SelfCheck(self.model, visible)
         forward.watching.enter_context(attention_watched(forward.check))
+        forward.last_queries = forward.watching.enter_context(QueryWindow(self.model, valid, 1))
+        forward.watching.enter_context(READING.opened(self.model, Reading(valid, forward.start)))
         observer = self.press.observer(self.model)
         if observer is not None:
             forward.watching.enter_context(observer)
@@ -182,6 +186,7 @@ class _Session:
             return
         forward = self.forward
         observers, start, check, eviction = forward.observers, forward.start, forward.check, forward.eviction
+        last_queries = forward.last_queries
         forward.close()
         if output is None:
             if eviction is not None:
@@ -190,7 +195,7 @@ class _Session:
         if eviction is not None:
             eviction.end()
             return
-        if check is None:
+        if check is None or last_queries is None:
             return  # a decode step
         call = PrefillCall.of(decoder, args, kwargs).within(forward.outer)
         cache = compat.cache_after(output, call.cache)
@@ -205,7 +210,7 @@ class _Session:
                     scored, storage = bool(self.evictions), self.press.storage
                     before = call.valid_before(start)
                     pack_prefix(self.model, cache, before, positions, scored=scored, storage=storage)
-                prefill = call.prefill(self.model, cache, start, observers, weights)
+                prefill = call.prefill(self.model, cache, start, observers, weights, last_queries)
                 prefill.evict_in_place(self.press.score(prefill))
         finally:
             forward.busy = False

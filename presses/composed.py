@@ -107,11 +107,11 @@ class ComposedPress(Press):
     def composed(self, prefill: Prefill) -> Scores:
         """Returns the scores; the presses' observers are the prefill's, or watch it run again."""
         scores = self.presses[0].score(prefill)
-        keep = select(scores, prefill.valid, held=prefill.held_pairs(scores))
+        keep = select(prefill.attended(scores), prefill.valid, held=prefill.held_pairs(scores))
         protected = scores.protected
         for press in self.presses[1:]:
             scores = press.score(prefill)
-            keep = select(scores, prefill.valid, among=keep, held=prefill.held_pairs(scores))
+            keep = select(prefill.attended(scores), prefill.valid, among=keep, held=prefill.held_pairs(scores))
             protected = protected & scores.protected
         layers = {
             layer_idx: torch.where(keep[layer_idx], values.float().clamp(min=LOWEST / 2), LOWEST)

@@ -93,7 +93,7 @@ def state_of(model: Any) -> list[Any]:
     ]
 
 
-PRESSES = ["fastkvzip", "kvzip", "random", pytest.param("snapkv", marks=pytest.mark.kvpress)]
+PRESSES = ["fastkvzip", "kvzip", "random", "snapkv", "expected_attention"]
 PRESSES += [pytest.param(name, marks=pytest.mark.kvpress) for name in ("kvpress_kvzip", "adakv_snapkv")]
 
 

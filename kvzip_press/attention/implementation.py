@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
+from kvzip_press.attention.queries import show_query
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError, UnsupportedModelError
 from kvzip_press.model.structure import attention_layers, text_decoder
 from kvzip_press.model.twin import twin_of
@@ -204,6 +205,7 @@ def attention_forward(
         UnsupportedCacheError: A forward over a layer of this package records gradients.
     """
     kwargs["dropout"] = dropout
+    show_query(module, query, kwargs)
     if not isinstance(key, CacheView):
         result = _own_attention(module, query, key, value, attention_mask, **kwargs)
         if (watch := _WATCH.get()) is not None:

@@ -27,6 +27,9 @@ def allocate(
     scores go to the lower position, then the lower layer, then the lower head. Each batch row has its own budget over
     its own tokens. Every row keeps at least one pair per layer.
 
+    Pools may be budgets of layers or heads that a rule fixes (a pyramid, a table), and some rules keep whole pages, or
+    what a threshold says: see the classes of :mod:`kvzip_press.budget.allocators`.
+
     Floors are part of the budget. Heads fill them in turns: first each takes its best pair, then each its second best,
     and within a turn the better pairs come first. The floors are ``min_kept_per_head`` pairs of every head and, for
     "adakv", a fraction ``safeguard`` of the budget, so that each head gets that fraction of its equal share, rounded
@@ -51,7 +54,9 @@ def allocate(
         raise InvalidArgumentError("expected scores that follow a budget, got counts that were decided over all pairs")
     standing = standing_pairs(scores, valid, among)
     base = standing_pairs(scores, valid, None) if of_all else standing
-    candidates = Candidates.of_rows(scores.layers, standing, base, scores.protected, scores.charged, held or {})
+    candidates = Candidates.of_rows(
+        scores.layers, standing, base, scores.protected, scores.charged, held or {}, scores.attention
+    )
     allocation = scores.policy.allocation
     rows = [allocation.counts(row, scores.policy.amount) for row in candidates]
     if type(allocation).counts not in (Allocation.counts, Decided.counts):  # someone else's code

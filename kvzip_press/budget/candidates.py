@@ -30,6 +30,8 @@ class Candidates:
         charged: Number of protected pairs that count towards the budget.
         counted: Number of pairs that a ratio applies to: all but the protected ones outside the budget.
         held: Number of pairs of earlier turns that count towards a budget in tokens.
+        attention: ``[heads, span]``, fp32, what the last token pays to each pair, the most of a group of query heads;
+            None if it is not known.
     """
 
     row: int
@@ -39,6 +41,7 @@ class Candidates:
     charged: Numbers
     counted: Numbers
     held: Numbers
+    attention: Mapping[int, torch.Tensor] | None = None
 
     @classmethod
     def of_rows(
@@ -49,6 +52,7 @@ class Candidates:
         protected: torch.Tensor,
         charged: torch.Tensor,
         held: Mapping[int, torch.Tensor],
+        attention: Mapping[int, torch.Tensor] | None = None,
     ) -> list[Candidates]:
         """Builds the candidates of each row of a batch; all numbers are read from the device at once.
 
@@ -59,6 +63,7 @@ class Candidates:
             protected: ``[batch, span]``, bool.
             charged: ``[batch, span]``, bool, the protected positions that count towards the budget.
             held: ``[batch, heads]``, pairs of earlier turns that count towards a budget in tokens.
+            attention: ``[batch, heads, span]``, what the last token pays to each pair; None if it is not known.
         """
         values, counts = {}, {}
         for i, mask in standing.items():
@@ -69,14 +74,14 @@ class Candidates:
             parts = [part.sum(dim=-1) for part in (free, mask & safe, mask & paid, base[i] & ~outside)]
             counts[i] = torch.stack([*parts, held[i].to(mask.device) if i in held else none], dim=1)
         numbers = _numbers(counts)
-        return [
-            cls(
-                row,
-                {i: rows[row] for i, rows in values.items()},
-                *({i: by_row[row][kind] for i, by_row in numbers.items()} for kind in range(5)),
-            )
-            for row in range(len(protected))
-        ]
+        rows = []
+        for row in range(len(protected)):
+            own = {i: scores[row] for i, scores in values.items()}
+            kinds = [{i: of[row][kind] for i, of in numbers.items()} for kind in range(5)]
+            n_free, n_protected, n_charged, n_counted, n_held = kinds
+            looked_at = None if attention is None else {i: of[row] for i, of in attention.items()}
+            rows.append(cls(row, own, n_free, n_protected, n_charged, n_counted, n_held, looked_at))
+        return rows
 
     @property
     def heads(self) -> dict[int, int]:
@@ -101,7 +106,7 @@ class Candidates:
         Protected pairs that count towards the budget are subtracted. The result is at least one for each layer that
         would otherwise be left empty, and at most as many as compete.
         """
-        return min(max(total - sum(_of_pool(self.charged, pool)), len(self._bare(pool))), sum(self.sizes(pool)))
+        return min(max(total - sum(_of_pool(self.charged, pool)), len(self.bare(pool))), sum(self.sizes(pool)))
 
     def best_first(self, pool: Pool) -> torch.Tensor:
         """Returns the scores of a pool, ``[heads of all its layers, span]``, with +inf at pairs that stay in any case.
@@ -109,7 +114,7 @@ class Candidates:
         These are the best pairs of the layers that would otherwise be left empty, one per layer; among equals the one
         with the lowest position, then head.
         """
-        bare = self._bare(pool) if len(pool) > 1 else []  # in a pool of one layer the best pair comes first anyway
+        bare = self.bare(pool) if len(pool) > 1 else []  # in a pool of one layer the best pair comes first anyway
         device = self.values[pool[0][0]].device
         parts = [(i, self.values[i][heads]) for i, heads in pool]
         return torch.cat([(with_best_marked(values) if i in bare else values).to(device) for i, values in parts])
@@ -118,7 +123,7 @@ class Candidates:
         """Returns 0 for every head: ``layer_idx -> [heads]``, int64."""
         return {i: torch.zeros(v.shape[0], dtype=torch.int64, device=v.device) for i, v in self.values.items()}
 
-    def _bare(self, pool: Pool) -> list[int]:
+    def bare(self, pool: Pool) -> list[int]:
         """Returns the layers of a pool that would be left empty: they have competing pairs, but no protected one."""
         return [i for i, heads in pool if not any(self.protected[i][heads]) and any(self.free[i][heads])]
 

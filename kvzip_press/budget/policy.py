@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from kvzip_press.budget.allocators import SAFEGUARD, Allocation, Decided, Global, allocation_of
+from kvzip_press.budget.allocators import SAFEGUARD, Allocation, AllocationLike, Decided, Global, allocation_of
 from kvzip_press.budget.amount import Amount, LayerRatios, Ratio, amount_of
 from kvzip_press.errors import InvalidArgumentError
 
@@ -20,7 +20,8 @@ class Policy:
 
     Raises:
         InvalidArgumentError: The values are not an Amount and an Allocation, or the amount has a ratio for each layer
-            and layers compete under the allocation.
+            and layers compete under the allocation, or there is an amount and the allocation is one whose kept
+            fraction is an outcome.
     """
 
     amount: Amount = field(default_factory=Ratio)
@@ -32,16 +33,22 @@ class Policy:
                 f"expected an Amount and an Allocation (Policy.of makes them), got {self.amount!r} and "
                 f"{self.allocation!r}"
             )
-        if isinstance(self.amount, LayerRatios) and isinstance(self.allocation, Global):
+        name = self.allocation.name or type(self.allocation).__name__
+        if isinstance(self.amount, LayerRatios) and self.allocation.layers_compete:
             raise InvalidArgumentError(
-                'expected allocation "layer", "head" or "adakv" with layer_ratios, got "global", where layers compete'
+                f'expected allocation "layer", "head" or "adakv" with layer_ratios, got "{name}", where layers compete'
+            )
+        if self.allocation.is_outcome and self.amount != Ratio(0.0):
+            raise InvalidArgumentError(
+                f'expected no ratio and no budget with allocation "{name}", under which the kept fraction is an '
+                f"outcome, got {self.amount!r}"
             )
 
     @classmethod
     def of(
         cls,
         compression_ratio: float | None = None,
-        allocation: str | Allocation = "global",
+        allocation: AllocationLike = "global",
         *,
         budget: int | None = None,
         layer_ratios: Mapping[int, float] | Sequence[float] | None = None,
@@ -52,7 +59,8 @@ class Policy:
 
         Args:
             compression_ratio: Fraction of pairs removed, in [0, 1).
-            allocation: "global", "layer", "head", "adakv", or an :class:`kvzip_press.budget.allocators.Allocation`.
+            allocation: A name of :data:`kvzip_press.budget.allocators.ALLOCATIONS`, an
+                :class:`kvzip_press.budget.allocators.Allocation`, or a mapping with the name and arguments of one.
             budget: Tokens' worth of pairs to keep, instead of a ratio.
             layer_ratios: A ratio for each layer, instead of one for all.
             safeguard: AdaKV's alpha, for "adakv", in [0, 1].
@@ -72,7 +80,7 @@ class Policy:
     def asked(
         self,
         compression_ratio: float | None = None,
-        allocation: str | Allocation | None = None,
+        allocation: AllocationLike | None = None,
         budget: int | None = None,
     ) -> Policy:
         """Returns the policy with the values that an eviction asks for; None leaves a value as it is.
@@ -85,11 +93,10 @@ class Policy:
             raise InvalidArgumentError(
                 f"expected a compression_ratio or a budget, got {compression_ratio!r} and {budget!r}"
             )
-        policy = self
+        amount = self.amount
         if compression_ratio is not None or budget is not None:
-            policy = replace(policy, amount=amount_of(compression_ratio, budget))
-        if allocation is not None:
-            policy = replace(policy, allocation=self._allocation(allocation))
+            amount = amount_of(compression_ratio, budget)
+        policy = Policy(amount, self.allocation if allocation is None else self._allocation(allocation))
         if policy != self and isinstance(self.allocation, Decided):
             got = f"budget={budget!r}" if budget is not None else f"{policy.compression_ratio}"
             also = "" if allocation is None else f" with allocation={allocation!r}"
@@ -99,11 +106,13 @@ class Policy:
             )
         return policy
 
-    def _allocation(self, given: str | Allocation) -> Allocation:
+    def _allocation(self, given: AllocationLike) -> Allocation:
         """Returns the allocation that is asked for; by a short name the present one, or another with its floors."""
         own = self.allocation
         if isinstance(given, Allocation):
             return given
+        if not isinstance(given, str):
+            return allocation_of(given)
         if given == (own.like if isinstance(own, Decided) else own.name):
             return own
         return allocation_of(given, min_kept_per_head=own.min_kept_per_head, safeguard=own.safeguard)

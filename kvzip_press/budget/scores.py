@@ -9,7 +9,7 @@ from typing import TypeGuard
 
 import torch
 
-from kvzip_press.budget.allocators import Allocation, Decided
+from kvzip_press.budget.allocators import AllocationLike, Decided
 from kvzip_press.budget.amount import is_int
 from kvzip_press.budget.policy import Policy
 from kvzip_press.errors import InvalidArgumentError
@@ -31,6 +31,8 @@ class Scores:
         carried: Whether the pairs that stay carry their scores, for evictions while the model generates.
         press: What made them, in short; empty if nobody said so. A press writes its own name here.
         storage: The name of how the press stores what stays; ``press.score`` notes it.
+        attention: ``layer_idx -> [batch, num_key_value_heads, span]``, fp32, what the last token pays to each pair, for
+            allocations that look at it; None otherwise. The core fills it in.
 
     Raises:
         InvalidArgumentError: A field is of another type, dtype or shape; the scores are not finite or not of one span;
@@ -44,6 +46,7 @@ class Scores:
     carried: bool = False
     press: str = ""
     storage: str = "model"
+    attention: Mapping[int, torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
@@ -105,7 +108,7 @@ class Scores:
     def asked_for(
         self,
         compression_ratio: float | None = None,
-        allocation: str | Allocation | None = None,
+        allocation: AllocationLike | None = None,
         budget: int | None = None,
     ) -> Scores:
         """Returns the same scores with the policy that an eviction asks for; None leaves a value as it is.

@@ -15,6 +15,8 @@ from kvzip_press.prefilling.whole import Prefill, Scorer
 if TYPE_CHECKING:
     from torch import nn
 
+    from kvzip_press.prefilling.query_window import QueryWindow
+
 
 class PrefillCall:
     """The arguments of a decoder's forward, however they were passed."""
@@ -132,10 +134,26 @@ class PrefillCall:
         same = self.embeds is not None and torch.equal(embeds, self.embeds.to(embeds.device))
         return self.outer_ids if same else None
 
-    def prefill(self, model: nn.Module, cache: Any, start: int, observers: dict[Scorer, Any], weights: str) -> Prefill:
+    def prefill(
+        self,
+        model: nn.Module,
+        cache: Any,
+        start: int,
+        observers: dict[Scorer, Any],
+        weights: str,
+        last_queries: QueryWindow,
+    ) -> Prefill:
         """Returns what was just read, by the weights of this fingerprint, in the form in which presses see it."""
         valid = self.valid()
         positions = self.positions(start, valid)
         return Prefill(
-            model, cache, self._ids_read(model), valid, positions, start=start, observers=observers, weights=weights
+            model,
+            cache,
+            self._ids_read(model),
+            valid,
+            positions,
+            start=start,
+            observers=observers,
+            weights=weights,
+            last_queries=last_queries,
         )

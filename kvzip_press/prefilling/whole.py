@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +18,7 @@ from kvzip_press.arguments.model import takes_model
 from kvzip_press.arguments.named import is_press
 from kvzip_press.arguments.press import ForeignPress, as_press
 from kvzip_press.attention.implementation import attach, attention_watched
-from kvzip_press.budget.allocators import Allocation
+from kvzip_press.budget.allocators import AllocationLike
 from kvzip_press.budget.amount import Tokens
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select, why_nothing_went
@@ -41,6 +41,7 @@ from kvzip_press.model.structure import (
 from kvzip_press.model.watching import computing
 from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.prefilling.eviction import Span, check_storage, evicted_layers, storage_of
+from kvzip_press.prefilling.query_window import READING, QueryWindow, Reading
 from kvzip_press.prefilling.self_check import SelfCheck
 from kvzip_press.terminal import counted
 
@@ -89,6 +90,8 @@ class Prefill:
         observers: The observers that watched the forward, by press.
         length: Number of tokens of the whole context of which this is a part; None if this is its end.
         weights: Fingerprint of the decoder as it read the span: adapters may be switched before an eviction.
+        last_queries: The queries of the last token of each row, in every layer that can be compressed; None if they
+            were not watched.
     """
 
     model: Any
@@ -103,6 +106,7 @@ class Prefill:
     observers: dict[Scorer, Observer] = field(default_factory=dict)
     length: int | None = None
     weights: str = field(default="", repr=False)
+    last_queries: QueryWindow | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         batch_size, span = self.valid.shape
@@ -174,9 +178,17 @@ class Prefill:
         Returns:
             ``[batch, span]``, bool.
         """
-        n_protected = 0 if self.start else n_sink if self.prefix_length is None else self.prefix_length
+        return self.first_tokens(n_sink if self.prefix_length is None else self.prefix_length)
+
+    def first_tokens(self, n: int) -> torch.Tensor:
+        """Returns a mask of the first ``n`` tokens of each row, ``[batch, span]``, bool; of a later turn, of none."""
         rank = self.valid.long().cumsum(dim=-1) - 1
-        return self.valid & (rank < n_protected)
+        return self.valid & (rank < (0 if self.start else n))
+
+    def last_tokens(self, n: int) -> torch.Tensor:
+        """Returns a mask of the last ``n`` tokens of each row, ``[batch, span]``, bool."""
+        after = self.valid.long().flip(-1).cumsum(dim=-1).flip(-1) - 1
+        return self.valid & (after < n)
 
     def observed(self, press: Scorer) -> Observer:
         """Returns the observer of a press: the one that watched, or a new one that watches the same tokens run again.
@@ -193,6 +205,42 @@ class Prefill:
             again = run_prefill(self.model, self.input_ids, self.valid, observers=[press])
             self.observers[press] = again.observers[press]
         return self.observers[press]
+
+    def last_attention(self) -> Mapping[int, torch.Tensor]:
+        """Returns what the last token of each row pays to each pair of the span, the most of a group of query heads.
+
+        It is normalised over the pairs of the span; see :meth:`kvzip_press.prefilling.query_window.QueryWindow`.
+
+        Returns:
+            ``layer_idx -> [batch, num_key_value_heads, span]``, fp32, 0 at padding.
+
+        Raises:
+            InvalidArgumentError: The queries of this prefill were not watched.
+        """
+        layers = self.blank_scores()
+        for layer_idx, paid in layers.items():
+            for row, heads, attention in self.last_token().attention(layer_idx, self.pairs(layer_idx)[0]):
+                paid[row, heads, self.valid[row].to(paid.device)] = attention[:, :, 0].amax(dim=1)
+        return layers
+
+    def last_token(self) -> QueryWindow:
+        """Returns the queries of the last token of each row.
+
+        Raises:
+            InvalidArgumentError: They were not watched.
+        """
+        if self.last_queries is None:
+            raise InvalidArgumentError(
+                "expected a prefill that `prefill`, `compress` or `with press(model):` made, got one whose queries "
+                "nobody watched"
+            )
+        return self.last_queries
+
+    def attended(self, scores: Scores) -> Scores:
+        """Returns the scores with what the last token pays to each pair, if their allocation looks at that."""
+        if scores.attention is not None or not scores.policy.allocation.needs_attention:
+            return scores
+        return replace(scores, attention=self.last_attention())
 
     def held_pairs(self, scores: Scores) -> dict[int, torch.Tensor]:
         """Returns what a budget in tokens has to hold besides the span: earlier turns' pairs, and tokens since then.
@@ -217,7 +265,7 @@ class Prefill:
         self,
         scores: Scores,
         compression_ratio: float | None = None,
-        allocation: str | Allocation | None = None,
+        allocation: AllocationLike | None = None,
         *,
         budget: int | None = None,
         storage: str | None = None,
@@ -227,8 +275,8 @@ class Prefill:
         Args:
             scores: The result of ``press.score(prefill)``.
             compression_ratio: Fraction of pairs removed, in [0, 1); by default the press's own.
-            allocation: "global", "layer", "head", "adakv" or an :class:`kvzip_press.budget.allocators.Allocation`; by
-                default the press's own.
+            allocation: A name of :data:`kvzip_press.budget.allocators.ALLOCATIONS`, or an
+                :class:`kvzip_press.budget.allocators.Allocation`; by default the press's own.
             budget: Tokens' worth of pairs to keep, instead of a ratio; see :class:`kvzip_press.press.Press`.
             storage: How kept pairs are stored (see :class:`kvzip_press.press.Press`); by default as the press says.
 
@@ -261,7 +309,7 @@ class Prefill:
 
     def _selected(self, scores: Scores) -> dict[int, torch.Tensor]:
         """Returns the keep masks, and says once for each press and reason if they keep all of what was to go."""
-        keep = select(scores, self.valid, held=self.held_pairs(scores))
+        keep = select(self.attended(scores), self.valid, held=self.held_pairs(scores))
         if why := why_nothing_went(scores, keep, self.valid):
             _warn_once(scores.press or "the press", why)
         return keep
@@ -423,10 +471,12 @@ def run_prefill(
     attach(model)
     padded = not bool(valid.all())
     positions = start + (valid.long().cumsum(dim=-1) - 1).clamp(min=0)
-    check = SelfCheck(model, valid)
+    check, last = SelfCheck(model, valid), QueryWindow(model, valid, 1)
     begin = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(attention_watched(check))
+        stack.enter_context(last)
+        stack.enter_context(READING.opened(model, Reading(valid, start)))
         watching = {press: observer for press in observers if (observer := press.observer(model)) is not None}
         for observer in watching.values():
             stack.enter_context(observer)
@@ -452,4 +502,5 @@ def run_prefill(
         observers=watching,
         length=length,
         weights=weights,
+        last_queries=last,
     )

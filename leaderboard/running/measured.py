@@ -116,6 +116,7 @@ def check_kept(label: str, compression_ratio: float, scores: Scores, rows: Seque
         BudgetMismatchError: A row keeps a different number of pairs, or keeps all though some were to be removed.
     """
     slack = 0 if scores.is_decided else len(scores.layers)  # one pair for each layer that would be left empty
+    slack *= 1 + scores.policy.allocation.rounding  # or a page
     for row, found in enumerate(rows):
         asked = _asked_pairs(scores, row, found.n_tokens)
         if asked is not None and abs(found.n_kept - asked) > slack:

@@ -27,7 +27,13 @@ from kvzip_press.presses.kvpress_adapter.importing import kvpress
 from kvzip_press.presses.kvpress_adapter.ragged_press import RaggedPress
 from kvzip_press.registry import get_press, press_names
 
-SAME_PAPER = {"kvzip": "kvpress_kvzip"}  # presses of ours whose paper kvpress implements too
+SAME_PAPER = {  # presses of ours whose paper kvpress implements too
+    name: f"kvpress_{name}"
+    for name in (
+        *("kvzip", "snapkv", "pyramidkv", "expected_attention"),
+        *("tova", "knorm", "keydiff", "streaming_llm"),
+    )
+}
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def press_of(name: str, model: Any, ratio: float) -> Any:
 
 
 PRESSES = ["kvzip", "fastkvzip", "random", "decoding"]
-PRESSES += [pytest.param(name, marks=pytest.mark.kvpress) for name in ("keydiff", "snapkv")]
+PRESSES += [pytest.param(name, marks=pytest.mark.kvpress) for name in ("kvpress_keydiff", "kvpress_snapkv")]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ PRESSES = [
     pytest.param("kvzip", {"tokenizer": ByteTokenizer()}, id="kvzip"),
     pytest.param("kvzip_local", {"tokenizer": ByteTokenizer()}, id="kvzip_local"),
     pytest.param("random", {}, id="random"),
-    pytest.param("snapkv", {}, id="snapkv", marks=pytest.mark.kvpress),
+    pytest.param("snapkv", {}, id="snapkv"),
     pytest.param("adakv_expected_attention", {}, id="adakv_expected_attention", marks=pytest.mark.kvpress),
 ]
 

@@ -46,7 +46,7 @@ def test_a_press_of_kvpress_names_the_paper_of_its_line(info: PressInfo, kvpress
 
     outermost = getattr(kvpress, getattr(catalogue, info.name).classes[0])
     papers = PAPER.findall(outermost.__doc__)
-    assert info.paper in papers or (not papers and info.name == "expected_attention")
+    assert info.paper in papers or (not papers and info.name == "kvpress_expected_attention")
 
 
 def test_a_table_of_presses_loads_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,7 @@ from transformers import DynamicCache
 
 from kvzip_press import KVzipPress, Press, RaggedCache, RandomPress
 from kvzip_press.budget.allocation import allocate
-from kvzip_press.budget.allocators import ALLOCATIONS as CLASSES
-from kvzip_press.budget.allocators import Decided, PerLayer
+from kvzip_press.budget.allocators import AdaKV, Decided, Global, PerHead, PerLayer
 from kvzip_press.budget.amount import Ratio, check_compression_ratio
 from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
@@ -28,6 +27,7 @@ from kvzip_press.testing import tiny_model
 
 laws = settings(deadline=None, max_examples=60, derandomize=True)
 ratios = st.floats(0, 1, exclude_max=True, allow_nan=False)
+CLASSES = {cls.name: cls for cls in (Global, PerLayer, PerHead, AdaKV)}  # others: test_allocators.py
 ALLOCATIONS = tuple(CLASSES)
 
 

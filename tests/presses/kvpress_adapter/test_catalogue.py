@@ -34,7 +34,7 @@ def test_an_unknown_option_names_those_that_exist() -> None:
         get_press("adakv_snapkv", 0.3, window=32)
 
 
-@pytest.mark.parametrize("name", ["snapkv", "adakv_snapkv", "kvpress_duo_attention"])
+@pytest.mark.parametrize("name", ["kvpress_snapkv", "adakv_snapkv", "kvpress_duo_attention"])
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
 def test_a_ratio_out_of_range_is_refused(name: str, ratio: float) -> None:
     with pytest.raises(InvalidArgumentError, match="ompression"):

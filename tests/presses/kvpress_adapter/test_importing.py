@@ -107,7 +107,7 @@ def test_absent_kvpress_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
     with pytest.raises(MissingDependencyError, match=r"expected kvpress 0\.5\.5 or newer .*5\.3.*found no kvpress"):
-        get_press("snapkv", 0.5)
+        get_press("kvpress_snapkv", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -118,4 +118,4 @@ def test_versions_that_do_not_work_are_named(monkeypatch: pytest.MonkeyPatch, kv
     monkeypatch.setattr(importlib.metadata, "version", lambda name: kvpress)
     monkeypatch.setattr(compat, "TRANSFORMERS_VERSION", Version(transformers))
     with pytest.raises(MissingDependencyError, match=f"found kvpress {kvpress} and transformers {transformers}"):
-        get_press("snapkv", 0.5)
+        get_press("kvpress_snapkv", 0.5)

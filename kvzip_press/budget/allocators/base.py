@@ -1,14 +1,11 @@
-"""How pairs compete for a budget: one class per allocation, and the short names of some."""
+"""What an allocation is: a rule that turns an amount into a number of pairs for each head."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any, ClassVar
-
-import torch
+from dataclasses import dataclass
+from typing import ClassVar
 
 from kvzip_press.budget.amount import Amount, is_int
 from kvzip_press.budget.candidates import Candidates, Counts, Pool
@@ -42,6 +39,12 @@ class Allocation:
 
     #: The short name; empty for an allocation without one. A subclass that only counts otherwise keeps its parent's.
     name: ClassVar[str] = ""
+    #: Whether pairs of different layers compete, so that there can be no ratio for each layer.
+    layers_compete: ClassVar[bool] = False
+    #: Whether the rule itself says how much is kept, so that no amount can be asked for.
+    is_outcome: ClassVar[bool] = False
+    #: Whether the rule looks at the attention of the last token (``Candidates.attention``).
+    needs_attention: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         safeguard, floor = self.safeguard, self.min_kept_per_head
@@ -64,6 +67,11 @@ class Allocation:
         in the result: scale ``amount.pairs(layers, n_pairs, n_heads, 0)`` and subtract ``n_held`` from that.
         """
         return amount.pairs(layers, n_pairs, n_heads, n_held)
+
+    @property
+    def rounding(self) -> int:
+        """The most pairs by which a row's total may stay below what was asked for; 0 for exact rules."""
+        return 0
 
     def reserved(self, sizes: Sequence[int], budget: int) -> int:
         """Returns how much of a pool's budget its heads take in turns, at most all of it.
@@ -102,110 +110,3 @@ class Allocation:
                 f"expected pools of {self!r} with every head in one of them, got (layer, head) {wrong[0]} in "
                 f"{held[wrong[0]]}"
             )
-
-
-@dataclass(frozen=True)
-class Global(Allocation):
-    """All pairs of all layers and heads compete: "global" (KVzip)."""
-
-    name: ClassVar[str] = "global"
-
-    def pools(self, heads: Mapping[int, int]) -> list[Pool]:
-        """Returns one pool with everything."""
-        return [[(i, slice(None)) for i in heads]]
-
-
-@dataclass(frozen=True)
-class PerLayer(Allocation):
-    """Every layer keeps the same fraction, and its heads compete: "layer"."""
-
-    name: ClassVar[str] = "layer"
-
-    def pools(self, heads: Mapping[int, int]) -> list[Pool]:
-        """Returns one pool per layer."""
-        return [[(i, slice(None))] for i in heads]
-
-
-@dataclass(frozen=True)
-class PerHead(Allocation):
-    """Every head keeps the same fraction: "head" (SnapKV and most others)."""
-
-    name: ClassVar[str] = "head"
-
-    def pools(self, heads: Mapping[int, int]) -> list[Pool]:
-        """Returns one pool per head."""
-        return [[(i, slice(head, head + 1))] for i, n_heads in heads.items() for head in range(n_heads)]
-
-
-@dataclass(frozen=True)
-class AdaKV(PerLayer):
-    """Like "layer", but every head keeps a safeguarded fraction of its equal share: "adakv".
-
-    AdaKV, https://arxiv.org/abs/2407.11550. The equal share is the layer's budget of unprotected pairs divided by its
-    number of heads; the safeguarded fraction of it is rounded down.
-    """
-
-    name: ClassVar[str] = "adakv"
-
-    def reserved(self, sizes: Sequence[int], budget: int) -> int:
-        """Returns the floors or the safeguarded fraction of the budget, whichever is more."""
-        return max(super().reserved(sizes, budget), int(Fraction(str(self.safeguard)) * budget))
-
-
-@dataclass(frozen=True, eq=False)
-class Decided(Allocation):
-    """Counts that a press decided itself.
-
-    The amount beside them in a policy is the one that the press was made with; no other can be asked for.
-
-    Args:
-        per_head: ``layer_idx -> [batch, heads]``, int64: unprotected pairs to keep.
-        like: Short name of the allocation that the counts may be asked for under; they stay the same.
-    """
-
-    per_head: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    like: str = "head"
-
-    __eq__ = object.__eq__  # tensors are not compared
-    __hash__ = object.__hash__
-
-    def counts(self, row: Candidates, amount: Amount) -> Counts:
-        """Returns the counts that were decided for the row.
-
-        Raises:
-            InvalidArgumentError: A head has fewer unprotected pairs.
-        """
-        decided = {i: counts[row.row] for i, counts in self.per_head.items()}
-        for i, free in row.free.items():
-            for head, (count, available) in enumerate(zip(decided[i].tolist(), free, strict=True)):
-                if not 0 <= count <= available:
-                    raise InvalidArgumentError(
-                        f"expected a decided count of 0 to {available}, the unprotected pairs of head {head} of layer "
-                        f"{i}, got {count}"
-                    )
-        return decided
-
-
-#: The allocations that have a short name.
-ALLOCATIONS: dict[str, type[Allocation]] = {cls.name: cls for cls in (Global, PerLayer, PerHead, AdaKV)}
-
-
-def allocation_of(given: str | Allocation, *, min_kept_per_head: int = 0, safeguard: float = SAFEGUARD) -> Allocation:
-    """Returns the allocation with this short name and these floors, or ``given`` itself, which has floors of its own.
-
-    Raises:
-        InvalidArgumentError: The name is unknown, a floor is out of range, or floors are given beside an allocation
-            object.
-    """
-    floors: dict[str, Any] = {"min_kept_per_head": min_kept_per_head, "safeguard": safeguard}
-    if isinstance(given, Decided):
-        raise InvalidArgumentError("expected an allocation that spends a budget, got Decided, which a press hands over")
-    if isinstance(given, Allocation):
-        if floors != {"min_kept_per_head": 0, "safeguard": SAFEGUARD}:
-            raise InvalidArgumentError(f"expected floors as arguments of {given!r}, got {floors} beside it")
-        return given
-    if not isinstance(given, str) or given not in ALLOCATIONS:
-        raise InvalidArgumentError(
-            f"expected allocation to be one of {tuple(ALLOCATIONS)}, or an Allocation object, got {given!r}"
-        )
-    return ALLOCATIONS[given](**floors)
