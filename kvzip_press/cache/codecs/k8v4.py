@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
+from kvzip_press.cache.codecs.held import POSITIONS, Held, NewPairs
 from kvzip_press.cache.codecs.row_storage import RowStorage, by_batch_row
-from kvzip_press.cache.codecs.storage import POSITIONS, Attended, Shapes
+from kvzip_press.cache.codecs.storage import Attended, Layout
 from kvzip_press.kernels.row_codec import decode_rows, encode_rows
 
 SINKS = 4  # the first tokens of a row, which every later token looks at, whatever they say
@@ -29,14 +29,14 @@ class K8V4(RowStorage):
     key_format: ClassVar[str] = "int8"
     value_format: ClassVar[str] = "int4"
 
-    def table_shapes(self) -> Shapes:
-        """Returns the shapes of a head's first keys, and of what its first values lose."""
-        return {KEYS: (self.exact_dtype, (SINKS, self.head_dim)), LOST: (self.exact_dtype, (SINKS, self.v_head_dim))}
+    def layout(self) -> Layout:
+        """Returns the shapes of codes and scales, of a head's first keys, and of what its first values lose."""
+        keys, lost = ((self.exact_dtype, (SINKS, width)) for width in (self.head_dim, self.v_head_dim))
+        return replace(super().layout(), tables={KEYS: keys, LOST: lost})
 
-    def tables(
-        self, keys: torch.Tensor, values: torch.Tensor, keep: torch.Tensor, positions: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def tables(self, new: NewPairs) -> dict[str, torch.Tensor]:
         """Returns the keys at the first positions as they come back, and what encoding loses of the values there."""
+        keys, values, keep, positions = new.keys, new.values, new.keep, new.positions
         first = [keep & (positions == position).unsqueeze(1) for position in range(SINKS)]
         found = torch.stack([here.any(dim=2) for here in first], dim=2).unsqueeze(-1)
         if not keep.shape[2]:
@@ -52,33 +52,26 @@ class K8V4(RowStorage):
         tables = {KEYS: held_keys, LOST: lost}
         return {name: torch.where(found, table, 0).flatten(0, 1) for name, table in tables.items()}
 
-    def tables_after_eviction(
-        self, tables: Mapping[str, torch.Tensor], positions: torch.Tensor, cu_seqlens: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Returns the tables with 0 at positions that a head no longer has."""
-        segments = torch.arange(len(cu_seqlens) - 1, device=positions.device)
-        segments = segments.repeat_interleave(cu_seqlens.diff().long(), output_size=len(positions))
+    def after_eviction(self, held: Held) -> Held:
+        """Returns the same with 0 in the tables at positions that a head no longer has."""
+        positions = held.columns[POSITIONS]
         first = positions < SINKS
-        left = torch.zeros_like(tables[LOST][..., :1], dtype=torch.bool)
-        left[segments[first], positions[first].long()] = True
-        return {name: torch.where(left, table, 0) for name, table in tables.items()}
+        left = torch.zeros_like(held.tables[LOST][..., :1], dtype=torch.bool)
+        left[held.segments_of_entries()[first], positions[first].long()] = True
+        return replace(held, tables={name: torch.where(left, table, 0) for name, table in held.tables.items()})
 
-    def decode(
-        self, columns: Mapping[str, torch.Tensor], tables: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, held: Held) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns keys and values, the first of these as they were but for rounding."""
-        key, value = self.codes(columns)
-        index = columns[POSITIONS].long().unsqueeze(-1)
-        lost = tables[LOST].gather(1, index.clamp(max=SINKS - 1).expand(-1, -1, self.v_head_dim))
-        values = decode_rows(value, self.exact_dtype) + torch.where(index < SINKS, lost, 0)
+        key, value = self.codes(held)
+        index = held.columns[POSITIONS].long()
+        lost = held.tables[LOST][held.segments_of_entries(), index.clamp(max=SINKS - 1)]
+        values = decode_rows(value, self.exact_dtype) + torch.where((index < SINKS).unsqueeze(-1), lost, 0)
         return decode_rows(key, self.dtype), values.to(self.dtype)
 
     def attend(
         self,
         query: torch.Tensor,
-        columns: Mapping[str, torch.Tensor],
-        tables: Mapping[str, torch.Tensor],
-        cu_seqlens: torch.Tensor,
+        held: Held,
         tail_keys: torch.Tensor | None,
         tail_values: torch.Tensor | None,
         *,
@@ -86,13 +79,11 @@ class K8V4(RowStorage):
         **options: Any,
     ) -> Attended:
         """Computes attention to codes, and adds what the first values lost, by their weights."""
-        attended = super().attend(
-            query, columns, tables, cu_seqlens, tail_keys, tail_values, return_lse=True, **options
-        )
+        attended = super().attend(query, held, tail_keys, tail_values, return_lse=True, **options)
         assert isinstance(attended, tuple)
         out, lse = attended
         scaling, softcap = options.get("scaling"), options.get("softcap")
-        keys, lost = (by_batch_row(tables[name], query, tail_keys, options.get("row_index")) for name in (KEYS, LOST))
+        keys, lost = (by_batch_row(held.tables[name], query, tail_keys, options.get("row_index")) for name in (KEYS, LOST))
         grouped = query.to(self.exact_dtype).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
         logits = grouped @ keys.transpose(-1, -2) * (self.head_dim**-0.5 if scaling is None else scaling)
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
