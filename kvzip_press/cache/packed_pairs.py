@@ -172,9 +172,7 @@ class PackedPairs(Held):
         tables = {name: table[segments] for name, table in self.tables.items()}
         whole = pairs == slice(None)
         parts = {name: part.within(segments, whole=whole) for name, part in self.parts.items()}
-        return PackedPairs.of(
-            Held(columns, cu_seqlens, tables=tables, parts=parts), self.num_heads, self.storage, pool
-        )
+        return PackedPairs.of(Held(columns, cu_seqlens, tables=tables, parts=parts), self.num_heads, self.storage, pool)
 
     def emptied(self, num_rows: int) -> PackedPairs:
         """Returns an object of the same kind with ``num_rows`` rows and no pairs."""

@@ -67,8 +67,8 @@ class Held:
 
     Attributes:
         columns: ``[total, ...]`` each, by name.
-        cu_seqlens: ``[segments + 1]``, int32, where the entries of each segment begin, from 0 to ``total``. In a view of
-            some segments of a pool it may be a slice, beside the columns of the whole pool.
+        cu_seqlens: ``[segments + 1]``, int32, where the entries of each segment begin, from 0 to ``total``. In a view
+            of some segments of a pool it may be a slice, beside the columns of the whole pool.
         tables: ``[segments, ...]`` each, by name.
         parts: What is held of the same segments and is not of pairs, by name.
     """
@@ -159,9 +159,7 @@ class Held:
             staying: What stays of each part.
             kept: ``[total]``, bool: which entries stay; None for all.
         """
-        packed = ragged_pack.merge(
-            self._packed(new.columns), tuple(new.columns.values()), new.keep, keep_context=kept
-        )
+        packed = ragged_pack.merge(self._packed(new.columns), tuple(new.columns.values()), new.keep, keep_context=kept)
         parts = {name: staying[name].held.merged(part, {}, staying[name].kept) for name, part in new.parts.items()}
         columns = dict(zip(new.columns, packed.columns, strict=True))
         return Held(columns, packed.cu_seqlens, tables=new.tables, parts=parts)

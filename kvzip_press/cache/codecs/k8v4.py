@@ -83,7 +83,9 @@ class K8V4(RowStorage):
         assert isinstance(attended, tuple)
         out, lse = attended
         scaling, softcap = options.get("scaling"), options.get("softcap")
-        keys, lost = (by_batch_row(held.tables[name], query, tail_keys, options.get("row_index")) for name in (KEYS, LOST))
+        keys, lost = (
+            by_batch_row(held.tables[name], query, tail_keys, options.get("row_index")) for name in (KEYS, LOST)
+        )
         grouped = query.to(self.exact_dtype).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
         logits = grouped @ keys.transpose(-1, -2) * (self.head_dim**-0.5 if scaling is None else scaling)
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -1,4 +1,4 @@
-"""The storages "kivi4" and "kivi2": keys with a scale for each channel of a few tokens, values with one for each row."""
+"""The storages "kivi4" and "kivi2": keys with a scale for each channel of a few tokens, values with one for a row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from kvzip_press.cache.codecs.held import Encoded, Held, NewPairs, Staying
-from kvzip_press.cache.codecs.row_storage import BLOCK, RowStorage, codes_in, encoded_rows, row_shapes
+from kvzip_press.cache.codecs.row_storage import BLOCK, RowStorage, codes_in, encoded_rows
 from kvzip_press.cache.codecs.storage import Layout
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.row_codec import Codes, encode_groups, groups_of

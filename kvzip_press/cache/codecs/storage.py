@@ -65,7 +65,9 @@ class Storage(ABC):
         Raises:
             InvalidArgumentError: It has no parameters, or no such ones.
         """
-        raise InvalidArgumentError(f"expected nothing behind the name of a storage without parameters, got {text!r:.80}")
+        raise InvalidArgumentError(
+            f"expected nothing behind the name of a storage without parameters, got {text!r:.80}"
+        )
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> Storage:

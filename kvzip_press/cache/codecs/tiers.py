@@ -74,7 +74,7 @@ class Tiers(Storage):
 
     def layout(self) -> Layout:
         """Returns the shape of what says where a pair is, and the layouts of both tiers."""
-        return Layout({IS_HIGH: (torch.bool, ())}, parts={name: tier.layout() for name, tier in self.tiers.items()})
+        return Layout({IS_HIGH: (torch.uint8, ())}, parts={name: tier.layout() for name, tier in self.tiers.items()})
 
     def encode(self, new: NewPairs, before: Held | None = None) -> Encoded:
         """Returns which pairs are high, and the pairs of each tier."""
@@ -84,7 +84,7 @@ class Tiers(Storage):
             name: tier.encode(replace(new, keep=of_tiers[name]), None if before is None else before.parts[name])
             for name, tier in self.tiers.items()
         }
-        return Encoded({IS_HIGH: high}, new.keep, parts=parts)
+        return Encoded({IS_HIGH: high.to(torch.uint8)}, new.keep, parts=parts)
 
     def high(self, new: NewPairs) -> torch.Tensor:
         """Returns which of the kept pairs are important, ``[batch, num_heads, n]``, bool."""
@@ -144,7 +144,9 @@ class Tiers(Storage):
         **options: Any,
     ) -> Attended:
         """Computes attention to the low pairs, and to the high ones with the tail; both by their weights."""
-        no_tail = (None, None) if tail_keys is None or tail_values is None else (tail_keys[:, :, :0], tail_values[:, :, :0])
+        no_tail = (
+            (None, None) if tail_keys is None or tail_values is None else (tail_keys[:, :, :0], tail_values[:, :, :0])
+        )
         of_tail = {"tail_mask": tail_mask, "tail_length": tail_length}
         low = self.tiers[LOW].attend(query, held.parts[LOW], *no_tail, return_lse=True, **options)
         high = self.tiers[HIGH].attend(
@@ -154,7 +156,7 @@ class Tiers(Storage):
         return (out, lse) if return_lse else out
 
     def _where(self, held: Held) -> dict[str, torch.Tensor]:
-        is_high = held.columns[IS_HIGH]
+        is_high = held.columns[IS_HIGH].bool()
         return {HIGH: is_high, LOW: ~is_high}
 
     def _tiers(self, held: Held) -> dict[str, Held]:

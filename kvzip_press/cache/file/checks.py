@@ -29,7 +29,7 @@ def check_record(record: CacheRecord) -> None:
     _check_turns(record)
     checked: set[tuple[str, int]] = set()  # lists that layers share are read once
     for layer in record.layers:
-        _check_storage(layer.storage)
+        check_storage(layer.storage)
         _check_rows(layer, record, checked)
         of_pairs = (layer.has_row_index, layer.has_scores, layer.storage != "model")
         ragged_only = any((layer.fingerprint, layer.n_protected, *of_pairs))
@@ -37,7 +37,8 @@ def check_record(record: CacheRecord) -> None:
             raise CacheFileError(f"expected entries that go with a {layer.kind} layer, got {reprlib.repr(layer)}")
 
 
-def _check_storage(name: str) -> None:
+def check_storage(name: str) -> None:
+    """Raises CacheFileError unless there is a storage of this name, with the parameters behind it."""
     try:
         storage_named(name)
     except InvalidArgumentError as error:

@@ -84,6 +84,8 @@ def save_layers(
     if record.dtype not in ("BF16", "F16", "F32"):
         raise UnsupportedCacheError(f"expected a cache in bf16, fp16 or fp32, got {record.dtype}")
     _check(record, tensors)
+    for layer in ragged:
+        layer.packed.storage.check(layer.packed)
     write_tensors(path, tensors, {TEXT: text_of(record)}, seal=TEXT)
 
 

@@ -61,7 +61,9 @@ def test_a_number_differs_by_at_most_half_a_step(name) -> None:
         peak, along = rows.abs().amax(-1, keepdim=True), rows
         if name.startswith("kivi") and kind == "key":  # a channel of 32 tokens, and of the 8 that are left
             along = exact.flatten(0, 1).transpose(1, 2).split((32, 8), dim=2)
-            peak, step = (torch.cat([f(x, form) for x in along], 2).transpose(1, 2).reshape(-1, DIM) for f in (_peak, _step))
+            peak, step = (
+                torch.cat([f(x, form) for x in along], 2).transpose(1, 2).reshape(-1, DIM) for f in (_peak, _step)
+            )
         elif form in "42":
             step = _step(rows, form)
         if form == "8":

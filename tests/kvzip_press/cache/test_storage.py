@@ -9,8 +9,8 @@ import torch
 
 from kvzip_press import FastKVzipPress, Gates, KVzipPress, RaggedCache, answer, compress, compress_in_chunks
 from kvzip_press.cache.codecs.by_name import STORAGES
-from kvzip_press.cache.codecs.model_dtype import ModelDtype
 from kvzip_press.cache.codecs.held import Encoded
+from kvzip_press.cache.codecs.model_dtype import ModelDtype
 from kvzip_press.cache.codecs.storage import Layout, Storage
 from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.model.structure import full_attention_layers

