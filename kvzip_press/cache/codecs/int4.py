@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from kvzip_press.cache.codecs.held import Held, NewPairs
+from kvzip_press.cache.codecs.parted import OTHERS, Parted
 from kvzip_press.cache.codecs.row_storage import RowStorage, by_batch_row
-from kvzip_press.cache.codecs.storage import Attended, Layout
+from kvzip_press.cache.codecs.storage import Attended, Layout, Storage
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.row_codec import decode_rows, rotate
 
@@ -18,8 +19,8 @@ CENTRES = "key_centres"
 
 
 @dataclass(frozen=True)
-class Int4(RowStorage):
-    """Stores a key and a value in 4 bits, each with a scale and a zero: a quarter of the bytes of bf16.
+class Int4Rows(RowStorage):
+    """Stores a key and a value in 4 bits, each with a scale and a zero.
 
     Keys are what 4 bits are too few for: some of their channels are far larger than all others, and almost the same
     number for every token. So each head's mean key is subtracted (SmoothK of SageAttention, arXiv 2410.02367, does so
@@ -80,3 +81,18 @@ class Int4(RowStorage):
         return super().attend(
             query, held, tail_keys, tail_values, context_query=rotated.to(query.dtype), context_bias=bias, **options
         )
+
+
+@dataclass(frozen=True)
+class Int4(Parted):
+    """Stores a key and a value in 4 bits, keys centred and rotated: a quarter of the bytes of bf16."""
+
+    @classmethod
+    def check_widths(cls, head_dim: int, v_head_dim: int) -> None:
+        """Raises InvalidArgumentError if keys cannot be rotated, or values do not fill whole bytes."""
+        Int4Rows.check_widths(head_dim, v_head_dim)
+
+    @property
+    def others(self) -> Mapping[str, Storage]:
+        """Codes."""
+        return {OTHERS: Int4Rows(self.head_dim, self.v_head_dim, self.dtype)}

@@ -201,9 +201,11 @@ def _ragged(
 def _packed(index: int, record: CacheRecord, tensors: _Tensors, device: torch.device) -> PackedPairs:
     layer = record.layers[index]
     storage, segments = _storage(layer, record), len(layer.n_protected) * layer.num_heads
-    extra: Shapes = {POSITIONS: (torch.int32, ())} | ({SCORES: (torch.float32, ())} if layer.has_scores else {})
     layout = storage.layout()
-    layout = replace(layout, columns={**layout.columns, **extra})
+    columns: Shapes = {**layout.columns, POSITIONS: (torch.int32, ())}
+    if layer.has_scores:
+        columns[SCORES] = (torch.float32, ())
+    layout = replace(layout, columns=columns)
     held = _held(str(index), layout, segments, tensors, device)
     check_pairs(held.cu_seqlens, held.columns[POSITIONS], layer, record, str(index))
     try:

@@ -8,7 +8,8 @@ import torch
 from kvzip_press import FastKVzipPress, KVzipPress, RaggedCache, RandomPress, compress, compress_in_chunks, prefill
 from kvzip_press.cache.codecs.by_name import STORAGES, name_of, storage_named
 from kvzip_press.cache.codecs.int4 import Int4
-from kvzip_press.cache.codecs.k8v4 import K8V4, SINKS
+from kvzip_press.cache.codecs.k8v4 import K8V4
+from kvzip_press.cache.codecs.parted import FIRST
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.ragged_attention import ragged_attention
@@ -95,16 +96,22 @@ def test_a_channel_that_is_large_for_all_tokens_costs_int4_nothing() -> None:
     assert errors[0] < 1.1 * errors[1]
 
 
-def test_the_first_values_are_exact_in_k8v4() -> None:
-    """As far as a head kept them; all others have 4 bits."""
+@pytest.mark.parametrize("name", ["k8v4", "int4", "tiers"])
+def test_the_first_tokens_are_exact(name) -> None:
+    """As far as a head kept them, and for as long; no others are."""
     keys, values = span()
     keep = torch.ones(ROWS, HEADS, 40, dtype=torch.bool)
     keep[0, 1, :2] = False
-    pairs = packed("k8v4", keys, values, keep)
-    error = (decoded(pairs)[1] - values[keep]).abs().amax(-1)
-    first = pairs.positions < SINKS
-    assert bool((error[first] < 1e-12).all()) and float(error[~first].max()) > 0.01
-    assert int(first.sum()) == ROWS * HEADS * SINKS - 2
+    pairs = packed(name, keys, values, keep)
+    first = pairs.positions < FIRST
+    assert int(first.sum()) == pairs.parts["sinks"].total == ROWS * HEADS * FIRST - 2
+    for exact, found in zip((keys[keep], values[keep]), decoded(pairs), strict=True):
+        error = (found - exact).abs().amax(-1)
+        assert float(error[first].max()) == 0 and float(error[~first].min()) > 0
+    kept = pairs.positions != 2
+    none = [x[:, :, :0] for x in (keys, values, keep)]
+    left = pairs.merge(*none[:2], torch.empty(ROWS, 0, dtype=torch.int32), none[2], kept)
+    assert left.parts["sinks"].total == ROWS * HEADS * (FIRST - 1) - 2
 
 
 @pytest.mark.parametrize("name", LOSSY)
@@ -130,9 +137,10 @@ def _check_layout(held, layout) -> None:
 def test_layouts_take_the_bytes_that_the_notes_say(name) -> None:
     """A pair of head_dim 128, with its position."""
     pairs = packed(name, drawn(1, 1, 3, 128), drawn(1, 1, 3, 128))
-    of_columns = {"int8": 264, "fp8": 264, "k8v4": 202, "int4": 140, "kivi4": 136, "kivi2": 72, "tiers": 5}
+    of_columns = {"int8": 264, "fp8": 264, "k8v4": 4, "int4": 4, "kivi4": 136, "kivi2": 72, "tiers": 5}
     assert pairs.pair_bytes == of_columns[name]
-    of_parts = {"kivi4": [513], "kivi2": [513], "tiers": [198, 104]}
+    exact = 2 * 128 * 8
+    of_parts = {"k8v4": [exact, 198], "int4": [exact, 136], "tiers": [exact, 198, 104], "kivi4": [513], "kivi2": [513]}
     assert [part.pair_bytes for part in pairs.parts.values()] == of_parts.get(name, [])
     _check_layout(pairs, pairs.storage.layout())
 

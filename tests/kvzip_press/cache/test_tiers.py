@@ -11,8 +11,8 @@ from transformers import DynamicCache
 from kvzip_press import KVzipPress, RaggedCache, RandomPress, compress, compress_in_chunks, prefill
 from kvzip_press.cache.codecs.by_name import name_of, storage_named
 from kvzip_press.cache.codecs.held import NewPairs
-from kvzip_press.cache.codecs.k8v4 import K8V4
-from kvzip_press.cache.codecs.tiers import K4V2
+from kvzip_press.cache.codecs.k8v4 import K8V4Rows
+from kvzip_press.cache.codecs.tiers import K4V2Rows
 from kvzip_press.cache.file.checks import check_storage
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.errors import CacheFileError, InvalidArgumentError
@@ -69,15 +69,16 @@ def test_what_is_protected_is_high_and_so_is_all_that_nobody_ranked() -> None:
 
 
 def test_each_tier_holds_its_pairs_as_that_storage_does() -> None:
-    """High as k8v4, its first values exact; low with keys and values of 4 and 2 bits; in one order of positions."""
+    """High with keys and values of 8 and 4 bits, low of 4 and 2; in one order of positions."""
     new = new_pairs()
     pairs = packed("tiers", new)
     high = storage_named("tiers")(DIM, DIM, torch.float64).high(new)
     decoded, is_high = pairs.storage.decode(pairs), pairs.columns["is_high"].bool()
-    for kind, of_tier, mask in ((K8V4, is_high, high), (K4V2, ~is_high, new.keep & ~high)):
+    for kind, of_tier, tier in ((K8V4Rows, is_high, high), (K4V2Rows, ~is_high, ~high)):
+        mask = new.keep & tier & (new.positions >= 4).unsqueeze(1)
         alone = PackedPairs.pack(new.keys, new.values, mask, new.positions, storage=kind)
         for found, expected in zip(decoded, alone.storage.decode(alone), strict=True):
-            assert torch.equal(found[of_tier], expected)
+            assert torch.equal(found[of_tier & (pairs.positions >= 4)], expected)
     assert pairs.nbytes(slice(None)) == sum(tensor.nbytes for tensor in pairs.tensors)
     assert [pairs.parts[name].pair_bytes for name in ("high", "low")] == [30, 20]
 
@@ -135,7 +136,7 @@ def test_rules_that_are_none_are_refused(name) -> None:
 
 def test_names_with_parameters() -> None:
     """One rule has one name and one class; other storages have no parameters."""
-    assert storage_named("tiers:0.50") is storage_named("tiers:0.50")
+    assert storage_named("tiers:0.50") is storage_named("tiers:0.5")
     assert [name_of(storage_named(name)) for name in ("tiers", "tiers:0.50", "tiers:2.0/n")] == [
         "tiers",
         "tiers:0.5",
@@ -153,8 +154,8 @@ def test_a_file_whose_tiers_contradict_each_other_is_refused(tmp_path) -> None:
     cache = compress(model, TOKENIZER, TEXT, RandomPress(0.5, storage="tiers"))
     [(_, layer)] = cache.ragged_layers()
     is_high = layer.packed.columns["is_high"]
-    is_high[int(is_high.argmin())] = 1
-    with pytest.raises(InvalidArgumentError, match="expected as many high pairs as are said to be"):
+    is_high[int(((is_high == 0) & (layer.packed.positions >= 4)).long().argmax())] = 1
+    with pytest.raises(InvalidArgumentError, match="expected as many pairs in the part 'high' as belong there"):
         cache.save(tmp_path / "cache.safetensors")
     with pytest.raises(CacheFileError, match=r"storage 'tiers:9': expected tiers with a share"):
         check_storage("tiers:9")
