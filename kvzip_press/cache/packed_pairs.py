@@ -9,7 +9,7 @@ all tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,8 +128,7 @@ class PackedPairs(Held):
         """Returns these pairs on a device: this object if they are already there, else a copy."""
         if self.device == device:
             return self
-        change: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor.to(device)  # noqa: E731
-        return self._like(self.each(change))
+        return self._like(self.each(lambda tensor: tensor.to(device)))
 
     def head_positions(self, row: int, head: int) -> torch.Tensor:
         """Returns the positions kept by one head, ascending, ``[kept]``, int32."""
@@ -210,8 +209,7 @@ class PackedPairs(Held):
         begins = not self.total  # the first pairs of all segments, after they were emptied
         encoded = self.storage.encode(new, None if begins else self)
         encoded = _with_columns(encoded, new, None if self.scores is None else scores)
-        merged = self.merged(encoded, self.storage.staying(self, kept), kept)
-        return self._like(merged if kept is None else self.storage.after_eviction(merged))
+        return self._like(self.merged(encoded, self.storage.staying(self, kept), kept))
 
     def _like(self, held: Held) -> PackedPairs:
         return PackedPairs.of(held, self.num_heads, self.storage)

@@ -10,7 +10,7 @@ import torch
 
 from kvzip_press.cache.codecs.held import Held, NewPairs
 from kvzip_press.cache.codecs.parted import OTHERS, Parted
-from kvzip_press.cache.codecs.row_storage import RowStorage, by_batch_row
+from kvzip_press.cache.codecs.row_storage import RowStorage
 from kvzip_press.cache.codecs.storage import Attended, Layout, Storage
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.row_codec import decode_rows, rotate
@@ -75,7 +75,7 @@ class Int4Rows(RowStorage):
         A head's mean key adds the same to all logits of a query: its product with the query.
         """
         rotated = rotate(query.to(self.exact_dtype))
-        centres = by_batch_row(held.tables[CENTRES], query, tail_keys, options.get("row_index")).to(self.exact_dtype)
+        centres = _by_batch_row(held.tables[CENTRES], query, tail_keys, options.get("row_index")).to(self.exact_dtype)
         grouped = rotated.unflatten(1, (centres.shape[1], -1))
         bias = (grouped @ centres[:, :, None, :, None]).squeeze(-1).flatten(1, 2)
         return super().attend(
@@ -96,3 +96,18 @@ class Int4(Parted):
     def others(self) -> Mapping[str, Storage]:
         """Codes."""
         return {OTHERS: Int4Rows(self.head_dim, self.v_head_dim, self.dtype)}
+
+
+def _by_batch_row(
+    of_segments: torch.Tensor,
+    query: torch.Tensor,
+    tail_keys: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+) -> torch.Tensor:
+    """Returns what each segment has, ``[segments, ...]``, as what each batch row reads, ``[batch, num_heads, ...]``.
+
+    The other arguments are those of :meth:`Storage.attend`.
+    """
+    heads = len(of_segments) // query.shape[0] if tail_keys is None else tail_keys.shape[1]
+    rows = of_segments.unflatten(0, (-1, heads))
+    return rows if row_index is None else rows[row_index]

@@ -60,10 +60,11 @@ class Parted(Storage):
         """Returns the pairs of each part."""
         columns = self.own_columns(new)
         where = self.where({**columns, POSITIONS: new.positions.unsqueeze(1).expand(new.keep.shape)})
-        parts = {
-            name: kind.encode(replace(new, keep=new.keep & where[name]), None if before is None else before.parts[name])
-            for name, kind in self.in_parts.items()
-        }
+        parts = {}
+        for name, kind in self.in_parts.items():
+            there = None if before is None else before.parts[name]
+            begins = there is None or not there.total  # a short first span may have been all sinks
+            parts[name] = kind.encode(replace(new, keep=new.keep & where[name]), None if begins else there)
         return Encoded(columns, new.keep, parts=parts)
 
     def staying(self, held: Held, kept: torch.Tensor | None) -> Mapping[str, Staying]:

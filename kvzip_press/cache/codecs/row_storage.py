@@ -101,18 +101,3 @@ def encoded_rows(name: str, form: str, blocks: Iterator[torch.Tensor]) -> dict[s
 def codes_in(held: Held, name: str, form: str) -> Codes:
     """Returns the columns of keys or values as codes."""
     return Codes(held.columns[f"{name}_codes"].view(CODECS[form].dtype), held.columns[f"{name}_scales"], form)
-
-
-def by_batch_row(
-    of_segments: torch.Tensor,
-    query: torch.Tensor,
-    tail_keys: torch.Tensor | None,
-    row_index: torch.Tensor | None,
-) -> torch.Tensor:
-    """Returns what each segment has, ``[segments, ...]``, as what each batch row reads, ``[batch, num_heads, ...]``.
-
-    The other arguments are those of :meth:`Storage.attend`.
-    """
-    heads = len(of_segments) // query.shape[0] if tail_keys is None else tail_keys.shape[1]
-    rows = of_segments.unflatten(0, (-1, heads))
-    return rows if row_index is None else rows[row_index]

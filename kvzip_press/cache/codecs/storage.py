@@ -116,14 +116,6 @@ class Storage(ABC):
         """
         return {}
 
-    def after_eviction(self, held: Held) -> Held:
-        """Returns what is held of segments that have lost pairs: the same, for most storages.
-
-        Args:
-            held: What is left, with the tables before.
-        """
-        return held
-
     def check(self, held: Held) -> None:  # noqa: B027  # most storages have nothing that could contradict itself
         """Raises InvalidArgumentError if what is held, which comes from a file, contradicts itself."""
 
