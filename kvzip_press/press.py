@@ -41,8 +41,9 @@ class Press(ABC):
             the rest (at least one pair per layer). So it bounds a whole conversation; one that outgrows it keeps next
             to nothing of its last turn.
         storage: How kept pairs are stored: "model" (as the model made them), or a name of
-            :data:`kvzip_press.cache.codecs.by_name.STORAGES`, in fewer bytes. What the model reads or writes later
-            stays as it is until it is packed. A later turn is stored as the cache already is.
+            :data:`kvzip_press.cache.codecs.by_name.STORAGES`, in fewer bytes; "tiers" may be followed by a rule, as in
+            "tiers:0.25" (:class:`kvzip_press.cache.codecs.tiers.Tiers`). What the model reads or writes later stays as
+            it is until it is packed. A later turn is stored as the cache already is.
 
     Raises:
         InvalidArgumentError: A value is out of range, a ratio and a budget are both given, or there is no storage of

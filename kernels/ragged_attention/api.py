@@ -89,7 +89,7 @@ def ragged_attention(
             to each product of a query and a packed key before scaling: the query's product with the centre that was
             taken off the keys. None: 0.
         impl: "segments" (256 rows and more: PyTorch's fused dense kernels, a call a segment), "triton" (one launch that
-            streams all pairs, and one that merges; CUDA; of codes it reads rows of int8, fp8 and int4), "aten"
+            streams all pairs, and one that merges; CUDA; of codes it reads int8, fp8, int4, and values in int2), "aten"
             (PyTorch's fused CPU kernel over the context; the best that can do it over the tail; no codes), "tiles"
             (plain PyTorch, codes only, any of them), "reference" (plain PyTorch, any input), or None: the first of
             these that can do this input. A named implementation refuses inputs that it cannot do.

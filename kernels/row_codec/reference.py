@@ -31,8 +31,10 @@ def decode_rows(codes: Codes, dtype: torch.dtype) -> Tensor:
     exact = accumulation_dtype(dtype)
     if not kind.has_zero:
         return codes.codes.to(exact).mul_(codes.scales.to(exact).unsqueeze(-1)).to(dtype)
-    scales = codes.scales.unsqueeze(-2) if codes.groups is None else codes.scales[codes.groups]
-    return _affine(codes.codes, scales.to(exact), kind).to(dtype)
+    if codes.groups is None:
+        return _affine(codes.codes, codes.scales.unsqueeze(-2), kind, exact).to(dtype)
+    scales = codes.scales.flatten(1).index_select(0, codes.groups).unflatten(-1, (-1, 2))
+    return _affine(codes.codes, scales, kind, exact).to(dtype)
 
 
 def encode_groups(rows: Tensor, groups: Tensor, num_groups: int, name: str) -> Codes:
@@ -96,10 +98,10 @@ def _steps(exact: Tensor, scales: Tensor, kind: Codec) -> Tensor:
     return units.round_().clamp_(-half, half - 1).add_(half).to(torch.uint8)
 
 
-def _affine(codes: Tensor, scales: Tensor, kind: Codec) -> Tensor:
-    """Returns ``scale * code + zero`` of codes [..., d * bits / 8], with scales [..., d or 1, 2]."""
+def _affine(codes: Tensor, scales: Tensor, kind: Codec, exact: torch.dtype) -> Tensor:
+    """Returns ``scale * code + zero`` in a dtype, of codes [..., d * bits / 8] and scales [..., d or 1, 2]."""
     half = 1 << (kind.bits - 1)
-    numbers = unpacked(codes, kind).to(scales.dtype).sub_(half)
+    numbers = unpacked(codes, kind).to(exact).sub_(half)
     return numbers.mul_(scales[..., 0]).add_(scales[..., 1])
 
 

@@ -86,7 +86,8 @@ class PairPool:
             torch.stack([getattr(tail, name) for tail in tails]).flatten(0, 1) for name in ("keys", "values")
         )
         every, n_packed = positions.repeat(self.num_layers, 1), self.packed.positions.numel()
-        new = self.packed.merge(keys, values, every, kept[n_packed:].view_as(scores), kept[:n_packed], scores)
+        keep, staying = kept[n_packed:].view_as(scores), kept[:n_packed]
+        new = self.packed.merge(keys, values, every, keep, staying, scores, importance=scores)
         try:
             self._take_over(new, layers)
         except BaseException:  # an interrupt: the old pairs are written over in part, so what has begun is finished
@@ -122,10 +123,11 @@ class PairPool:
     def _put(self, new: PackedPairs) -> None:
         """Takes over the new pairs, in the memory of the old ones if they fit it."""
         old = self.packed
-        if new.positions.shape != old.positions.shape or not is_writable(old.positions):
+        both = list(zip(old.tensors, new.tensors, strict=True))
+        if any(place.shape != tensor.shape for place, tensor in both) or not is_writable(old.positions):
             self.packed = new
             return
-        for place, tensor in zip(old.tensors, new.tensors, strict=True):
+        for place, tensor in both:
             place.copy_(tensor)
 
     def _hand_out(self, layers: Sequence[RaggedLayer]) -> None:

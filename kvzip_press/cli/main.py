@@ -155,7 +155,10 @@ def ask(
     ] = None,
     storage: Annotated[
         str | None,
-        typer.Option("--storage", help="How kept pairs are stored: model (default), int8, fp8, k8v4 or int4."),
+        typer.Option(
+            "--storage",
+            help="How kept pairs are stored: model (default), int8, fp8, k8v4, int4, kivi4, kivi2 or tiers.",
+        ),
     ] = None,
     answer_prefix: Annotated[
         str, typer.Option("--answer-prefix", help="How every answer begins; small models need the help.")
@@ -225,7 +228,9 @@ def profile(
     storage: Annotated[
         list[str] | None,
         typer.Option(
-            "--storage", help="How kept pairs are stored: model (default), int8, fp8, k8v4, int4; several times."
+            "--storage",
+            help="How kept pairs are stored: model (default), int8, fp8, k8v4, int4, kivi4, kivi2, tiers; several "
+            "times.",
         ),
     ] = None,
     decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Decode steps timed.")] = 32,

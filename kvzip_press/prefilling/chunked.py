@@ -8,7 +8,6 @@ and one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -149,7 +148,7 @@ class _Reading:
         asked = self._asked(new, is_last=is_last)
         seen = torch.ones_like(asked.protected)
         self.alive = select(asked, seen, among=self.alive, of_all=True)
-        self._evict(done, new.layers if new.carried else None)
+        self._evict(done, new)
 
     def _add(self, new: Scores) -> None:
         n = new.protected.shape[1]
@@ -183,7 +182,7 @@ class _Reading:
         protected = self.sink | recent | decided
         return Scores(self.scores, protected, new.policy, protected_count=charged | decided)
 
-    def _evict(self, done: Prefill, carried: Mapping[int, torch.Tensor] | None) -> None:
+    def _evict(self, done: Prefill, new: Scores) -> None:
         assert self.sink is not None
         start = done.start
         earlier = {
@@ -193,8 +192,9 @@ class _Reading:
         }
         keep = {i: alive[:, :, start:] for i, alive in self.alive.items()}
         span = Span(done.valid, done.positions, self.sink[:, start:])
-        options: dict[str, Any] = {"earlier": earlier, "scores": carried, "storage": self.storage}
-        for layer_idx, layer in evicted_layers(self.model, self.cache, span, keep, **options):
+        carried = new.layers if new.carried else None
+        options: dict[str, Any] = {"scores": carried, "importance": new.layers, "storage": self.storage}
+        for layer_idx, layer in evicted_layers(self.model, self.cache, span, keep, earlier=earlier, **options):
             self.cache.layers[layer_idx] = layer
 
 

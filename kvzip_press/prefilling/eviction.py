@@ -58,6 +58,10 @@ class Span:
         """The position after the last token of each row."""
         return tuple((self.positions.masked_fill(~self.valid, -1).amax(dim=-1) + 1).tolist())
 
+    def protected_first(self, scores: torch.Tensor) -> torch.Tensor:
+        """Returns scores ``[batch, num_heads, span]`` with infinity where pairs are protected."""
+        return scores.masked_fill(self.protected.to(scores.device).unsqueeze(1), torch.inf)
+
 
 def evicted_layers(
     model: nn.Module,
@@ -67,6 +71,7 @@ def evicted_layers(
     *,
     earlier: Mapping[int, torch.Tensor] | None = None,
     scores: Mapping[int, torch.Tensor] | None = None,
+    importance: Mapping[int, torch.Tensor] | None = None,
     weights: str | None = None,
     storage: str = "model",
 ) -> Iterator[tuple[int, Any]]:
@@ -82,6 +87,8 @@ def evicted_layers(
         earlier: ``layer_idx -> [total]``, bool: which packed pairs of earlier spans stay; None for all of them.
         scores: ``layer_idx -> [batch, num_heads, span]``, fp32, for the pairs to carry; None for none. After an earlier
             context they are only carried if its pairs carry scores, and the span follows it directly.
+        importance: ``layer_idx -> [batch, num_heads, span]``, fp32, for storages that give important pairs more bits;
+            what is protected is as important as can be, and so is everything if it is None.
         weights: Fingerprint of the decoder that read the span; None for that of the decoder as it is now.
         storage: The name of how pairs are stored; a later span is stored as the layers already are.
 
@@ -100,13 +107,15 @@ def evicted_layers(
             continue
         kept, module = keep[layer_idx], by_idx[layer_idx].module
         carried = None if scores is None else scores[layer_idx]
+        ranks = None if importance is None else span.protected_first(importance[layer_idx])
         if isinstance(layer, RaggedLayer):
             survivors = None if earlier is None else earlier[layer_idx]
-            yield layer_idx, _merged(layer, span, kept, survivors, carried, module, weights)
+            yield layer_idx, _merged(layer, span, kept, survivors, carried, ranks, module, weights)
         else:
             n_tokens = kept.shape[-1]
             keys, values = last_pairs(layer, n_tokens)
-            packed = PackedPairs.pack(keys, values, kept, span.positions.to(keys.device), carried, storage=kind)
+            positions = span.positions.to(keys.device)
+            packed = PackedPairs.pack(keys, values, kept, positions, carried, storage=kind, importance=ranks)
             yield (
                 layer_idx,
                 RaggedLayer(
@@ -225,6 +234,7 @@ def _merged(
     keep: torch.Tensor,
     kept: torch.Tensor | None,
     scores: torch.Tensor | None,
+    importance: torch.Tensor | None,
     module: nn.Module,
     weights: str,
 ) -> RaggedLayer:
@@ -239,6 +249,8 @@ def _merged(
     positions = span.positions.to(keys.device)
     positions = torch.cat([positions[:, :1] + before, positions], dim=1).int()
     keep = torch.cat([keep.new_ones(batch, heads, n_between), keep], dim=2)
+    if importance is not None:
+        importance = torch.nn.functional.pad(importance, (n_between, 0), value=torch.inf)
     rows = range(batch) if layer.row_index is None else layer.row_index.tolist()
     packed = layer.packed if layer.row_index is None else layer.packed.select_rows(rows)
     counts, whole = span.n_protected, span.valid.all(dim=-1).tolist()
@@ -246,7 +258,7 @@ def _merged(
     # padding in a later span leaves a gap in what sliding layers hold
     n_padding = tuple(layer.n_padding[row] if whole[i] else -1 for i, row in enumerate(rows))
     return RaggedLayer(
-        packed.merge(keys, values, positions, keep, kept, None if n_between else scores),
+        packed.merge(keys, values, positions, keep, kept, None if n_between else scores, importance=importance),
         n_context=layer.get_seq_length(),
         n_protected=n_protected if layer.n_context else counts,
         n_padding=n_padding,

@@ -320,7 +320,8 @@ class Prefill:
         span = Span(self.valid, self.positions, scores.protected)
         carried = scores.layers if scores.carried else None
         storage = scores.storage if storage is None else storage
-        return evicted_layers(self.model, self.cache, span, keep, scores=carried, weights=self.weights, storage=storage)
+        options: dict[str, Any] = {"importance": scores.layers, "weights": self.weights, "storage": storage}
+        return evicted_layers(self.model, self.cache, span, keep, scores=carried, **options)
 
     def _checked(self, scores: Scores) -> Scores:
         check_not_evicted(self.cache, self.start)

@@ -76,8 +76,7 @@ def _row(cache: RaggedCache, row: int, n_tokens: int) -> Measured:
     for layer_idx, layer in enumerate(cache.layers):
         if isinstance(layer, RaggedLayer):
             heads = kept[layer_idx] = layer.packed.seqlens[row].tolist()
-            lengths = (len(heads) + 1) * layer.packed.cu_seqlens.element_size()
-            resident += sum(heads) * layer.packed.pair_bytes + len(heads) * layer.packed.segment_bytes + lengths
+            resident += layer.packed.row_bytes(row)
             dense += n_tokens * len(heads) * layer.packed.storage.dense_pair_bytes
         else:
             held = _dense_row_bytes(layer, n_tokens)
@@ -88,9 +87,7 @@ def _row(cache: RaggedCache, row: int, n_tokens: int) -> Measured:
 def _needed(layer: Any) -> int:
     if not isinstance(layer, RaggedLayer):
         return sum(tensor.nbytes for tensor in (layer.keys, layer.values))
-    packed = layer.packed
-    tables = packed.num_rows * packed.num_heads * packed.segment_bytes
-    return int(packed.cu_seqlens[-1]) * packed.pair_bytes + tables + packed.cu_seqlens.nbytes
+    return int(layer.packed.nbytes(slice(None)))
 
 
 def _dense_row_bytes(layer: Any, n_tokens: int) -> int:

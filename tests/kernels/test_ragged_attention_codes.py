@@ -83,7 +83,7 @@ def test_it_equals_attention_to_the_decoded_rows(
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("codecs", CODECS)
+@pytest.mark.parametrize("codecs", [*CODECS, ("int4", "int2")])
 def test_the_kernel_equals_attention_to_the_decoded_rows(codecs: tuple[str, str], triton_device: torch.device) -> None:
     """Every width of a word, tiles that end inside a segment, an empty segment, and a tail in the same launch."""
     given = arguments([40, 0], codecs, n_tail=3, groups=2, head_dim=64, device=triton_device)

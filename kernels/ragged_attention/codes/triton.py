@@ -143,9 +143,12 @@ def _block_of_words(codes: Codes) -> int:
 def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, IS_FLOAT: tl.constexpr, DOT: tl.constexpr):
     """Returns a plane of words of 16 bits as numbers: for integers (code + half of their range) * 2**-24.
 
-    Every second nibble comes out 16 times as large, and e4m3 numbers as themselves * 2**-8.
+    Every second nibble comes out 16 times as large, the 2 bits k of a byte 4**k times, and e4m3 numbers as themselves *
+    2**-8.
     """
-    if INTERPRETED:
+    if BITS == 2:
+        bits = (words >> (8 * (PLANE // 4))) & (3 << (2 * (PLANE % 4)))
+    elif INTERPRETED:
         if IS_FLOAT:
             high = words if PLANE else words << 8
             bits = (high & -32768) | ((high >> 1) & 0x3F80)
@@ -191,10 +194,8 @@ def _inverse(x):
 @triton.jit
 def _channel(offs_w, PLANE: tl.constexpr, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Returns which number of a row is in a plane of a word; see CODECS."""
-    if BITS == 8:
-        return 2 * offs_w + PLANE
-    else:
-        return 2 * offs_w + PLANE // 2 + (PLANE % 2) * (HEAD_DIM // 2)
+    A_BYTE: tl.constexpr = 8 // BITS
+    return 2 * offs_w + PLANE // A_BYTE + (PLANE % A_BYTE) * (HEAD_DIM // A_BYTE)
 
 
 @triton.jit
@@ -351,7 +352,7 @@ def _attend_codes_kernel(
     K_FACTOR: tl.constexpr = 256.0 if K_FLOAT else 16777216.0
     K_OFFSET: tl.constexpr = 0.0 if K_FLOAT else (128.0 if K_BITS == 8 else 8.0)
     V_FACTOR: tl.constexpr = 256.0 if V_FLOAT else 16777216.0
-    V_OFFSET: tl.constexpr = 0.0 if V_FLOAT else (128.0 if V_BITS == 8 else 8.0)
+    V_OFFSET: tl.constexpr = 0.0 if V_FLOAT else (128.0 if V_BITS == 8 else (8.0 if V_BITS == 4 else 2.0))
     if HAS_BIAS:
         bias_rows = (batch * HEADS * GROUPS + q_head) * query_length + token
         bias = tl.load(bias_ptr + bias_rows, mask_m, other=0.0) * logit_scale
@@ -363,9 +364,14 @@ def _attend_codes_kernel(
     n_left = tl.minimum(high, n_context) - low
     acc0 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
     acc1 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
-    if V_BITS == 4:
+    if V_BITS <= 4:
         acc2 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
         acc3 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
+    if V_BITS == 2:
+        acc4 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
+        acc5 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
+        acc6 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
+        acc7 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     # Sums over pairs stay apart, pair by pair of a tile, until the loop is done: each would cost an exchange of warps.
     totals = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -386,7 +392,7 @@ def _attend_codes_kernel(
         key_zero = -K_OFFSET * key_scale
         if K_BITS == 4:
             key_zero += _zero_of(key_meta)
-        if V_BITS == 4:
+        if V_BITS <= 4:
             value_zero = _zero_of(value_meta)
         # The next tile's scales are asked for a tile ahead; codes are by the compiler, several tiles ahead.
         mask_next = row + BLOCK_N + offs_n < n_left
@@ -414,20 +420,30 @@ def _attend_codes_kernel(
         totals = totals * decay[:, None] + weights
         if not V_FLOAT:
             offsets = offsets * decay[:, None] - V_OFFSET * rounded.to(tl.float32)
-        if V_BITS == 4:
+        if V_BITS <= 4:
             offsets += weights * value_zero[None, :]
         acc0 = acc0 * decay[:, None] + dot(rounded, _plane(values, 0, V_BITS, V_FLOAT, DOT), PRECISION)
         acc1 = acc1 * decay[:, None] + dot(rounded, _plane(values, 1, V_BITS, V_FLOAT, DOT), PRECISION)
-        if V_BITS == 4:
+        if V_BITS <= 4:
             acc2 = acc2 * decay[:, None] + dot(rounded, _plane(values, 2, V_BITS, V_FLOAT, DOT), PRECISION)
             acc3 = acc3 * decay[:, None] + dot(rounded, _plane(values, 3, V_BITS, V_FLOAT, DOT), PRECISION)
+        if V_BITS == 2:
+            acc4 = acc4 * decay[:, None] + dot(rounded, _plane(values, 4, V_BITS, V_FLOAT, DOT), PRECISION)
+            acc5 = acc5 * decay[:, None] + dot(rounded, _plane(values, 5, V_BITS, V_FLOAT, DOT), PRECISION)
+            acc6 = acc6 * decay[:, None] + dot(rounded, _plane(values, 6, V_BITS, V_FLOAT, DOT), PRECISION)
+            acc7 = acc7 * decay[:, None] + dot(rounded, _plane(values, 7, V_BITS, V_FLOAT, DOT), PRECISION)
     total = tl.sum(totals, 1)
     offset = tl.sum(offsets, 1)[:, None]
     acc0 = acc0 * V_FACTOR + offset
-    acc1 = acc1 * (V_FACTOR if V_BITS == 8 else V_FACTOR / 16) + offset
-    if V_BITS == 4:
-        acc2 = acc2 * V_FACTOR + offset
-        acc3 = acc3 * (V_FACTOR / 16) + offset
+    acc1 = acc1 * (V_FACTOR if V_BITS == 8 else (V_FACTOR / 16 if V_BITS == 4 else V_FACTOR / 4)) + offset
+    if V_BITS <= 4:
+        acc2 = acc2 * (V_FACTOR if V_BITS == 4 else V_FACTOR / 16) + offset
+        acc3 = acc3 * (V_FACTOR / 16 if V_BITS == 4 else V_FACTOR / 64) + offset
+    if V_BITS == 2:
+        acc4 = acc4 * V_FACTOR + offset
+        acc5 = acc5 * (V_FACTOR / 4) + offset
+        acc6 = acc6 * (V_FACTOR / 16) + offset
+        acc7 = acc7 * (V_FACTOR / 64) + offset
     if HAS_TAIL:
         TAIL_N: tl.constexpr = 32
         tail_low = tl.maximum(low - n_context, 0)
@@ -470,17 +486,31 @@ def _attend_codes_kernel(
             acc0 = acc0 * decay[:, None] + dot(weights, plane0, PRECISION)
             plane1 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 1, V_BITS, HEAD_DIM))
             acc1 = acc1 * decay[:, None] + dot(weights, plane1, PRECISION)
-            if V_BITS == 4:
+            if V_BITS <= 4:
                 plane2 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 2, V_BITS, HEAD_DIM))
                 acc2 = acc2 * decay[:, None] + dot(weights, plane2, PRECISION)
                 plane3 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 3, V_BITS, HEAD_DIM))
                 acc3 = acc3 * decay[:, None] + dot(weights, plane3, PRECISION)
+            if V_BITS == 2:
+                plane4 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 4, V_BITS, HEAD_DIM))
+                acc4 = acc4 * decay[:, None] + dot(weights, plane4, PRECISION)
+                plane5 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 5, V_BITS, HEAD_DIM))
+                acc5 = acc5 * decay[:, None] + dot(weights, plane5, PRECISION)
+                plane6 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 6, V_BITS, HEAD_DIM))
+                acc6 = acc6 * decay[:, None] + dot(weights, plane6, PRECISION)
+                plane7 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 7, V_BITS, HEAD_DIM))
+                acc7 = acc7 * decay[:, None] + dot(weights, plane7, PRECISION)
     rows = program.to(tl.int64) * n_rows + offs_m
     out_rows = partial_out_ptr + rows * HEAD_DIM
     _store_plane(out_rows, acc0, mask_m, offs_v, 0, V_BITS, HEAD_DIM)
     _store_plane(out_rows, acc1, mask_m, offs_v, 1, V_BITS, HEAD_DIM)
-    if V_BITS == 4:
+    if V_BITS <= 4:
         _store_plane(out_rows, acc2, mask_m, offs_v, 2, V_BITS, HEAD_DIM)
         _store_plane(out_rows, acc3, mask_m, offs_v, 3, V_BITS, HEAD_DIM)
+    if V_BITS == 2:
+        _store_plane(out_rows, acc4, mask_m, offs_v, 4, V_BITS, HEAD_DIM)
+        _store_plane(out_rows, acc5, mask_m, offs_v, 5, V_BITS, HEAD_DIM)
+        _store_plane(out_rows, acc6, mask_m, offs_v, 6, V_BITS, HEAD_DIM)
+        _store_plane(out_rows, acc7, mask_m, offs_v, 7, V_BITS, HEAD_DIM)
     tl.store(partial_sums_ptr + 2 * rows, peak - HEADROOM, mask_m)
     tl.store(partial_sums_ptr + 2 * rows + 1, total, mask_m)

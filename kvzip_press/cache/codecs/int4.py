@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
-from kvzip_press.cache.codecs.row_storage import RowStorage, by_batch_row
-from kvzip_press.cache.codecs.storage import Attended, Shapes
+from kvzip_press.cache.codecs.held import Held, NewPairs
+from kvzip_press.cache.codecs.parted import OTHERS, Parted
+from kvzip_press.cache.codecs.row_storage import RowStorage
+from kvzip_press.cache.codecs.storage import Attended, Layout, Storage
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.row_codec import decode_rows, rotate
 
@@ -17,8 +19,8 @@ CENTRES = "key_centres"
 
 
 @dataclass(frozen=True)
-class Int4(RowStorage):
-    """Stores a key and a value in 4 bits, each with a scale and a zero: a quarter of the bytes of bf16.
+class Int4Rows(RowStorage):
+    """Stores a key and a value in 4 bits, each with a scale and a zero.
 
     Keys are what 4 bits are too few for: some of their channels are far larger than all others, and almost the same
     number for every token. So each head's mean key is subtracted (SmoothK of SageAttention, arXiv 2410.02367, does so
@@ -39,16 +41,14 @@ class Int4(RowStorage):
             )
         super().check_widths(head_dim, v_head_dim)
 
-    def table_shapes(self) -> Shapes:
-        """Returns the shape of a head's mean key, rotated."""
-        return {CENTRES: (self.dtype, (self.head_dim,))}
+    def layout(self) -> Layout:
+        """Returns the shapes of codes and scales, and of a head's mean key, rotated."""
+        return replace(super().layout(), tables={CENTRES: (self.dtype, (self.head_dim,))})
 
-    def tables(
-        self, keys: torch.Tensor, values: torch.Tensor, keep: torch.Tensor, positions: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def tables(self, new: NewPairs) -> dict[str, torch.Tensor]:
         """Returns the mean of the kept keys of each (row, head), rotated."""
-        kept = keep.unsqueeze(-1)
-        total = torch.where(kept, keys, 0).sum(dim=2, dtype=self.exact_dtype)
+        kept = new.keep.unsqueeze(-1)
+        total = torch.where(kept, new.keys, 0).sum(dim=2, dtype=self.exact_dtype)
         mean = total / kept.sum(dim=2).clamp(min=1)
         return {CENTRES: rotate(mean).to(self.dtype).flatten(0, 1)}
 
@@ -56,20 +56,16 @@ class Int4(RowStorage):
         """Returns keys rotated and centred."""
         return rotate(keys.to(self.exact_dtype)) - tables[CENTRES].view(*keys.shape[:2], 1, -1)
 
-    def decode(
-        self, columns: Mapping[str, torch.Tensor], tables: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, held: Held) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns keys, rotated back, and values."""
-        key, value = self.codes(columns)
-        keys = rotate(decode_rows(key, self.exact_dtype) + tables[CENTRES].unsqueeze(-2))
+        key, value = self.codes(held)
+        keys = rotate(decode_rows(key, self.exact_dtype) + held.tables[CENTRES][held.segments_of_entries()])
         return keys.to(self.dtype), decode_rows(value, self.dtype)
 
     def attend(
         self,
         query: torch.Tensor,
-        columns: Mapping[str, torch.Tensor],
-        tables: Mapping[str, torch.Tensor],
-        cu_seqlens: torch.Tensor,
+        held: Held,
         tail_keys: torch.Tensor | None,
         tail_values: torch.Tensor | None,
         **options: Any,
@@ -79,17 +75,39 @@ class Int4(RowStorage):
         A head's mean key adds the same to all logits of a query: its product with the query.
         """
         rotated = rotate(query.to(self.exact_dtype))
-        centres = by_batch_row(tables[CENTRES], query, tail_keys, options.get("row_index")).to(self.exact_dtype)
+        centres = _by_batch_row(held.tables[CENTRES], query, tail_keys, options.get("row_index")).to(self.exact_dtype)
         grouped = rotated.unflatten(1, (centres.shape[1], -1))
         bias = (grouped @ centres[:, :, None, :, None]).squeeze(-1).flatten(1, 2)
         return super().attend(
-            query,
-            columns,
-            tables,
-            cu_seqlens,
-            tail_keys,
-            tail_values,
-            context_query=rotated.to(query.dtype),
-            context_bias=bias,
-            **options,
+            query, held, tail_keys, tail_values, context_query=rotated.to(query.dtype), context_bias=bias, **options
         )
+
+
+@dataclass(frozen=True)
+class Int4(Parted):
+    """Stores a key and a value in 4 bits, keys centred and rotated: a quarter of the bytes of bf16."""
+
+    @classmethod
+    def check_widths(cls, head_dim: int, v_head_dim: int) -> None:
+        """Raises InvalidArgumentError if keys cannot be rotated, or values do not fill whole bytes."""
+        Int4Rows.check_widths(head_dim, v_head_dim)
+
+    @property
+    def others(self) -> Mapping[str, Storage]:
+        """Codes."""
+        return {OTHERS: Int4Rows(self.head_dim, self.v_head_dim, self.dtype)}
+
+
+def _by_batch_row(
+    of_segments: torch.Tensor,
+    query: torch.Tensor,
+    tail_keys: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+) -> torch.Tensor:
+    """Returns what each segment has, ``[segments, ...]``, as what each batch row reads, ``[batch, num_heads, ...]``.
+
+    The other arguments are those of :meth:`Storage.attend`.
+    """
+    heads = len(of_segments) // query.shape[0] if tail_keys is None else tail_keys.shape[1]
+    rows = of_segments.unflatten(0, (-1, heads))
+    return rows if row_index is None else rows[row_index]

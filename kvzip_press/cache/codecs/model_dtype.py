@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from kvzip_press.cache.codecs.storage import Attended, Shapes, Storage
+from kvzip_press.cache.codecs.held import Encoded, Held, NewPairs
+from kvzip_press.cache.codecs.storage import Attended, Layout, Storage
 from kvzip_press.kernels.ragged_attention import ragged_attention
 
 
@@ -18,33 +18,25 @@ class ModelDtype(Storage):
 
     is_exact: ClassVar[bool] = True
 
-    def column_shapes(self) -> Shapes:
+    def layout(self) -> Layout:
         """Returns the shapes of a key and a value."""
-        return {"keys": (self.dtype, (self.head_dim,)), "values": (self.dtype, (self.v_head_dim,))}
+        return Layout({"keys": (self.dtype, (self.head_dim,)), "values": (self.dtype, (self.v_head_dim,))})
 
-    def encode(
-        self, keys: torch.Tensor, values: torch.Tensor, tables: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def encode(self, new: NewPairs, before: Held | None = None) -> Encoded:
         """Returns keys and values as they are."""
-        return {"keys": keys, "values": values}
+        return Encoded({"keys": new.keys, "values": new.values}, new.keep)
 
-    def decode(
-        self, columns: Mapping[str, torch.Tensor], tables: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, held: Held) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns keys and values as they are."""
-        return columns["keys"], columns["values"]
+        return held.columns["keys"], held.columns["values"]
 
     def attend(
         self,
         query: torch.Tensor,
-        columns: Mapping[str, torch.Tensor],
-        tables: Mapping[str, torch.Tensor],
-        cu_seqlens: torch.Tensor,
+        held: Held,
         tail_keys: torch.Tensor | None,
         tail_values: torch.Tensor | None,
         **options: Any,
     ) -> Attended:
         """Computes ragged attention over the tensors as they are."""
-        return ragged_attention(
-            query, columns["keys"], columns["values"], cu_seqlens, tail_keys, tail_values, **options
-        )
+        return ragged_attention(query, *self.decode(held), held.cu_seqlens, tail_keys, tail_values, **options)

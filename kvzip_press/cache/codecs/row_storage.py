@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from kvzip_press.cache.codecs.storage import Attended, Shapes, Storage
+from kvzip_press.cache.codecs.held import Encoded, Held, NewPairs
+from kvzip_press.cache.codecs.storage import Attended, Layout, Shapes, Storage
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.kernels.row_codec import CODECS, Codes, decode_rows, encode_rows
@@ -37,89 +38,66 @@ class RowStorage(Storage):
                     f"whole bytes with, got {width}: take a storage of 8 bits"
                 )
 
-    def column_shapes(self) -> Shapes:
+    def layout(self) -> Layout:
         """Returns the shapes of codes and scales."""
-        return {
-            **_shapes("key", self.key_format, self.head_dim),
-            **_shapes("value", self.value_format, self.v_head_dim),
-        }
+        key = row_shapes("key", self.key_format, self.head_dim)
+        return Layout({**key, **row_shapes("value", self.value_format, self.v_head_dim)})
 
-    def encode(
-        self, keys: torch.Tensor, values: torch.Tensor, tables: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Returns codes and scales of keys and values, made of a block of tokens at a time."""
-        blocks = zip(keys.split(BLOCK, dim=2), values.split(BLOCK, dim=2), strict=True)
-        parts = [self._encoded(*block, tables) for block in blocks]
-        return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
+    def tables(self, new: NewPairs) -> Mapping[str, torch.Tensor]:
+        """Returns the tables of segments that begin with these pairs; most storages have none."""
+        return {}
 
-    def _encoded(
-        self, keys: torch.Tensor, values: torch.Tensor, tables: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        key = encode_rows(self.before_encoding(keys, tables), self.key_format)
-        value = encode_rows(values, self.value_format)
-        return {
-            "key_codes": _as_stored(key.codes),
-            "key_scales": key.scales,
-            "value_codes": _as_stored(value.codes),
-            "value_scales": value.scales,
+    def encode(self, new: NewPairs, before: Held | None = None) -> Encoded:
+        """Returns codes and scales of keys and values."""
+        tables = self.tables(new) if before is None else before.tables
+        keys = (self.before_encoding(block, tables) for block in new.keys.split(BLOCK, dim=2))
+        columns = {
+            **encoded_rows("key", self.key_format, keys),
+            **encoded_rows("value", self.value_format, iter(new.values.split(BLOCK, dim=2))),
         }
+        return Encoded(columns, new.keep, tables)
 
     def before_encoding(self, keys: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Returns keys ``[batch, num_heads, n, head_dim]`` as they are encoded: as they are, in most storages."""
         return keys
 
-    def decode(
-        self, columns: Mapping[str, torch.Tensor], tables: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, held: Held) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns keys and values, each number within half a step of what it was."""
-        key, value = self.codes(columns)
+        key, value = self.codes(held)
         return decode_rows(key, self.dtype), decode_rows(value, self.dtype)
 
-    def codes(self, columns: Mapping[str, torch.Tensor]) -> tuple[Codes, Codes]:
+    def codes(self, held: Held) -> tuple[Codes, Codes]:
         """Returns the columns as codes of keys and of values."""
-        key, value = (
-            Codes(columns[f"{name}_codes"].view(CODECS[form].dtype), columns[f"{name}_scales"], form)
-            for name, form in (("key", self.key_format), ("value", self.value_format))
-        )
-        return key, value
+        return codes_in(held, "key", self.key_format), codes_in(held, "value", self.value_format)
 
     def attend(
         self,
         query: torch.Tensor,
-        columns: Mapping[str, torch.Tensor],
-        tables: Mapping[str, torch.Tensor],
-        cu_seqlens: torch.Tensor,
+        held: Held,
         tail_keys: torch.Tensor | None,
         tail_values: torch.Tensor | None,
         **options: Any,
     ) -> Attended:
         """Computes ragged attention over the codes."""
-        return ragged_attention(query, *self.codes(columns), cu_seqlens, tail_keys, tail_values, **options)
+        return ragged_attention(query, *self.codes(held), held.cu_seqlens, tail_keys, tail_values, **options)
 
 
-def by_batch_row(
-    of_segments: torch.Tensor,
-    query: torch.Tensor,
-    tail_keys: torch.Tensor | None,
-    row_index: torch.Tensor | None,
-) -> torch.Tensor:
-    """Returns what each segment has, ``[segments, ...]``, as what each batch row reads, ``[batch, num_heads, ...]``.
-
-    The other arguments are those of :meth:`Storage.attend`.
-    """
-    heads = len(of_segments) // query.shape[0] if tail_keys is None else tail_keys.shape[1]
-    rows = of_segments.unflatten(0, (-1, heads))
-    return rows if row_index is None else rows[row_index]
-
-
-def _shapes(name: str, form: str, width: int) -> Shapes:
+def row_shapes(name: str, form: str, width: int) -> Shapes:
+    """Returns the shapes of the codes and scales of keys or values that are encoded row by row."""
     codes = CODECS[form]
-    stored = STORED.get(codes.dtype, codes.dtype)
     return {
-        f"{name}_codes": (stored, (width // codes.numbers_a_byte,)),
+        f"{name}_codes": (STORED.get(codes.dtype, codes.dtype), (width // codes.numbers_a_byte,)),
         f"{name}_scales": (torch.bfloat16, (2,) if codes.has_zero else ()),
     }
 
 
-def _as_stored(codes: torch.Tensor) -> torch.Tensor:
-    return codes.view(STORED.get(codes.dtype, codes.dtype))
+def encoded_rows(name: str, form: str, blocks: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the columns of keys or values ``[batch, num_heads, n, width]``, given a block of tokens at a time."""
+    encoded = [encode_rows(block, form) for block in blocks]
+    codes = torch.cat([part.codes.view(STORED.get(part.codes.dtype, part.codes.dtype)) for part in encoded], dim=2)
+    return {f"{name}_codes": codes, f"{name}_scales": torch.cat([part.scales for part in encoded], dim=2)}
+
+
+def codes_in(held: Held, name: str, form: str) -> Codes:
+    """Returns the columns of keys or values as codes."""
+    return Codes(held.columns[f"{name}_codes"].view(CODECS[form].dtype), held.columns[f"{name}_scales"], form)

@@ -8,25 +8,40 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
+from kvzip_press.cache.codecs.held import Encoded, Held, NewPairs, Staying
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.numerics import accumulation_dtype
 
-POSITIONS = "positions"  # the column that every storage finds beside its own
 Attended = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a storage, or of a part of one.
+
+    Attributes:
+        columns: Dtype and shape for one entry of each column, by name, in storage order.
+        tables: Dtype and shape for one segment of each table, by name.
+        parts: The layout of each part, by name.
+    """
+
+    columns: Shapes
+    tables: Shapes = field(default_factory=dict)
+    parts: Mapping[str, Layout] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Storage(ABC):
     """A kind of storage, for the shapes of one layer.
 
-    Columns are tensors whose entry i belongs to pair i. A column is ``[total_kept, ...]`` for packed pairs and
-    ``[batch, num_heads, n, ...]`` for a dense span. Tables are tensors whose entry s belongs to segment s, all pairs of
-    a (row, head): ``[rows * num_heads, ...]``. They are made when the first pairs of a segment are packed, and stay.
+    What it holds of pairs is described in :mod:`kvzip_press.cache.codecs.held`. Tables are made when the first pairs of
+    a segment are packed, and stay.
 
     Args:
         head_dim: Width of a key.
@@ -40,6 +55,19 @@ class Storage(ABC):
 
     #: Whether keys and values come back as they were; if not, they must be finite.
     is_exact: ClassVar[bool] = False
+    #: What follows the storage's name and a colon; empty for a storage without parameters.
+    parameters: ClassVar[str] = ""
+
+    @classmethod
+    def with_parameters(cls, text: str) -> type[Storage]:
+        """Returns the storage with what a user has written behind its name and a colon.
+
+        Raises:
+            InvalidArgumentError: It has no parameters, or no such ones.
+        """
+        raise InvalidArgumentError(
+            f"expected nothing behind the name of a storage without parameters, got {text!r:.80}"
+        )
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> Storage:
@@ -66,68 +94,44 @@ class Storage(ABC):
         return accumulation_dtype(self.dtype)
 
     @abstractmethod
-    def column_shapes(self) -> Shapes:
-        """Returns the dtype and the shape for one pair of each column, by name, in storage order."""
-
-    def table_shapes(self) -> Shapes:
-        """Returns the dtype and the shape for one segment of each table, by name; most storages have none."""
-        return {}
-
-    def tables(
-        self, keys: torch.Tensor, values: torch.Tensor, keep: torch.Tensor, positions: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Returns the tables for segments that begin with the kept pairs of a dense span.
-
-        Args:
-            keys: ``[batch, num_heads, n, head_dim]``.
-            values: ``[batch, num_heads, n, v_head_dim]``.
-            keep: ``[batch, num_heads, n]``, bool; what is not kept may be anything.
-            positions: ``[batch, n]``, int32.
-        """
-        return {}
-
-    def tables_after_eviction(
-        self, tables: Mapping[str, torch.Tensor], positions: torch.Tensor, cu_seqlens: torch.Tensor
-    ) -> Mapping[str, torch.Tensor]:
-        """Returns the tables of segments that have lost pairs: the same ones, for most storages.
-
-        Args:
-            tables: Those before.
-            positions: ``[total_kept]``, of the pairs that are left.
-            cu_seqlens: Where the segment of each (row, head) begins.
-        """
-        return tables
+    def layout(self) -> Layout:
+        """Returns what is held, but for positions and scores."""
 
     @abstractmethod
-    def encode(
-        self, keys: torch.Tensor, values: torch.Tensor, tables: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Returns the columns of a dense span.
+    def encode(self, new: NewPairs, before: Held | None = None) -> Encoded:
+        """Returns what will be held of a dense span.
 
         Args:
-            keys: ``[batch, num_heads, n, head_dim]``, after RoPE.
-            values: ``[batch, num_heads, n, v_head_dim]``.
-            tables: Those of the segments that the span belongs to, ``[batch * num_heads, ...]``.
+            new: The pairs.
+            before: The pairs of the same segments that are there already; None if the segments begin with the span,
+                which then makes their tables.
         """
 
-    @abstractmethod
-    def decode(
-        self, columns: Mapping[str, torch.Tensor], tables: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns keys ``[..., n, head_dim]`` and values ``[..., n, v_head_dim]`` in the model's dtype.
+    def staying(self, held: Held, kept: torch.Tensor | None) -> Mapping[str, Staying]:
+        """Returns, for each part, what stays of it if of the pairs only those stay that are ``kept``.
 
         Args:
-            columns: Those of the storage and "positions", ``[..., n, ...]``.
-            tables: The table entries of the segments ``[...]`` that the pairs belong to.
+            held: All pairs.
+            kept: ``[total]``, bool; None if all stay.
+        """
+        return {}
+
+    def check(self, held: Held) -> None:  # noqa: B027  # most storages have nothing that could contradict itself
+        """Raises InvalidArgumentError if what is held, which comes from a file, contradicts itself."""
+
+    @abstractmethod
+    def decode(self, held: Held) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns keys ``[total, head_dim]`` and values ``[total, v_head_dim]`` in the model's dtype.
+
+        Args:
+            held: The pairs, "positions" among their columns.
         """
 
     @abstractmethod
     def attend(
         self,
         query: torch.Tensor,
-        columns: Mapping[str, torch.Tensor],
-        tables: Mapping[str, torch.Tensor],
-        cu_seqlens: torch.Tensor,
+        held: Held,
         tail_keys: torch.Tensor | None,
         tail_values: torch.Tensor | None,
         **options: Any,
@@ -138,9 +142,7 @@ class Storage(ABC):
 
         Args:
             query: ``[batch, num_attention_heads, query_length, head_dim]``.
-            columns: The packed pairs, "positions" among their columns.
-            tables: The tables of their segments.
-            cu_seqlens: Where the segment of each (row, head) begins.
+            held: The packed pairs, "positions" among their columns.
             tail_keys: ``[batch, num_heads, length, head_dim]``, in the model's dtype; None for no tail.
             tail_values: ``[batch, num_heads, length, v_head_dim]``.
             options: Those of :func:`kvzip_press.kernels.ragged_attention.ragged_attention`, which also describes the

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import torch
 
-from kvzip_press.cache.codecs.by_name import STORAGES
+from kvzip_press.cache.codecs.by_name import STORAGES, storage_named
 from kvzip_press.cache.file.record import LIMIT, CacheRecord, LayerRecord
-from kvzip_press.errors import CacheFileError
+from kvzip_press.errors import CacheFileError, InvalidArgumentError
 from kvzip_press.files import digest_of, to_json
 
 MAX_LAYERS = 10_000
@@ -29,15 +29,24 @@ def check_record(record: CacheRecord) -> None:
     _check_turns(record)
     checked: set[tuple[str, int]] = set()  # lists that layers share are read once
     for layer in record.layers:
-        if layer.storage not in STORAGES:
-            raise CacheFileError(
-                f"expected a storage out of {', '.join(STORAGES)}, got {layer.storage!r:.80}: of a later version?"
-            )
+        check_storage(layer.storage)
         _check_rows(layer, record, checked)
         of_pairs = (layer.has_row_index, layer.has_scores, layer.storage != "model")
         ragged_only = any((layer.fingerprint, layer.n_protected, *of_pairs))
         if (layer.sliding_window > 1) != (layer.kind == "sliding") or (ragged_only and layer.kind != "ragged"):
             raise CacheFileError(f"expected entries that go with a {layer.kind} layer, got {reprlib.repr(layer)}")
+
+
+def check_storage(name: str) -> None:
+    """Raises CacheFileError unless there is a storage of this name, with the parameters behind it."""
+    try:
+        storage_named(name)
+    except InvalidArgumentError as error:
+        if name.partition(":")[0] in STORAGES:
+            raise CacheFileError(f"storage {name!r:.80}: {error}") from error
+        raise CacheFileError(
+            f"expected a storage out of {', '.join(STORAGES)}, got {name!r:.80}: of a later version?"
+        ) from error
 
 
 def check_pairs(

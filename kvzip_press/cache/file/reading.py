@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
-from kvzip_press.cache.codecs.by_name import STORAGES
-from kvzip_press.cache.codecs.storage import POSITIONS, Storage
+from kvzip_press.cache.codecs.by_name import storage_named
+from kvzip_press.cache.codecs.held import CU_SEQLENS, POSITIONS, Held
+from kvzip_press.cache.codecs.storage import Layout, Shapes, Storage
 from kvzip_press.cache.file.checks import check_numbers, check_pairs
 from kvzip_press.cache.file.metadata import opened_cache, record_in
 from kvzip_press.cache.file.record import DTYPES, NAMES, CacheRecord, LayerRecord, live_tokens, settings_of
@@ -143,9 +145,14 @@ def _part_names(layer: LayerRecord, record: CacheRecord) -> list[str]:
         return ["keys", "values"]
     storage, scores = _storage(layer, record), ["scores"] if layer.has_scores else []
     tail = ["tail_keys", "tail_values", *(f"tail_{name}" for name in scores)]
-    names = [*storage.column_shapes(), *storage.table_shapes(), *scores, "positions", "cu_seqlens"]
+    names = [*_names(storage.layout()), *scores, POSITIONS]
     names += tail if record.n_seen > record.n_context else []
     return [*names, *(["row_index"] if layer.has_row_index else [])]
+
+
+def _names(layout: Layout) -> list[str]:
+    parts = (f"{part}.{name}" for part, of_part in layout.parts.items() for name in _names(of_part))
+    return [*layout.columns, *layout.tables, CU_SEQLENS, *parts]
 
 
 def _storage(layer: LayerRecord, record: CacheRecord) -> Storage:
@@ -154,7 +161,7 @@ def _storage(layer: LayerRecord, record: CacheRecord) -> Storage:
     Raises:
         CacheFileError: It cannot hold pairs of these widths.
     """
-    kind = STORAGES[layer.storage]
+    kind = storage_named(layer.storage)
     try:
         kind.check_widths(layer.head_dim, layer.v_head_dim)
     except InvalidArgumentError as error:
@@ -193,25 +200,40 @@ def _ragged(
 
 def _packed(index: int, record: CacheRecord, tensors: _Tensors, device: torch.device) -> PackedPairs:
     layer = record.layers[index]
-    segments = len(layer.n_protected) * layer.num_heads
-    cu_seqlens = tensors.read(f"{index}.cu_seqlens", "I32", (segments + 1,), device)
+    storage, segments = _storage(layer, record), len(layer.n_protected) * layer.num_heads
+    layout = storage.layout()
+    columns: Shapes = {**layout.columns, POSITIONS: (torch.int32, ())}
+    if layer.has_scores:
+        columns[SCORES] = (torch.float32, ())
+    layout = replace(layout, columns=columns)
+    held = _held(str(index), layout, segments, tensors, device)
+    check_pairs(held.cu_seqlens, held.columns[POSITIONS], layer, record, str(index))
+    try:
+        storage.check(held)
+    except InvalidArgumentError as error:
+        raise CacheFileError(f"expected '{index}' to be whole: {error}") from error
+    return PackedPairs.of(held, layer.num_heads, storage)
+
+
+def _held(name: str, layout: Layout, segments: int, tensors: _Tensors, device: torch.device) -> Held:
+    """Reads what is held of so many segments; the lengths come first, because they say how long columns are."""
+    cu_seqlens = tensors.read(f"{name}.{CU_SEQLENS}", "I32", (segments + 1,), device)
     total = int(cu_seqlens[-1])
-    if total < 0:
-        raise CacheFileError(f"expected '{index}.cu_seqlens' to ascend from 0, got {total} at its end")
-    positions = tensors.read(f"{index}.positions", "I32", (total,), device)
-    check_pairs(cu_seqlens, positions, layer, record, str(index))
-    storage = _storage(layer, record)
+    if int(cu_seqlens[0]) != 0 or bool((cu_seqlens.long().diff() < 0).any()):
+        raise CacheFileError(
+            f"expected '{name}.{CU_SEQLENS}' to ascend from 0, got {reprlib.repr(cu_seqlens.tolist())}"
+        )
     columns, tables = (
         {
-            name: tensors.read(f"{index}.{name}", NAMES[dtype], (n, *shape), device)
-            for name, (dtype, shape) in shapes.items()
+            part: tensors.read(f"{name}.{part}", NAMES[dtype], (n, *shape), device)
+            for part, (dtype, shape) in shapes.items()
         }
-        for n, shapes in ((total, storage.column_shapes()), (segments, storage.table_shapes()))
+        for n, shapes in ((total, layout.columns), (segments, layout.tables))
     )
-    columns[POSITIONS] = positions
-    if layer.has_scores:
-        columns[SCORES] = tensors.read(f"{index}.{SCORES}", "F32", (total,), device)
-    return PackedPairs(columns, cu_seqlens, layer.num_heads, storage, tables)
+    parts = {
+        part: _held(f"{name}.{part}", of_part, segments, tensors, device) for part, of_part in layout.parts.items()
+    }
+    return Held(columns, cu_seqlens, tables=tables, parts=parts)
 
 
 def _dense(index: int, record: CacheRecord, tensors: _Tensors, device: torch.device) -> Any:

@@ -84,6 +84,8 @@ def save_layers(
     if record.dtype not in ("BF16", "F16", "F32"):
         raise UnsupportedCacheError(f"expected a cache in bf16, fp16 or fp32, got {record.dtype}")
     _check(record, tensors)
+    for layer in ragged:
+        layer.packed.storage.check(layer.packed)
     write_tensors(path, tensors, {TEXT: text_of(record)}, seal=TEXT)
 
 
@@ -130,7 +132,7 @@ def _parts_of(layer: Any) -> dict[str, torch.Tensor]:
     if not isinstance(layer, RaggedLayer):
         live = live_tokens(int(layer.get_seq_length()), int(getattr(layer, "sliding_window", 0) or 0))
         return {"keys": layer.keys[:, :, -live:], "values": layer.values[:, :, -live:]}
-    parts = {**layer.packed.columns, **layer.packed.tables, "cu_seqlens": layer.packed.cu_seqlens}
+    parts = layer.packed.by_name()
     if layer.row_index is not None:
         parts["row_index"] = layer.row_index.long()
     if layer.tail.keys is not None and layer.tail.values is not None and layer.tail.length:

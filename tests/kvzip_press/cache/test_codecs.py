@@ -8,7 +8,8 @@ import torch
 from kvzip_press import FastKVzipPress, KVzipPress, RaggedCache, RandomPress, compress, compress_in_chunks, prefill
 from kvzip_press.cache.codecs.by_name import STORAGES, name_of, storage_named
 from kvzip_press.cache.codecs.int4 import Int4
-from kvzip_press.cache.codecs.k8v4 import K8V4, SINKS
+from kvzip_press.cache.codecs.k8v4 import K8V4
+from kvzip_press.cache.codecs.parted import FIRST
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.ragged_attention import ragged_attention
@@ -37,22 +38,13 @@ def span(n: int = 40, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor,
 def packed(name: str, keys: torch.Tensor, values: torch.Tensor, keep: torch.Tensor | None = None) -> PackedPairs:
     keep = torch.ones(keys.shape[:3], dtype=torch.bool) if keep is None else keep
     positions = torch.arange(keys.shape[2], dtype=torch.int32).expand(keys.shape[0], -1)
-    return PackedPairs.pack(keys, values, keep, positions, storage=storage_named(name))
+    importance = drawn(*keys.shape[:3], seed=9, dtype=torch.float32)
+    return PackedPairs.pack(keys, values, keep, positions, storage=storage_named(name), importance=importance)
 
 
 def decoded(pairs: PackedPairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """All pairs at once, segment by segment: what no storage does."""
-    lengths = pairs.cu_seqlens.diff().tolist()
-    columns = {name: column.split(lengths) for name, column in pairs.columns.items()}
-    parts = [
-        pairs.storage.decode(
-            {name: parts[i][None] for name, parts in columns.items()},
-            {name: table[i : i + 1] for name, table in pairs.tables.items()},
-        )
-        for i in range(len(lengths))
-    ]
-    keys, values = (torch.cat([part[0] for part in side]) for side in zip(*parts, strict=True))
-    return keys, values
+    """All pairs at once: what no storage does."""
+    return pairs.storage.decode(pairs)
 
 
 # What is lost -----------------------------------------------------------------------------------------------------
@@ -63,21 +55,36 @@ def test_a_number_differs_by_at_most_half_a_step(name) -> None:
     """The steps of 8 and 4 bits, for a row's own range; rotated keys by those of their rotation, as a length."""
     keys, values = span()
     got = decoded(packed(name, keys, values))
-    spread = 1.05  # scales are rounded to bf16
+    bits = {"int8": "88", "fp8": "ff", "k8v4": "84", "int4": "r4", "kivi4": "44", "kivi2": "22", "tiers": "r2"}[name]
     for kind, exact, found in (("key", keys, got[0]), ("value", values, got[1])):
-        rows = exact.reshape(-1, DIM)
-        bits = {"int8": "88", "fp8": "ff", "k8v4": "84", "int4": "44"}[name][kind == "value"]
-        error, peak, width = (found - rows).abs(), rows.abs().amax(-1, keepdim=True), rows.aminmax(dim=-1)
-        if bits == "8":
+        rows, form = exact.reshape(-1, DIM), bits[kind == "value"]
+        error, spread = (found - rows).abs(), 1.05  # scales are rounded to bf16
+        peak, along = rows.abs().amax(-1, keepdim=True), rows
+        if name.startswith("kivi") and kind == "key":  # a channel of 32 tokens, and of the 8 that are left
+            along = exact.flatten(0, 1).transpose(1, 2).split((32, 8), dim=2)
+            peak, step = (
+                torch.cat([f(x, form) for x in along], 2).transpose(1, 2).reshape(-1, DIM) for f in (_peak, _step)
+            )
+        elif form in "42":
+            step = _step(rows, form)
+        if form == "8":
             assert bool((error <= spread * peak / 254).all())
-        elif bits == "f":
+        elif form == "f":
             assert bool((error <= spread * (rows.abs() / 16 + peak / 28672)).all())
-        elif name == "int4" and kind == "key":
+        elif form == "r":
             centred = keys - keys.mean(dim=2, keepdim=True)
             assert bool((error.norm(dim=-1) <= centred.reshape(-1, DIM).norm(dim=-1) * DIM**0.5 / 14).all())
         else:
-            step = (width.max - width.min)[:, None] / 15
             assert bool((error <= spread * step / 2 + peak / 256).all())
+
+
+def _peak(numbers: torch.Tensor, bits: str) -> torch.Tensor:
+    return numbers.abs().amax(-1, keepdim=True).expand(numbers.shape)
+
+
+def _step(numbers: torch.Tensor, bits: str) -> torch.Tensor:
+    low, high = numbers.aminmax(dim=-1, keepdim=True)
+    return ((high - low) / (2 ** int(bits) - 1)).expand(numbers.shape)
 
 
 def test_a_channel_that_is_large_for_all_tokens_costs_int4_nothing() -> None:
@@ -89,16 +96,22 @@ def test_a_channel_that_is_large_for_all_tokens_costs_int4_nothing() -> None:
     assert errors[0] < 1.1 * errors[1]
 
 
-def test_the_first_values_are_exact_in_k8v4() -> None:
-    """As far as a head kept them; all others have 4 bits."""
+@pytest.mark.parametrize("name", ["k8v4", "int4", "tiers"])
+def test_the_first_tokens_are_exact(name) -> None:
+    """As far as a head kept them, and for as long; no others are."""
     keys, values = span()
     keep = torch.ones(ROWS, HEADS, 40, dtype=torch.bool)
     keep[0, 1, :2] = False
-    pairs = packed("k8v4", keys, values, keep)
-    error = (decoded(pairs)[1] - values[keep]).abs().amax(-1)
-    first = pairs.positions < SINKS
-    assert bool((error[first] < 1e-12).all()) and float(error[~first].max()) > 0.01
-    assert int(first.sum()) == ROWS * HEADS * SINKS - 2
+    pairs = packed(name, keys, values, keep)
+    first = pairs.positions < FIRST
+    assert int(first.sum()) == pairs.parts["sinks"].total == ROWS * HEADS * FIRST - 2
+    for exact, found in zip((keys[keep], values[keep]), decoded(pairs), strict=True):
+        error = (found - exact).abs().amax(-1)
+        assert float(error[first].max()) == 0 and float(error[~first].min()) > 0
+    kept = pairs.positions != 2
+    none = [x[:, :, :0] for x in (keys, values, keep)]
+    left = pairs.merge(*none[:2], torch.empty(ROWS, 0, dtype=torch.int32), none[2], kept)
+    assert left.parts["sinks"].total == ROWS * HEADS * (FIRST - 1) - 2
 
 
 @pytest.mark.parametrize("name", LOSSY)
@@ -110,14 +123,26 @@ def test_rows_of_equal_numbers_come_back(name, content) -> None:
         torch.testing.assert_close(found, rows.reshape(-1, DIM), rtol=0.02, atol=0)
 
 
+def _check_layout(held, layout) -> None:
+    """Of the pairs, and of each part."""
+    shapes = {**layout.columns, **layout.tables}
+    tensors = {**held.columns, **held.tables}
+    assert {n: (t.dtype, tuple(t.shape[1:])) for n, t in tensors.items() if n != "positions"} == shapes
+    assert list(held.parts) == list(layout.parts)
+    for name, part in held.parts.items():
+        _check_layout(part, layout.parts[name])
+
+
 @pytest.mark.parametrize("name", LOSSY)
 def test_layouts_take_the_bytes_that_the_notes_say(name) -> None:
     """A pair of head_dim 128, with its position."""
     pairs = packed(name, drawn(1, 1, 3, 128), drawn(1, 1, 3, 128))
-    assert pairs.pair_bytes == {"int8": 264, "fp8": 264, "k8v4": 202, "int4": 140}[name]
-    shapes = {**pairs.storage.column_shapes(), **pairs.storage.table_shapes()}
-    held = {**pairs.columns, **pairs.tables}
-    assert {n: (t.dtype, tuple(t.shape[1:])) for n, t in held.items() if n != "positions"} == shapes
+    of_columns = {"int8": 264, "fp8": 264, "k8v4": 4, "int4": 4, "kivi4": 136, "kivi2": 72, "tiers": 5}
+    assert pairs.pair_bytes == of_columns[name]
+    exact = 2 * 128 * 8
+    of_parts = {"k8v4": [exact, 198], "int4": [exact, 136], "tiers": [exact, 198, 104], "kivi4": [513], "kivi2": [513]}
+    assert [part.pair_bytes for part in pairs.parts.values()] == of_parts.get(name, [])
+    _check_layout(pairs, pairs.storage.layout())
 
 
 # Attention --------------------------------------------------------------------------------------------------------
@@ -168,10 +193,13 @@ def test_pairs_that_go_later_leave_nothing_behind(name) -> None:
     kept = (pairs.positions != 1) & (pairs.positions % 3 != 2)
     positions = torch.arange(30, 40, dtype=torch.int32).expand(ROWS, -1)
     keep = torch.ones(ROWS, HEADS, 10, dtype=torch.bool)
-    merged = pairs.merge(keys[:, :, 30:], values[:, :, 30:], positions, keep, kept)
-    for column in pairs.storage.column_shapes():
+    importance = drawn(ROWS, HEADS, 10, seed=8, dtype=torch.float32)
+    merged = pairs.merge(keys[:, :, 30:], values[:, :, 30:], positions, keep, kept, importance=importance)
+    for column in pairs.storage.layout().columns:
         old = merged.columns[column][merged.positions < 30]
         assert torch.equal(old, pairs.columns[column][kept])
+    for before, after in zip(decoded(pairs), decoded(merged), strict=True):
+        assert torch.equal(after[merged.positions < 30], before[kept])
     query = drawn(ROWS, 6, 2, DIM, seed=3)
     expected = ragged_attention(query, *decoded(merged), merged.cu_seqlens)
     torch.testing.assert_close(merged.attend(query, None, None), expected, rtol=1e-9, atol=1e-9)

@@ -9,8 +9,9 @@ import torch
 
 from kvzip_press import FastKVzipPress, Gates, KVzipPress, RaggedCache, answer, compress, compress_in_chunks
 from kvzip_press.cache.codecs.by_name import STORAGES
+from kvzip_press.cache.codecs.held import Encoded
 from kvzip_press.cache.codecs.model_dtype import ModelDtype
-from kvzip_press.cache.codecs.storage import Storage
+from kvzip_press.cache.codecs.storage import Layout, Storage
 from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.presses.fastkvzip import LayerGate
@@ -25,20 +26,21 @@ MASK = 0x5A5A5A5A
 class Scrambled(Storage):
     """Loses nothing, and nobody who takes a column for a key or a value is right: other names, dtypes and widths."""
 
-    def column_shapes(self):
+    def layout(self):
         half = (self.v_head_dim,)
-        return {"k": (torch.int32, (self.head_dim,)), "high": (torch.int16, half), "low": (torch.int16, half)}
+        return Layout({"k": (torch.int32, (self.head_dim,)), "high": (torch.int16, half), "low": (torch.int16, half)})
 
-    def encode(self, keys, values, tables):
-        halves = values.contiguous().view(torch.int16).unflatten(-1, (-1, 2))
-        return {"k": keys.contiguous().view(torch.int32) ^ MASK, "high": halves[..., 1], "low": halves[..., 0]}
+    def encode(self, new, before=None):
+        halves = new.values.contiguous().view(torch.int16).unflatten(-1, (-1, 2))
+        keys = new.keys.contiguous().view(torch.int32) ^ MASK
+        return Encoded({"k": keys, "high": halves[..., 1], "low": halves[..., 0]}, new.keep)
 
-    def decode(self, columns, tables):
-        values = torch.stack([columns["low"], columns["high"]], dim=-1).flatten(-2).view(torch.float32)
-        return (columns["k"] ^ MASK).view(torch.float32), values
+    def decode(self, held):
+        values = torch.stack([held.columns["low"], held.columns["high"]], dim=-1).flatten(-2).view(torch.float32)
+        return (held.columns["k"] ^ MASK).view(torch.float32), values
 
-    def attend(self, query, columns, tables, cu_seqlens, tail_keys, tail_values, **options):
-        return ragged_attention(query, *self.decode(columns, tables), cu_seqlens, tail_keys, tail_values, **options)
+    def attend(self, query, held, tail_keys, tail_values, **options):
+        return ragged_attention(query, *self.decode(held), held.cu_seqlens, tail_keys, tail_values, **options)
 
 
 @pytest.fixture(params=[ModelDtype, Scrambled])
@@ -110,7 +112,7 @@ def test_its_columns_are_all_that_is_held(storage) -> None:
     """Bytes are counted by what is there."""
     cache = compress(tiny_model(), TOKENIZER, TEXT, KVzipPress(0.5))
     for _, layer in cache.ragged_layers():
-        names = [*layer.packed.storage.column_shapes(), "positions"]
+        names = [*layer.packed.storage.layout().columns, "positions"]
         assert isinstance(layer.packed.storage, storage) and list(layer.packed.columns) == names
         assert layer.packed.pair_bytes == 16 * 4 * 2 + 4
     assert sum(x.packed.pair_bytes * len(x.packed.positions) for _, x in cache.ragged_layers()) < cache.resident_bytes
