@@ -47,7 +47,7 @@ def load_layers(
     """
     with opened_cache(path) as file:
         record = record_in(file)
-        modules, weights = _check_model(record, model)
+        modules, weights = check_model(record, model)
         tensors = _Tensors(file, record, verify=verify)
         layers = []
         for index, (layer, module) in enumerate(zip(record.layers, modules, strict=True)):
@@ -70,7 +70,7 @@ def read_record(path: Path) -> CacheRecord:
         return record_in(file)
 
 
-def _check_model(record: CacheRecord, model: nn.Module) -> tuple[list[nn.Module], str]:
+def check_model(record: CacheRecord, model: nn.Module) -> tuple[list[nn.Module], str]:
     """Returns every layer's attention module and the weights' fingerprint, after checking that model and cache fit."""
     expected, got = record.config, settings_of(text_config(model))
     if expected != got:
