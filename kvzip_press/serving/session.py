@@ -173,7 +173,7 @@ class Session:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Gives requests that wait their rows, and writes a token of every answer.
+        """Writes a token of every answer, then reads the questions that wait as far as there are rows.
 
         If an error is raised, no answer has grown, and the step may be run again.
 
@@ -181,12 +181,12 @@ class Session:
             Whether anything is left to do.
         """
         with self._lock, computing():
-            self._admit()
             if self._running:
                 logits = self._rows.step(self._model, [request.stream.ids[-1] for request in self._running])
                 chosen = most_likely(logits).tolist()
                 for row in reversed(range(len(chosen))):  # a row that leaves is replaced by one that was looked at
                     self._take(row, chosen[row])
+            self._admit()
             return bool(self._running or self._waiting)
 
     def _step_for(self, stream: Stream) -> None:
