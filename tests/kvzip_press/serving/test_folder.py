@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def test_torn_and_foreign_files_are_refused_with_their_reason_and_the_rest_is_th
     (folder / "folder.safetensors").mkdir()
     (folder / ".hidden.safetensors").write_bytes(whole)
     (folder / "two words.safetensors").write_bytes(whole)
-    os.symlink(folder / "nowhere", folder / "link.safetensors")
+    (folder / "link.safetensors").symlink_to(folder / "nowhere")
     other = tiny_model("llama", num_layers=2, seed=1)
     compress(other, tokenizer, "Some other text.", RandomPress(0.5)).save(folder / "other.safetensors")
     rows = caches["archive"].fork()

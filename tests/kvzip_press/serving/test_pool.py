@@ -1,4 +1,4 @@
-"""The pool of contexts: which run each has, who goes when room is needed, what stays; and the list of free stretches."""
+"""The pool of contexts: which run each has, who goes when room is needed, what stays; and the free list."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def assert_holds(pool: ContextPool, row: int, expected: PackedContext) -> None:
 @LAW
 @given(st.lists(st.one_of(st.integers(0, 30), st.none()), max_size=60), st.randoms(use_true_random=False))
 def test_the_free_list_gives_every_place_once(sizes: list[int | None], random: object) -> None:
-    """Against a list of places: what is taken is free and in one piece; neighbours join; None means that nothing fits."""
+    """Against a list of places: what is taken is free and in one piece; neighbours join; None if nothing fits."""
     free, places, taken = FreeList(100), [True] * 100, []
     for size in sizes:
         if size is None:
