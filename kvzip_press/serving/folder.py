@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
-from kvzip_press.cache.file.reading import check_model, read_record
+from kvzip_press.cache.file.reading import read_record
+from kvzip_press.cache.file.record import CacheRecord
 from kvzip_press.errors import CacheFileError, InvalidArgumentError, KVzipPressError, did_you_mean
 from kvzip_press.serving.packing import check_one_context
 
@@ -42,14 +42,14 @@ class ContextFolder:
 
     Args:
         path: The folder.
-        model: The model that made the caches.
+        check: Raises an error of this package for metadata of a cache that another model made.
 
     Raises:
         CacheFileError: The folder cannot be read.
     """
 
-    def __init__(self, path: str | Path, model: nn.Module) -> None:
-        self.path, self._model = Path(path), model
+    def __init__(self, path: str | Path, check: Callable[[CacheRecord], object]) -> None:
+        self.path, self._check = Path(path), check
         self._files: dict[str, ContextFile] = {}
         self._lock = threading.Lock()
         self.refresh()
@@ -123,7 +123,7 @@ class ContextFolder:
             )
         try:
             record = read_record(path)
-            check_model(record, self._model)
+            self._check(record)
             n_ragged = sum(layer.kind == "ragged" for layer in record.layers)
             check_one_context(len(record.layers), n_ragged, record.batch_size)
         except KVzipPressError as error:

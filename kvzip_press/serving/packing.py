@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.cache.file.reading import load_layers
+from kvzip_press.cache.file.reading import load_layers, load_pairs
+from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.rows import Turns
@@ -55,33 +56,61 @@ def check_one_context(n_layers: int, n_ragged: int, batch_size: int) -> None:
         )
 
 
+def packed_pairs(path: Path, rotation: Rotation, device: torch.device) -> PackedContext:
+    """Reads a context without its model, for engines that have the model in another form; checks all but that.
+
+    Raises:
+        CacheFileError: The file does not exist, is truncated or changed, or is not one of this package's cache files.
+        UnsupportedCacheError: It is no cache of one context, compressed in every layer.
+    """
+    record, layers = load_pairs(path, device)
+    check_one_context(len(record.layers), sum(one.kind == "ragged" for one in record.layers), record.batch_size)
+    if any(one.has_row_index for one in record.layers) or any(record.tail_padding):
+        raise UnsupportedCacheError(
+            "expected a cache whose row is its own, got one of which a row was taken: save it from compress(...)"
+        )
+    n_tokens = record.layers[0].context_ends[0] + record.n_seen - record.n_context
+    return _joined([_pairs_of(*layer) for layer in layers], rotation, n_tokens, len(record.turn_starts))
+
+
 def _packed(layers: Sequence[Any], turns: Turns, rotation: Rotation, device: torch.device) -> PackedContext:
     check_one_context(len(layers), sum(isinstance(layer, RaggedLayer) for layer in layers), layers[0].batch_size)
     n_tokens = int(layers[0].next_positions[0])
-    keys, values, lengths = [], [], []
-    for index, layer in enumerate(layers):
-        own_keys, own_values, own_lengths = _pairs_of(layer)
-        keys.append(rotation.turned(own_keys.to(device), index, -n_tokens))
-        values.append(own_values.to(device))
-        lengths.append(own_lengths.cpu())
-    return PackedContext(torch.cat(keys), torch.cat(values), torch.stack(lengths), n_tokens, len(turns.starts))
+    pairs = []
+    for layer in layers:
+        packed = layer.packed if layer.row_index is None else layer.packed.select_rows(layer.row_index.tolist())
+        tail = None
+        if layer.tail.keys is not None and layer.tail.values is not None:
+            start = 0 if layer.tail.padding is None else int(layer.tail.padding[0])
+            tail = layer.tail.keys[:, :, start:], layer.tail.values[:, :, start:]
+        pairs.append(tuple(part.to(device) for part in _pairs_of(packed, tail)))
+    return _joined(pairs, rotation, n_tokens, len(turns.starts))
 
 
-def _pairs_of(layer: RaggedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _joined(
+    layers: Sequence[tuple[torch.Tensor, ...]], rotation: Rotation, n_tokens: int, n_turns: int
+) -> PackedContext:
+    """Returns a context of the keys, the values and the lengths of its layers."""
+    keys = [rotation.turned(own, index, -n_tokens) for index, (own, _, _) in enumerate(layers)]
+    values, lengths = ([layer[part] for layer in layers] for part in (1, 2))
+    return PackedContext(torch.cat(keys), torch.cat(values), torch.stack(lengths).cpu(), n_tokens, n_turns)
+
+
+def _pairs_of(
+    packed: PackedPairs, tail: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the only row's keys and values ``[pairs, head_dim]`` in the model's dtype, and int32 ``[heads]``.
 
     They are ordered by head; in each head, the kept pairs of the context come before the tokens after it.
     """
-    packed = layer.packed if layer.row_index is None else layer.packed.select_rows(layer.row_index.tolist())
     bounds = packed.cu_seqlens.tolist()
-    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    keys, values = [], []
     for head in range(packed.num_heads):
         pairs = slice(bounds[head], bounds[head + 1])
         columns = {name: column[None, pairs] for name, column in packed.columns.items()}
         tables = {name: table[None, head] for name, table in packed.tables.items()}
-        parts += [(k[0], v[0]) for k, v in [packed.storage.decode(columns, tables)]]
-        if layer.tail.keys is not None and layer.tail.values is not None:
-            start = 0 if layer.tail.padding is None else int(layer.tail.padding[0])
-            parts.append((layer.tail.keys[0, head, start:], layer.tail.values[0, head, start:]))
-    keys, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return keys, values, packed.seqlens[0] + int(layer.n_tail_tokens[0])
+        own_keys, own_values = packed.storage.decode(columns, tables)
+        keys += [own_keys[0], *([] if tail is None else [tail[0][0, head]])]
+        values += [own_values[0], *([] if tail is None else [tail[1][0, head]])]
+    n_after = 0 if tail is None else tail[0].shape[2]
+    return torch.cat(keys), torch.cat(values), packed.seqlens[0] + n_after

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvzip_press.attention.implementation import attach
+from kvzip_press.cache.file.reading import check_model
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.answering import question_ids
 from kvzip_press.decoding.generation import eos_ids
@@ -92,7 +94,7 @@ class Session:
         shape, device = PoolShape.of(model), input_device(model)
         self.rotation = Rotation.of(model)
         self.pool = ContextPool(shape, pool_bytes, device=device)
-        self.folder = None if folder is None else ContextFolder(folder, model)
+        self.folder = None if folder is None else ContextFolder(folder, partial(check_model, model=model))
         self._model, self._tokenizer = model, tokenizer
         heads = int(text_config(model).num_attention_heads)
         self._rows = Rows(self.pool, num_attention_heads=heads, max_rows=max_rows, max_tokens=max_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ import torch
 from safetensors.torch import save_file
 
 from kvzip_press import RaggedCache, RandomPress, compress
+from kvzip_press.cache.file.reading import check_model
 from kvzip_press.errors import CacheFileError, InvalidArgumentError
 from kvzip_press.serving.folder import ContextFolder
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 
+def folder_of(path: Path, model: Any) -> ContextFolder:
+    return ContextFolder(path, partial(check_model, model=model))
+
+
 def test_the_contexts_are_the_files_of_the_folder(folder: Path, model: Any) -> None:
     (folder / "notes.txt").write_text("not a context")
-    found = ContextFolder(folder, model)
+    found = folder_of(folder, model)
     assert found.names == ["archive", "lighthouse"]
     assert found.refused == {}
     assert found.find("archive").path == folder / "archive.safetensors"
@@ -32,7 +38,7 @@ def test_a_name_is_never_a_path(name: Any, folder: Path, model: Any, caches: dic
     (folder / "contexts" / "sub").mkdir(parents=True)
     for place in ("outside", "contexts/archive", "contexts/sub/inside"):
         caches["archive"].save(folder / f"{place}.safetensors")
-    found = ContextFolder(folder / "contexts", model)
+    found = folder_of(folder / "contexts", model)
     assert found.names == ["archive"]
     with pytest.raises(InvalidArgumentError, match="expected the name of a context, got"):
         found.find(name)
@@ -40,7 +46,7 @@ def test_a_name_is_never_a_path(name: Any, folder: Path, model: Any, caches: dic
 
 def test_a_name_that_is_nearly_one_is_named(folder: Path, model: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="got 'archiv'; did you mean 'archive'"):
-        ContextFolder(folder, model).find("archiv")
+        folder_of(folder, model).find("archiv")
 
 
 def test_torn_and_foreign_files_are_refused_with_their_reason_and_the_rest_is_there(
@@ -59,7 +65,7 @@ def test_torn_and_foreign_files_are_refused_with_their_reason_and_the_rest_is_th
     rows = caches["archive"].fork()
     rows.batch_repeat_interleave(2)
     rows.save(folder / "rows.safetensors")
-    found = ContextFolder(folder, model)
+    found = folder_of(folder, model)
     assert found.names == ["archive", "lighthouse"]
     reasons = {
         "torn": "expected a cache that kvzip-press saved, whole",
@@ -81,7 +87,7 @@ def test_torn_and_foreign_files_are_refused_with_their_reason_and_the_rest_is_th
 
 
 def test_a_file_may_come_change_and_go_meanwhile(folder: Path, model: Any, caches: dict[str, RaggedCache]) -> None:
-    found = ContextFolder(folder, model)
+    found = folder_of(folder, model)
     before = found.find("archive")
     caches["archive"].save(folder / "new.safetensors")
     assert found.find("new").path == folder / "new.safetensors"
@@ -96,7 +102,7 @@ def test_a_file_may_come_change_and_go_meanwhile(folder: Path, model: Any, cache
 def test_a_torn_file_that_is_written_again_is_there(folder: Path, model: Any, caches: dict[str, RaggedCache]) -> None:
     path = folder / "archive.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    found = ContextFolder(folder, model)
+    found = folder_of(folder, model)
     assert list(found.refused) == ["archive"]
     caches["archive"].save(path)
     assert found.find("archive").refused == ""
@@ -106,7 +112,7 @@ def test_a_torn_file_that_is_written_again_is_there(folder: Path, model: Any, ca
 def test_what_is_refused_later_stays_refused_until_it_changes(
     folder: Path, model: Any, caches: dict[str, RaggedCache]
 ) -> None:
-    found = ContextFolder(folder, model)
+    found = folder_of(folder, model)
     file = found.find("archive")
     found.refuse("archive", file, CacheFileError(f"{file.path}: a byte was changed"))
     assert found.refused == {"archive": "a byte was changed"}
@@ -120,4 +126,4 @@ def test_what_is_refused_later_stays_refused_until_it_changes(
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path, model: Any) -> None:
     with pytest.raises(CacheFileError, match="expected a folder of contexts, got FileNotFoundError"):
-        ContextFolder(tmp_path / "nothing", model)
+        folder_of(tmp_path / "nothing", model)
