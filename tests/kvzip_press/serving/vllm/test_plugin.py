@@ -203,7 +203,7 @@ def test_what_can_be_answered_is_accepted(params: Any, check: Any) -> None:
 )
 def test_what_cannot_is_an_error_of_the_client(params: Any, check: Any) -> None:
     """vLLM answers a ValueError with status 400; the engine does not see the request."""
-    with pytest.raises(ValueError, match="expected (the name of a context|kv_transfer_params)"):
+    with pytest.raises(ValueError, match=r"expected (the name of a context|kv_transfer_params)"):
         check(params)
 
 
@@ -233,7 +233,7 @@ def test_without_an_engine_of_ours_nothing_is_checked_or_replaced(monkeypatch: p
     register()  # would import vLLM
 
 
-# ------------------------------------------------------------------------------------------------ against vLLM's classes
+# ------------------------------------------------------------------------------------------ against vLLM's classes
 
 
 class Role(Enum):
