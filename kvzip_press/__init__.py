@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kvzip_press.presses.kvzip_head import KVzipHeadPress
     from kvzip_press.presses.random import RandomPress
     from kvzip_press.registry import get_press, presses_table, register_press
+    from kvzip_press.serving.session import Session
 
 _EXPORTS = {
     "ComposedPress": "kvzip_press.presses.composed",
@@ -47,6 +48,7 @@ _EXPORTS = {
     "Prefill": "kvzip_press.prefilling.whole",
     "Sampling": "kvzip_press.decoding.sampling",
     "Scores": "kvzip_press.budget.scores",
+    "Session": "kvzip_press.serving.session",
     "RaggedCache": "kvzip_press.cache.ragged_cache",
     "answer": "kvzip_press.decoding.answering",
     "attach": "kvzip_press.attention.implementation",
@@ -78,6 +80,7 @@ __all__ = [
     "RandomPress",
     "Sampling",
     "Scores",
+    "Session",
     "answer",
     "attach",
     "compress",

@@ -56,7 +56,7 @@ def _context(folded: Tensor, inputs: RaggedInputs, scaling: float) -> list[_Part
     Segments with fewer parts are padded with parts that saw nothing, so that all results fit one tensor.
     """
     partials = [
-        _attend_segment(query, keys, values, scaling)
+        attend_segment(query, keys, values, scaling)
         for query, (keys, values) in zip(folded.unbind(0), inputs.segments(), strict=True)
     ]
     n_parts = [sum(out.shape[1] for out, _ in own) for own in partials]
@@ -78,7 +78,7 @@ def _tail(folded: Tensor, inputs: RaggedInputs, scaling: float) -> _Partials:
     return list(zip(out.reshape(folded.shape).unbind(0), lse.reshape(folded.shape[:-1]).unbind(0), strict=True))
 
 
-def _attend_segment(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> _Partials:
+def attend_segment(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> _Partials:
     """Attends with query [1, 1, rows, head_dim] to one segment [1, 1, n, head_dim]: to its equal parts and the rest."""
     seqlen = keys.shape[2]
     if seqlen == 0:

@@ -261,6 +261,20 @@ def profile(
     )
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    contexts: Annotated[Path, typer.Option("--contexts", help="A folder of compressed caches, <name>.safetensors.")],
+    model: ModelOption = "smollm2",
+    pool_gb: Annotated[float, typer.Option("--pool-gb", help="Memory for contexts, in 1e9 bytes.")] = 4.0,
+) -> None:
+    """Serves questions about compressed contexts over HTTP, by vLLM; further options are those of its server."""
+    from kvzip_press.serving.vllm.server import serve as run
+
+    status = run(model, contexts, pool_bytes=int(pool_gb * 1e9), options=context.args)
+    raise typer.Exit(status)
+
+
 @app.command()
 def presses() -> None:
     """Lists the presses: what each keeps, the paper, and what it needs."""

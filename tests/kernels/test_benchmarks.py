@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvzip_press.kernels.benchmarks import (
     codecs,
+    context_attention,
     decode_peers,
     harness,
     kv_scoring,
@@ -42,7 +43,7 @@ from kvzip_press.kernels.benchmarks.timing import (
 
 CPU = torch.device("cpu")
 SMALL = DecodeCase(6, 2, 16, 50, batch=2)
-SCRIPTS = ["codecs", "kv_scoring", "ragged_attention", "ragged_pack", "replay_attention"]
+SCRIPTS = ["codecs", "context_attention", "kv_scoring", "ragged_attention", "ragged_pack", "replay_attention"]
 
 
 class CallingBench(Bench):
@@ -71,7 +72,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CallingBench:
 
 @pytest.fixture(autouse=True)
 def _few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for script in (codecs, kv_scoring, ragged_attention):
+    for script in (codecs, context_attention, kv_scoring, ragged_attention):
         monkeypatch.setattr(script, "copies_for", lambda n_bytes: 2)
 
 
@@ -384,6 +385,32 @@ def test_codecs_are_measured_beside_bf16_and_a_failure_does_not_end_the_run(
 def test_no_measurement_of_codecs_begins_when_the_time_is_over(bench: CallingBench) -> None:
     codecs.measure_all(bench, [SMALL], 0.0)
     assert not bench.rows
+
+
+@pytest.mark.parametrize("name", ["shared", "distinct"])
+def test_attention_to_a_pool_is_measured_beside_a_read_per_row(
+    name: str, bench: CallingBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
+    case = context_attention.ContextCase(name, 1 if name == "shared" else 3, 5, context=90, **shape)
+    paged = ModuleType("vllm.vllm_flash_attn")
+    vars(paged)["flash_attn_varlen_func"] = paged_attention
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", paged)
+    context_attention.run(bench, case)
+    assert impls_of(bench) == {
+        *("ours aten", "ours reference", "ours, a read per row", "plan of 32 layers"),
+        "vllm, paged, as many pairs in each head",
+    }
+    n_bytes = {row.bytes for row in bench.rows if row.impl != "plan of 32 layers"}
+    assert n_bytes == {2 * 2 * 16 * sum(case.lengths())}
+
+
+def paged_attention(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+    """vLLM's attention over pages as its source describes it."""
+    assert keys.shape == values.shape == (len(keys), 16, 2, 16) and int(options["block_table"].max()) < len(keys)
+    assert query.shape[0] == len(options["seqused_k"]) == len(options["cu_seqlens_q"]) - 1
+    assert int(options["seqused_k"].max()) == options["max_seqlen_k"] == options["block_table"].shape[1] * 16
+    return query
 
 
 def test_scoring_runs(bench: CallingBench) -> None:

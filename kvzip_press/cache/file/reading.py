@@ -49,7 +49,7 @@ def load_layers(
     """
     with opened_cache(path) as file:
         record = record_in(file)
-        modules, weights = _check_model(record, model)
+        modules, weights = check_model(record, model)
         tensors = _Tensors(file, record, verify=verify)
         layers = []
         for index, (layer, module) in enumerate(zip(record.layers, modules, strict=True)):
@@ -72,7 +72,60 @@ def read_record(path: Path) -> CacheRecord:
         return record_in(file)
 
 
-def _check_model(record: CacheRecord, model: nn.Module) -> tuple[list[nn.Module], str]:
+def check_contents(path: Path) -> None:
+    """Reads a cache file whole, without a model, and compares all bytes with their SHA-256.
+
+    Raises:
+        CacheFileError: As :func:`load_layers`.
+    """
+    with opened_cache(path) as file:
+        record = record_in(file)
+        tensors = _Tensors(file, record, verify=True)
+        for name in record.tensors:
+            tensors.verified(name)
+
+
+def load_pairs(
+    path: Path, device: torch.device
+) -> tuple[CacheRecord, list[tuple[PackedPairs, tuple[torch.Tensor, torch.Tensor] | None]]]:
+    """Reads the pairs of a cache with one row that is compressed in every layer, without its model.
+
+    All but the model is checked as by :func:`load_layers`; the caller compares the metadata with what it knows of the
+    model.
+
+    Returns:
+        The metadata; for each layer the packed pairs, and keys and values ``[1, num_heads, t, head_dim]`` of the tokens
+        after them, None if there are none.
+
+    Raises:
+        CacheFileError: As :func:`load_layers`.
+    """
+    with opened_cache(path) as file:
+        record = record_in(file)
+        tensors = _Tensors(file, record, verify=True)
+        layers = range(len(record.layers))
+        return record, [(_packed(i, record, tensors, device), _tail(i, record, tensors, device)) for i in layers]
+
+
+def pair_counts(path: Path) -> torch.Tensor:
+    """Returns how many kept pairs each (packed row, head) of each layer has, int32 ``[layers, rows * heads]``.
+
+    Only lengths are read, of a cache that is compressed alike in every layer.
+
+    Raises:
+        CacheFileError: As :func:`load_layers`.
+    """
+    with opened_cache(path) as file:
+        record = record_in(file)
+        tensors = _Tensors(file, record, verify=True)
+        bounds = [
+            tensors.read(f"{i}.cu_seqlens", "I32", (len(one.n_protected) * one.num_heads + 1,), torch.device("cpu"))
+            for i, one in enumerate(record.layers)
+        ]
+        return torch.stack(bounds).diff()
+
+
+def check_model(record: CacheRecord, model: nn.Module) -> tuple[list[nn.Module], str]:
     """Returns every layer's attention module and the weights' fingerprint, after checking that model and cache fit."""
     expected, got = record.config, settings_of(text_config(model))
     if expected != got:
@@ -131,13 +184,16 @@ class _Tensors:
         held = self._file.get_slice(name)
         if (held.get_dtype(), tuple(held.get_shape())) != (dtype, shape):
             raise CacheFileError(f"expected {name!r} as {dtype} {shape}, got {held.get_dtype()} {held.get_shape()}")
+        return self.verified(name).to(device)
+
+    def verified(self, name: str) -> torch.Tensor:
         # A copy: mapped memory would change or vanish with the file, and its alignment depends on the header's length.
         tensor: torch.Tensor = self._file.get_tensor(name).clone(memory_format=torch.contiguous_format)
         if self._verify and digest_of_tensor(tensor) != self._digests[name]:
             raise CacheFileError(f"expected {name!r} with the SHA-256 that was saved, got another: a byte was changed")
         if self._verify:
             check_numbers(tensor, name)
-        return tensor.to(device)
+        return tensor
 
 
 def _part_names(layer: LayerRecord, record: CacheRecord) -> list[str]:
@@ -187,15 +243,25 @@ def _ragged(
         row_index=row_index,
         weights=weights,
     )
-    if record.n_seen > record.n_context:
-        shape = (record.batch_size, layer.num_heads, record.n_seen - record.n_context)
-        keys = tensors.read(f"{index}.tail_keys", record.dtype, (*shape, layer.head_dim), device)
-        values = tensors.read(f"{index}.tail_values", record.dtype, (*shape, layer.v_head_dim), device)
+    tail = _tail(index, record, tensors, device)
+    if tail is not None:
         padding = torch.tensor(record.tail_padding, device=device) if any(record.tail_padding) else None
-        restored.tail.append(keys, values, padding)
+        restored.tail.append(*tail, padding)
         if layer.has_scores:
-            restored.tail.put_scores(tensors.read(f"{index}.tail_scores", "F32", shape, device), 0)
+            restored.tail.put_scores(tensors.read(f"{index}.tail_scores", "F32", tail[0].shape[:3], device), 0)
     return restored
+
+
+def _tail(
+    index: int, record: CacheRecord, tensors: _Tensors, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    layer = record.layers[index]
+    if record.n_seen == record.n_context:
+        return None
+    shape = (record.batch_size, layer.num_heads, record.n_seen - record.n_context)
+    keys = tensors.read(f"{index}.tail_keys", record.dtype, (*shape, layer.head_dim), device)
+    values = tensors.read(f"{index}.tail_values", record.dtype, (*shape, layer.v_head_dim), device)
+    return keys, values
 
 
 def _packed(index: int, record: CacheRecord, tensors: _Tensors, device: torch.device) -> PackedPairs:

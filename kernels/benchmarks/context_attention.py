@@ -1,0 +1,209 @@
+"""Times attention of many requests' tokens to a pool of contexts, beside a read per row and beside paged attention.
+
+``python -m kvzip_press.kernels.benchmarks.context_attention --output contexts.csv [--cases shared] [--quick]``
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from kvzip_press.kernels.benchmarks.cases import uneven_lengths
+from kvzip_press.kernels.benchmarks.harness import Bench, run_cases
+from kvzip_press.kernels.benchmarks.timing import Call, copies_for
+from kvzip_press.kernels.context_attention import ContextPlan, context_attention, plan_contexts
+from kvzip_press.kernels.context_attention.api import _IMPLS
+from kvzip_press.kernels.ragged_attention import ragged_attention
+
+ERROR_LIMIT = 1e-2  # bf16 results and weights are off by 2 to 3e-3
+PAGE_SIZE = 16
+MODEL_LAYERS = 32  # what a plan is made for
+
+
+@dataclass(frozen=True)
+class ContextCase:
+    """A step of an engine.
+
+    Attributes:
+        name: what tokens read.
+        n_contexts: contexts in the pool, the empty one aside.
+        n_tokens: tokens of the step; token i reads context i modulo ``n_contexts``.
+        context: tokens of each context before eviction.
+        kept: mean fraction of pairs kept.
+    """
+
+    name: str
+    n_contexts: int
+    n_tokens: int
+    context: int = 32768
+    kept: float = 0.3
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+
+    def __str__(self) -> str:
+        """For example ``shared c1 t64 n32768 kept0.3``."""
+        return f"{self.name} c{self.n_contexts} t{self.n_tokens} n{self.context} kept{self.kept}"
+
+    def lengths(self) -> list[int]:
+        """Number of kept pairs of each segment, contexts in order."""
+        return uneven_lengths(self.n_contexts * self.num_key_value_heads, self.context, self.kept, 1.0)
+
+
+CASES = [
+    ContextCase("distinct", 64, 64),
+    ContextCase("shared", 1, 64),
+    ContextCase("alone", 1, 1),
+    ContextCase("mixed", 8, 64),
+    ContextCase("question", 1, 512),
+]
+
+
+@dataclass(frozen=True)
+class ContextInputs:
+    """The tensors of a step in one layer: a pool, and what each token reads of it."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    plan: ContextPlan
+
+    @classmethod
+    def random(cls, case: ContextCase, device: torch.device) -> "ContextInputs":
+        """Draws inputs for ``case`` from a normal distribution, in bf16."""
+        lengths = case.lengths()
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, case.head_dim, device=device, dtype=torch.bfloat16)
+
+        empty = [0] * case.num_key_value_heads
+        tables = (
+            torch.tensor(numbers, dtype=torch.int32, device=device).view(1, -1, case.num_key_value_heads)
+            for numbers in ([*empty, *accumulate(lengths[:-1], initial=0)], [*empty, *lengths])
+        )
+        tokens = torch.arange(case.n_tokens, dtype=torch.int32, device=device) % case.n_contexts + 1
+        plan = plan_contexts(tokens, *tables, num_attention_heads=case.num_attention_heads)
+        query = normal(case.n_tokens, case.num_attention_heads)
+        return cls(query, normal(sum(lengths)), normal(sum(lengths)), plan)
+
+    def n_bytes(self) -> int:
+        """Bytes of the pairs, each read once."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+
+def main() -> None:
+    """Runs the cases that the command line asks for."""
+    run_cases("context_attention", CASES, run)
+
+
+@torch.inference_mode()
+def run(bench: Bench, case: ContextCase) -> None:
+    """Measures all implementations on one case."""
+    first = ContextInputs.random(case, bench.device)
+    n_bytes = first.n_bytes()
+    copies = [first, *(ContextInputs.random(case, bench.device) for _ in range(copies_for(n_bytes) - 1))]
+    exact = [attend(in_fp64(copy), "reference") for copy in (copies[0], copies[-1])]
+    for impl in _IMPLS:
+        bench.measure(
+            case,
+            f"ours {impl}",
+            partial(calls_of, copies, impl),
+            exact=exact,
+            limit=ERROR_LIMIT,
+            in_graph=impl != "reference",  # it reads the tables
+            may_raise=(ValueError,),  # raised by the dispatch if it cannot do this
+            n_bytes=n_bytes,
+        )
+    build = partial(row_calls, copies)
+    bench.measure(case, "ours, a read per row", build, exact=exact, limit=ERROR_LIMIT, n_bytes=n_bytes)
+    bench.measure(case, f"plan of {MODEL_LAYERS} layers", partial(plan_calls, copies))
+    del exact
+    bench.measure(case, "vllm, paged, as many pairs in each head", partial(paged_calls, case, copies), n_bytes=n_bytes)
+
+
+def attend(inputs: ContextInputs, impl: str) -> Tensor:
+    """Runs our op."""
+    return context_attention(inputs.query, inputs.keys, inputs.values, inputs.plan, 0, impl=impl)[0]
+
+
+def calls_of(copies: Sequence[ContextInputs], impl: str) -> list[Call]:
+    """Returns a call of our op for each copy of the inputs."""
+    return [partial(attend, copy, impl) for copy in copies]
+
+
+def row_calls(copies: Sequence[ContextInputs]) -> list[Call]:
+    """Returns calls of ragged attention with tokens as rows of a batch, each of which reads its context by itself."""
+
+    def call(inputs: ContextInputs, bounds: Tensor, rows: Tensor) -> Tensor:
+        no_tail = inputs.query.new_empty(len(rows), inputs.plan.num_key_value_heads, 0, inputs.query.shape[2])
+        query, pool = inputs.query.unsqueeze(2), (inputs.keys, inputs.values)
+        out = ragged_attention(query, *pool, bounds, no_tail, no_tail, row_index=rows)
+        assert isinstance(out, Tensor)
+        return out.squeeze(2)
+
+    return [
+        partial(
+            call,
+            copy,
+            torch.nn.functional.pad(copy.plan.lengths.flatten().cumsum(0, dtype=torch.int32), (1, 0)),
+            copy.plan.context_of_token.long(),
+        )
+        for copy in copies
+    ]
+
+
+def plan_calls(copies: Sequence[ContextInputs]) -> list[Call]:
+    """Returns calls that plan a step of a whole model, once for all its layers."""
+
+    def call(plan: ContextPlan, begins: Tensor, lengths: Tensor) -> Tensor:
+        made = plan_contexts(plan.context_of_token, begins, lengths, num_attention_heads=plan.num_attention_heads)
+        return made.context_of_token
+
+    plans = [copy.plan for copy in copies]
+    tables = [[t.expand(MODEL_LAYERS, -1, -1).contiguous() for t in (plan.begins, plan.lengths)] for plan in plans]
+    return [partial(call, plan, *own) for plan, own in zip(plans, tables, strict=True)]
+
+
+def paged_calls(case: ContextCase, copies: Sequence[ContextInputs]) -> list[Call]:
+    """Returns calls of vLLM's paged attention, with a request a token; heads have equally many pairs, of equal bytes.
+
+    Raises:
+        ImportError: vLLM is not installed.
+    """
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    heads = case.num_key_value_heads
+    n_pages = copies[0].keys.shape[0] // (PAGE_SIZE * heads)
+    bounds = [n_pages * context // case.n_contexts for context in range(case.n_contexts + 1)]
+    of_context = [list(range(begin, end)) for begin, end in pairwise(bounds)]
+    shortest = min(len(pages) for pages in of_context)
+    device = copies[0].query.device
+    rows = [of_context[token % case.n_contexts][:shortest] for token in range(case.n_tokens)]
+    table = torch.tensor(rows, dtype=torch.int32, device=device)
+    options = {
+        "max_seqlen_q": 1,
+        "cu_seqlens_q": torch.arange(case.n_tokens + 1, dtype=torch.int32, device=device),
+        "max_seqlen_k": shortest * PAGE_SIZE,
+        "seqused_k": torch.full((case.n_tokens,), shortest * PAGE_SIZE, dtype=torch.int32, device=device),
+        "block_table": table,
+        "causal": True,
+    }
+
+    def paged(pool: Tensor) -> Tensor:
+        return pool[: n_pages * PAGE_SIZE * heads].view(n_pages, PAGE_SIZE, heads, case.head_dim)
+
+    return [
+        partial(flash_attn_varlen_func, copy.query, paged(copy.keys), paged(copy.values), **options) for copy in copies
+    ]
+
+
+def in_fp64(inputs: ContextInputs) -> ContextInputs:
+    """Returns the same inputs in fp64."""
+    return ContextInputs(inputs.query.double(), inputs.keys.double(), inputs.values.double(), inputs.plan)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Exact attention of the tokens of many requests to a pool of packed contexts, each read once for all its tokens."""
+
+from kvzip_press.kernels.context_attention.api import context_attention, plan_contexts
+from kvzip_press.kernels.context_attention.plan import ContextPlan
+
+__all__ = ["ContextPlan", "context_attention", "plan_contexts"]

@@ -1,0 +1,119 @@
+"""Checks and dispatch of :func:`context_attention`, and the plan that it reads."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvzip_press.kernels.checks import check_floating, check_like, check_rank, check_shape, check_softcap
+from kvzip_press.kernels.context_attention import aten, reference, support
+from kvzip_press.kernels.context_attention.plan import ContextPlan
+from kvzip_press.kernels.context_attention.sharing import share
+from kvzip_press.kernels.dispatch import Impl, deferred, select
+from kvzip_press.kernels.triton_support import reason_against_triton
+
+_IMPLS = {
+    "triton": Impl(
+        deferred("kvzip_press.kernels.context_attention.triton", "context_attention"), support.reason_against_triton
+    ),
+    "aten": Impl(aten.context_attention, aten.reason_against),
+    "reference": Impl(reference.context_attention),
+}
+
+
+def plan_contexts(
+    context_of_token: Tensor, begins: Tensor, lengths: Tensor, *, num_attention_heads: int
+) -> ContextPlan:
+    """Plans :func:`context_attention` for the tokens of one step; all layers read one plan.
+
+    On a GPU everything is computed there, by kernels whose launches depend on shapes alone: a plan can be made inside a
+    captured CUDA graph, which then follows ``context_of_token``, ``begins`` and ``lengths`` as their values change.
+
+    Args:
+        context_of_token: int32 [tokens], the row in ``begins`` of the context that each token reads, in any order.
+        begins: int32 [layers, contexts, num_key_value_heads], the first pair of each segment (the pairs that one head
+            kept of one context). Segments may lie anywhere, and may overlap.
+        lengths: int32, as ``begins``, the number of pairs of each segment, 0 or more. Row 0 is the empty context, with
+            0 pairs everywhere, for tokens that read none.
+        num_attention_heads: query heads, a multiple of the key-value heads.
+
+    Raises:
+        ValueError: a shape or device is not as above; on a CPU also a value. Elsewhere values are not checked, because
+            reading them would wait for the device.
+        TypeError: a dtype is not as above.
+    """
+    plan = ContextPlan(context_of_token, begins, lengths, num_attention_heads)
+    plan.check()
+    return plan if reason_against_triton(begins.device) is not None else replace(plan, work=share(plan))
+
+
+def context_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: ContextPlan,
+    layer_idx: int,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Computes exact attention of many requests' tokens to the packed contexts that they ask about.
+
+    For engines that keep compressed contexts (KVzip, arXiv 2505.23416) beside their own cache: questions and answers
+    are attended to by the engine, and both results are merged exactly by their log-sum-exp
+    (:func:`kvzip_press.kernels.dense_attention.merge_attention`). Tokens that read one context are query rows of the
+    same segments, so a context is read once for up to 64 rows (query heads of a key-value head times tokens), not once
+    a token. Every token sees all pairs of its context; RoPE is already in the keys. For inference: no gradient is
+    promised.
+
+    Args:
+        query: [tokens, num_attention_heads, head_dim], any floating dtype: the tokens of all requests.
+        keys: [pairs, head_dim], the pool, with all layers of all contexts, in the dtype of ``query``.
+        values: [pairs, value_head_dim], likewise.
+        plan: which token reads which pairs, from :func:`plan_contexts`.
+        layer_idx: the layer of the plan.
+        scaling: factor of the logits; default head_dim ** -0.5.
+        softcap: when given, logits become ``softcap * tanh(logits / softcap)`` after scaling.
+        impl: "triton" (one launch that reads the pairs, and one that merges; CUDA), "aten" (PyTorch's fused CPU kernel,
+            a call a segment), "reference" (plain PyTorch, any input), or None: the first of these that can do this
+            input. A named implementation refuses inputs that it cannot do.
+
+    Returns:
+        out [tokens, num_attention_heads, value_head_dim] in the dtype of ``query``, and lse
+        [tokens, num_attention_heads], natural logarithm, fp32 (fp64 for fp64 inputs). A token whose context has no pair
+        in a head gives 0 and -inf there. Sums and softmax are fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: a shape, device, ``layer_idx``, ``softcap`` or ``impl`` is not as above, or the implementation named
+            cannot do this input; on a CPU also if a segment of the layer ends behind the pool.
+        TypeError: a dtype is not as above.
+    """
+    _check(query, keys, values, plan, layer_idx)
+    check_softcap(softcap)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    run = select("context_attention", _IMPLS, impl, query, keys, values, softcap)
+    out, lse = run(query, keys, values, plan, layer_idx, scaling=scale, softcap=softcap)
+    return out, lse
+
+
+def _check(query: Tensor, keys: Tensor, values: Tensor, plan: ContextPlan, layer_idx: int) -> None:
+    dims = "tokens, num_attention_heads, head_dim"
+    check_rank("query", query, dims)
+    check_floating("query", query)
+    check_shape("query", query, (plan.num_tokens, plan.num_attention_heads, query.shape[2]), dims)
+    check_rank("keys", keys, "pairs, head_dim")
+    check_shape("keys", keys, (keys.shape[0], query.shape[2]), "pairs, head_dim")
+    check_rank("values", values, "pairs, value_head_dim")
+    check_shape("values", values, (keys.shape[0], values.shape[1]), "pairs, value_head_dim")
+    check_like("keys", keys, "query", query)
+    check_like("values", values, "query", query)
+    if plan.begins.device != query.device:
+        raise ValueError(f"plan: expected device {query.device}, got {plan.begins.device}")
+    n_layers = plan.begins.shape[0]
+    if not 0 <= layer_idx < n_layers:
+        raise ValueError(f"layer_idx: expected 0 .. {n_layers - 1}, got {layer_idx}")
+    if query.device.type == "cpu":
+        ends = plan.begins[layer_idx] + plan.lengths[layer_idx]
+        if int(torch.where(plan.lengths[layer_idx] > 0, ends, 0).max()) > keys.shape[0]:
+            raise ValueError(f"lengths: expected segments within the {keys.shape[0]} pairs, got one behind them")

@@ -1,0 +1,231 @@
+"""Attention to a pool of contexts in Triton: programs share the pairs evenly, and each pair meets a tile of tokens.
+
+The work list of the plan (``sharing.py``) says which segment a program reads; the items of a segment are equal parts
+of it. Each program writes a partial result, and a second kernel merges those of a token's head.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvzip_press.kernels.context_attention.plan import ContextPlan
+from kvzip_press.kernels.context_attention.tuning import Loop, loop_for
+from kvzip_press.kernels.ragged_attention.split import on_device
+from kvzip_press.kernels.triton_ops import dot, tanh
+
+LOG2E = 1.4426950408889634
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+def context_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: ContextPlan,
+    layer_idx: int,
+    *,
+    scaling: float,
+    softcap: float | None,
+    loop: Loop | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`kvzip_press.kernels.context_attention.context_attention`; for supported inputs only.
+
+    ``loop`` is for tuning; by default it is chosen from the shape.
+    """
+    work = plan.work
+    assert work is not None, "see plan_contexts"
+    n_tokens, n_heads, head_dim = query.shape
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    if out.numel() == 0:
+        return out, lse
+    loop = loop or loop_for(work.block_m, head_dim, query.element_size())
+    n_rows, n_programs = work.tokens_per_tile * plan.groups, work.segments.shape[1]
+    partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
+    partial_sums = torch.empty(n_programs, n_rows, 2, dtype=torch.float32, device=query.device)
+    with on_device(query.device):
+        _attend_kernel[(n_programs, triton.cdiv(n_rows, work.block_m))](
+            query,
+            keys,
+            values,
+            plan.begins[layer_idx].contiguous(),
+            plan.lengths[layer_idx].contiguous(),
+            work.order,
+            work.tile_contexts,
+            work.tile_firsts,
+            work.tile_counts,
+            work.segments[layer_idx],
+            work.first_items[layer_idx],
+            work.n_items[layer_idx],
+            partial_out,
+            partial_sums,
+            *query.stride()[:2],
+            work.n_items.shape[1],
+            n_rows,
+            scaling * LOG2E if softcap is None else scaling / softcap,
+            0.0 if softcap is None else softcap * LOG2E,
+            HEADS=plan.num_key_value_heads,
+            GROUPS=plan.groups,
+            HEAD_DIM=head_dim,
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_M=work.block_m,
+            BLOCK_N=loop.block_n,
+            HAS_SOFTCAP=softcap is not None,
+            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            num_warps=loop.num_warps,
+            num_stages=loop.num_stages,
+        )
+        _merge_kernel[(n_tokens, n_heads)](
+            partial_out,
+            partial_sums,
+            work.token_tiles,
+            work.token_slots,
+            work.first_items[layer_idx],
+            work.n_items[layer_idx],
+            out,
+            lse,
+            n_rows,
+            HEADS=plan.num_key_value_heads,
+            GROUPS=plan.groups,
+            HEAD_DIM=head_dim,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_P=8,
+            num_warps=1,
+        )
+    return out, lse
+
+
+@triton.jit(do_not_specialize=["n_segments", "n_rows"])
+def _attend_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    begins_ptr,
+    lengths_ptr,
+    order_ptr,
+    tile_contexts_ptr,
+    tile_firsts_ptr,
+    tile_counts_ptr,
+    segments_ptr,
+    first_items_ptr,
+    n_items_ptr,
+    partial_out_ptr,
+    partial_sums_ptr,
+    stride_qt,
+    stride_qh,
+    n_segments,
+    n_rows,
+    logit_scale,
+    softcap,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Computes attention of a block of a tile's query rows to this program's item of a segment.
+
+    Row r of a tile is token r // GROUPS of the tile, query head r % GROUPS of the group. Every row sees every pair.
+    """
+    program = tl.program_id(0)
+    segment = tl.load(segments_ptr + program)
+    if segment >= n_segments:
+        return
+    tile, head = segment // HEADS, segment % HEADS
+    n_live_rows = tl.load(tile_counts_ptr + tile) * GROUPS
+    first_row = tl.program_id(1) * BLOCK_M
+    if first_row >= n_live_rows:
+        return
+    place = tl.load(tile_contexts_ptr + tile) * HEADS + head
+    length = tl.load(lengths_ptr + place)
+    piece = tl.cdiv(length, tl.load(n_items_ptr + segment))
+    low = (program - tl.load(first_items_ptr + segment)) * piece
+    n_left = tl.minimum(low + piece, length) - low
+    offs_m = first_row + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < n_live_rows
+    mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
+    tokens = tl.load(order_ptr + tl.load(tile_firsts_ptr + tile) + offs_m // GROUPS, mask_m, other=0).to(tl.int64)
+    q_rows = tokens * stride_qt + (head * GROUPS + offs_m % GROUPS) * stride_qh
+    query = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask_q, other=0.0)
+    first_pair = (tl.load(begins_ptr + place) + low).to(tl.int64) * HEAD_DIM
+    keys_ptr, values_ptr = k_ptr + first_pair, v_ptr + first_pair
+    tile_offsets = offs_n[:, None] * HEAD_DIM + offs_d[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for row in range(0, n_left, BLOCK_N):
+        mask_n = row + offs_n < n_left
+        mask_tile = mask_n[:, None] if BLOCK_D == HEAD_DIM else mask_n[:, None] & (offs_d < HEAD_DIM)[None, :]
+        # A 64-bit address for the tile and 32-bit offsets in it: 64 bits for every element spill registers.
+        tile_offset = tl.cast(row, tl.int64) * HEAD_DIM
+        keys = tl.load(keys_ptr + tile_offset + tile_offsets, mask_tile, other=0.0)
+        logits = dot(query, tl.trans(keys), PRECISION) * logit_scale
+        if HAS_SOFTCAP:
+            logits = softcap * tanh(logits)
+        logits = tl.where(mask_n[None, :], logits, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(logits, 1))  # finite: every row sees a pair of every tile
+        weights = tl.exp2(logits - new_peak[:, None])
+        decay = tl.exp2(peak - new_peak)
+        total = total * decay + tl.sum(weights, 1)
+        values = tl.load(values_ptr + tile_offset + tile_offsets, mask_tile, other=0.0)
+        acc = acc * decay[:, None] + dot(weights.to(values.dtype), values, PRECISION)
+        peak = new_peak
+    rows = program.to(tl.int64) * n_rows + offs_m
+    tl.store(partial_out_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], acc, mask_q)
+    tl.store(partial_sums_ptr + 2 * rows, peak, mask_m)
+    tl.store(partial_sums_ptr + 2 * rows + 1, total, mask_m)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _merge_kernel(
+    partial_out_ptr,
+    partial_sums_ptr,
+    token_tiles_ptr,
+    token_slots_ptr,
+    first_items_ptr,
+    n_items_ptr,
+    out_ptr,
+    lse_ptr,
+    n_rows,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Merges the partial results of a token's query head; without any, gives 0 and -inf."""
+    token, query_head = tl.program_id(0), tl.program_id(1)
+    segment = tl.load(token_tiles_ptr + token) * HEADS + query_head // GROUPS
+    row = tl.load(token_slots_ptr + token) * GROUPS + query_head % GROUPS
+    first, n_parts = tl.load(first_items_ptr + segment), tl.load(n_items_ptr + segment)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    peak = -float("inf")
+    total = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for part in range(0, n_parts, BLOCK_P):
+        offs_p = part + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < n_parts
+        rows = (first + offs_p).to(tl.int64) * n_rows + row
+        peaks = tl.load(partial_sums_ptr + 2 * rows, mask_p, other=-float("inf"))
+        totals = tl.load(partial_sums_ptr + 2 * rows + 1, mask_p, other=0.0)
+        mask = mask_p[:, None] & mask_d[None, :]
+        outs = tl.load(partial_out_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(peaks, 0))  # finite: every part has seen a pair
+        weights = tl.exp2(peaks - new_peak)
+        decay = tl.exp2(peak - new_peak)
+        total = total * decay + tl.sum(weights * totals, 0)
+        acc = acc * decay + tl.sum(weights[:, None] * outs, 0)
+        peak = new_peak
+    acc = acc / tl.where(total > 0, total, 1.0)
+    out_row = token.to(tl.int64) * (HEADS * GROUPS) + query_head
+    tl.store(out_ptr + out_row * HEAD_DIM + offs_d, acc.to(out_ptr.dtype.element_ty), mask_d)
+    tl.store(lse_ptr + out_row, tl.where(total > 0, (peak + tl.log2(total)) * LN2, -float("inf")))

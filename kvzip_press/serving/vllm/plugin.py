@@ -1,0 +1,41 @@
+"""vLLM's entry point ``vllm.general_plugins``, and the options with which an engine serves contexts."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from kvzip_press.serving.vllm.requests import FACTS
+
+BACKEND = "kvzip_press.serving.vllm.cpu_backend.ContextAttentionBackend"
+
+
+def register() -> None:
+    """Puts attention with contexts in the place of vLLM's CPU attention, in processes of an engine that serves them.
+
+    vLLM calls it in each of its processes; in others than :func:`engine_options` prepares, it does nothing.
+    """
+    if FACTS not in os.environ:
+        return
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
+
+
+def engine_options(path: str) -> dict[str, Any]:
+    """Returns the arguments of ``vllm.LLM`` for an engine that serves contexts, and prepares its processes.
+
+    Args:
+        path: The file of facts (:meth:`kvzip_press.serving.vllm.facts.ServedModel.write`).
+    """
+    os.environ[FACTS] = path
+    return {
+        "enable_prefix_caching": False,
+        "logits_processors": ["kvzip_press.serving.vllm.names:ContextNames"],
+        "kv_transfer_config": {
+            "kv_connector": "ContextConnector",
+            "kv_connector_module_path": "kvzip_press.serving.vllm.connector",
+            "kv_role": "kv_consumer",
+            "kv_connector_extra_config": {"served_model": path},
+        },
+    }

@@ -1,0 +1,150 @@
+"""One pool in two processes: the scheduler decides what is in it, the worker holds it, and does the same in order.
+
+A pool does the same with the same contexts in the same order. So the scheduler keeps a pool without memory, notes what
+it did with it, and hands that to the worker with the next step.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from kvzip_press.cache.file.reading import pair_counts, read_record
+from kvzip_press.errors import InvalidArgumentError, KVzipPressError
+from kvzip_press.serving.folder import ContextFile, ContextFolder
+from kvzip_press.serving.packing import packed_pairs
+from kvzip_press.serving.pool import NO_CONTEXT, ContextPool, Held, PackedContext
+from kvzip_press.serving.vllm.facts import ServedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Orders:
+    """What happened to the scheduler's pool since the last step, in order, and which requests have begun.
+
+    Attributes:
+        pool: ``("put", name, path)``, ``("hold", name, "")`` and ``("release", "", row)``, as texts.
+        starts: The first block of a request's pages, and the row of the context that it reads.
+    """
+
+    pool: list[tuple[str, str, str]] = field(default_factory=list)
+    starts: list[tuple[int, int]] = field(default_factory=list)
+
+
+class SchedulerPool:
+    """Admits requests to contexts; holds lengths and places, but no pairs.
+
+    Args:
+        served: The model and its contexts.
+    """
+
+    def __init__(self, served: ServedModel) -> None:
+        self._shape = served.shape
+        self._folder = ContextFolder(served.folder, served.check)
+        self._pool = ContextPool(served.shape, served.pool_bytes, device="meta")
+        self._loaded: dict[str, ContextFile] = {}
+        self._held: dict[str, Held] = {}  # by request
+        self._failed: set[str] = set()
+        self._orders = Orders()
+
+    def admit(self, request_id: str, name: str | None) -> bool:
+        """Returns whether a request may begin: its context is in the pool, and stays until it has finished.
+
+        If there is no room for the context now, it may be asked again later. Nothing is raised, since that would end
+        the engine: a request whose context is unknown or cannot be read, which
+        :class:`~kvzip_press.serving.vllm.requests.ContextNames` should have refused, never begins, and the log says so.
+        """
+        if request_id in self._held:
+            return True
+        try:
+            held = NO_CONTEXT if name is None else self._hold(name)
+        except KVzipPressError as error:
+            if request_id not in self._failed:
+                self._failed.add(request_id)
+                logger.error("request %s waits forever: %s", request_id, error)  # noqa: TRY400  # the message says all
+            return False
+        if held is not None:
+            self._held[request_id] = held
+        return held is not None
+
+    def start(self, request_id: str, first_block: int) -> None:
+        """Notes where the pages of an admitted request begin: each time that it gets some, also after a preemption."""
+        self._orders.starts.append((first_block, self._held[request_id].row))
+
+    def finish(self, request_id: str) -> None:
+        """Lets the context of a request go."""
+        self._failed.discard(request_id)
+        held = self._held.pop(request_id, NO_CONTEXT)
+        if held.row:
+            self._pool.release(held)
+            self._orders.pool.append(("release", "", str(held.row)))
+
+    def take_orders(self) -> Orders:
+        """Returns what the worker has to do before the next step."""
+        orders, self._orders = self._orders, Orders()
+        return orders
+
+    def _hold(self, name: str) -> Held | None:
+        file = self._folder.find(name)
+        held = self._pool.hold(name) if self._loaded.get(name) == file else None
+        if held is None:
+            if not self._pool.put(name, self._outline(file)):
+                return None
+            self._loaded[name] = file
+            self._orders.pool.append(("put", name, str(file.path)))
+            held = self._pool.hold(name)
+        self._orders.pool.append(("hold", name, ""))
+        return held
+
+    def _outline(self, file: ContextFile) -> PackedContext:
+        """Returns a context without its pairs."""
+        record = read_record(file.path)
+        lengths = pair_counts(file.path) + (record.n_seen - record.n_context)
+        size = (int(lengths.sum()), self._shape.head_dim)
+        pairs = torch.empty(size, dtype=self._shape.dtype, device="meta")
+        return PackedContext(pairs, pairs, lengths, 0, len(record.turn_starts))
+
+
+class WorkerPool:
+    """Holds the pairs, and which context each block of pages reads.
+
+    Args:
+        served: The model and its contexts.
+        device: The device of the pool.
+        n_blocks: Number of blocks of the engine's pages.
+
+    Attributes:
+        pool: The contexts.
+        row_of_block: int32 ``[n_blocks]``, the row that a request reads whose first block this is.
+    """
+
+    def __init__(self, served: ServedModel, *, device: torch.device | str, n_blocks: int) -> None:
+        self.pool = ContextPool(served.shape, served.pool_bytes, device=device)
+        self.row_of_block = torch.zeros(n_blocks, dtype=torch.int32, device=device)
+        self._rotation = served.rotation
+        self._held: dict[int, list[Held]] = {}  # by row
+
+    def obey(self, orders: Orders) -> None:
+        """Does what the scheduler did, and notes which requests begin.
+
+        Raises:
+            CacheFileError: A file has changed since the scheduler looked at it.
+            InvalidArgumentError: The pool is not what the scheduler's is.
+        """
+        for kind, name, detail in orders.pool:
+            if kind == "put":
+                context = packed_pairs(Path(detail), self._rotation, self.pool.keys.device)
+                if not self.pool.put(name, context):
+                    raise InvalidArgumentError(f"expected room for {name!r}, as the scheduler has, got none")
+            elif kind == "hold":
+                held = self.pool.hold(name)
+                assert held is not None, "the scheduler held what it had put"
+                self._held.setdefault(held.row, []).append(held)
+            else:
+                self.pool.release(self._held[int(detail)].pop())
+        for block, row in orders.starts:
+            self.row_of_block[block] = row

@@ -1,0 +1,76 @@
+"""Starts vLLM's OpenAI-compatible server over a folder of contexts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from kvzip_press.errors import MissingDependencyError, install_command
+from kvzip_press.loading.by_name import load_model
+from kvzip_press.model.chat import chat_frame
+from kvzip_press.serving.vllm.facts import ServedModel
+from kvzip_press.serving.vllm.plugin import engine_options
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def serve(model_name: str, contexts: Path, *, pool_bytes: int, options: Sequence[str]) -> int:
+    """Serves a model and the contexts of a folder until the server ends, and returns its exit status.
+
+    The model is loaded once by transformers first, on the CPU, to see how it turns keys and which weights it has.
+
+    Args:
+        model_name: An alias, a folder or a hub id.
+        contexts: The folder.
+        pool_bytes: Bytes of the pool of contexts.
+        options: Further options of vLLM's server.
+
+    Raises:
+        CacheFileError: The folder cannot be read.
+        MissingDependencyError: vLLM is not installed.
+        UnsupportedModelError: The model's contexts cannot be shared; the message says why.
+    """
+    if find_spec("vllm") is None:
+        raise MissingDependencyError(f"serving needs the package vllm: {install_command('vllm')}")
+    model, tokenizer = load_model(model_name, device_map="cpu")
+    served, path = ServedModel.of(model, contexts, pool_bytes=pool_bytes), model.name_or_path
+    del model
+    with TemporaryDirectory(prefix="kvzip-press-") as folder:
+        facts, template = Path(folder, "served.json"), Path(folder, "question.jinja")
+        served.write(facts)
+        template.write_text(question_template(tokenizer), encoding="utf-8")
+        command = server_command(path, model_name, served, facts, template)
+        return subprocess.run([*command, *options], env=dict(os.environ), check=False).returncode
+
+
+def question_template(tokenizer: Any) -> str:
+    """Returns a chat template that frames the last message as ``answer`` frames a question right behind its context."""
+    suffix = tokenizer.decode(list(chat_frame(tokenizer).suffix))
+    return "{{ " + json.dumps("\n\n") + " + messages[-1]['content'] | trim + " + json.dumps(suffix) + " }}"
+
+
+def server_command(path: str, name: str, served: ServedModel, facts: Path, template: Path) -> list[str]:
+    """Returns the command that starts the server, and prepares the environment that it inherits.
+
+    Args:
+        path: The model's files.
+        name: What the model is called in requests.
+        served: The model and its contexts.
+        facts: The file that holds the same.
+        template: The file with the chat template.
+    """
+    engine = engine_options(str(facts))
+    return [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", path, "--served-model-name", name, "--dtype", _DTYPES[served.dtype]),
+        *("--chat-template", str(template), "--no-enable-prefix-caching"),
+        *("--logits-processors", *engine["logits_processors"]),
+        *("--kv-transfer-config", json.dumps(engine["kv_transfer_config"])),
+    ]

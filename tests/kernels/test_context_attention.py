@@ -1,0 +1,387 @@
+"""Attention of many requests' tokens to a pool of contexts, against the formula in fp64 and ragged attention."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvzip_press.kernels.context_attention import ContextPlan, context_attention, plan_contexts
+from kvzip_press.kernels.context_attention.sharing import MIN_ITEM, share
+from kvzip_press.kernels.context_attention.tuning import Sharing
+from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
+from kvzip_press.kernels.ragged_attention import ragged_attention
+
+Accurate = Callable[[Tensor, Tensor, Tensor], None]
+View = Callable[[Tensor], Tensor]
+
+LAW = settings(deadline=None, max_examples=40, derandomize=True)
+CPU_IMPLS = [None, "reference"]
+IMPLS = [*CPU_IMPLS, pytest.param("triton", marks=pytest.mark.triton)]
+HEADS = 2
+GAP = 5  # pairs of NaN between two segments: what must not be read is seen
+CONTEXTS = {  # pairs of each head of each context; row 0, the empty context, comes before them
+    "around_a_block": [[63, 64], [65, 1]],
+    "some_empty": [[0, 7], [0, 0], [130, 0]],
+    "very_uneven": [[700, 1], [2, 300]],
+    "none": [],
+}
+
+
+@pytest.fixture(autouse=True)
+def _parts_as_for_three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long segments are cut into as many parts as there are threads; three leave a rest of 0, 1 or 2 keys."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+
+@dataclass
+class Case:
+    """A pool of two layers, of which the second is attended to, and the tokens of a step."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    begins: Tensor
+    lengths: Tensor
+    context_of_token: Tensor
+
+    @property
+    def plan(self) -> ContextPlan:
+        return plan_contexts(self.context_of_token, self.begins, self.lengths, num_attention_heads=self.query.shape[1])
+
+    def run(self, **options: Any) -> tuple[Tensor, Tensor]:
+        return context_attention(self.query, self.keys, self.values, self.plan, 1, **options)
+
+
+def case(
+    contexts: Sequence[Sequence[int]],
+    tokens: Sequence[int],
+    *,
+    groups: int = 3,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Case:
+    heads = len(contexts[0]) if contexts else HEADS
+    lengths = torch.zeros(2, len(contexts) + 1, heads, dtype=torch.int32)
+    lengths[0, 1:] = 1
+    lengths[1, 1:] = torch.tensor(contexts, dtype=torch.int32).view(-1, heads)
+    sizes = (lengths + GAP).flatten()
+    begins = (sizes.cumsum(0, dtype=torch.int32) - lengths.flatten()).view_as(lengths)
+    pool = torch.full((2, int(sizes.sum()) + GAP, head_dim), torch.nan)
+    for begin, length in zip(begins.flatten().tolist(), lengths.flatten().tolist(), strict=True):
+        pool[:, begin : begin + length] = torch.randn(2, length, head_dim)
+    query = 2 * torch.randn(len(tokens), heads * groups, head_dim)
+    floats = (tensor.to(device, dtype) for tensor in (query, *pool))
+    numbers = (tensor.to(device) for tensor in (begins, lengths, torch.tensor(tokens, dtype=torch.int32)))
+    return Case(*floats, *numbers)
+
+
+def formula(
+    case: Case, *, scaling: float | None = None, softcap: float | None = None, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Each token's head by itself over its own keys, straight from the definition, all in ``dtype``."""
+    n_tokens, n_heads, head_dim = case.query.shape
+    groups = n_heads // case.begins.shape[2]
+    out = torch.zeros(n_tokens, n_heads, head_dim, dtype=dtype)
+    lse = torch.full((n_tokens, n_heads), -torch.inf, dtype=dtype)
+    for token, context in enumerate(case.context_of_token.tolist()):
+        for head in range(n_heads):
+            begin, length = (int(table[1, context, head // groups]) for table in (case.begins, case.lengths))
+            if length == 0:
+                continue
+            keys, values = (pool[begin : begin + length].to(dtype).cpu() for pool in (case.keys, case.values))
+            logits = keys @ case.query[token, head].to(dtype).cpu()
+            logits = logits * (head_dim**-0.5 if scaling is None else scaling)
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            out[token, head], lse[token, head] = logits.softmax(0) @ values, logits.logsumexp(0)
+    return out, lse
+
+
+def assert_equals_formula(case: Case, accurate: Accurate, *, impl: str | None, **options: Any) -> None:
+    got, exact, plain = (
+        case.run(**options, impl=impl),
+        formula(case, **options),
+        formula(case, **options, dtype=case.query.dtype),
+    )
+    for one, exact_one, plain_one in zip(got, exact, plain, strict=True):
+        accurate(one.cpu(), exact_one, plain_one)
+
+
+def mixed_tokens(n_tokens: int, contexts: Sequence[Sequence[int]]) -> list[int]:
+    """Tokens that read every context, and the empty one, in no order."""
+    generator = torch.Generator().manual_seed(n_tokens)
+    return torch.randint(len(contexts) + 1, (n_tokens,), generator=generator).tolist()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("n_tokens", [1, 2, 23])
+@pytest.mark.parametrize("contexts", CONTEXTS.values(), ids=CONTEXTS)
+def test_it_equals_the_formula_whatever_tokens_read(
+    contexts: list[list[int]], n_tokens: int, impl: str | None, device: torch.device, assert_accurate: Accurate
+) -> None:
+    assert_equals_formula(case(contexts, mixed_tokens(n_tokens, contexts), device=device), assert_accurate, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("groups", [1, 4, 7, 71])
+def test_it_equals_the_formula_for_every_group(
+    groups: int, impl: str | None, device: torch.device, assert_accurate: Accurate
+) -> None:
+    """71 query heads of one key-value head are more rows than a tile has."""
+    tokens = [1, 0, 2] if groups > 64 else [1, 1, 0, 2, 1, 2, 1, 1, 1]
+    made = case([[40], [90]], tokens, groups=groups, device=device)
+    assert_equals_formula(made, assert_accurate, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("options", [{"scaling": 0.07}, {"softcap": 3.0}, {"scaling": 0.5, "softcap": 20.0}], ids=str)
+def test_scaling_and_softcap(
+    options: dict[str, float], impl: str | None, device: torch.device, assert_accurate: Accurate
+) -> None:
+    made = case([[100, 20], [3, 65]], mixed_tokens(9, [[], []]), device=device)
+    assert_equals_formula(made, assert_accurate, impl=impl, **options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(64, torch.bfloat16), (80, torch.float16), (128, torch.float16), (256, torch.bfloat16)],
+    ids=str,
+)
+def test_half_precision_is_as_exact_as_its_inputs(
+    head_dim: int, dtype: torch.dtype, impl: str | None, device: torch.device, assert_accurate: Accurate
+) -> None:
+    made = case([[90, 5], [33, 0]], [1, 2, 1, 0, 1, 2], head_dim=head_dim, dtype=dtype, device=device)
+    assert_equals_formula(made, assert_accurate, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_queries_may_be_a_view(
+    impl: str | None, device: torch.device, inside_nan: View, assert_accurate: Accurate
+) -> None:
+    made = case([[30, 70]], [1, 0, 1, 1, 1], device=device)
+    assert_equals_formula(replace(made, query=inside_nan(made.query)), assert_accurate, impl=impl)
+
+
+def test_the_reference_in_fp64_is_the_formula() -> None:
+    """Blocks of few tokens, too: a step of the reference holds a bounded number of logits."""
+    made = case([[50, 9]], [1] * 12, dtype=torch.float64)
+    for got, exact in zip(made.run(), formula(made), strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+def test_long_contexts_are_attended_to_in_blocks_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvzip_press.kernels.context_attention import reference
+
+    made = case([[50, 9]], [1] * 7)
+    whole = made.run(impl="reference")
+    monkeypatch.setattr(reference, "MAX_LOGITS", 2 * 3 * 50)
+    torch.testing.assert_close(made.run(impl="reference"), whole)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_it_equals_ragged_attention_of_each_row(impl: str | None, device: torch.device) -> None:
+    """Tokens as rows of a batch, which share packed rows: what a cache of this package computes."""
+    contexts, tokens = [[0, 0], [120, 7], [64, 200]], [2, 0, 1, 2, 2, 1]
+    made = case(contexts[1:], tokens, device=device)
+    packed = [
+        torch.cat([pool[b : b + n] for b, n in zip(made.begins[1].flatten(), made.lengths[1].flatten(), strict=True)])
+        for pool in (made.keys, made.values)
+    ]
+    bounds = torch.tensor([0, *(n for pair in contexts for n in pair)]).cumsum(0).int().to(device)
+    no_tail = made.query.new_empty(len(tokens), HEADS, 0, 16)
+    rows = torch.tensor(tokens, device=device)
+    expected = ragged_attention(
+        made.query.unsqueeze(2), *packed, bounds, no_tail, no_tail, row_index=rows, return_lse=True
+    )
+    out, lse = made.run(impl=impl)
+    torch.testing.assert_close((out.unsqueeze(2), lse.unsqueeze(2)), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_merged_with_a_tail_it_is_one_attention(impl: str | None, device: torch.device) -> None:
+    """Context and tail by themselves, merged, against both under one softmax; a request without a context too."""
+    made = case([[120, 7]], [1, 0, 1], device=device)
+    tail_keys, tail_values = torch.randn(2, 3, HEADS, 9, 16, device=device)
+    query = made.query.unsqueeze(2)
+    out, lse = made.run(impl=impl)
+    tail, tail_lse = attention_with_lse(query, tail_keys, tail_values, causal=False)
+    merged, _ = merge_attention(out.unsqueeze(2), lse.unsqueeze(2), tail, tail_lse)
+    segments = [slice(int(b), int(b + n)) for b, n in zip(made.begins[1, 1], made.lengths[1, 1], strict=True)]
+    for row, context in enumerate(made.context_of_token.tolist()):
+        for head in range(6):
+            keys, values = tail_keys[row, head // 3], tail_values[row, head // 3]
+            if context:
+                keys, values = (
+                    torch.cat([pool[segments[head // 3]], own])
+                    for pool, own in ((made.keys, keys), (made.values, values))
+                )
+            weights = (keys @ made.query[row, head] * 16**-0.5).softmax(0)
+            torch.testing.assert_close(merged[row, head, 0], weights @ values)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_neighbours_and_their_order_change_nothing(impl: str | None, device: torch.device) -> None:
+    contexts = [[90, 3], [2, 150]]
+    made = case(contexts, mixed_tokens(12, contexts), groups=2, device=device)
+    out, lse = made.run(impl=impl)
+    order = torch.randperm(12, device=device)
+    shuffled = replace(made, query=made.query[order], context_of_token=made.context_of_token[order])
+    torch.testing.assert_close(shuffled.run(impl=impl), (out[order], lse[order]))
+    for token in (0, 11):
+        alone = replace(made, query=made.query[token, None], context_of_token=made.context_of_token[token, None])
+        torch.testing.assert_close(alone.run(impl=impl), (out[token, None], lse[token, None]))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_tokens_give_nothing(impl: str | None, device: torch.device) -> None:
+    out, lse = case([[5, 5]], [], device=device).run(impl=impl)
+    assert (out.shape, lse.shape) == ((0, 6, 16), (0, 6))
+
+
+@LAW
+@given(
+    tokens=st.lists(st.integers(0, 4), min_size=1, max_size=80),
+    lengths=st.lists(st.integers(0, 3000), min_size=8, max_size=8),
+    groups=st.sampled_from([1, 3, 4, 70]),
+    block_m=st.sampled_from([16, 64]),
+    programs_per_sm=st.integers(1, 9),
+)
+def test_every_pair_of_a_tile_is_one_programs(
+    tokens: list[int], lengths: list[int], groups: int, block_m: int, programs_per_sm: int
+) -> None:
+    """Each token is in one tile of its context; each segment's items are numbered through; no pair is read twice."""
+    table = torch.zeros(1, 5, 2, dtype=torch.int32)
+    table[0, 1:] = torch.tensor(lengths).view(4, 2)
+    plan = ContextPlan(torch.tensor(tokens, dtype=torch.int32), torch.zeros_like(table), table, 2 * groups)
+    work = share(plan, Sharing(block_m, programs_per_sm))
+    assert work.tokens_per_tile == max(1, block_m // groups)
+    places: set[tuple[int, int]] = set()
+    for token, (tile, slot) in enumerate(zip(work.token_tiles.tolist(), work.token_slots.tolist(), strict=True)):
+        assert int(work.tile_contexts[tile]) == tokens[token]
+        assert slot < int(work.tile_counts[tile]) <= work.tokens_per_tile
+        assert int(work.order[int(work.tile_firsts[tile]) + slot]) == token
+        places.add((tile, slot))
+    assert len(places) == len(tokens) == int(work.tile_counts.sum())
+    n_live = int((work.tile_counts > 0).sum())
+    assert n_live == sum(-(-tokens.count(context) // work.tokens_per_tile) for context in set(tokens))
+    owners = work.segments[0].tolist()
+    n_segments = work.n_items.shape[1]
+    longest = []
+    for segment, (first, n_items) in enumerate(
+        zip(work.first_items[0].tolist(), work.n_items[0].tolist(), strict=True)
+    ):
+        tile = segment // 2
+        length = int(table[0, work.tile_contexts[tile], segment % 2]) if int(work.tile_counts[tile]) else 0
+        assert [n for n, owner in enumerate(owners) if owner == segment] == list(range(first, first + n_items))
+        assert (n_items == 0) == (length == 0)
+        if length:
+            piece = -(-length // n_items)
+            assert (n_items - 1) * piece < length, "no item is empty"
+            longest.append(piece)
+    assert all(owner == n_segments for owner in owners[int(work.n_items.sum()) :])
+    if longest:  # no program reads much more than its share
+        total = int((table[0, work.tile_contexts] * (work.tile_counts > 0)[:, None]).sum())
+        assert max(longest) <= max(MIN_ITEM, -(-total // max(1, len(owners) - n_segments)))
+
+
+def test_a_context_that_all_tokens_read_is_read_once() -> None:
+    """64 tokens of 4 query heads a head: 4 tiles of 16 tokens, not 64 of one."""
+    made = case([[500, 500], [500, 500]], [1] * 64, groups=4)
+    work = share(made.plan)
+    assert int((work.tile_counts > 0).sum()) == 4
+    assert int((work.n_items[1] > 0).sum()) == 4 * HEADS
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("programs_per_sm", [1, 4, 12])
+def test_the_number_of_programs_changes_only_rounding(programs_per_sm: int, triton_device: torch.device) -> None:
+    contexts = [[300, 0], [17, 90], [0, 0]]
+    made = case(contexts, mixed_tokens(11, contexts), device=triton_device)
+    plan = replace(made.plan, work=share(made.plan, Sharing(32, programs_per_sm)))
+    got = context_attention(made.query, made.keys, made.values, plan, 1, impl="triton")
+    torch.testing.assert_close(got, made.run(impl="reference"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": torch.randn(2, 6, 8)}, ValueError, "keys: expected"),
+        ({"query": torch.randn(3, 6, 16)}, ValueError, "query: expected"),
+        ({"query": torch.randn(2, 5, 16)}, ValueError, "query heads: expected a multiple"),
+        ({"query": torch.randn(2, 6, 16).half()}, TypeError, "keys: expected the dtype of query"),
+        ({"query": torch.ones(2, 6, 16, dtype=torch.int32)}, TypeError, "query: expected a floating-point"),
+        ({"values": torch.randn(3, 16)}, ValueError, "values: expected"),
+        ({"keys": torch.randn(12, 16), "values": torch.randn(12, 16)}, ValueError, "within the 12 pairs"),
+        ({"context_of_token": torch.tensor([0, 2], dtype=torch.int32)}, ValueError, "expected rows 0 .. 1, got 0 to 2"),
+        ({"context_of_token": torch.tensor([0, -1], dtype=torch.int32)}, ValueError, "got -1 to 0"),
+        ({"context_of_token": torch.tensor([0, 1])}, TypeError, "context_of_token: expected torch.int32"),
+        ({"lengths": torch.ones(2, 2, 2, dtype=torch.int32)}, ValueError, "an empty context in row 0"),
+        ({"lengths": torch.zeros(2, 1, 2, dtype=torch.int32)}, ValueError, "lengths: expected"),
+        ({"begins": torch.full((2, 2, 2), -1, dtype=torch.int32)}, ValueError, "got a negative one"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        replace(case([[3, 2]], [0, 1]), **change).run()
+
+
+def test_options_that_do_not_fit_are_refused() -> None:
+    made = case([[3, 2]], [0, 1])
+    with pytest.raises(ValueError, match=r"layer_idx: expected 0 \.\. 1, got 2"):
+        context_attention(made.query, made.keys, made.values, made.plan, 2)
+    with pytest.raises(ValueError, match="softcap"):
+        made.run(softcap=0.0)
+    with pytest.raises(ValueError, match="expected impl to be None or one of"):
+        made.run(impl="fast")
+    with pytest.raises(ValueError, match="a softcap is given"):
+        made.run(impl="aten", softcap=1.0)
+    no_contexts = torch.zeros(2, 0, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="at least the empty context"):
+        plan_contexts(made.context_of_token, no_contexts, no_contexts, num_attention_heads=2)
+
+
+def test_the_kernel_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    made = case([[3, 2]], [0, 1])
+    assert made.plan.work is None
+    with pytest.raises(ValueError, match=r"impl 'triton' can do, got one that it cannot: the (device is cpu|package)"):
+        made.run(impl="triton")
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_what_tokens_read() -> None:
+    """One graph, plan included, replayed for other tokens, contexts and tables."""
+    contexts = [[3000, 10], [0, 700], [64, 64]]
+    made = case(contexts, mixed_tokens(48, contexts), groups=4, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    made.run(impl="triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = made.run(impl="triton")
+    for change in (torch.zeros(48), torch.ones(48), torch.arange(48) % 4):
+        made.context_of_token.copy_(change)
+        made.query.normal_()
+        graph.replay()
+        torch.testing.assert_close(captured, made.run(impl="reference"), rtol=2e-2, atol=2e-2)
+    made.lengths[1, 1] = 5
+    graph.replay()
+    torch.testing.assert_close(captured, made.run(impl="reference"), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_tokens", [1, 64, 700])
+def test_long_contexts_equal_fp64(n_tokens: int, assert_accurate: Accurate) -> None:
+    """The sizes that the interpreter is too slow for."""
+    contexts = [[32768, 1024, 9000, 1], [5, 20000, 0, 63]]
+    tokens = mixed_tokens(n_tokens, contexts)
+    made = case(contexts, tokens, groups=4, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    exact = replace(made, **{name: getattr(made, name).double() for name in ("query", "keys", "values")}).run()
+    for got, plain, one in zip(made.run(impl="triton"), made.run(impl="reference"), exact, strict=True):
+        assert_accurate(got, one, plain)

@@ -1,0 +1,365 @@
+"""A running batch: every answer is what `answer` gives, whoever joins and leaves meanwhile, and whatever goes wrong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvzip_press import KVzipPress, RaggedCache, RandomPress, answer, compress
+from kvzip_press.decoding.answering import answer_ids
+from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.serving.rows import Rows
+from kvzip_press.serving.session import Session
+from kvzip_press.serving.stream import Stream
+from kvzip_press.testing import ByteTokenizer, tiny_model
+
+QUESTIONS = [
+    ("lighthouse", "Who is the keeper?", 9),
+    ("archive", "What does room four hold?", 3),
+    ("lighthouse", "Where did she come from?", 14),
+    ("lighthouse", "x", 1),
+    ("archive", "How many rooms are there in the archive of Tolva?", 6),
+    ("lighthouse", "Who is the keeper?", 5),
+]
+Made = Callable[..., Session]
+
+
+@pytest.fixture
+def make(model: Any, tokenizer: ByteTokenizer) -> Made:
+    def session(folder: Path | None = None, **options: Any) -> Session:
+        options = {"pool_bytes": 10**6, "max_rows": 3, "max_tokens": 90, **options}
+        return Session(model, tokenizer, folder, **options)
+
+    return session
+
+
+@pytest.fixture(scope="module")
+def expected(model: Any, tokenizer: ByteTokenizer, caches: dict[str, RaggedCache]) -> list[list[int]]:
+    return [answer_ids(model, tokenizer, caches[c], q, max_new_tokens=n)[0] for c, q, n in QUESTIONS]
+
+
+def ask_all(session: Session) -> list[Stream]:
+    return [session.submit(question, context, max_new_tokens=n) for context, question, n in QUESTIONS]
+
+
+def bytes_of(session: Session, cache: RaggedCache) -> int:
+    return sum(int(layer.packed.cu_seqlens[-1]) for _, layer in cache.ragged_layers()) * session.pool.shape.pair_bytes
+
+
+def assert_idle(session: Session) -> None:
+    """No row and no reader is left, so that every context could be dropped."""
+    assert (session.n_running, session.n_waiting) == (0, 0)
+    for name in session.pool.names:
+        session.pool.drop(name)
+    assert session.pool.n_bytes_free == session.pool.n_pairs * session.pool.shape.pair_bytes
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 6])
+def test_answers_are_those_of_answer_while_rows_join_and_leave(
+    max_rows: int, make: Made, folder: Path, expected: list[list[int]]
+) -> None:
+    session = make(folder, max_rows=max_rows)
+    streams = ask_all(session)
+    most = 0
+    while session.step():
+        most = max(most, session.n_running)
+    assert most == min(max_rows, 5)
+    assert [stream.ids for stream in streams] == expected
+    assert_idle(session)
+
+
+def test_a_cache_in_memory_is_asked_about_as_a_file_is(
+    make: Made, caches: dict[str, RaggedCache], expected: list[list[int]]
+) -> None:
+    session = make()
+    for name, cache in caches.items():
+        session.add(name, cache)
+    assert session.names == ["archive", "lighthouse"]
+    assert [stream.text() and stream.ids for stream in ask_all(session)] == expected
+    assert_idle(session)
+
+
+def test_pieces_of_an_answer_put_together_are_the_answer(
+    make: Made, model: Any, tokenizer: ByteTokenizer, caches: dict[str, RaggedCache], folder: Path
+) -> None:
+    session = make(folder)
+    first, second = (session.submit(question, "archive", max_new_tokens=7) for question in ("Which?", "Where?"))
+    pieces = list(first)
+    assert len(pieces) == 7
+    assert "".join(pieces) == answer(model, tokenizer, caches["archive"], "Which?", max_new_tokens=7) == first.text()
+    assert second.is_done, "who reads one answer writes all"
+    assert "".join(second) == answer(model, tokenizer, caches["archive"], "Where?", max_new_tokens=7)
+
+
+def test_a_character_is_shown_once_it_is_complete() -> None:
+    class Bytes:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return bytes(ids).decode(errors="replace")
+
+    written = list("  für 5 €  ".encode())
+    stream = Stream(Bytes(), lambda one: one.ids.append(written.pop(0)) if written else one.end(), lambda _: None)
+    assert list(stream) == ["f", "ü", "r", " 5", " €"]
+
+
+def test_a_request_without_a_context_is_the_plain_model(make: Made, model: Any, tokenizer: ByteTokenizer) -> None:
+    from kvzip_press.decoding.answering import question_ids
+
+    stream = make().submit("Good morning to you", max_new_tokens=6)
+    stream.text()
+    ids = torch.tensor([question_ids(tokenizer, "Good morning to you")])
+    for _ in range(6):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert stream.ids == ids[0, -6:].tolist()
+
+
+def test_an_end_token_ends_an_answer(
+    make: Made, folder: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make(folder)
+    monkeypatch.setattr(session, "_eos", {expected[2][4]})
+    stream = session.submit(QUESTIONS[2][1], "lighthouse", max_new_tokens=14)
+    stream.text()
+    assert stream.ids == expected[2][: expected[2].index(expected[2][4])]
+    assert_idle(session)
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4", "k8v4"])
+def test_codes_are_decoded_into_the_pool(
+    storage: str, make: Made, model: Any, tokenizer: ByteTokenizer, tmp_path: Path
+) -> None:
+    cache = compress(model, tokenizer, "A lamp of brass stands in the hall. " * 3, RandomPress(0.4, storage=storage))
+    cache.save(tmp_path / "hall.safetensors")
+    stream = make(tmp_path).submit("Which lamp?", "hall", max_new_tokens=5)
+    stream.text()
+    assert stream.ids == answer_ids(model, tokenizer, cache, "Which lamp?", max_new_tokens=5)[0]
+
+
+def test_kept_turns_belong_to_the_context(make: Made, model: Any, tokenizer: ByteTokenizer, tmp_path: Path) -> None:
+    cache = compress(model, tokenizer, "A lamp of brass stands in the hall. " * 3, KVzipPress(0.5))
+    answer(model, tokenizer, cache, "Which lamp?", max_new_tokens=5, keep=True)
+    cache.save(tmp_path / "hall.safetensors")
+    session = make(tmp_path)
+    stream = session.submit("And where?", "hall", max_new_tokens=6)
+    stream.text()
+    assert stream.ids == answer_ids(model, tokenizer, cache, "And where?", max_new_tokens=6)[0]
+    with_a_row_index = cache.fork()
+    with_a_row_index.batch_repeat_interleave(1)
+    session.add("again", with_a_row_index)
+    again = session.submit("And where?", "again", max_new_tokens=6)
+    again.text()
+    assert again.ids == stream.ids
+
+
+def test_contexts_that_do_not_fit_together_take_turns(
+    make: Made, folder: Path, caches: dict[str, RaggedCache], expected: list[list[int]]
+) -> None:
+    """Room for the larger one alone: each is loaded when it is asked about, and waits while the other is read."""
+    size = max(bytes_of(make(), cache) for cache in caches.values())
+    session = make(folder, pool_bytes=size)
+    streams = ask_all(session)
+    session.step()
+    assert (session.n_running, session.n_waiting) == (1, 5)
+    assert session.pool.names == ["lighthouse"]
+    assert [stream.text() and stream.ids for stream in streams] == expected
+    assert_idle(session)
+
+
+def test_a_context_that_never_fits_fails_its_own_requests(
+    make: Made, folder: Path, caches: dict[str, RaggedCache], expected: list[list[int]]
+) -> None:
+    session = make(folder, pool_bytes=bytes_of(make(), caches["archive"]))
+    first, second = ask_all(session)[:2]
+    with pytest.raises(InvalidArgumentError, match=r"expected a context that fits into a pool of \d+ bytes"):
+        first.text()
+    with pytest.raises(InvalidArgumentError, match="got 'lighthouse'"):
+        list(first)
+    assert second.text() and second.ids == expected[1]
+
+
+def test_a_file_that_comes_while_others_are_read_is_asked_about(
+    make: Made, folder: Path, model: Any, tokenizer: ByteTokenizer, expected: list[list[int]]
+) -> None:
+    session = make(folder)
+    running = session.submit(QUESTIONS[0][1], "lighthouse", max_new_tokens=9)
+    session.step()
+    cache = compress(model, tokenizer, "A lamp of brass stands in the hall.", RandomPress(0.5))
+    with pytest.raises(InvalidArgumentError, match="expected the name of a context, got 'hall'"):
+        session.submit("Which lamp?", "hall")
+    cache.save(folder / "hall.safetensors")
+    stream = session.submit("Which lamp?", "hall", max_new_tokens=4)
+    assert stream.text() == answer(model, tokenizer, cache, "Which lamp?", max_new_tokens=4)
+    assert running.text() and running.ids == expected[0]
+
+
+def test_a_file_that_changes_is_read_again_and_running_answers_keep_the_old_one(
+    make: Made, folder: Path, caches: dict[str, RaggedCache], expected: list[list[int]]
+) -> None:
+    session = make(folder)
+    before = session.submit(QUESTIONS[0][1], "lighthouse", max_new_tokens=9)
+    session.step()
+    caches["archive"].save(folder / "lighthouse.safetensors")
+    after = session.submit(QUESTIONS[1][1], "lighthouse", max_new_tokens=3)
+    assert after.text() and after.ids == expected[1]
+    assert before.text() and before.ids == expected[0]
+    assert_idle(session)
+
+
+def test_a_damaged_file_fails_its_own_requests(make: Made, folder: Path, expected: list[list[int]]) -> None:
+    """The metadata are whole, a pair is not: that is seen when the pairs are read."""
+    path = folder / "archive.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(data)
+    session = make(folder)
+    streams = ask_all(session)
+    for number, stream in enumerate(streams):
+        if QUESTIONS[number][0] == "archive":
+            with pytest.raises(InvalidArgumentError, match="SHA-256") as raised:
+                stream.text()
+            assert str(folder) not in str(raised.value)
+        else:
+            assert stream.text() and stream.ids == expected[number]
+    with pytest.raises(InvalidArgumentError, match="SHA-256"):
+        session.submit("Now?", "archive")
+    assert_idle(session)
+
+
+def test_a_cancelled_answer_leaves_its_row_to_others(make: Made, folder: Path, expected: list[list[int]]) -> None:
+    session = make(folder, max_rows=2)
+    streams = ask_all(session)
+    session.step()
+    streams[0].cancel()
+    streams[4].cancel()
+    assert (session.n_running, session.n_waiting) == (1, 3)
+    assert streams[0].text() != "" and streams[4].text() == ""
+    for number in (1, 2, 3, 5):
+        assert streams[number].text() and streams[number].ids == expected[number]
+    streams[1].cancel()
+    assert streams[1].ids == expected[1], "what is done stays"
+    assert_idle(session)
+
+
+def test_what_fails_in_a_request_is_its_own(
+    make: Made, folder: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make(folder)
+    join, calls = Rows.join, []
+
+    def failing(self: Rows, *arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return join(self, *arguments)
+
+    monkeypatch.setattr(Rows, "join", failing)
+    streams = ask_all(session)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        streams[1].text()
+    for number in (0, 2, 3, 4, 5):
+        assert streams[number].text() and streams[number].ids == expected[number]
+    assert_idle(session)
+
+
+def test_a_step_that_fails_or_is_interrupted_is_run_again(
+    make: Made, folder: Path, model: Any, expected: list[list[int]]
+) -> None:
+    """Half-way through the layers: what they wrote already is written again."""
+    session, fails = make(folder), [KeyboardInterrupt(), RuntimeError("once")]
+    streams = ask_all(session)
+    session.step()
+    lengths = [len(stream.ids) for stream in streams]
+
+    def fail(*_: Any) -> None:
+        if fails:
+            raise fails.pop()
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    try:
+        for kind in (RuntimeError, KeyboardInterrupt):
+            with pytest.raises(kind):
+                session.step()
+            assert [len(stream.ids) for stream in streams] == lengths
+        assert [stream.text() and stream.ids for stream in streams] == expected
+    finally:
+        handle.remove()
+    assert_idle(session)
+
+
+def test_an_interrupt_while_a_question_is_read_leaves_it_waiting(
+    make: Made, folder: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make(folder)
+    stream = session.submit(QUESTIONS[0][1], "lighthouse", max_new_tokens=9)
+    with monkeypatch.context() as patched:
+        patched.setattr(Rows, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            session.step()
+    assert (session.n_running, session.n_waiting) == (0, 1)
+    assert stream.text() and stream.ids == expected[0]
+    assert_idle(session)
+
+
+def test_several_threads_wait_each_for_its_own_answer(make: Made, folder: Path, expected: list[list[int]]) -> None:
+    session = make(folder, max_rows=4)
+    got: dict[int, list[int]] = {}
+
+    def ask(number: int) -> None:
+        context, question, n = QUESTIONS[number]
+        stream = session.submit(question, context, max_new_tokens=n)
+        assert "".join(stream) == stream.text()
+        got[number] = stream.ids
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert got == dict(enumerate(expected))
+    assert_idle(session)
+
+
+def test_weights_that_change_are_noticed(tokenizer: ByteTokenizer) -> None:
+    model = tiny_model("llama", num_layers=2, seed=3)
+    session = Session(model, tokenizer, pool_bytes=10**6, max_tokens=90)
+    session.add("hall", compress(model, tokenizer, "A lamp of brass.", RandomPress(0.5)))
+    session.submit("Which?", "hall", max_new_tokens=2).text()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(CacheMismatchError, match="expected the weights and adapters with which the session began"):
+        session.submit("Which?", "hall", max_new_tokens=2).text()
+
+
+def test_a_cache_that_cannot_be_shared_is_refused(
+    make: Made, tokenizer: ByteTokenizer, caches: dict[str, RaggedCache]
+) -> None:
+    rows = caches["archive"].fork()
+    rows.batch_repeat_interleave(2)
+    with pytest.raises(UnsupportedCacheError, match="expected a cache of one context"):
+        make().add("rows", rows)
+    other = tiny_model("llama", num_layers=2, seed=1)
+    with pytest.raises(CacheMismatchError, match="made by another model"):
+        make().add("other", compress(other, tokenizer, "Some text.", RandomPress(0.5)))
+
+
+def test_what_is_asked_has_to_fit(make: Made, folder: Path, model: Any, tokenizer: ByteTokenizer) -> None:
+    session = make(folder)
+    with pytest.raises(InvalidArgumentError, match="at most 90 tokens, got 13 and 79: ask for fewer"):
+        session.submit("0123456789", "archive", max_new_tokens=79)
+    with pytest.raises(InvalidArgumentError, match="max_new_tokens of 1 and more, got 0"):
+        session.submit("Which?", "archive", max_new_tokens=0)
+    with pytest.raises(InvalidArgumentError, match="expected one question"):
+        session.submit(None, "archive")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="expected the name of a context, got 'archive'"):
+        make().submit("Which?", "archive")
+    with pytest.raises(InvalidArgumentError, match="max_rows and max_tokens of 1 and more"):
+        make(max_rows=0)
+    short = tiny_model("llama", num_layers=2, max_position_embeddings=64)
+    near_its_end = Session(short, tokenizer, pool_bytes=10**6, max_tokens=60)
+    near_its_end.add("hall", compress(short, tokenizer, "A lamp of brass stands in the hall.", RandomPress(0.5)))
+    with pytest.raises(InvalidArgumentError, match="within the model's 64 positions, got up to"):
+        near_its_end.submit("Which lamp?", "hall", max_new_tokens=30).text()

@@ -1,0 +1,437 @@
+"""The plugin without vLLM: what its parts decide, against stand-ins of the classes that they derive from."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kvzip_press import RaggedCache, RandomPress, compress
+from kvzip_press.errors import CacheFileError, CacheMismatchError, InvalidArgumentError, UnsupportedModelError
+from kvzip_press.kernels.dense_attention import attention_with_lse
+from kvzip_press.serving.packing import packed_cache
+from kvzip_press.serving.rotation import Rotation
+from kvzip_press.serving.vllm import requests
+from kvzip_press.serving.vllm.facts import ServedModel
+from kvzip_press.serving.vllm.plugin import engine_options, register
+from kvzip_press.serving.vllm.replicas import SchedulerPool, WorkerPool
+from kvzip_press.testing import ByteTokenizer, tiny_model
+
+POOL_BYTES = 10**6
+
+
+@pytest.fixture
+def served(model: Any, folder: Path) -> ServedModel:
+    return ServedModel.of(model, folder, pool_bytes=POOL_BYTES)
+
+
+@pytest.fixture
+def facts(served: ServedModel, folder: Path) -> Path:
+    served.write(folder / "served.json")
+    return folder / "served.json"
+
+
+def row_of(pools: tuple[SchedulerPool, WorkerPool], request: str, name: str | None, block: int = 7) -> int:
+    """The row that a request reads, after the worker has done what the scheduler did."""
+    scheduler, worker = pools
+    assert scheduler.admit(request, name)
+    scheduler.start(request, block)
+    worker.obey(scheduler.take_orders())
+    return int(worker.row_of_block[block])
+
+
+def pools_of(served: ServedModel) -> tuple[SchedulerPool, WorkerPool]:
+    return SchedulerPool(served), WorkerPool(served, device="cpu", n_blocks=64)
+
+
+def assert_reads(worker: WorkerPool, row: int, cache: RaggedCache, model: Any) -> None:
+    expected = packed_cache(cache, model, Rotation.of(model), torch.device("cpu"))
+    got = [
+        worker.pool.keys[begin : begin + n]
+        for begin, n in zip(worker.pool.begins[:, row].flatten(), worker.pool.lengths[:, row].flatten(), strict=True)
+    ]
+    assert torch.equal(torch.cat(got), expected.keys)
+
+
+# ---------------------------------------------------------------------------------------------------------- the facts
+
+
+def test_facts_survive_their_file(served: ServedModel, facts: Path, model: Any) -> None:
+    again = ServedModel.read(facts)
+    assert again == served
+    assert again.rotation.layouts == Rotation.of(model).layouts
+    assert torch.equal(again.rotation.frequencies, Rotation.of(model).frequencies)
+    with pytest.raises(CacheMismatchError, match="expected the facts of a served model"):
+        facts.write_text("{")
+        ServedModel.read(facts)
+
+
+def test_a_cache_of_another_model_is_told_by_its_settings_dtype_or_weights(
+    served: ServedModel, tmp_path: Path, tokenizer: ByteTokenizer
+) -> None:
+    from kvzip_press.cache.file.reading import read_record
+
+    others = {
+        "other settings of intermediate_size": {"intermediate_size": 64},
+        "other weights": {"seed": 1},
+        "expected a cache in F32, as the model is, got one in BF16": {"dtype": torch.bfloat16},
+    }
+    for message, options in others.items():
+        other = tiny_model("llama", num_layers=2, **options)  # type: ignore[arg-type]
+        compress(other, tokenizer, "Some text about nothing.", RandomPress(0.5)).save(tmp_path / "other.safetensors")
+        with pytest.raises(CacheMismatchError, match=message):
+            served.check(read_record(tmp_path / "other.safetensors"))
+
+
+def test_a_model_that_cannot_share_contexts_is_refused_before_the_engine(folder: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="sliding windows"):
+        ServedModel.of(tiny_model("gemma3_text"), folder, pool_bytes=POOL_BYTES)
+
+
+# ------------------------------------------------------------------------------------------- one pool in two processes
+
+
+def test_the_worker_reads_what_the_scheduler_decided(
+    served: ServedModel, model: Any, caches: dict[str, RaggedCache]
+) -> None:
+    pools = pools_of(served)
+    rows = {name: row_of(pools, name, name, block) for block, name in enumerate(caches)}
+    for name, row in rows.items():
+        assert_reads(pools[1], row, caches[name], model)
+    assert row_of(pools, "plain", None) == 0
+    assert row_of(pools, "again", "archive") == rows["archive"], "one context, held once"
+
+
+def test_a_context_that_was_dropped_is_loaded_again_on_both_sides(
+    served: ServedModel, model: Any, caches: dict[str, RaggedCache]
+) -> None:
+    """Room for one at a time; under load the other one waits, and both sides drop the same."""
+    from dataclasses import replace
+
+    size = max(sum(int(layer.packed.cu_seqlens[-1]) for _, layer in cache.ragged_layers()) for cache in caches.values())
+    pools = pools_of(replace(served, pool_bytes=size * served.shape.pair_bytes))
+    for turn in range(6):
+        name = ("lighthouse", "archive")[turn % 2]
+        row = row_of(pools, f"request {turn}", name)
+        assert_reads(pools[1], row, caches[name], model)
+        assert not pools[0].admit("waiting", ("archive", "lighthouse")[turn % 2])
+        pools[0].finish(f"request {turn}")
+    assert pools[1].pool.names == ["archive"]
+
+
+def test_a_preempted_request_is_found_by_its_new_first_block(served: ServedModel) -> None:
+    pools = pools_of(served)
+    row = row_of(pools, "a", "archive", block=3)
+    assert row_of(pools, "a", "archive", block=9) == row
+    assert row_of(pools, "b", None, block=3) == 0, "its old block is another request's now"
+
+
+def test_the_scheduler_never_raises(served: ServedModel, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the check of requests let pass waits, and the log says why, once; the others go on."""
+    pools = pools_of(served)
+    for name in ("unknown", "../archive", "/etc/passwd"):
+        assert not pools[0].admit(name, name)
+        assert not pools[0].admit(name, name)
+        assert sum(f"request {name} waits forever" in message for message in caplog.messages) == 1
+        pools[0].finish(name)
+    path = folder / "lighthouse.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert not pools[0].admit("torn", "lighthouse")
+    assert row_of(pools, "whole", "archive") > 0
+
+
+def test_a_file_may_come_meanwhile(
+    served: ServedModel, folder: Path, model: Any, caches: dict[str, RaggedCache]
+) -> None:
+    pools = pools_of(served)
+    caches["archive"].save(folder / "later.safetensors")
+    assert_reads(pools[1], row_of(pools, "a", "later"), caches["archive"], model)
+    caches["lighthouse"].save(folder / "later.safetensors")
+    assert_reads(pools[1], row_of(pools, "b", "later"), caches["lighthouse"], model)
+
+
+def test_kept_turns_are_part_of_the_context(
+    served: ServedModel, folder: Path, model: Any, tokenizer: ByteTokenizer, caches: dict[str, RaggedCache]
+) -> None:
+    from kvzip_press import answer
+
+    cache = caches["archive"].fork()
+    answer(model, tokenizer, cache, "Which?", max_new_tokens=3, keep=True)
+    cache.save(folder / "turns.safetensors")
+    pools = pools_of(served)
+    assert_reads(pools[1], row_of(pools, "a", "turns"), cache, model)
+
+
+def test_nothing_grows_over_many_requests(served: ServedModel) -> None:
+    pools = pools_of(served)
+    for number in range(50):
+        row_of(pools, str(number), ("archive", "lighthouse", None)[number % 3])
+        pools[0].finish(str(number))
+    pools[1].obey(pools[0].take_orders())
+    assert not pools[0]._held and not pools[0]._failed
+    assert not any(pools[1]._held.values())
+
+
+# ------------------------------------------------------------------------------------------- what a request may ask for
+
+
+@pytest.fixture
+def check(facts: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv(requests.FACTS, str(facts))
+    monkeypatch.setattr(requests, "_CHECKS", {})
+    return lambda params: requests.check_request(SimpleNamespace(extra_args={"kv_transfer_params": params}))
+
+
+@pytest.mark.parametrize("params", [{"context": "archive"}, {"context": None}, {}, None])
+def test_what_can_be_answered_is_accepted(params: Any, check: Any) -> None:
+    check(params)
+    requests.check_request(SimpleNamespace(extra_args=None))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"context": "unknown"}, {"context": "../archive"}, {"context": "/etc/passwd"}, {"context": 5}, "archive", ["x"]],
+    ids=str,
+)
+def test_what_cannot_is_an_error_of_the_client(params: Any, check: Any) -> None:
+    """vLLM answers a ValueError with status 400; the engine does not see the request."""
+    with pytest.raises(ValueError, match=r"expected (the name of a context|kv_transfer_params)"):
+        check(params)
+
+
+def test_a_damaged_file_is_refused_before_the_engine_reads_it(check: Any, folder: Path) -> None:
+    path = folder / "archive.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(data)
+    for _ in range(2):
+        with pytest.raises(InvalidArgumentError, match="SHA-256") as raised:
+            check({"context": "archive"})
+        assert str(folder) not in str(raised.value)
+    check({"context": "lighthouse"})
+
+
+def test_a_file_is_read_whole_once(check: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(requests, "check_contents", read.append)
+    for _ in range(3):
+        check({"context": "archive"})
+    assert read == [folder / "archive.safetensors"]
+
+
+def test_without_an_engine_of_ours_nothing_is_checked_or_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(requests.FACTS, raising=False)
+    requests.check_request(SimpleNamespace(extra_args={"kv_transfer_params": {"context": "unknown"}}))
+    register()  # would import vLLM
+
+
+# ------------------------------------------------------------------------------------------ against vLLM's classes
+
+
+class Role(Enum):
+    SCHEDULER = 0
+    WORKER = 1
+
+
+class Base:
+    """vLLM's connector as far as it is called."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        self._role = role
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        self._connector_metadata = connector_metadata
+
+
+@dataclass
+class Metadata:
+    """vLLM's metadata of a step of CPU attention, as far as it is read."""
+
+    num_actual_tokens: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+
+
+class Builder:
+    def build(self, metadata: Metadata) -> Metadata:
+        return metadata
+
+
+class Impl:
+    num_heads, scale, logits_soft_cap = 4, 0.25, 0
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Stand-ins for the modules of vLLM that the plugin imports; gives what it registers as backends."""
+    backends: dict[str, str] = {}
+    names: dict[str, dict[str, Any]] = {
+        "vllm.distributed.kv_transfer.kv_connector.v1.base": {
+            "KVConnectorBase_V1": Base,
+            "KVConnectorMetadata": object,
+            "KVConnectorRole": Role,
+        },
+        "vllm.v1.attention.backends.cpu_attn": {
+            "CPUAttentionBackend": object,
+            "CPUAttentionBackendImpl": Impl,
+            "CPUAttentionMetadata": Metadata,
+            "CPUAttentionMetadataBuilder": Builder,
+        },
+        "vllm.v1.attention.backends.registry": {
+            "AttentionBackendEnum": SimpleNamespace(CPU_ATTN="CPU_ATTN"),
+            "register_backend": backends.__setitem__,
+        },
+        "vllm.v1.sample.logits_processor": {"LogitsProcessor": object},
+    }
+    for name, contents in names.items():
+        for end in range(1, name.count(".") + 2):
+            part = ".".join(name.split(".")[:end])
+            if part not in names:
+                monkeypatch.setitem(sys.modules, part, ModuleType(part))
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    ours = [f"kvzip_press.serving.vllm.{name}" for name in ("connector", "cpu_backend", "names")]
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield backends
+    for name in ours:
+        sys.modules.pop(name, None)
+
+
+def config_of(facts: Path, **changes: Any) -> Any:
+    options: dict[str, Any] = {
+        "cache_config": SimpleNamespace(enable_prefix_caching=False),
+        "parallel_config": SimpleNamespace(world_size=1),
+        "speculative_config": None,
+        "lora_config": None,
+        "device_config": SimpleNamespace(device=torch.device("cpu")),
+        "kv_transfer_config": SimpleNamespace(
+            get_from_extra_config=lambda name, default: str(facts) if name == "served_model" else default
+        ),
+    }
+    return SimpleNamespace(**{**options, **changes})
+
+
+def request_of(name: str | None, request_id: str = "a") -> Any:
+    return SimpleNamespace(request_id=request_id, kv_transfer_params=None if name is None else {"context": name})
+
+
+def blocks_of(first: int) -> Any:
+    return SimpleNamespace(get_block_ids=lambda: ([first, first + 1],))
+
+
+def connectors(facts: Path) -> tuple[Any, Any]:
+    made = importlib.import_module("kvzip_press.serving.vllm.connector").ContextConnector
+    cache = SimpleNamespace(num_blocks=64)
+    scheduler, worker = (made(config_of(facts), role, cache) for role in (Role.SCHEDULER, Role.WORKER))
+    return scheduler, worker
+
+
+def test_the_connector_goes_through_the_life_of_a_request(
+    vllm: Any, facts: Path, model: Any, caches: dict[str, RaggedCache]
+) -> None:
+    scheduler, worker = connectors(facts)
+    assert scheduler.get_num_new_matched_tokens(request_of("archive"), 0) == (0, False)
+    scheduler.update_state_after_alloc(request_of("archive"), blocks_of(5), 0)
+    worker.bind_connector_metadata(scheduler.build_connector_meta(None))
+    assert_reads(worker._worker, int(worker._worker.row_of_block[5]), caches["archive"], model)
+    assert scheduler.request_finished(request_of("archive"), [5, 6]) == (False, None)
+    assert scheduler.get_num_new_matched_tokens(request_of("unknown", "b"), 0) == (None, False)
+    worker.bind_connector_metadata(scheduler.build_connector_meta(None))
+    assert not any(worker._worker._held.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"cache_config": SimpleNamespace(enable_prefix_caching=True)}, "--enable-prefix-caching: one question"),
+        ({"parallel_config": SimpleNamespace(world_size=2)}, "--tensor-parallel-size"),
+        ({"speculative_config": object()}, "--speculative-config"),
+        ({"lora_config": object()}, "--enable-lora"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_options_that_would_answer_wrongly_are_refused(
+    changes: dict[str, Any], option: str, vllm: Any, facts: Path
+) -> None:
+    made = importlib.import_module("kvzip_press.serving.vllm.connector").ContextConnector
+    with pytest.raises(InvalidArgumentError, match=f"expected an engine that can share contexts, got {option}"):
+        made(config_of(facts, **changes), Role.SCHEDULER, SimpleNamespace(num_blocks=64))
+
+
+def test_attention_over_pages_and_pool_is_one_attention(vllm: Any, facts: Path, model: Any) -> None:
+    """Three requests in one step: a question to each of a context and none, and an answer that goes on."""
+    scheduler, worker = connectors(facts)
+    backend = importlib.import_module("kvzip_press.serving.vllm.cpu_backend")
+    n_new, n_seen, blocks = [5, 2, 1], [5, 2, 38], [[1, 40], [2, 41], [4, 9]]
+    for number, name in enumerate(("archive", None, "lighthouse")):
+        scheduler.get_num_new_matched_tokens(request_of(name, str(number)), 0)
+        scheduler.update_state_after_alloc(request_of(name, str(number)), blocks_of(blocks[number][0]), 0)
+    built = backend.ContextMetadataBuilder().build(
+        Metadata(8, torch.tensor([0, 5, 7, 8]), torch.tensor(n_seen), torch.tensor(blocks))
+    )
+    worker.bind_connector_metadata(scheduler.build_connector_meta(None))  # after the builder, as vLLM does
+    cache, impl = torch.full((64, 2, 32, 2 * 16), torch.nan), backend.ContextAttentionImpl()
+    keys, values = torch.randn(2, sum(n_seen), 2, 16)
+    slots = torch.cat(
+        [torch.tensor([own[i // 32] * 32 + i % 32 for i in range(n)]) for own, n in zip(blocks, n_seen, strict=True)]
+    )
+    impl.do_kv_cache_update(None, keys, values, cache, torch.cat([slots, torch.tensor([-1])]))
+    query, output = torch.randn(8, 4, 16), torch.full((8, 4, 16), torch.nan)
+    layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn")
+    assert impl.forward(layer, query, None, None, cache, built, output) is output
+    pool, rows = worker._worker.pool, [int(worker._worker.row_of_block[own[0]]) for own in blocks]
+    own = zip(query.split(n_new), keys.split(n_seen), values.split(n_seen), output.split(n_new), rows, strict=True)
+    for queries, own_keys, own_values, got, row in own:
+        for head in range(2):
+            begin, n = int(pool.begins[1, row, head]), int(pool.lengths[1, row, head])
+            context = slice(begin, begin + n)
+            all_keys, all_values = (
+                torch.cat([one[context], own[:, head]])[None, None]
+                for one, own in ((pool.keys, own_keys), (pool.values, own_values))
+            )
+            group = queries[:, 2 * head : 2 * head + 2].transpose(0, 1)[None]
+            expected, _ = attention_with_lse(group, all_keys, all_values, causal=True, scaling=0.25)
+            torch.testing.assert_close(got[:, 2 * head : 2 * head + 2].transpose(0, 1)[None], expected)
+    assert impl.forward(layer, query, None, None, cache, None, output) is output, "while memory is measured"
+
+
+def test_the_entry_point_replaces_the_cpu_backend(vllm: Any, facts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(requests.FACTS, "")
+    options = engine_options(str(facts))
+    register()
+    [(name, path)] = vllm.items()
+    module, _, attribute = path.rpartition(".")
+    assert name == "CPU_ATTN" and hasattr(importlib.import_module(module), attribute)
+    module, _, attribute = options["logits_processors"][0].partition(":")
+    names = getattr(importlib.import_module(module), attribute)
+    with pytest.raises(ValueError, match="expected the name of a context"):
+        names.validate_params(SimpleNamespace(extra_args={"kv_transfer_params": {"context": "unknown"}}))
+    processor, logits = names(None, None, False), torch.zeros(1)
+    processor.update_state(None)
+    assert processor.apply(logits) is logits and processor.is_argmax_invariant()
+    assert options["kv_transfer_config"]["kv_connector_extra_config"] == {"served_model": str(facts)}
+    assert options["enable_prefix_caching"] is False
+    connector = importlib.import_module(options["kv_transfer_config"]["kv_connector_module_path"])
+    assert hasattr(connector, options["kv_transfer_config"]["kv_connector"])
+
+
+def test_a_file_that_changes_under_the_worker_ends_the_engine_and_not_the_truth(
+    served: ServedModel, folder: Path
+) -> None:
+    scheduler, worker = pools_of(served)
+    assert scheduler.admit("a", "archive")
+    path = folder / "archive.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CacheFileError, match="expected a cache that kvzip-press saved, whole"):
+        worker.obey(scheduler.take_orders())
