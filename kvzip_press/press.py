@@ -120,16 +120,22 @@ class Press(ABC):
         """Returns what evicts while the model generates, for one ``with press(model):``; None if nothing does."""
         return None
 
-    def __call__(self, model: Any) -> AbstractContextManager[None]:
+    def __call__(self, model: Any, *, cold: str | None = None) -> AbstractContextManager[None]:
         """Compresses every prefill of ``model`` inside the context, in place in the cache that the model used.
 
+        Args:
+            model: A causal language model.
+            cold: "cpu" to keep what is evicted in host memory, so that ``RaggedCache.of(cache).restore()`` can bring it
+                back; None keeps none.
+
         Raises:
-            InvalidArgumentError: What is given is no model.
+            InvalidArgumentError: What is given is no model; or ``cold`` is something else, or is given with a press
+                that evicts while the model generates.
             UnsupportedModelError: The model has no layer that can be compressed.
             KVzipPressError: The model is already inside ``with press(model):``.
         """
         check_model(model, "with press(model)")
-        return compressing(self, model)
+        return compressing(self, model, cold=cold)
 
 
 def _is_same(value: object, default: object) -> bool:

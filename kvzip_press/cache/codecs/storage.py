@@ -41,6 +41,9 @@ class Storage(ABC):
     #: Whether keys and values come back as they were; if not, they must be finite.
     is_exact: ClassVar[bool] = False
 
+    #: Whether the columns of a pair depend on that pair alone, not on what else is kept when it is packed.
+    encodes_alone: ClassVar[bool] = False
+
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> Storage:
         """Returns the storage for keys and values of these shapes, ``[..., head_dim]`` and ``[..., v_head_dim]``.
