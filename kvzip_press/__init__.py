@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvzip_press.attention.implementation import attach, detach
     from kvzip_press.budget.scores import Scores
     from kvzip_press.cache.ragged_cache import RaggedCache
+    from kvzip_press.calibration.on_prompts import calibrate
     from kvzip_press.decoding.answering import answer, question_ids
     from kvzip_press.decoding.generation import generate
     from kvzip_press.decoding.sampling import Sampling
@@ -50,6 +51,7 @@ _EXPORTS = {
     "RaggedCache": "kvzip_press.cache.ragged_cache",
     "answer": "kvzip_press.decoding.answering",
     "attach": "kvzip_press.attention.implementation",
+    "calibrate": "kvzip_press.calibration.on_prompts",
     "compress": "kvzip_press.prefilling.whole",
     "compress_in_chunks": "kvzip_press.prefilling.chunked",
     "detach": "kvzip_press.attention.implementation",
@@ -80,6 +82,7 @@ __all__ = [
     "Scores",
     "answer",
     "attach",
+    "calibrate",
     "compress",
     "compress_in_chunks",
     "detach",

@@ -6,12 +6,12 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from kvzip_press.arguments.model import check_model
 from kvzip_press.budget.allocators import SAFEGUARD, Allocation
-from kvzip_press.budget.amount import Amount, LayerRatios, amount_of, check_compression_ratio
+from kvzip_press.budget.amount import Amount, LayerRatios, Ratio, amount_of, check_compression_ratio
 from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
 from kvzip_press.cache.codecs.by_name import storage_named
@@ -108,6 +108,19 @@ class Press(ABC):
     def evicts_while_decoding(self) -> bool:
         """Whether pairs are also evicted while the model generates."""
         return self.schedule is not None
+
+    def with_ratio(self, compression_ratio: float, *, storage: str | None = None) -> Press:
+        """Returns the press with another ratio and, if one is given, another storage.
+
+        Raises:
+            InvalidArgumentError: It has no ratio of its own to change (a composition, or a press with a budget in
+                tokens or a ratio for each layer), or a value is out of range.
+        """
+        if not isinstance(self.amount, Ratio) or not any(
+            one.name == "compression_ratio" and one.init for one in fields(self)
+        ):
+            raise InvalidArgumentError(f"expected a press with a compression_ratio of its own to change, got {self}")
+        return replace(self, compression_ratio=compression_ratio, storage=self.storage if storage is None else storage)
 
     def requires(self, model: nn.Module) -> None:  # noqa: B027  # most presses need nothing
         """Looks for what the press needs for a model besides the model's own weights: gates, scores of heads.

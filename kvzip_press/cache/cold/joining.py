@@ -94,9 +94,9 @@ def packed_again(packed: PackedPairs, part: ColdPart, places: Places, keep: torc
     """
     if bool((places.find(packed) < 0).any()):
         raise UnsupportedCacheError(
-            f"expected a cache of one turn, or with its later turns in the tail, in the storage "
-            f"{type(packed.storage).__name__}, which encodes a pair by what else is kept, got one with a later turn that "
-            "a press has compressed"
+            "expected a cache of one turn, or with its later turns in the tail, in the storage "
+            f"{type(packed.storage).__name__}, which encodes a pair by what else is kept, got one with a later "
+            "turn that a press has compressed"
         )
     cold = part.pairs().to(packed.device)
     found, shape = places.find(cold), tuple(keep.shape)
