@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvzip_press.calibration.on_prompts import calibrate
     from kvzip_press.decoding.answering import answer, question_ids
     from kvzip_press.decoding.generation import generate
+    from kvzip_press.decoding.monitor import answer_restoring
     from kvzip_press.decoding.sampling import Sampling
     from kvzip_press.decoding.step import DecodeStep
     from kvzip_press.heads.scores import HeadScores
@@ -50,6 +51,7 @@ _EXPORTS = {
     "Scores": "kvzip_press.budget.scores",
     "RaggedCache": "kvzip_press.cache.ragged_cache",
     "answer": "kvzip_press.decoding.answering",
+    "answer_restoring": "kvzip_press.decoding.monitor",
     "attach": "kvzip_press.attention.implementation",
     "calibrate": "kvzip_press.calibration.on_prompts",
     "compress": "kvzip_press.prefilling.whole",
@@ -81,6 +83,7 @@ __all__ = [
     "Sampling",
     "Scores",
     "answer",
+    "answer_restoring",
     "attach",
     "calibrate",
     "compress",
