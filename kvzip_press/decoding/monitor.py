@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,25 +94,20 @@ def answer_restoring(
         )
     if not grown.cold_bytes:
         grown.restore()  # says what is missing, before anything is asked
-    for number in range(len(ratios) + 1):
-        if number:
-            grown.restore(ratios[number - 1])
+
+    def asked() -> MonitoredAnswer:
         sure, size = _Sureness(), grown.resident_bytes
-        [ids] = answer_ids(
-            model,
-            tokenizer,
-            grown,
-            question,
-            answer_prefix,
-            max_new_tokens,
-            split_special_tokens=split_special_tokens,
-            watch=sure.see,
-        )
-        margin, entropy = sure.margin, sure.entropy
-        is_sure = margin >= (min_margin or 0.0) and entropy <= (math.inf if max_entropy is None else max_entropy)
-        if is_sure or number == len(ratios):
+        options: dict[str, Any] = {"split_special_tokens": split_special_tokens, "watch": sure.see}
+        [ids] = answer_ids(model, tokenizer, grown, question, answer_prefix, max_new_tokens, **options)
+        return MonitoredAnswer(decoded(tokenizer, ids), sure.margin, sure.entropy, n_restored=0, resident_bytes=size)
+
+    answered, highest = asked(), math.inf if max_entropy is None else max_entropy
+    for number, ratio in enumerate(ratios, start=1):
+        if answered.margin >= (min_margin or 0.0) and answered.entropy <= highest:
             break
-    return MonitoredAnswer(decoded(tokenizer, ids), margin, entropy, number, size)
+        grown.restore(ratio)
+        answered = replace(asked(), n_restored=number)
+    return answered
 
 
 class _Sureness:
