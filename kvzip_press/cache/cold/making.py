@@ -55,27 +55,32 @@ def evicted_span(
         CacheFileError: The file cannot be written.
         InvalidArgumentError: It is a later span of a cache whose storage encodes pairs by what else is kept.
     """
-    packed = {
-        i: _cold_pairs(cache.layers[i], kept, scores.layers[i] if scores.carried else None, valid, positions, storage)
-        for i, kept in keep.items()
-    }
+    packed = {}
+    for i, kept in keep.items():  # each is moved to the host before the next one takes memory of the device
+        carried = scores.layers[i] if scores.carried else None
+        packed[i] = _cold_pairs(cache.layers[i], kept, carried, valid, positions, storage).to(torch.device("cpu"))
     tensors = {
-        i: {**pairs.columns, **pairs.tables, BOUNDS: pairs.cu_seqlens, EVERY_SCORE: scores.layers[i]}
+        i: {**pairs.columns, **pairs.tables, BOUNDS: pairs.cu_seqlens, EVERY_SCORE: _copied(scores.layers[i])}
         for i, pairs in packed.items()
     }
     described = {"press": scores.press, "layers": list(packed), "tokens": valid.shape[1], "rows": valid.shape[0]}
     counted = scores.protected_count
     return ColdSpan(
-        valid.cpu(),
-        positions.cpu(),
-        scores.protected.cpu(),
-        counted if isinstance(counted, bool) else counted.cpu(),
+        _copied(valid),
+        _copied(positions),
+        _copied(scores.protected),
+        counted if isinstance(counted, bool) else _copied(counted),
         scores.policy,
         storages={i: pairs.storage for i, pairs in packed.items()},
         columns={i: tuple(pairs.columns) for i, pairs in packed.items()},
         tables={i: tuple(pairs.tables) for i, pairs in packed.items()},
         place=put(cold, tensors, described),
     )
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy on the CPU, which the caller's tensor may change without."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _cold_pairs(

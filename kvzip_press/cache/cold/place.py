@@ -16,7 +16,7 @@ from kvzip_press.version import __version__
 TEXT, FORMAT = "kvzip_press_cold", 1
 _MEMORY = "cpu"
 
-#: ``layer_idx -> name -> tensor``, on any device.
+#: ``layer_idx -> name -> tensor``, on the CPU.
 LayerTensors = Mapping[int, Mapping[str, torch.Tensor]]
 
 
@@ -45,7 +45,7 @@ def check_place(cold: object) -> None:
 
 
 def put(cold: str | Path, tensors: LayerTensors, described: Mapping[str, object]) -> Place:
-    """Puts copies of tensors into host memory, or into a file, and returns the place.
+    """Keeps tensors in host memory, as they are, or writes them into a file, and returns the place.
 
     Args:
         cold: "cpu", or the path of a file, which is replaced.
@@ -55,8 +55,7 @@ def put(cold: str | Path, tensors: LayerTensors, described: Mapping[str, object]
     Raises:
         CacheFileError: The file cannot be written; an existing one stays as it was.
     """
-    on_host = {i: {name: tensor.cpu() for name, tensor in of_layer.items()} for i, of_layer in tensors.items()}
-    return InMemory(on_host) if cold == _MEMORY else InFile.written(Path(cold), on_host, described)
+    return InMemory(tensors) if cold == _MEMORY else InFile.written(Path(cold), tensors, described)
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,13 +40,15 @@ def at_ratio(layers: Mapping[int, RaggedLayer], compression_ratio: float, *, gro
     changes = []
     for number in range(n_spans):
         parts = {i: layer.cold[number] for i, layer in layers.items()}
-        spans = {i: _Held.of(packed[i], part) for i, part in parts.items()}
+        span, rows = next((part.span, list(part.rows)) for part in parts.values())
+        places = Places(span.valid[rows], span.positions[rows])
+        held = {i: _Held.of(packed[i], part, places) for i, part in parts.items()}
         keep = _selected(parts, asked, {i: pairs.device for i, pairs in packed.items()})
-        _check(spans, keep, parts, asked, grows=grows)
-        changes.append((spans, keep))
-    for spans, keep in changes:  # all spans can go that way
-        for i, span in spans.items():
-            packed[i] = span.with_kept(packed[i], keep[i])
+        _check(held, keep, f"{span.policy.amount}", compression_ratio, grows=grows)
+        changes.append((held, keep))
+    for held, keep in changes:  # all spans can go that way
+        for i, of_layer in held.items():
+            packed[i] = of_layer.with_kept(packed[i], keep[i])
     return packed
 
 
@@ -79,16 +81,12 @@ def _selected(parts: Mapping[int, ColdPart], asked: Ratio, devices: Mapping[int,
     return select(scores, span.valid[rows])
 
 
-def _check(
-    spans: Mapping[int, _Held], keep: Masks, parts: Mapping[int, ColdPart], asked: Ratio, *, grows: bool
-) -> None:
-    """Raises an error unless a span can go to what it is to keep, in the direction that was asked for."""
-    ratio = asked.compression_ratio
+def _check(held: Mapping[int, _Held], keep: Masks, was: str, ratio: float, *, grows: bool) -> None:
+    """Raises an error unless a span, evicted at first under ``was``, can go the way that was asked for."""
     lost, gone, back, for_good = (
         sum(int(mask.sum()) for mask in masks)
-        for masks in zip(*(span.differences(keep[i]) for i, span in spans.items()), strict=True)
+        for masks in zip(*(of_layer.differences(keep[i]) for i, of_layer in held.items()), strict=True)
     )
-    was = next(iter(parts.values())).span.policy.amount
     if lost:
         raise UnsupportedCacheError(
             "expected each pair of the context in the cache or among the evicted ones, got "
@@ -126,10 +124,8 @@ class _Held:
     cold: torch.Tensor
 
     @classmethod
-    def of(cls, packed: PackedPairs, part: ColdPart) -> _Held:
+    def of(cls, packed: PackedPairs, part: ColdPart, places: Places) -> _Held:
         """Looks up where the pairs of a span are."""
-        rows = list(part.rows)
-        places = Places(part.span.valid[rows], part.span.positions[rows])
         cold = places.mask(part.pairs(only_positions=True))
         return cls(part, places, places.mask(packed), cold.to(packed.device))
 
