@@ -127,7 +127,7 @@ class InFile:
         dtype, shape = self.expected[name]
         held = file.get_slice(name)  # type: ignore[attr-defined]  # safetensors is not typed
         if tuple(held.get_shape()) != tuple(shape):
-            raise CacheFileError(f"{what}, got {name!r} of the shape {held.get_shape()}: the file was changed")
+            raise CacheFileError(f"{what}, got {name!r} of another shape: the file was changed")
         tensor = tensor_in(file, name, (dtype,), CacheFileError, what)
         if digest_of_tensor(tensor) != self.digests[name]:
             raise CacheFileError(f"{what}, got other bytes in {name!r}: the file was changed")
