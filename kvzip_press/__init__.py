@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from kvzip_press.attention.implementation import attach, detach
     from kvzip_press.budget.scores import Scores
     from kvzip_press.cache.ragged_cache import RaggedCache
+    from kvzip_press.calibration.on_prompts import calibrate
     from kvzip_press.decoding.answering import answer, question_ids
     from kvzip_press.decoding.generation import generate
+    from kvzip_press.decoding.monitor import answer_restoring
     from kvzip_press.decoding.sampling import Sampling
     from kvzip_press.decoding.step import DecodeStep
     from kvzip_press.heads.scores import HeadScores
@@ -51,7 +53,9 @@ _EXPORTS = {
     "Session": "kvzip_press.serving.session",
     "RaggedCache": "kvzip_press.cache.ragged_cache",
     "answer": "kvzip_press.decoding.answering",
+    "answer_restoring": "kvzip_press.decoding.monitor",
     "attach": "kvzip_press.attention.implementation",
+    "calibrate": "kvzip_press.calibration.on_prompts",
     "compress": "kvzip_press.prefilling.whole",
     "compress_in_chunks": "kvzip_press.prefilling.chunked",
     "detach": "kvzip_press.attention.implementation",
@@ -82,7 +86,9 @@ __all__ = [
     "Scores",
     "Session",
     "answer",
+    "answer_restoring",
     "attach",
+    "calibrate",
     "compress",
     "compress_in_chunks",
     "detach",

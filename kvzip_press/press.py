@@ -6,12 +6,12 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvzip_press.arguments.model import check_model
 from kvzip_press.budget.allocators import SAFEGUARD, AllocationLike, allocation_of
-from kvzip_press.budget.amount import Amount, LayerRatios, amount_of, check_compression_ratio
+from kvzip_press.budget.amount import Amount, LayerRatios, Ratio, amount_of, check_compression_ratio
 from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
 from kvzip_press.cache.codecs.by_name import storage_named
@@ -110,6 +110,19 @@ class Press(ABC):
         """Whether pairs are also evicted while the model generates."""
         return self.schedule is not None
 
+    def with_ratio(self, compression_ratio: float, *, storage: str | None = None) -> Press:
+        """Returns the press with another ratio and, if one is given, another storage.
+
+        Raises:
+            InvalidArgumentError: It has no ratio of its own to change (a composition, or a press with a budget in
+                tokens or a ratio for each layer), or a value is out of range.
+        """
+        if not isinstance(self.amount, Ratio) or not any(
+            one.name == "compression_ratio" and one.init for one in fields(self)
+        ):
+            raise InvalidArgumentError(f"expected a press with a compression_ratio of its own to change, got {self}")
+        return replace(self, compression_ratio=compression_ratio, storage=self.storage if storage is None else storage)
+
     def requires(self, model: nn.Module) -> None:  # noqa: B027  # most presses need nothing
         """Looks for what the press needs for a model besides the model's own weights: gates, scores of heads.
 
@@ -121,16 +134,22 @@ class Press(ABC):
         """Returns what evicts while the model generates, for one ``with press(model):``; None if nothing does."""
         return None
 
-    def __call__(self, model: Any) -> AbstractContextManager[None]:
+    def __call__(self, model: Any, *, cold: str | None = None) -> AbstractContextManager[None]:
         """Compresses every prefill of ``model`` inside the context, in place in the cache that the model used.
 
+        Args:
+            model: A causal language model.
+            cold: "cpu" to keep what is evicted in host memory, so that ``RaggedCache.of(cache).restore()`` can bring it
+                back; None keeps none.
+
         Raises:
-            InvalidArgumentError: What is given is no model.
+            InvalidArgumentError: What is given is no model; or ``cold`` is something else, or is given with a press
+                that evicts while the model generates.
             UnsupportedModelError: The model has no layer that can be compressed.
             KVzipPressError: The model is already inside ``with press(model):``.
         """
         check_model(model, "with press(model)")
-        return compressing(self, model)
+        return compressing(self, model, cold=cold)
 
     def __enter__(self) -> NoReturn:
         """Raises InvalidArgumentError: a press alone does not know the model."""

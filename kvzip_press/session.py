@@ -19,7 +19,7 @@ from kvzip_press.cache.compressible import check_cache
 from kvzip_press.cache.padded_block import BlockLayer
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding.eviction import DecodeEviction, DecodeEvictions
-from kvzip_press.errors import KVzipPressError, UnsupportedCacheError
+from kvzip_press.errors import InvalidArgumentError, KVzipPressError, UnsupportedCacheError
 from kvzip_press.model.structure import check_keeps_cache, full_attention_layers, text_decoder
 from kvzip_press.model.watching import OpenFor, after_forward, before_forward, computing
 from kvzip_press.model.weights import weights_fingerprint
@@ -45,7 +45,7 @@ class SessionPress(Scorer, Protocol):
 
 
 @contextmanager
-def compressing(press: SessionPress, model: nn.Module) -> Iterator[None]:
+def compressing(press: SessionPress, model: nn.Module, *, cold: str | None = None) -> Iterator[None]:
     """The context manager behind ``with press(model):``.
 
     A forward over an empty cache, or over more than one token, is a prefill: when it ends, the new tokens' pairs are
@@ -57,8 +57,15 @@ def compressing(press: SessionPress, model: nn.Module) -> Iterator[None]:
     It is about this thread: a forward of the same model in another thread is not compressed, and may be in a context of
     its own. A thread that shall see this one runs in a copy of the context (``contextvars.copy_context().run``).
 
+    Args:
+        press: The press.
+        model: The model.
+        cold: "cpu" to keep what is evicted in host memory, for :meth:`kvzip_press.RaggedCache.restore`.
+
     Raises:
-        InvalidArgumentError: The press's storage cannot hold the model's keys and values.
+        InvalidArgumentError: The press's storage cannot hold the model's keys and values; or ``cold`` is something else
+            (there may be several prefills inside, which would share a file), or is given with a press that evicts while
+            the model generates.
         UnsupportedModelError: The model has no layer that can be compressed.
         KVzipPressError: The model is already inside ``with press(model):`` in this thread.
     """
@@ -68,7 +75,7 @@ def compressing(press: SessionPress, model: nn.Module) -> Iterator[None]:
     if _SESSIONS.of(decoder) is not None:
         raise KVzipPressError("expected one press at a time: the model is already inside `with press(model):`")
     with ExitStack() as stack:
-        session = _Session(press, model)
+        session = _Session(press, model, cold)
         stack.enter_context(attached(model))
         stack.enter_context(compat.uncompiled(model))
         stack.callback(session.close)
@@ -112,11 +119,16 @@ class _Forward(threading.local):
 class _Session:
     """The state of one ``with press(model):``; it ends with the context."""
 
-    def __init__(self, press: SessionPress, model: nn.Module) -> None:
-        self.press, self.model = press, model
+    def __init__(self, press: SessionPress, model: nn.Module, cold: str | None) -> None:
+        self.press, self.model, self.cold = press, model, cold
         self._watching: list[ExitStack] = []
         self.forward = _Forward(self._watching)
         self.evictions = DecodeEvictions(press.decode_eviction, model)
+        if cold is not None and (cold != "cpu" or self.evictions):
+            raise InvalidArgumentError(
+                "expected cold=None or cold='cpu' in `with press(model, cold=...):`, and None with a press that evicts "
+                f"while the model generates, got {str(cold)!r:.80}"
+            )
 
     def is_open_here(self) -> bool:
         """Whether the thread that calls this is inside the context."""
@@ -211,7 +223,7 @@ class _Session:
                     before = call.valid_before(start)
                     pack_prefix(self.model, cache, before, positions, scored=scored, storage=storage)
                 prefill = call.prefill(self.model, cache, start, observers, weights, last_queries)
-                prefill.evict_in_place(self.press.score(prefill))
+                prefill.evict_in_place(self.press.score(prefill), cold=self.cold)
         finally:
             forward.busy = False
 

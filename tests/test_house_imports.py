@@ -41,7 +41,7 @@ ROOMS = (
         "prefilling",
         "decoding",
     ),
-    *("session", "press", "heads", "registry", "serving", "pipeline", "testing", "cli"),
+    *("session", "press", "heads", "registry", "serving", "calibration", "pipeline", "testing", "cli"),
 )
 STRANGERS = {("prefilling", "decoding"), ("decoding", "prefilling")}  # neighbours that do not know each other
 KVPRESS_ITSELF = "kvzip_press.presses.kvpress_adapter.original"

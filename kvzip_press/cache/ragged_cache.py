@@ -22,6 +22,8 @@ from kvzip_press.cache.all_layers import (
     truncate_rows,
 )
 from kvzip_press.cache.codecs.by_name import name_of
+from kvzip_press.cache.cold.place import Place
+from kvzip_press.cache.cold.restoring import at_ratio
 from kvzip_press.cache.file import kept_export
 from kvzip_press.cache.file import writing as cache_file
 from kvzip_press.cache.ragged_layer import CopiedByFork, RaggedLayer
@@ -79,6 +81,7 @@ class RaggedCache(CopiedByFork, compat.Cache):
             f"{seen if isinstance(seen, int) else f'{min(seen)} to {max(seen)}'} tokens seen",
             f"{self.kept_fraction:.1%} of pairs kept",
             f"{self.resident_bytes / 1e6:.1f} of {self.dense_bytes / 1e6:.1f} MB",
+            *(f"{place.nbytes / 1e6:.1f} MB evicted in {place}" for place in self._places()),
             *([f"by {self.press}"] if self.press else []),
         ]
         return f"RaggedCache({', '.join(parts)})"
@@ -122,6 +125,53 @@ class RaggedCache(CopiedByFork, compat.Cache):
         tensors = [tensor for layer in self.layers for tensor in tensors_of(layer)]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values())
+
+    @property
+    def cold_bytes(self) -> int:
+        """Bytes of evicted pairs, and of scores, that are kept for :meth:`restore`, in host memory or in files.
+
+        Forks share them, and :attr:`resident_bytes` does not count them.
+        """
+        return sum(place.nbytes for place in self._places())
+
+    def restore(self, compression_ratio: float = 0.0) -> None:
+        """Brings evicted pairs back, so that the context is as if it had been evicted at a smaller ratio.
+
+        The kept pairs are then, bit for bit, those of ``prefill.evict(scores, compression_ratio)`` with the same
+        allocation and storage, and the context is not read again. Turns that were kept since stay as they were read,
+        with the pairs that were there then. Turns that a press compressed go back to the ratio each by itself. While
+        this runs, memory holds the layers as they were and as they will be. Forks of the cache stay as they are. Close
+        an open :class:`kvzip_press.DecodeStep` before.
+
+        Args:
+            compression_ratio: Fraction of pairs removed, in [0, 1), at most what is removed now; by default, everything
+                comes back.
+
+        Raises:
+            CacheFileError: The file of the evicted pairs is gone, or was changed. The cache stays as it was.
+            InvalidArgumentError: The ratio is out of range, or would take pairs away.
+            UnsupportedCacheError: The cache keeps nothing of what was evicted (``cold=``), or has lost pairs otherwise.
+        """
+        self._go_to(compression_ratio, grows=True)
+
+    def shrink(self, compression_ratio: float) -> None:
+        """Takes pairs away again that :meth:`restore` can bring back, as if the context had been evicted at this ratio.
+
+        Args:
+            compression_ratio: Fraction of pairs removed, in [0, 1), at least what is removed now, and at most what was
+                removed when the pairs were evicted: what stayed then lies nowhere else.
+
+        Raises:
+            CacheFileError: As for :meth:`restore`.
+            InvalidArgumentError: The ratio is out of range, would bring pairs back, or is more than at first.
+            UnsupportedCacheError: As for :meth:`restore`.
+        """
+        self._go_to(compression_ratio, grows=False)
+
+    def forget_evicted(self) -> None:
+        """Lets go of evicted pairs that are kept for :meth:`restore`; forks keep theirs, and a file stays on disk."""
+        for _, layer in self.ragged_layers():
+            layer.cold = ()
 
     @property
     def dense_bytes(self) -> int:
@@ -292,8 +342,14 @@ class RaggedCache(CopiedByFork, compat.Cache):
             CacheMismatchError: ``model`` did not make the cache.
             InvalidArgumentError: The original model object is gone and none was given, a forward failed half-way, or
                 some rows, but not all, have forgotten a turn.
-            UnsupportedCacheError: No layer is ragged, or a layer is of a kind or dtype that cannot be saved.
+            UnsupportedCacheError: No layer is ragged, a layer is of a kind or dtype that cannot be saved, or evicted
+                pairs are kept, which a file has no place for.
         """
+        if self._places():
+            raise UnsupportedCacheError(
+                "expected a cache without evicted pairs to save, got one that keeps them for restore(): call "
+                "forget_evicted() first, on a fork() if they are still needed here"
+            )
         starts, config = self.turn_starts, config_of(dict(self.ragged_layers()), model)
         cache_file.save_layers(Path(path), self.layers, config=config, press=press, turn_starts=starts)
 
@@ -331,6 +387,19 @@ class RaggedCache(CopiedByFork, compat.Cache):
         See :func:`kvzip_press.cache.file.kept_export.export_kept`.
         """
         kept_export.export_kept(Path(path), self.layers)
+
+    def _go_to(self, compression_ratio: float, *, grows: bool) -> None:
+        with self.turn_lock:
+            layers = dict(self.ragged_layers())
+            packed = at_ratio(layers, compression_ratio, grows=grows)
+            with all_or_nothing(self):
+                for index, layer in layers.items():
+                    layer.packed = packed[index]
+
+    def _places(self) -> list[Place]:
+        """Returns where evicted pairs are kept, each place once."""
+        spans = [part.span for _, layer in self.ragged_layers() for part in layer.cold]
+        return list({id(span): span.place for span in spans}.values())
 
     def _any_ragged(self) -> RaggedLayer:
         for _, layer in self.ragged_layers():

@@ -10,6 +10,7 @@ from torch import nn
 
 from kvzip_press import compat
 from kvzip_press.attention.implementation import CacheView, refuse_gradients
+from kvzip_press.cache.cold.span import ColdPart
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.rows import NO_TURNS, LayerRows, Turns
 from kvzip_press.cache.tail import Tail
@@ -54,6 +55,7 @@ class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
         weights: Fingerprint of the decoder that made them (:mod:`kvzip_press.model.weights`); None for that of the
             module's decoder as it is now.
         turns: The kept turns of each batch row.
+        cold: What was evicted of each span and can come back, if that was asked for.
     """
 
     is_sliding = False
@@ -73,12 +75,13 @@ class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
         row_index: torch.Tensor | None = None,
         weights: str | None = None,
         turns: Turns = NO_TURNS,
+        cold: tuple[ColdPart, ...] = (),
     ) -> None:
         self.packed = packed
         self.n_context = n_context
         self.n_protected, self.n_padding, self.context_ends = n_protected, n_padding, context_ends
         self.tail = Tail(scored=packed.scores is not None)
-        self.row_index, self.turns = row_index, turns
+        self.row_index, self.turns, self.cold = row_index, turns, cold
         self.n_rearranged = 0  # times that rows were reordered, repeated or dropped
         self.fingerprint = layer_fingerprint(module, weights)
         self._known_module = weakref.ref(module)
@@ -167,6 +170,7 @@ class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
 
     def _empty(self, num_rows: int) -> None:
         self.packed, self.row_index, self.turns = self.packed.emptied(num_rows), None, NO_TURNS
+        self.cold = ()
         self.n_protected = self.n_padding = self.context_ends = (0,) * num_rows
 
     def offload(self) -> None:

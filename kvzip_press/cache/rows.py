@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kvzip_press.cache.cold.span import ColdPart
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.tail import Tail
 from kvzip_press.errors import InvalidArgumentError
@@ -109,6 +110,7 @@ class LayerRows:
     context_ends: tuple[int, ...]
     row_index: torch.Tensor | None
     turns: Turns
+    cold: tuple[ColdPart, ...]
     n_rearranged: int
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -139,6 +141,7 @@ class LayerRows:
         self.n_protected = tuple(self.n_protected[row] for row in rows)
         self.n_padding = tuple(self.n_padding[row] for row in rows)
         self.context_ends = tuple(self.context_ends[row] for row in rows)
+        self.cold = tuple(part.of_rows(rows) for part in self.cold)
 
     @staticmethod
     def check_repeats(repeats: int) -> None:

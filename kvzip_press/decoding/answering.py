@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, overload
+
+import torch
 
 from kvzip_press.arguments.ids import described
 from kvzip_press.arguments.model import check_tokenizer, takes_model
@@ -144,8 +146,12 @@ def answer_ids(
     streamer: Any = None,
     keep: bool = False,
     split_special_tokens: bool = False,
+    watch: Callable[[torch.Tensor], None] | None = None,
 ) -> list[list[int]]:
-    """Returns the ids of the answers that :func:`answer` returns as texts, without the ids that ended them."""
+    """Returns the ids of the answers that :func:`answer` returns as texts, without the ids that ended them.
+
+    ``watch`` is that of :func:`kvzip_press.generate`.
+    """
     if isinstance(question, bytes | Mapping) or not isinstance(question, Iterable):
         said = described(question, "the question as text")
         raise InvalidArgumentError(f"expected a question as text, or a list of questions, got {said}")
@@ -170,7 +176,7 @@ def answer_ids(
             f"expected prefixes as texts, and max_new_tokens of 0 or more, got {prefixes!r:.80} and {bounds!r:.80}"
         )
     check_streamer(streamer, len(questions))
-    asked = _Asked(questions, prefixes, bounds, split_special_tokens, _seeded(sampling, seed), streamer)
+    asked = _Asked(questions, prefixes, bounds, split_special_tokens, _seeded(sampling, seed), streamer, watch)
     if not keep:
         return _answered(model, tokenizer, cache, asked)[0]
     with cache.turn_lock:  # one turn after another: each begins where the one before it ends
@@ -265,6 +271,7 @@ class _Asked:
     split_special_tokens: bool
     sampling: Sampling | None
     streamer: Any
+    watch: Callable[[torch.Tensor], None] | None
 
     def rows(self, tokenizer: Any, *, is_first: bool) -> list[list[int]]:
         """Returns the ids of each question."""
@@ -295,6 +302,7 @@ def _answered(
         eos_ids=ended,
         sampling=asked.sampling,
         streamer=asked.streamer,
+        watch=asked.watch,
     )
     answers = [ids[:bound] for ids, bound in zip(generated, asked.bounds, strict=True)]
     if not keep:

@@ -44,6 +44,7 @@ def generate(
     eos_ids: Collection[int] = (),
     sampling: Sampling | None = None,
     streamer: Any = None,
+    watch: Callable[[torch.Tensor], None] | None = None,
     graph: bool | None = None,
     compile: bool = False,  # noqa: A002  # torch's name for it
 ) -> list[list[int]]:
@@ -64,6 +65,8 @@ def generate(
         sampling: How to sample; None takes the most likely token.
         streamer: A transformers streamer (``put``, ``end``), for one row; as in transformers it gets ``input_ids``
             first.
+        watch: Is given the logits ``[batch, vocabulary]`` from which each token is chosen, one step after another; they
+            are valid until it returns.
         graph: See :class:`kvzip_press.decoding.step.DecodeStep`. By default a graph is captured if that is possible and
             ``max_new_tokens`` is at least 16: a capture takes as long as a few steps.
         compile: See :class:`kvzip_press.decoding.step.DecodeStep`.
@@ -77,7 +80,7 @@ def generate(
         UnsupportedCacheError: There is padding, but the cache is not compressed.
     """
     input_ids = _checked_ids(model, cache, input_ids, max_new_tokens)
-    choose = _chosen_by(sampling)
+    choose = _watched(_chosen_by(sampling), watch)
     check_streamer(streamer, input_ids.shape[0])
     padding = None if attention_mask is None else padding_in(attention_mask, (input_ids.shape[0], input_ids.shape[1]))
     input_ids = input_ids.to(input_device(model))
@@ -122,6 +125,19 @@ def _chosen_by(sampling: Sampling | None) -> Callable[[torch.Tensor], torch.Tens
             f"expected sampling as Sampling(temperature=..., top_k=..., top_p=...) or None, got {sampling!r:.80}"
         )
     return most_likely if sampling is None else sampling.sampler()
+
+
+def _watched(
+    choose: Callable[[torch.Tensor], torch.Tensor], watch: Callable[[torch.Tensor], None] | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    if watch is None:
+        return choose
+
+    def watched(logits: torch.Tensor) -> torch.Tensor:
+        watch(logits)
+        return choose(logits)
+
+    return watched
 
 
 def check_streamer(streamer: Any, n_rows: int) -> None:

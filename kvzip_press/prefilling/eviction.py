@@ -14,6 +14,7 @@ import torch
 from kvzip_press import compat
 from kvzip_press.cache.codecs.by_name import storage_named
 from kvzip_press.cache.codecs.finite import check_finite
+from kvzip_press.cache.cold.span import ColdPart, ColdSpan
 from kvzip_press.cache.compressible import last_pairs
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
@@ -74,6 +75,7 @@ def evicted_layers(
     importance: Mapping[int, torch.Tensor] | None = None,
     weights: str | None = None,
     storage: str = "model",
+    cold: ColdSpan | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Yields ``(layer_idx, layer)`` for the layers of the compressed cache in order, each built when it is asked for.
 
@@ -91,14 +93,14 @@ def evicted_layers(
             what is protected is as important as can be, and so is everything if it is None.
         weights: Fingerprint of the decoder that read the span; None for that of the decoder as it is now.
         storage: The name of how pairs are stored; a later span is stored as the layers already are.
+        cold: What is kept of what the span loses; None for nothing.
 
     Raises:
         InvalidArgumentError: The storage cannot hold rows of this width, or a key or value is NaN or infinite and it
             does not store these. The message names the layer.
     """
     kind = storage_named(storage)
-    for layer_idx, kept in keep.items():
-        _check_can_be_stored(layer_idx, cache.layers[layer_idx], kept, kind)
+    check_can_be_stored(cache, keep, storage)
     weights = weights_fingerprint(text_decoder(model)) if weights is None else weights
     by_idx = {layer.layer_idx: layer for layer in attention_layers(model)}
     for layer_idx, layer in enumerate(cache.layers):
@@ -106,11 +108,12 @@ def evicted_layers(
             yield layer_idx, sliding_copy(layer, by_idx.get(layer_idx))
             continue
         kept, module = keep[layer_idx], by_idx[layer_idx].module
+        part = () if cold is None else (ColdPart(cold, layer_idx, tuple(range(kept.shape[0]))),)
         carried = None if scores is None else scores[layer_idx]
         ranks = None if importance is None else span.protected_first(importance[layer_idx])
         if isinstance(layer, RaggedLayer):
             survivors = None if earlier is None else earlier[layer_idx]
-            yield layer_idx, _merged(layer, span, kept, survivors, carried, ranks, module, weights)
+            yield layer_idx, _merged(layer, span, kept, survivors, carried, ranks, module, weights, part)
         else:
             n_tokens = kept.shape[-1]
             keys, values = last_pairs(layer, n_tokens)
@@ -126,8 +129,22 @@ def evicted_layers(
                     context_ends=span.ends,
                     module=module,
                     weights=weights,
+                    cold=part,
                 ),
             )
+
+
+def check_can_be_stored(cache: Any, keep: Mapping[int, torch.Tensor], storage: str) -> None:
+    """Raises InvalidArgumentError, naming the layer, unless a storage can hold what is kept of a cache's last tokens.
+
+    Args:
+        cache: The cache.
+        keep: ``layer_idx -> [batch, num_heads, span]``, bool.
+        storage: The name of the storage; layers that are compressed already have their own.
+    """
+    kind = storage_named(storage)
+    for layer_idx, kept in keep.items():
+        _check_can_be_stored(layer_idx, cache.layers[layer_idx], kept, kind)
 
 
 def storage_of(press: object) -> str:
@@ -237,10 +254,12 @@ def _merged(
     importance: torch.Tensor | None,
     module: nn.Module,
     weights: str,
+    cold: tuple[ColdPart, ...],
 ) -> RaggedLayer:
     """Builds the layer for a later span.
 
-    Of what was packed, the ``kept`` pairs stay; the span's survivors and the tail before it are added.
+    Of what was packed, the ``kept`` pairs stay; the span's survivors and the tail before it are added. What earlier
+    spans lost can still come back.
     """
     keys, values = last_pairs(layer, layer.tail.length)
     n_between = keys.shape[2] - keep.shape[2]  # tokens that were read after the context, before the span
@@ -266,6 +285,7 @@ def _merged(
         module=module,
         weights=weights,
         turns=layer.turns,
+        cold=(*(part.of_rows(rows) for part in layer.cold), *cold),
     )
 
 

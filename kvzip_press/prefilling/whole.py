@@ -22,6 +22,8 @@ from kvzip_press.budget.allocators import AllocationLike
 from kvzip_press.budget.amount import Tokens
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select, why_nothing_went
+from kvzip_press.cache.cold.making import check_can_be_cold, evicted_span
+from kvzip_press.cache.cold.place import check_place
 from kvzip_press.cache.compressible import check_not_evicted, compressible_layers, heads_and_device, last_pairs
 from kvzip_press.cache.padding import left_padded
 from kvzip_press.cache.ragged_cache import RaggedCache
@@ -40,13 +42,17 @@ from kvzip_press.model.structure import (
 )
 from kvzip_press.model.watching import computing
 from kvzip_press.model.weights import weights_fingerprint
-from kvzip_press.prefilling.eviction import Span, check_storage, evicted_layers, storage_of
+from kvzip_press.prefilling.eviction import Span, check_can_be_stored, check_storage, evicted_layers, storage_of
 from kvzip_press.prefilling.query_window import READING, QueryWindow, Reading
 from kvzip_press.prefilling.self_check import SelfCheck
 from kvzip_press.terminal import counted
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
+
+    from kvzip_press.cache.cold.span import ColdSpan
 
 logger = logging.getLogger(__name__)
 
@@ -269,6 +275,7 @@ class Prefill:
         *,
         budget: int | None = None,
         storage: str | None = None,
+        cold: str | Path | None = None,
     ) -> RaggedCache:
         """Returns a compressed copy of the cache. Any number of copies can be made; this prefill stays as it is.
 
@@ -279,31 +286,37 @@ class Prefill:
                 :class:`kvzip_press.budget.allocators.Allocation`; by default the press's own.
             budget: Tokens' worth of pairs to keep, instead of a ratio; see :class:`kvzip_press.press.Press`.
             storage: How kept pairs are stored (see :class:`kvzip_press.press.Press`); by default as the press says.
+            cold: Where evicted pairs are kept, so that :meth:`kvzip_press.RaggedCache.restore` can bring them back:
+                "cpu" (host memory) or the path of a file, which is replaced; None keeps none.
 
         Raises:
+            CacheFileError: The file for the evicted pairs cannot be written.
             InvalidArgumentError: Ratio, budget or allocation are out of range, ratio and budget are both given, the
-                press decided its own counts and something else is asked for, the scores are of another prefill, or
-                the storage is unknown or cannot hold the pairs.
+                press decided its own counts and something else, or ``cold``, is asked for, the scores are of another
+                prefill, or the storage is unknown or cannot hold the pairs.
             UnsupportedCacheError: The cache cannot be compressed, or was already evicted in place.
         """
         asked = self._checked(scores).asked_for(compression_ratio, allocation, budget)
-        cache = RaggedCache([layer for _, layer in self._evicted(asked, self._selected(asked), storage)])
+        cache = RaggedCache([layer for _, layer in self._evicted(asked, self._selected(asked), storage, cold)])
         cache.press = asked.press
         return cache
 
-    def evict_in_place(self, scores: Scores, *, storage: str | None = None) -> None:
+    def evict_in_place(self, scores: Scores, *, storage: str | None = None, cold: str | Path | None = None) -> None:
         """Replaces the layers of the cache itself, freeing each dense one before the next is packed.
 
         Args:
             scores: The result of ``press.score(prefill)``.
             storage: See :meth:`evict`.
+            cold: See :meth:`evict`. All that is evicted is copied there before the first layer is freed.
 
         Raises:
-            InvalidArgumentError: The scores are of another prefill, or the storage is unknown or cannot hold the pairs.
+            CacheFileError: The file for the evicted pairs cannot be written; the cache is then as it was.
+            InvalidArgumentError: The scores are of another prefill, the press decided its own counts and ``cold`` is
+                asked for, or the storage is unknown or cannot hold the pairs.
             UnsupportedCacheError: The cache cannot be compressed, or was already evicted in place.
         """
         keep = self._selected(self._checked(scores))
-        for layer_idx, layer in self._evicted(scores, keep, storage):
+        for layer_idx, layer in self._evicted(scores, keep, storage, cold):
             self.cache.layers[layer_idx] = layer
         self.cache.press = scores.press  # the repr of a RaggedCache over these layers shows it
 
@@ -315,13 +328,22 @@ class Prefill:
         return keep
 
     def _evicted(
-        self, scores: Scores, keep: Mapping[int, torch.Tensor], storage: str | None
+        self, scores: Scores, keep: Mapping[int, torch.Tensor], storage: str | None, cold: str | Path | None
     ) -> Iterator[tuple[int, Any]]:
         span = Span(self.valid, self.positions, scores.protected)
         carried = scores.layers if scores.carried else None
         storage = scores.storage if storage is None else storage
         options: dict[str, Any] = {"importance": scores.layers, "weights": self.weights, "storage": storage}
-        return evicted_layers(self.model, self.cache, span, keep, scores=carried, **options)
+        gone = None if cold is None else self._cold(scores, keep, storage, cold)
+        return evicted_layers(self.model, self.cache, span, keep, scores=carried, cold=gone, **options)
+
+    def _cold(self, scores: Scores, keep: Mapping[int, torch.Tensor], storage: str, cold: str | Path) -> ColdSpan:
+        """Keeps what an eviction is about to take; what cannot come back is refused before."""
+        check_can_be_cold(cold, scores)
+        every = {i: self.valid.to(kept.device)[:, None].expand_as(kept) for i, kept in keep.items()}
+        check_can_be_stored(self.cache, every, storage)
+        where = {"valid": self.valid, "positions": self.positions}
+        return evicted_span(self.cache, keep, scores, storage=storage, cold=cold, **where)
 
     def _checked(self, scores: Scores) -> Scores:
         check_not_evicted(self.cache, self.start)
@@ -406,6 +428,7 @@ def compress(
     compression_ratio: float | None = None,
     split_special_tokens: bool = False,
     storage: str | None = None,
+    cold: str | Path | None = None,
 ) -> RaggedCache:
     """Reads a context and compresses it into a cache that is ready for many questions (see :func:`kvzip_press.answer`).
 
@@ -419,18 +442,24 @@ def compress(
         split_special_tokens: Whether control tokens that are spelled out in a text (``<|im_end|>``) are read as
             ordinary text, as those of others should be; otherwise they become control tokens.
         storage: How kept pairs are stored (see :class:`kvzip_press.press.Press`); by default as the press says.
+        cold: Where evicted pairs are kept, so that :meth:`kvzip_press.RaggedCache.restore` can bring them back: "cpu"
+            (host memory) or the path of a file, which is replaced; None keeps none.
 
     Raises:
+        CacheFileError: The file for the evicted pairs cannot be written.
         InvalidArgumentError: A context is empty, longer than the model's positions, or neither text nor token ids of
             the model's vocabulary; what is given as a press is none, or a name without a ratio; the press cannot score
-            the context; or the storage is unknown or cannot hold the model's keys and values.
+            the context; the storage is unknown or cannot hold the model's keys and values; or evicted pairs cannot be
+            kept there, or not of a press that decides its own counts.
         UnsupportedModelError: The model has no layer that can be compressed, or its attention is not that of a ragged
             cache.
     """
     chosen: Scorer = as_press(press, compression_ratio)
     check_storage(model, storage_of(chosen) if storage is None else storage)
+    if cold is not None:
+        check_place(cold)
     done = prefill(model, tokenizer, context, observers=[chosen], split_special_tokens=split_special_tokens)
-    done.evict_in_place(chosen.score(done), storage=storage)
+    done.evict_in_place(chosen.score(done), storage=storage, cold=cold)
     return RaggedCache.of(done.cache)
 
 

@@ -92,6 +92,14 @@ class RaggedPress(Press):
         """The ratio above; 0.0 if it is not known yet."""
         return Ratio(_nominal_ratio(self.press) or 0.0)
 
+    def with_ratio(self, compression_ratio: float, *, storage: str | None = None) -> RaggedPress:
+        """Returns a wrapper of a copy of the press with another ratio: see :meth:`kvzip_press.Press.with_ratio`."""
+        if not self.is_scorer:
+            raise InvalidArgumentError(f"expected a press with a compression_ratio of its own to change, got {self}")
+        press = fresh_copy(self.press)
+        press.compression_ratio = check_compression_ratio(compression_ratio)
+        return RaggedPress(press, storage=self.storage if storage is None else storage)
+
     @property
     def scores_any_span(self) -> bool:
         """Whether the press can score tokens after a context: a later turn, or a chunk of a long context."""

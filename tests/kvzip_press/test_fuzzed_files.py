@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
-from kvzip_press import RaggedCache, RandomPress
+from kvzip_press import RaggedCache, RandomPress, compress
 from kvzip_press.errors import KVzipPressError
 from kvzip_press.files import DIGEST
 from kvzip_press.heads.file import SEALED
@@ -29,7 +29,7 @@ from kvzip_press.loading.gguf_conversion import convert_gguf
 from kvzip_press.presses.duo_attention.pattern import CONFIG, HEADS, export_duo, import_duo
 from kvzip_press.presses.fastkvzip.gate import LayerGate
 from kvzip_press.presses.fastkvzip.gates import Gates
-from kvzip_press.testing import tiny_model
+from kvzip_press.testing import ByteTokenizer, tiny_model
 
 MODEL = tiny_model("gemma3_text")
 SCORES = HeadScores(torch.rand(3, 2), (0, 1, 2), {"model": "m", "texts": "[]", "k_proj_norms": "[1.5, 2.5, 3.5]"})
@@ -49,6 +49,19 @@ def read_cache(path: Path) -> list[torch.Tensor]:
     layers = RaggedCache.load(path, MODEL).layers
     ragged = [tensor for layer in layers for tensor in getattr(layer, "tensors", ())]
     return [*ragged, *(t for layer in layers if not hasattr(layer, "tensors") for t in (layer.keys, layer.values))]
+
+
+EVICTED_FROM: dict[Path, RaggedCache] = {}  # a file of evicted pairs is read by the cache that wrote it
+
+
+def evicted_pairs(path: Path) -> None:
+    EVICTED_FROM[path] = compress(MODEL, ByteTokenizer(), "The key is under the mat.", RandomPress(0.6), cold=path)
+
+
+def read_evicted(path: Path) -> list[torch.Tensor]:
+    cache = EVICTED_FROM[path].fork()
+    cache.restore()
+    return [tensor for _, layer in cache.ragged_layers() for tensor in layer.tensors]
 
 
 def gates() -> Gates:
@@ -142,6 +155,7 @@ def read_gguf(path: Path) -> list[torch.Tensor]:
 # Name of the file, how it is written and read, how many mutations, and whether it notices all that matters.
 FORMATS: dict[str, tuple[str, Callable[[Path], None], Callable[[Path], list[torch.Tensor]], int, bool]] = {
     "a cache": ("a.safetensors", cache_file, read_cache, 330, True),
+    "evicted pairs": ("evicted", evicted_pairs, read_evicted, 110, True),
     "gates": ("a.safetensors", lambda path: gates().save(path), read_gates, 330, True),
     "gates without a checksum": ("a.safetensors", unsealed(lambda path: gates().save(path)), read_gates, 220, False),
     "head scores": ("a.safetensors", SCORES.save, read_heads, 330, True),

@@ -69,6 +69,9 @@ class Storage(ABC):
             f"expected nothing behind the name of a storage without parameters, got {text!r:.80}"
         )
 
+    #: Whether the columns of a pair depend on that pair alone, not on what else is kept when it is packed.
+    encodes_alone: ClassVar[bool] = False
+
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> Storage:
         """Returns the storage for keys and values of these shapes, ``[..., head_dim]`` and ``[..., v_head_dim]``.

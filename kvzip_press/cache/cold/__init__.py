@@ -1,0 +1,1 @@
+"""What an eviction takes away and keeps outside of the cache, so that it can come back."""

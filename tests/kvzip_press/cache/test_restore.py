@@ -1,0 +1,301 @@
+"""Eviction that can be undone: what was evicted comes back as if less had been evicted, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvzip_press import KVzipPress, RaggedCache, RandomPress, answer, compress, prefill
+from kvzip_press.attention.implementation import attach
+from kvzip_press.budget.allocators import ALLOCATIONS
+from kvzip_press.cache.codecs.by_name import STORAGES
+from kvzip_press.decoding.forward import read
+from kvzip_press.errors import CacheFileError, InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.testing import ByteTokenizer, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOKENIZER = ByteTokenizer()
+MODEL = tiny_model(num_layers=2)
+TEXT = "The key of the red box is under the mat, and the mat is at the door of the house."
+ROWS = [TEXT, "A short one.", TEXT[:40]]
+PRESS = RandomPress(0.8, seed=3)
+ENCODING_ALONE = [name for name, kind in STORAGES.items() if kind.encodes_alone]
+
+
+def same(one: RaggedCache, other: RaggedCache) -> None:
+    """Compares everything that two caches hold of their contexts, by the bits."""
+    assert [i for i, _ in one.ragged_layers()] == [i for i, _ in other.ragged_layers()]
+    for (i, layer), (_, expected) in zip(one.ragged_layers(), other.ragged_layers(), strict=True):
+        for kind in ("columns", "tables"):
+            got, wanted = getattr(layer.packed, kind), getattr(expected.packed, kind)
+            assert list(got) == list(wanted)
+            for name, tensor in wanted.items():
+                assert got[name].dtype == tensor.dtype, (i, name)
+                assert got[name].shape == tensor.shape, (i, name)
+                assert got[name].contiguous().view(torch.uint8).equal(tensor.contiguous().view(torch.uint8)), (i, name)
+        assert layer.packed.cu_seqlens.equal(expected.packed.cu_seqlens)
+        assert layer.packed.cu_seqlens.dtype == expected.packed.cu_seqlens.dtype
+        assert layer.packed.storage == expected.packed.storage
+        facts = ("n_context", "n_protected", "n_padding", "context_ends")
+        assert [getattr(layer, name) for name in facts] == [getattr(expected, name) for name in facts]
+
+
+def logits(model: Any, cache: RaggedCache) -> torch.Tensor:
+    attach(model)
+    return read(model, cache.fork(), torch.arange(5, 9).repeat(cache.batch_size, 1))
+
+
+@pytest.fixture(params=["memory", "file"])
+def cold(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    return "cpu" if request.param == "memory" else tmp_path / "evicted"
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_a_restored_cache_is_one_of_which_less_was_evicted(storage: str, allocation: str) -> None:
+    done = prefill(MODEL, TOKENIZER, ROWS)
+    scores = PRESS.score(done)
+    options: dict[str, Any] = {"allocation": allocation, "storage": storage}
+    cache, before = done.evict(scores, **options, cold="cpu"), done.evict(scores, **options)
+    same(cache, before)
+    for ratio in (0.6, 0.55, 0.0):
+        cache.restore(ratio)
+        same(cache, done.evict(scores, ratio, **options))
+    for ratio in (0.3, 0.8):
+        cache.shrink(ratio)
+        same(cache, done.evict(scores, ratio, **options))
+    assert logits(MODEL, cache).equal(logits(MODEL, before))
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "qwen3"])
+def test_it_is_so_for_every_model_with_floors_and_scores_that_are_carried(architecture: str, cold: Any) -> None:
+    model = tiny_model(architecture, num_layers=2, dtype=torch.bfloat16)
+    done = prefill(model, TOKENIZER, ROWS)
+    press = RandomPress(0.9, "adakv", min_kept_per_head=2)
+    scores = replace(press.score(done), carried=True)
+    cache = done.evict(scores, cold=cold)
+    cache.restore(0.4)
+    same(cache, done.evict(scores, 0.4))
+    assert logits(model, cache).equal(logits(model, done.evict(scores, 0.4)))
+
+
+def test_protected_pairs_that_count_and_a_budget_in_tokens_go_the_same_way() -> None:
+    done = prefill(MODEL, TOKENIZER, ROWS)
+    scores = RandomPress(budget=6).score(done)
+    window = torch.zeros_like(scores.protected)
+    window[:, -4:] = True
+    scores = replace(scores, protected=window, protected_count=window)
+    cache = done.evict(scores, cold="cpu")
+    cache.restore(0.5)
+    same(cache, done.evict(scores, 0.5))
+
+
+def test_compress_and_with_press_keep_what_they_evict(cold: Any) -> None:
+    press = KVzipPress(0.8)
+    cache = compress(MODEL, TOKENIZER, TEXT, press, cold=cold)
+    cache.restore(0.3)
+    same(cache, compress(MODEL, TOKENIZER, TEXT, replace(press, compression_ratio=0.3)))
+    ids = torch.tensor([TOKENIZER.encode(TEXT)])
+    inside, less = DynamicCache(), DynamicCache()
+    with PRESS(MODEL, cold="cpu"), torch.no_grad():
+        MODEL(ids, past_key_values=inside)
+    with replace(PRESS, compression_ratio=0.3)(MODEL), torch.no_grad():
+        MODEL(ids, past_key_values=less)
+    RaggedCache.of(inside).restore(0.3)
+    same(RaggedCache.of(inside), RaggedCache.of(less))
+
+
+def test_turns_that_were_kept_since_stay_as_they_were_read(cold: Any) -> None:
+    cache = compress(MODEL, TOKENIZER, TEXT, PRESS, cold=cold)
+    answer(MODEL, TOKENIZER, cache, "Where is it?", max_new_tokens=4, keep=True)
+    turns, seen = cache.turn_starts, cache.n_seen
+    tails = [layer.tail.keys.clone() for _, layer in cache.ragged_layers()]
+    cache.restore()
+    same(cache, compress(MODEL, TOKENIZER, TEXT, replace(PRESS, compression_ratio=0.0)))
+    assert (cache.turn_starts, cache.n_seen) == (turns, seen)
+    assert all(tail.equal(layer.tail.keys) for tail, (_, layer) in zip(tails, cache.ragged_layers(), strict=True))
+
+
+def rearranged(cache: RaggedCache) -> None:
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(2)
+
+
+def beams(cache: RaggedCache) -> None:
+    cache.reorder_cache(torch.tensor([1, 1, 2]))
+    cache.batch_select_indices(torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("change", [rearranged, beams])
+def test_what_was_evicted_follows_the_rows(change: Callable[[RaggedCache], None]) -> None:
+    done = prefill(MODEL, TOKENIZER, ROWS)
+    scores = PRESS.score(done)
+    cache, expected = done.evict(scores, cold="cpu"), done.evict(scores, 0.35)
+    change(cache)
+    change(expected)
+    cache.restore(0.35)
+    same(cache, expected)
+    assert logits(MODEL, cache).equal(logits(MODEL, expected))
+
+
+def test_forks_share_what_was_evicted_and_restore_by_themselves(cold: Any) -> None:
+    done = prefill(MODEL, TOKENIZER, TEXT)
+    scores = PRESS.score(done)
+    cache = done.evict(scores, cold=cold)
+    fork = cache.fork()
+    assert fork.cold_bytes == cache.cold_bytes
+    fork.restore(0.2)
+    same(cache, done.evict(scores))
+    fork.forget_evicted()
+    assert fork.cold_bytes == 0
+    cache.restore(0.5)
+    same(cache, done.evict(scores, 0.5))
+    same(fork, done.evict(scores, 0.2))
+
+
+def two_turns(press: RandomPress, first: str | None = None, second: str | None = None) -> RaggedCache:
+    """A context and a later turn of another length, compressed by ``with press(model, cold=first or second):``."""
+    cache = DynamicCache()
+    ids = torch.tensor([TOKENIZER.encode(TEXT)])
+    with torch.no_grad():
+        with press(MODEL, cold=first):
+            MODEL(ids, past_key_values=cache)
+        MODEL(ids[:, 3:4], past_key_values=cache)
+        with press(MODEL, cold=second):
+            MODEL(ids[:, 5:30], past_key_values=cache)
+    return RaggedCache.of(cache)
+
+
+@pytest.mark.parametrize("storage", ENCODING_ALONE)
+def test_each_compressed_turn_comes_back_by_itself(storage: str) -> None:
+    press = replace(PRESS, storage=storage)
+    before = two_turns(press)
+    cache = two_turns(press, first="cpu", second="cpu")
+    same(cache, before)
+    cache.restore(0.0)
+    counts = [layer.packed.seqlens for _, layer in cache.ragged_layers()]
+    assert all(bool((count == len(TEXT) + 1 + 25).all()) for count in counts)
+    cache.shrink(0.8)
+    same(cache, before)  # the pairs of the later turn were made behind what was kept then
+    one = two_turns(press, first="cpu")
+    one.restore(0.0)
+    assert one.kept_fraction < 1.0
+    _, layer = next(iter(one.ragged_layers()))
+    assert layer.packed.head_positions(0, 0)[: len(TEXT)].equal(torch.arange(len(TEXT), dtype=torch.int32))
+    one.shrink(0.8)
+    same(one, before)
+
+
+def test_a_storage_that_encodes_pairs_by_what_is_kept_refuses_later_turns() -> None:
+    press = replace(PRESS, storage="int4")
+    with pytest.raises(InvalidArgumentError, match="later turn"):
+        two_turns(press, second="cpu")
+    cache = two_turns(press, first="cpu")
+    with pytest.raises(UnsupportedCacheError, match="later turn"):
+        cache.restore(0.0)
+
+
+def test_bytes_on_the_device_and_elsewhere_are_told_apart(cold: Any) -> None:
+    done = prefill(MODEL, TOKENIZER, TEXT)
+    scores = PRESS.score(done)
+    cache, plain = done.evict(scores, cold=cold), done.evict(scores)
+    assert (cache.resident_bytes, plain.cold_bytes) == (plain.resident_bytes, 0)
+    layers = [layer.packed for _, layer in cache.ragged_layers()]
+    gone = sum(packed.pair_bytes * (2 * cache.n_seen - len(packed.positions)) for packed in layers)
+    assert cache.cold_bytes == gone + len(layers) * (2 * cache.n_seen + 3) * 4  # scores of all pairs, and cu_seqlens
+    assert f"MB evicted in {'host memory' if cold == 'cpu' else cold}" in repr(cache)
+    assert "evicted" not in repr(plain)
+
+
+def test_a_ratio_in_the_other_direction_or_out_of_range_is_refused_and_changes_nothing() -> None:
+    done = prefill(MODEL, TOKENIZER, TEXT)
+    scores = PRESS.score(done)
+    cache = done.evict(scores, cold="cpu")
+    cache.restore(0.5)
+    cases = [
+        (cache.restore, 0.7, "shrink does"),
+        (cache.shrink, 0.3, "restore does"),
+        (cache.shrink, 0.9, r"stayed at first, under Ratio\(compression_ratio=0.8\)"),
+        (cache.restore, 1.0, r"in \[0, 1\)"),
+    ]
+    for call, ratio, message in cases:
+        with pytest.raises(InvalidArgumentError, match=message):
+            call(ratio)
+    same(cache, done.evict(scores, 0.5))
+
+
+def test_a_cache_without_evicted_pairs_says_how_to_keep_them() -> None:
+    cache = compress(MODEL, TOKENIZER, TEXT, PRESS)
+    with pytest.raises(UnsupportedCacheError, match=r"cold='cpu'"):
+        cache.restore()
+
+
+def test_pairs_that_were_lost_otherwise_are_noticed() -> None:
+    cache = compress(MODEL, TOKENIZER, TEXT, PRESS, cold="cpu")
+    for _, layer in cache.ragged_layers():
+        layer.packed = layer.packed.emptied(1)
+    with pytest.raises(UnsupportedCacheError, match="in neither"):
+        cache.restore()
+
+
+def test_a_file_that_changed_is_noticed_and_the_cache_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "evicted"
+    cache = compress(MODEL, TOKENIZER, TEXT, PRESS, cold=path)
+    whole = path.read_bytes()
+    for at in (9, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(CacheFileError, match="evicted"):
+            cache.restore()
+    compress(MODEL, TOKENIZER, TEXT, replace(PRESS, seed=4), cold=path)
+    with pytest.raises(CacheFileError, match="it was replaced"):
+        cache.restore()
+    path.unlink()
+    with pytest.raises(CacheFileError, match="no such file"):
+        cache.restore()
+    same(cache, compress(MODEL, TOKENIZER, TEXT, PRESS))
+    path.write_bytes(whole)
+    cache.restore()
+    assert cache.kept_fraction == 1.0
+
+
+@pytest.mark.parametrize("cold", ["cuda", "cuda:0", "", 7])
+def test_a_place_that_is_none_is_refused_before_the_context_is_read(cold: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="expected cold='cpu'"):
+        compress(MODEL, TOKENIZER, TEXT, PRESS, cold=cold)
+
+
+def test_a_press_that_decides_its_own_counts_and_a_file_for_several_prefills_are_refused(tmp_path: Path) -> None:
+    from kvzip_press.budget.allocators import Decided
+    from kvzip_press.budget.policy import Policy
+
+    done = prefill(MODEL, TOKENIZER, TEXT)
+    scores = PRESS.score(done)
+    counts = {i: torch.full((1, 2), 5) for i in scores.layers}
+    decided = replace(scores, policy=Policy(scores.policy.amount, Decided(per_head=counts)))
+    with pytest.raises(InvalidArgumentError, match="decides itself"):
+        done.evict(decided, cold="cpu")
+    with (
+        pytest.raises(InvalidArgumentError, match="expected cold=None or cold='cpu'"),
+        PRESS(MODEL, cold=tmp_path / "a"),
+    ):
+        pass
+
+
+def test_a_cache_that_keeps_evicted_pairs_is_saved_only_when_they_are_forgotten(tmp_path: Path) -> None:
+    cache = compress(MODEL, TOKENIZER, TEXT, PRESS, cold="cpu")
+    with pytest.raises(UnsupportedCacheError, match="forget_evicted"):
+        cache.save(tmp_path / "cache")
+    cache.restore(0.4)
+    saved = cache.fork()
+    saved.forget_evicted()
+    saved.save(tmp_path / "cache")
+    same(RaggedCache.load(tmp_path / "cache", MODEL), cache)
+    assert cache.cold_bytes
