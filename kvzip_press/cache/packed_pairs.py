@@ -179,6 +179,10 @@ class PackedPairs:
         tables = {name: table[segments] for name, table in self.tables.items()}
         return replace(self, columns=columns, tables=tables, cu_seqlens=cu_seqlens, pool=pool)
 
+    def with_scores(self, scores: torch.Tensor) -> PackedPairs:
+        """Returns the same pairs with other scores, fp32 ``[total_kept]``."""
+        return replace(self, columns={**self.columns, SCORES: scores})
+
     def emptied(self, num_rows: int) -> PackedPairs:
         """Returns an object of the same kind with ``num_rows`` rows and no pairs."""
         columns = {name: column.new_empty(0, *column.shape[1:]) for name, column in self.columns.items()}

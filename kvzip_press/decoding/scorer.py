@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from kvzip_press.cache.padding import visible_columns
+from kvzip_press.cache.pair_pool import STAYS, Worth
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.tail import writable
+from kvzip_press.errors import CacheMismatchError
 from kvzip_press.model.hidden_states import watching_hidden_states
 
 Layers = Mapping[int, RaggedLayer]
@@ -28,6 +30,28 @@ class DecodeScorer(ABC):
     does not decide when to evict: see :class:`kvzip_press.decoding.eviction.DecodeEviction`, which calls these methods,
     for one cache at a time.
     """
+
+    def adopt(self, layers: Layers, *, stays: bool) -> None:
+        """Called when the eviction meets a cache, before anything else is asked about it.
+
+        Args:
+            layers: The layers of the cache.
+            stays: Whether pairs stay, outside the budget, that the layers hold when they are met first.
+
+        Raises:
+            CacheMismatchError: The scorer needs to have seen what is in the cache.
+        """
+        if any(layer.packed.scores is None for layer in layers.values()):
+            raise CacheMismatchError(
+                "expected a cache that this press has compressed, whose pairs carry scores, to evict while the model "
+                f"writes, got one without ({len(layers)} compressed layers)"
+            )
+        if stays:
+            mark_staying(layers)
+
+    def worth(self, layers: Layers) -> Mapping[int, Worth] | None:
+        """Returns what pairs are worth at an eviction, by layer; None if that is what they carry."""
+        return None
 
     @abstractmethod
     def watching(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -66,6 +90,14 @@ class DecodeScorer(ABC):
     @abstractmethod
     def abandon(self) -> None:
         """Forgets the forward that was running, which may have raised."""
+
+
+def mark_staying(layers: Layers) -> None:
+    """Marks all packed pairs of layers as pairs that stay, unless some already are."""
+    for layer in layers.values():
+        scores = layer.packed.scores
+        if scores is not None and not bool((scores == STAYS).any()):
+            layer.packed = layer.packed.with_scores(torch.full_like(scores, STAYS))
 
 
 class HiddenStateScorer(DecodeScorer):

@@ -426,7 +426,7 @@ def run_prefill(
     check = SelfCheck(model, valid)
     begin = time.perf_counter()
     with ExitStack() as stack:
-        stack.enter_context(attention_watched(check))
+        stack.enter_context(attention_watched(check, valid=valid))
         watching = {press: observer for press in observers if (observer := press.observer(model)) is not None}
         for observer in watching.values():
             stack.enter_context(observer)

@@ -1,0 +1,19 @@
+"""Presses that evict pairs while the model writes, over one schedule: one file each, named after its paper."""
+
+from kvzip_press.presses.decoding.decode_press import DecodePress
+from kvzip_press.presses.decoding.h2o import H2OPress
+from kvzip_press.presses.decoding.knorm import KnormDecodePress
+from kvzip_press.presses.decoding.rkv import RKVPress
+from kvzip_press.presses.decoding.snapkv import SnapKVDecodePress
+from kvzip_press.presses.decoding.streaming_llm import StreamingLLMDecodePress
+from kvzip_press.presses.decoding.tova import TOVADecodePress
+
+__all__ = [
+    "DecodePress",
+    "H2OPress",
+    "KnormDecodePress",
+    "RKVPress",
+    "SnapKVDecodePress",
+    "StreamingLLMDecodePress",
+    "TOVADecodePress",
+]
