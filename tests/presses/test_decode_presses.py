@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
+import decode_oracles as oracles
 import pytest
 import torch
 from transformers import DynamicCache
 
 from kvzip_press.cache.ragged_layer import RaggedLayer
-from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.decoding import (
-    DecodePress,
     H2OPress,
     KnormDecodePress,
     RKVPress,
@@ -22,16 +18,7 @@ from kvzip_press.presses.decoding import (
     StreamingLLMDecodePress,
     TOVADecodePress,
 )
-from kvzip_press.presses.kvzip import KVzipPress
-from kvzip_press.presses.random import RandomPress
 from kvzip_press.testing import tiny_model
-
-_SPEC = importlib.util.spec_from_file_location("decode_oracles", Path(__file__).parent / "decode_oracles.py")
-assert _SPEC is not None and _SPEC.loader is not None
-oracles = importlib.util.module_from_spec(_SPEC)
-sys.modules["decode_oracles"] = oracles
-_SPEC.loader.exec_module(oracles)
-
 
 def distinct_ids(length: int) -> torch.Tensor:
     """No token twice: equal tokens would tie."""
@@ -80,7 +67,7 @@ def test_what_is_kept_is_what_the_formula_keeps(kind, options, worth, stays, buf
 
 def test_layers_that_knorm_skips_keep_their_newest_pairs() -> None:
     """Layers 0 and 1 by default, and no more than any other."""
-    model, cache, ids = tiny_model(vocab_size=256), None, distinct_ids(60)
+    model, ids = tiny_model(vocab_size=256), distinct_ids(60)
     cache = DynamicCache(config=model.config)
     with KnormDecodePress(budget=16, buffer=4)(model):
         step(model, cache, ids[:, :40])
