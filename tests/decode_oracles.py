@@ -73,7 +73,9 @@ class Oracle:
         for token in range(prompt, length):
             alive = [[*one, token] for one in alive]
             if len(alive[0]) >= self.budget + self.buffer:
-                alive = [self._cut(head, alive[head], range(prompt, token + 1), range(first, token + 1)) for head in heads]
+                alive = [
+                    self._cut(head, alive[head], range(prompt, token + 1), range(first, token + 1)) for head in heads
+                ]
                 first = token + 1
             held.append([list(one) for one in alive])
         return held

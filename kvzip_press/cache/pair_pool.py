@@ -271,12 +271,14 @@ def held_tokens(layers: Sequence[RaggedLayer]) -> torch.Tensor:
 
     Those whose score is :data:`STAYS` are not counted.
     """
-    packed = torch.stack([layer.packed.seqlens - _staying(layer.packed) for layer in layers]).long().sum(dim=(0, 2))
+    packed = (
+        torch.stack([layer.packed.seqlens - staying_pairs(layer.packed) for layer in layers]).long().sum(dim=(0, 2))
+    )
     heads = len(layers) * layers[0].packed.num_heads
     return (packed + heads - 1) // heads + layers[0].n_tail_tokens
 
 
-def _staying(packed: PackedPairs) -> torch.Tensor:
+def staying_pairs(packed: PackedPairs) -> torch.Tensor:
     """Returns how many pairs of each row and head stay in any case, int64 ``[num_rows, num_heads]``."""
     stays = torch.zeros_like(packed.positions) if packed.scores is None else (packed.scores == STAYS).long()
     sums = torch.nn.functional.pad(stays.long().cumsum(0), (1, 0))

@@ -190,7 +190,7 @@ class Tail:
             self.window = self.window.wrote(n_tokens)
 
     def give_back_room(self, n_tokens: int) -> None:
-        """Frees the buffers of an empty tail if they are larger than ``n_tokens`` need; queries get room for as many."""
+        """Frees the buffers of an empty tail if they are larger than ``n_tokens`` need; queries get room for these."""
         if not self.length and self._keys is not None and self._keys.shape[2] > -(-n_tokens // BLOCK) * BLOCK:
             self._keys = self._values = self._scores = None
         if self.window is not None and not self.length:

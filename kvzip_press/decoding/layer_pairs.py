@@ -1,4 +1,4 @@
-"""The pairs of one layer as a press looks at them to decide which go: the same for a prompt and while a model writes."""
+"""The pairs of one layer as a press looks at them to decide which go: alike for a prompt and while a model writes."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class RKVPress(DecodePress):
     A pair is worth ``lam * I - (1 - lam) * R`` in its head:
 
     - I, importance: of the last ``window_size`` queries, the largest logit over the group's query heads, softmax over
-      all pairs but those of these last tokens, the mean over the queries, and the largest of ``kernel_size`` neighbours.
+      all pairs but those of these last tokens, the mean over the queries, the largest of ``kernel_size`` neighbours.
     - R, redundancy: with C the cosines between all keys of the head, 0 on the diagonal; in each row the newest pair
       with a cosine above ``threshold`` is set to 0, so that the newest of near-duplicates is spared; the softmax over
       pairs of C's column means.

@@ -16,11 +16,10 @@ from kvzip_press.presses.decoding.decode_press import DecodePress
 class SnapKVDecodePress(DecodePress):
     """Keeps what the queries of the last tokens attend to, while decoding.
 
-    A pair is worth the mean attention of the last ``window_size`` queries to it, averaged over the ``kernel_size``
-    older neighbours in what its head still holds, and over the query heads of its group. The last ``window_size`` tokens
-    stay, and are no neighbours.
-    SnapKV is about prompts; as the baseline of R-KV it is applied every ``buffer`` tokens, with a window of 8. After a
-    prompt, the window holds what has been written since, as far as that is shorter.
+    A pair is worth the mean attention of the last ``window_size`` queries to it, averaged over the query heads of its
+    group and over ``kernel_size`` neighbours in what its head still holds. The last ``window_size`` tokens stay, and
+    count as neighbours without attention. SnapKV is about prompts; as the baseline of R-KV it is applied every
+    ``buffer`` tokens, with a window of 8. Behind a prompt, the window begins anew.
 
     Args:
         window_size: Number of last queries, and of last tokens that stay (32, as for SnapKV's prompts).

@@ -15,8 +15,8 @@ class StreamingLLMDecodePress(DecodePress):
     """Keeps the first tokens (attention sinks) and the newest ones, and evicts what lies between, while decoding.
 
     What a pair is worth is its position. Positions are those that the model's RoPE used: unlike the authors' code, keys
-    are not turned to where they would be in the cache, so the model sees the gap. With ``buffer=1`` a pair goes for each
-    that is written, as in the paper; with more, that many newer ones are there besides.
+    are not turned to where they would be in the cache, so the model sees the gap. With ``buffer=1`` a pair goes for
+    each that is written, as in the paper; with more, up to ``buffer`` older ones are there besides.
 
     Args:
         n_sink: Number of first tokens that stay (4 in the paper); the chat-template prefix instead if it is known.

@@ -145,7 +145,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(kind_and_options) -> None:
 
 @every_press
 def test_detours_forks_and_modes_change_nothing(kind_and_options) -> None:
-    """Tokens that are cropped again, a fork that goes on elsewhere, inference mode, a second context: the same pairs."""
+    """Tokens that are cropped again, a fork that goes on, inference mode, a second context: the same pairs."""
     model, ids, press = small_model(), distinct_ids(100), made(kind_and_options)
 
     def begun() -> Any:
@@ -236,7 +236,10 @@ def test_a_cache_that_another_press_compressed_goes_on() -> None:
 def test_a_cache_goes_through_a_file(protect, tmp_path) -> None:
     """What it holds is saved in the middle of a period, also which pairs stay."""
     model, ids = small_model(), distinct_ids(100)
-    cache, press = DynamicCache(config=model.config), StreamingLLMDecodePress(budget=24, buffer=8, protect_prompt=protect)
+    cache, press = (
+        DynamicCache(config=model.config),
+        StreamingLLMDecodePress(budget=24, buffer=8, protect_prompt=protect),
+    )
     with press(model):
         for token in range(40, 80):
             step(model, cache, ids[:, :41] if token == 40 else ids[:, token : token + 1])
