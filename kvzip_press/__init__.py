@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         SnapKVDecodePress,
         StreamingLLMDecodePress,
         TOVADecodePress,
+        TrimKVPress,
     )
     from kvzip_press.presses.duo_attention import DuoAttentionPress
     from kvzip_press.presses.fastkvzip import FastKVzipPress, Gates
@@ -52,6 +53,7 @@ _EXPORTS = {
             "SnapKVDecodePress",
             "StreamingLLMDecodePress",
             "TOVADecodePress",
+            "TrimKVPress",
         ),
         "kvzip_press.presses.decoding",
     ),
@@ -106,6 +108,7 @@ __all__ = [
     "SnapKVDecodePress",
     "StreamingLLMDecodePress",
     "TOVADecodePress",
+    "TrimKVPress",
     "answer",
     "attach",
     "compress",

@@ -105,6 +105,13 @@ PRESSES = (
         "while the model writes: what the last token attends to",
         "2401.06104",
     ),
+    _while_decoding(
+        "trimkv",
+        "TrimKVPress",
+        "while the model writes: what gates foresee to be worth keeping longest",
+        "2512.03324",
+        "gates for the model, as TrimKV's authors release them",
+    ),
     _of_kvpress("adakv_expected_attention", "Expected Attention, a layer's budget shared by its heads", "2407.11550"),
     _of_kvpress("adakv_snapkv", "SnapKV, a layer's budget shared by its heads", "2407.11550"),
     _of_kvpress("cap", "keeps values that span the directions which past queries look at", "2604.25975"),

@@ -23,6 +23,9 @@ Score = Callable[[int, torch.Tensor], torch.Tensor]
 """``(layer_idx, hidden_states [batch, n, hidden_size]) -> [batch, num_key_value_heads, n]``, fp32."""
 
 
+Aged = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 class DecodeScorer(ABC):
     """Scores the pairs after a compressed prompt; the scores are stored in the tails of the cache's layers.
 
@@ -41,7 +44,7 @@ class DecodeScorer(ABC):
         Raises:
             CacheMismatchError: The scorer needs to have seen what is in the cache.
         """
-        if any(layer.packed.scores is None for layer in layers.values()):
+        if not stays and any(layer.packed.scores is None for layer in layers.values()):
             raise CacheMismatchError(
                 "expected a cache that this press has compressed, whose pairs carry scores, to evict while the model "
                 f"writes, got one without ({len(layers)} compressed layers)"
@@ -96,8 +99,11 @@ def mark_staying(layers: Layers) -> None:
     """Marks all packed pairs of layers as pairs that stay, unless some already are."""
     for layer in layers.values():
         scores = layer.packed.scores
-        if scores is not None and not bool((scores == STAYS).any()):
-            layer.packed = layer.packed.with_scores(torch.full_like(scores, STAYS))
+        if scores is None or not bool((scores == STAYS).any()):
+            stays = torch.full_like(layer.packed.positions, STAYS, dtype=torch.float32)
+            layer.packed = layer.packed.with_scores(stays)
+        if not layer.tail.scored:
+            layer.tail.begin_scores(unscored=torch.nan)
 
 
 class HiddenStateScorer(DecodeScorer):
@@ -106,10 +112,12 @@ class HiddenStateScorer(DecodeScorer):
     Args:
         score: Function that scores some tokens of one layer, see :data:`Score`.
         buffer: Most tokens whose hidden states wait to be scored.
+        aged: Function ``(scores, ages) -> what pairs are worth``, of tensors of one shape, scores fp32 and ages int64:
+            the number of tokens that a row has read since the pair's, 0 for the last one. None if that is their score.
     """
 
-    def __init__(self, score: Score, buffer: int) -> None:
-        self.score, self.buffer = score, buffer
+    def __init__(self, score: Score, buffer: int, aged: Aged | None = None) -> None:
+        self.score, self.buffer, self.aged = score, buffer, aged
         self._reading = 0  # tokens of the running forward
         self._block: dict[int, torch.Tensor] = {}  # scores of a forward of several tokens
         self._states: dict[int, torch.Tensor] = {}  # [batch, 1, hidden_size] of the token that is read
@@ -123,6 +131,12 @@ class HiddenStateScorer(DecodeScorer):
         """While open, the scorer sees the hidden states of every forward of the model."""
         with watching_hidden_states(model, self._look):
             yield
+
+    def worth(self, layers: Layers) -> Mapping[int, Worth] | None:
+        """Returns what scores are worth at the age of their pairs; pairs go on carrying the scores."""
+        if self.aged is None:
+            return None
+        return {layer_idx: _at_their_age(layer, self.aged) for layer_idx, layer in layers.items()}
 
     def begin(self, layers: Layers, n_tokens: int) -> None:
         """Begins a forward; scores pending tokens first if it reads several tokens or another number of rows."""
@@ -210,6 +224,17 @@ class HiddenStateScorer(DecodeScorer):
     def _settle_slot(self) -> None:
         if self._slot is not None:
             self._slot = writable(self._slot).fill_(self._n_pending)
+
+
+def _at_their_age(layer: RaggedLayer, aged: Aged) -> Worth:
+    packed, tail = layer.packed, layer.tail
+    assert packed.scores is not None and tail.scores is not None
+    rows = torch.arange(packed.num_rows, device=packed.device)
+    rows = rows.repeat_interleave(packed.seqlens.sum(dim=-1), output_size=packed.positions.numel())
+    worth = aged(packed.scores, layer.next_positions[rows] - 1 - packed.positions)
+    ages = torch.arange(tail.length - 1, -1, -1, device=packed.device).expand_as(tail.scores)
+    of_tail = aged(tail.scores, ages)
+    return Worth(worth.where(packed.scores != STAYS, STAYS), of_tail, carried=False)
 
 
 def _any(layers: Layers) -> RaggedLayer:

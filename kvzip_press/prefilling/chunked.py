@@ -149,7 +149,7 @@ class _Reading:
         asked = self._asked(new, is_last=is_last)
         seen = torch.ones_like(asked.protected)
         self.alive = select(asked, seen, among=self.alive, of_all=True)
-        self._evict(done, new.layers if new.carried else None)
+        self._evict(done, new.to_carry)
 
     def _add(self, new: Scores) -> None:
         n = new.protected.shape[1]

@@ -270,7 +270,7 @@ class Prefill:
         self, scores: Scores, keep: Mapping[int, torch.Tensor], storage: str | None
     ) -> Iterator[tuple[int, Any]]:
         span = Span(self.valid, self.positions, scores.protected)
-        carried = scores.layers if scores.carried else None
+        carried = scores.to_carry
         storage = scores.storage if storage is None else storage
         return evicted_layers(self.model, self.cache, span, keep, scores=carried, weights=self.weights, storage=storage)
 

@@ -7,6 +7,8 @@ from kvzip_press.presses.decoding.rkv import RKVPress
 from kvzip_press.presses.decoding.snapkv import SnapKVDecodePress
 from kvzip_press.presses.decoding.streaming_llm import StreamingLLMDecodePress
 from kvzip_press.presses.decoding.tova import TOVADecodePress
+from kvzip_press.presses.decoding.trimkv import TrimKVPress
+from kvzip_press.presses.decoding.trimkv_gates import TrimKVGates
 
 __all__ = [
     "DecodePress",
@@ -16,4 +18,6 @@ __all__ = [
     "SnapKVDecodePress",
     "StreamingLLMDecodePress",
     "TOVADecodePress",
+    "TrimKVGates",
+    "TrimKVPress",
 ]

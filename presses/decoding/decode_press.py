@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from kvzip_press.arguments.press import as_press
 from kvzip_press.attention.implementation import attention_watched, softcap_of, tokens_being_read
 from kvzip_press.budget.allocators import Allocation
 from kvzip_press.budget.scores import Scores
+from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding.eviction import DecodeEviction, Schedule
 from kvzip_press.decoding.layer_pairs import LayerPairs, dense_pairs
 from kvzip_press.decoding.pair_scorer import Look, PairScorer
@@ -152,6 +154,38 @@ class DecodePress(AllocatingPress):
             return Scores(prefill.blank_scores(), prefill.valid.clone(), self.policy, carried=True)
         return prefill.observed(self).scores(prefill)
 
+    def of_prompt(
+        self,
+        prefill: Prefill,
+        layers: Mapping[int, torch.Tensor],
+        carried: bool | Mapping[int, torch.Tensor] = True,
+    ) -> Scores:
+        """Returns scores of a prompt, whose first and last tokens stay as they do while the model writes.
+
+        Args:
+            prefill: The prompt.
+            layers: What its pairs are worth, see :class:`kvzip_press.Scores`.
+            carried: What they carry.
+
+        Raises:
+            InvalidArgumentError: It is not the whole of a context.
+        """
+        if prefill.length is not None or isinstance(prefill.cache.layers[next(iter(layers))], RaggedLayer):
+            raise self.refusal_of_parts()
+        first = prefill.protected(self.n_sink)
+        room = self.schedule.window(int(first.sum(dim=-1).max()))
+        tokens_after = prefill.valid.long().flip(-1).cumsum(dim=-1).flip(-1) - 1
+        protected = first | (prefill.valid & (tokens_after < room))
+        return Scores(layers, protected, self.policy, protected_count=True, carried=carried)
+
+    def refusal_of_parts(self) -> InvalidArgumentError:
+        """Returns the error for a context that is read in parts by other means than this press."""
+        return InvalidArgumentError(
+            f"{type(self).__name__}: expected a prompt that is read in one forward, or prompt=PRESS to compress it, "
+            "got a part of a context: read the parts inside `with press(model):`, where what follows the first counts as "
+            "written"
+        )
+
 
 class PromptObserver:
     """Scores a prompt's pairs layer by layer, as each layer attends; no query is kept.
@@ -208,19 +242,11 @@ class PromptObserver:
 
     def scores(self, prefill: Prefill) -> Scores:
         """Returns the scores of the prompt that was watched, with 0 at padding."""
-        press, valid = self._press, prefill.valid
         if not self.layers:
-            raise InvalidArgumentError(
-                f"{type(press).__name__}: expected a prompt that is read in one forward, or prompt=PRESS to compress "
-                "it, got a part of a context behind others: read the parts inside `with press(model):`, where what "
-                "follows the first counts as written"
-            )
-        n = valid.shape[1]
+            raise self._press.refusal_of_parts()
+        valid, n = prefill.valid, prefill.valid.shape[1]
         layers = {
             layer_idx: torch.where(valid.to(scores.device).unsqueeze(1), scores[:, :, scores.shape[2] - n :], 0)
             for layer_idx, scores in ((layer_idx, self.layers[layer_idx]) for layer_idx in prefill.blank_scores())
         }
-        room = press.schedule.window(int(prefill.protected(press.n_sink).sum(dim=-1).max()))
-        tokens_after = valid.long().flip(-1).cumsum(dim=-1).flip(-1) - 1
-        protected = prefill.protected(press.n_sink) | (valid & (tokens_after < room))
-        return Scores(layers, protected, press.policy, protected_count=True, carried=True)
+        return self._press.of_prompt(prefill, layers)
