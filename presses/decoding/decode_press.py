@@ -182,8 +182,8 @@ class DecodePress(AllocatingPress):
         """Returns the error for a context that is read in parts by other means than this press."""
         return InvalidArgumentError(
             f"{type(self).__name__}: expected a prompt that is read in one forward, or prompt=PRESS to compress it, "
-            "got a part of a context: read the parts inside `with press(model):`, where what follows the first counts as "
-            "written"
+            "got a part of a context: read the parts inside `with press(model):`, where what follows the first counts "
+            "as written"
         )
 
 

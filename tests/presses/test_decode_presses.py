@@ -83,7 +83,7 @@ def test_layers_that_knorm_skips_keep_their_newest_pairs() -> None:
 
 
 def repeated_paragraph(copies: int, length: int, window: int) -> LayerPairs:
-    """Keys of a paragraph of unlike tokens, several times with a little noise, then others as a window; even queries."""
+    """Keys of a paragraph of unlike tokens, several times with a little noise, then others; even queries."""
     generator = torch.Generator().manual_seed(0)
     unlike = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0]
     paragraph, others = unlike[:length], unlike[length : length + window]
