@@ -15,9 +15,9 @@ def _of_kvpress(name: str, summary: str, paper: str, needs: str = "") -> PressIn
     return PressInfo(name, target, summary, paper, needs, needs_kvpress=True)
 
 
-def _while_decoding(name: str, press: str, summary: str, paper: str, needs: str = "") -> PressInfo:
+def _while_decoding(name: str, press: str, summary: str, paper: str = "", needs: str = "") -> PressInfo:
     """Returns a line about a press that evicts while the model writes, which takes ``budget=TOKENS`` and no ratio."""
-    return PressInfo(name, f"kvzip_press.presses.decoding:{press}", summary, paper, needs, takes_ratio=False)
+    return PressInfo(name, f"kvzip_press.presses.decoding.{press}", summary, paper, needs, takes_ratio=False)
 
 
 #: Base class of another library -> the press that wraps its objects. The library is not imported to find one.
@@ -71,43 +71,46 @@ PRESSES = (
     ),
     _while_decoding(
         "h2o",
-        "H2OPress",
+        "h2o:H2OPress",
         "while the model writes: the pairs that got most attention so far, and the newest",
         "2306.14048",
     ),
     _while_decoding(
         "knorm_decode",
-        "KnormDecodePress",
+        "knorm:KnormDecodePress",
         "while the model writes: keys of small norm",
         "2406.11430",
     ),
     _while_decoding(
+        "random_decode", "random:RandomDecodePress", "while the model writes: pairs at random, the baseline"
+    ),
+    _while_decoding(
         "rkv",
-        "RKVPress",
+        "rkv:RKVPress",
         "while the model writes: pairs that are attended to and that no newer one repeats",
         "2505.24133",
     ),
     _while_decoding(
         "snapkv_decode",
-        "SnapKVDecodePress",
+        "snapkv:SnapKVDecodePress",
         "while the model writes: what the last queries attend to",
         "2404.14469",
     ),
     _while_decoding(
         "streaming_llm_decode",
-        "StreamingLLMDecodePress",
+        "streaming_llm:StreamingLLMDecodePress",
         "while the model writes: the first and the newest tokens",
         "2309.17453",
     ),
     _while_decoding(
         "tova_decode",
-        "TOVADecodePress",
+        "tova:TOVADecodePress",
         "while the model writes: what the last token attends to",
         "2401.06104",
     ),
     _while_decoding(
         "trimkv",
-        "TrimKVPress",
+        "trimkv:TrimKVPress",
         "while the model writes: what gates foresee to be worth keeping longest",
         "2512.03324",
         "gates for the model, as TrimKV's authors release them",

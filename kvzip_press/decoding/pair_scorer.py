@@ -53,7 +53,7 @@ class PairScorer(DecodeScorer):
     def __init__(self, model: nn.Module, look: Look) -> None:
         self.look = look
         self._groups = {
-            layer.layer_idx: int(getattr(layer.module, "num_key_value_groups", 1) or 1)  # type: ignore[arg-type]
+            layer.layer_idx: int(getattr(layer.module, "num_key_value_groups", 1) or 1)
             for layer in full_attention_layers(model)
         }
 

@@ -3,6 +3,7 @@
 from kvzip_press.presses.decoding.decode_press import DecodePress
 from kvzip_press.presses.decoding.h2o import H2OPress
 from kvzip_press.presses.decoding.knorm import KnormDecodePress
+from kvzip_press.presses.decoding.random import RandomDecodePress
 from kvzip_press.presses.decoding.rkv import RKVPress
 from kvzip_press.presses.decoding.snapkv import SnapKVDecodePress
 from kvzip_press.presses.decoding.streaming_llm import StreamingLLMDecodePress
@@ -15,6 +16,7 @@ __all__ = [
     "H2OPress",
     "KnormDecodePress",
     "RKVPress",
+    "RandomDecodePress",
     "SnapKVDecodePress",
     "StreamingLLMDecodePress",
     "TOVADecodePress",
