@@ -100,8 +100,8 @@ class QueryWindow:
         return replace(moved, length=kept)
 
     def with_room_for(self, n_tokens: int) -> QueryWindow:
-        """Returns the window in a buffer with room for ``n_tokens`` more columns, and not much more."""
-        room = -(-(self.length + n_tokens) // BLOCK) * BLOCK
+        """Returns the window in a buffer with room for ``n_tokens`` columns behind those that outlive an eviction."""
+        room = max(self.size or 0, self.length) + n_tokens
         return self if self.buffer.shape[2] == room else self._in_room(room)
 
     def rows(self, index: torch.Tensor) -> QueryWindow:

@@ -45,6 +45,7 @@ class Tail:
         settle: Called before the tail is copied: gives tokens their scores that still wait for them; None if none do.
         unscored: The score of a token until it is set: NaN if an eviction has to know it, 0 if it is the one to set it.
         window: The queries of its last tokens; None if they are not kept.
+        block: Tokens that a buffer grows by at least.
     """
 
     def __init__(self, *, scored: bool = False) -> None:
@@ -57,6 +58,7 @@ class Tail:
         self.settle: Callable[[], None] | None = None
         self.unscored: float = torch.nan
         self.window: QueryWindow | None = None
+        self.block = BLOCK
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -180,7 +182,7 @@ class Tail:
                 )
             if self.length + t <= buffer.shape[2] and is_writable(buffer):
                 return buffer
-        capacity = -(-(self.length + t + self.length // 2) // BLOCK) * BLOCK
+        capacity = -(-(self.length + t + self.length // 2) // self.block) * self.block
         return _in_new_buffer(new[:, :, :0] if buffer is None else buffer[:, :, : self.length], capacity)
 
     def wrote(self, n_tokens: int) -> None:
@@ -191,7 +193,8 @@ class Tail:
 
     def give_back_room(self, n_tokens: int) -> None:
         """Frees the buffers of an empty tail if they are larger than ``n_tokens`` need; queries get room for these."""
-        if not self.length and self._keys is not None and self._keys.shape[2] > -(-n_tokens // BLOCK) * BLOCK:
+        room = -(-n_tokens // self.block) * self.block
+        if not self.length and self._keys is not None and self._keys.shape[2] > room:
             self._keys = self._values = self._scores = None
         if self.window is not None and not self.length:
             self.window = self.window.with_room_for(n_tokens)
@@ -253,7 +256,7 @@ class Tail:
         if self.settle is not None:
             self.settle()
         tail = Tail(scored=self.scored)
-        tail.unscored = self.unscored
+        tail.unscored, tail.block = self.unscored, self.block
         if self.keys is not None and self.values is not None and self.length:
             tail.append(self.keys.to(device), self.values.to(device))
             if tail.scores is not None and self.scores is not None:

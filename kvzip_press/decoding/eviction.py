@@ -22,6 +22,7 @@ from kvzip_press.budget.policy import Policy
 from kvzip_press.cache.padded_block import BlockLayer
 from kvzip_press.cache.pair_pool import PairPool, held_tokens
 from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cache.tail import BLOCK
 from kvzip_press.decoding.scorer import DecodeScorer, Layers
 from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.structure import text_decoder
@@ -197,6 +198,8 @@ class DecodeEviction:
             )
         if not is_same:
             self.scorer.adopt(layers, stays=self.schedule.protect_prompt)
+            for layer in layers.values():
+                layer.tail.block = min(BLOCK, self.schedule.buffer)  # no room for what will not be there
         self._layers = layers
         if is_same and self._length == self._n_columns:
             return
