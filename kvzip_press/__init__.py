@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from kvzip_press.prefilling.whole import Prefill, compress, prefill
     from kvzip_press.press import Press
     from kvzip_press.presses.composed import ComposedPress
+    from kvzip_press.presses.decoding import (
+        DecodePress,
+        H2OPress,
+        KnormDecodePress,
+        RKVPress,
+        SnapKVDecodePress,
+        StreamingLLMDecodePress,
+        TOVADecodePress,
+        TrimKVPress,
+    )
     from kvzip_press.presses.duo_attention import DuoAttentionPress
     from kvzip_press.presses.fastkvzip import FastKVzipPress, Gates
     from kvzip_press.presses.kvpress_adapter import RaggedPress
@@ -37,6 +47,19 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "ComposedPress": "kvzip_press.presses.composed",
+    **dict.fromkeys(
+        (
+            "DecodePress",
+            "H2OPress",
+            "KnormDecodePress",
+            "RKVPress",
+            "SnapKVDecodePress",
+            "StreamingLLMDecodePress",
+            "TOVADecodePress",
+            "TrimKVPress",
+        ),
+        "kvzip_press.presses.decoding",
+    ),
     "DuoAttentionPress": "kvzip_press.presses.duo_attention",
     "FastKVzipPress": "kvzip_press.presses.fastkvzip",
     "Gates": "kvzip_press.presses.fastkvzip",
@@ -70,21 +93,29 @@ _EXPORTS = {
 
 __all__ = [
     "ComposedPress",
+    "DecodePress",
     "DecodeStep",
     "DuoAttentionPress",
     "FastKVzipPress",
     "Gates",
+    "H2OPress",
     "HeadScores",
     "KVzipHeadPress",
     "KVzipPress",
+    "KnormDecodePress",
     "Prefill",
     "Press",
+    "RKVPress",
     "RaggedCache",
     "RaggedPress",
     "RandomPress",
     "Sampling",
     "Scores",
     "Session",
+    "SnapKVDecodePress",
+    "StreamingLLMDecodePress",
+    "TOVADecodePress",
+    "TrimKVPress",
     "answer",
     "answer_restoring",
     "attach",

@@ -92,6 +92,11 @@ class Press(ABC):
         """How much is kept and how pairs compete for it, according to the fields; :meth:`score` passes it on."""
         return Policy(self.amount)
 
+    @property
+    def context_budget(self) -> int | None:
+        """The budget that :meth:`score` is asked for: ``budget``; None for what the scores say themselves."""
+        return self.budget
+
     @abstractmethod
     def score(self, prefill: Prefill) -> Scores:
         """Scores every pair of the prefill's span. The prefill and its cache are not changed."""
@@ -192,7 +197,8 @@ def _checked_score(score: Callable[[Any, Prefill], Scores]) -> Callable[[Any, Pr
                 )
             scores = score(self, prefill)
             prefill.check(scores)
-            asked = scores if self.budget is None else scores.asked_for(budget=self.budget)
+            budget = self.context_budget
+            asked = scores if budget is None else scores.asked_for(budget=budget)
             return prefill.attended(asked).made_by(str(self), self.storage)
 
     return scored

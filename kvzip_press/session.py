@@ -181,10 +181,11 @@ class _Session:
             prefix = call.valid_before(forward.start)
             visible = torch.cat([prefix, valid], dim=1)
             if self.evictions:
-                self.evictions.of(call.cache).schedule.window(int(prefix.sum(dim=-1).max()))  # raises without room
+                schedule = self.evictions.of(call.cache).schedule
+                schedule.window(0 if schedule.protect_prompt else int(prefix.sum(dim=-1).max()))  # raises without room
         forward.watching.enter_context(computing())
         forward.check = SelfCheck(self.model, visible)
-        forward.watching.enter_context(attention_watched(forward.check))
+        forward.watching.enter_context(attention_watched(forward.check, valid=visible))
         forward.last_queries = forward.watching.enter_context(QueryWindow(self.model, valid, 1))
         forward.watching.enter_context(READING.opened(self.model, Reading(valid, forward.start)))
         observer = self.press.observer(self.model)

@@ -15,6 +15,11 @@ def _of_kvpress(name: str, summary: str, paper: str, needs: str = "") -> PressIn
     return PressInfo(name, target, summary, paper, needs, needs_kvpress=True)
 
 
+def _while_decoding(name: str, press: str, summary: str, paper: str = "", needs: str = "") -> PressInfo:
+    """Returns a line about a press that evicts while the model writes, which takes ``budget=TOKENS`` and no ratio."""
+    return PressInfo(name, f"kvzip_press.presses.decoding.{press}", summary, paper, needs, takes_ratio=False)
+
+
 #: Base class of another library -> the press that wraps its objects. The library is not imported to find one.
 WRAPPERS = {"kvpress:BasePress": "kvzip_press.presses.kvpress_adapter:RaggedPress"}
 
@@ -105,6 +110,52 @@ PRESSES = (
         "kvzip_press.presses.streaming_llm:StreamingLLMPress",
         "keeps the first and the last tokens",
         "2309.17453",
+    ),
+    _while_decoding(
+        "h2o",
+        "h2o:H2OPress",
+        "while the model writes: the pairs that got most attention so far, and the newest",
+        "2306.14048",
+    ),
+    _while_decoding(
+        "knorm_decode",
+        "knorm:KnormDecodePress",
+        "while the model writes: keys of small norm",
+        "2406.11430",
+    ),
+    _while_decoding(
+        "random_decode", "random:RandomDecodePress", "while the model writes: pairs at random, the baseline"
+    ),
+    _while_decoding(
+        "rkv",
+        "rkv:RKVPress",
+        "while the model writes: pairs that are attended to and that no newer one repeats",
+        "2505.24133",
+    ),
+    _while_decoding(
+        "snapkv_decode",
+        "snapkv:SnapKVDecodePress",
+        "while the model writes: what the last queries attend to",
+        "2404.14469",
+    ),
+    _while_decoding(
+        "streaming_llm_decode",
+        "streaming_llm:StreamingLLMDecodePress",
+        "while the model writes: the first and the newest tokens",
+        "2309.17453",
+    ),
+    _while_decoding(
+        "tova_decode",
+        "tova:TOVADecodePress",
+        "while the model writes: what the last token attends to",
+        "2401.06104",
+    ),
+    _while_decoding(
+        "trimkv",
+        "trimkv:TrimKVPress",
+        "while the model writes: what gates foresee to be worth keeping longest",
+        "2512.03324",
+        "gates for the model, as TrimKV's authors release them",
     ),
     _of_kvpress("adakv_expected_attention", "Expected Attention, a layer's budget shared by its heads", "2407.11550"),
     _of_kvpress("adakv_snapkv", "SnapKV, a layer's budget shared by its heads", "2407.11550"),

@@ -26,7 +26,8 @@ class PressInfo:
         paper: arXiv number of the paper; empty for none.
         needs: What it needs for a model besides the model's own weights and tokenizer; empty for nothing.
         needs_kvpress: Whether the package kvpress must be installed.
-        takes_ratio: Whether a compression ratio means something to it; False for the press that removes nothing.
+        takes_ratio: Whether a compression ratio means something to it; False for the press that removes nothing and
+            for those that take a budget only.
     """
 
     name: str

@@ -59,7 +59,7 @@ def _of_name(name: str, compression_ratio: float | None) -> Any:
             f"get_press({name!r}, 0.7), or compression_ratio=0.7 beside the name where a function takes both"
         )
     if not info.takes_ratio and compression_ratio:
-        raise InvalidArgumentError(f"expected no compression_ratio with {name!r}, which removes nothing, got one")
+        raise InvalidArgumentError(f"expected no compression_ratio with {name!r}, which takes none, got one")
     return made(name, compression_ratio or 0.0)
 
 

@@ -31,7 +31,8 @@ PREFIX = "ragged|"
 # Arguments of attention functions that would change the result and that ragged attention does not implement.
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices")
 # Each is set for the forward that is running in this thread only.
-_WATCH: ContextVar[AttentionWatch | None] = ContextVar("kvzip_press_watch", default=None)  # sees attention calls
+_WATCHES: ContextVar[tuple[AttentionWatch, ...]] = ContextVar("kvzip_press_watches", default=())  # see attention calls
+_READ: ContextVar[torch.Tensor | None] = ContextVar("kvzip_press_read", default=None)  # which columns are tokens
 _NO_MASKS: ContextVar[bool] = ContextVar("kvzip_press_no_masks", default=False)  # whether masks are left out
 # The threads that attached a decoder, for those that undo it.
 _ATTACHED_BY: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
@@ -175,14 +176,27 @@ def masks_left_out() -> Iterator[None]:
 
 
 @contextmanager
-def attention_watched(watch: AttentionWatch) -> Iterator[None]:
-    """While open, ``watch`` sees every call of an attached model's own attention in this thread."""
-    before = _WATCH.get()
-    _WATCH.set(watch)
+def attention_watched(watch: AttentionWatch, *, valid: torch.Tensor | None = None) -> Iterator[None]:
+    """While open, ``watch`` sees every call of an attached model's own attention in this thread, as others do.
+
+    Args:
+        watch: Called after each call of attention.
+        valid: ``[batch, columns]``, bool, False at padding, of all tokens in the cache after the forward, for whoever
+            asks :func:`tokens_being_read` meanwhile; None leaves what is known.
+    """
+    before = _WATCHES.get(), _READ.get()
+    _WATCHES.set((*before[0], watch))
+    _READ.set(before[1] if valid is None else valid)
     try:
         yield
     finally:
-        _WATCH.set(before)  # not reset(token): a session whose forward raised may be closed in another context
+        _WATCHES.set(before[0])  # not reset(token): a session whose forward raised may be closed in another context
+        _READ.set(before[1])
+
+
+def tokens_being_read() -> torch.Tensor | None:
+    """Returns which columns are tokens in the forward that is watched, bool ``[batch, columns]``; None if not known."""
+    return _READ.get()
 
 
 def attention_forward(
@@ -208,7 +222,7 @@ def attention_forward(
     show_query(module, query, kwargs)
     if not isinstance(key, CacheView):
         result = _own_attention(module, query, key, value, attention_mask, **kwargs)
-        if (watch := _WATCH.get()) is not None:
+        for watch in _WATCHES.get():
             watch(module, query, key, value, result[0], kwargs)
         return result
     refuse_unsupported(module, kwargs)

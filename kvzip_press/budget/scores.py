@@ -28,7 +28,8 @@ class Scores:
             each head keeps uses a policy with :class:`kvzip_press.budget.allocators.Decided`.
         protected_count: Whether protected pairs count towards the budget, as in most papers (not in KVzip); or a mask
             ``[batch, span]``, bool, if only those of some positions do (Fast KVzip: the window, not the prefix).
-        carried: Whether the pairs that stay carry their scores, for evictions while the model generates.
+        carried: Whether the pairs that stay carry their scores, for evictions while the model generates; or what they
+            carry instead, like ``layers``.
         press: What made them, in short; empty if nobody said so. A press writes its own name here.
         storage: The name of how the press stores what stays; ``press.score`` notes it.
         attention: ``layer_idx -> [batch, num_key_value_heads, span]``, fp32, what the last token pays to each pair, for
@@ -43,7 +44,7 @@ class Scores:
     protected: torch.Tensor
     policy: Policy
     protected_count: bool | torch.Tensor = False
-    carried: bool = False
+    carried: bool | Mapping[int, torch.Tensor] = False
     press: str = ""
     storage: str = "model"
     attention: Mapping[int, torch.Tensor] | None = None
@@ -72,8 +73,13 @@ class Scores:
             raise InvalidArgumentError(
                 f"expected protected_count to be True, False or a bool tensor {shape}, got {_described(counted)}"
             )
-        if not isinstance(self.carried, bool):
-            raise InvalidArgumentError(f"expected carried to be True or False, got {_described(self.carried)}")
+        if isinstance(self.carried, Mapping) and set(self.carried) == set(self.layers):
+            for layer_idx, values in self.carried.items():
+                _check_values(layer_idx, values, shape)
+        elif not isinstance(self.carried, bool):
+            raise InvalidArgumentError(
+                f"expected carried to be True, False or numbers of the same layers, got {_described(self.carried)}"
+            )
         return shape
 
     def __repr__(self) -> str:
@@ -94,6 +100,13 @@ class Scores:
         object.__setattr__(named, "press", press)
         object.__setattr__(named, "storage", storage)
         return named
+
+    @property
+    def to_carry(self) -> Mapping[int, torch.Tensor] | None:
+        """What the pairs that stay carry, like ``layers``; None for nothing."""
+        if isinstance(self.carried, bool):
+            return self.layers if self.carried else None
+        return self.carried
 
     @property
     def charged(self) -> torch.Tensor:

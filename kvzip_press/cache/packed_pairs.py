@@ -173,6 +173,10 @@ class PackedPairs(Held):
         parts = {name: part.within(segments, whole=whole) for name, part in self.parts.items()}
         return PackedPairs.of(Held(columns, cu_seqlens, tables=tables, parts=parts), self.num_heads, self.storage, pool)
 
+    def with_scores(self, scores: torch.Tensor) -> PackedPairs:
+        """Returns the same pairs with other scores, fp32 ``[total_kept]``."""
+        return replace(self, columns={**self.columns, SCORES: scores})
+
     def emptied(self, num_rows: int) -> PackedPairs:
         """Returns an object of the same kind with ``num_rows`` rows and no pairs."""
         return self._like(self.without_entries(num_rows * self.num_heads))

@@ -21,7 +21,25 @@ from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.tail import is_writable
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
 
+STAYS = torch.finfo(torch.float32).max
+"""The score of a pair that no eviction takes and no budget counts; finite, as files want scores to be."""
+
 ROWS_AT_ONCE = 8  # rows that are laid out together: bounds the memory that takes, whatever the batch
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What the pairs of one layer are worth when an eviction is due.
+
+    Attributes:
+        packed: fp32 ``[total_kept]``.
+        tail: fp32 ``[batch, num_heads, n]``; anything finite at padding.
+        carried: Whether the pairs that stay carry it to the next eviction, in place of what they have.
+    """
+
+    packed: torch.Tensor
+    tail: torch.Tensor
+    carried: bool = True
 
 
 class PairPool:
@@ -52,17 +70,27 @@ class PairPool:
         known = isinstance(pool, cls) and all(layer.packed.pool is pool for layer in layers)
         return pool if known else cls(layers)
 
-    def evict(self, by_idx: Mapping[int, RaggedLayer], due: torch.Tensor, *, policy: Policy, window_size: int) -> None:
+    def evict(
+        self,
+        by_idx: Mapping[int, RaggedLayer],
+        due: torch.Tensor,
+        *,
+        policy: Policy,
+        window_size: int,
+        worth: Mapping[int, Worth] | None = None,
+    ) -> None:
         """Merges the layers' tails into the pool, and cuts rows to what a policy leaves them, protected pairs included.
 
         The first tokens that no head has lost stay, and so do the last ``window_size``. Of the others, exactly those
-        stay that a prefill with the same scores would keep under the policy. The tails are empty afterwards.
+        stay that a prefill with the same scores would keep under the policy. The tails are empty afterwards. Pairs
+        whose score is :data:`STAYS` stay besides.
 
         Args:
             by_idx: The layers of the pool by layer index, with the tokens that were read since in their tails.
             due: Bool ``[batch]``, the rows to cut.
             policy: How much a row keeps, counting everything that it holds, and how its pairs compete.
             window_size: Number of last tokens that every head keeps.
+            worth: What pairs are worth, by layer; None for the scores that they carry.
 
         Raises:
             CacheMismatchError: A token of a tail has no score.
@@ -70,13 +98,20 @@ class PairPool:
         layers = list(by_idx.values())
         tails = [layer.tail for layer in layers]
         scores = torch.stack([tail.scores for tail in tails if tail.scores is not None]).flatten(0, 1)
+        packed, ranks, ranked = self.packed, self.packed.scores, scores
+        if worth is not None:
+            ranks = torch.cat([of_layer.packed for of_layer in worth.values()])
+            ranked = torch.cat([of_layer.tail for of_layer in worth.values()])
+            if all(of_layer.carried for of_layer in worth.values()):
+                packed, scores = packed.with_scores(ranks), ranked
+        assert ranks is not None
         ends, valid, positions = _columns(layers[0])
         if bool((scores.isnan() & valid.repeat(self.num_layers, 1).unsqueeze(1)).any()):
             raise CacheMismatchError(
                 "expected every token since the context to be read inside `with press(model):`, which scores it, got "
                 "some that were read outside of it, or whose rows were rearranged before they had a score"
             )
-        pairs = self._all_pairs(tuple(by_idx), scores, valid, positions)
+        pairs = self._all_pairs(tuple(by_idx), ranks, ranked, valid, positions)
         kept = pairs.alive.clone()
         first = torch.tensor(layers[0].n_protected, device=ends.device)
         safe = torch.stack([first, ends - window_size], dim=1)
@@ -87,7 +122,7 @@ class PairPool:
         )
         every, n_packed = positions.repeat(self.num_layers, 1), self.packed.positions.numel()
         keep, staying = kept[n_packed:].view_as(scores), kept[:n_packed]
-        new = self.packed.merge(keys, values, every, keep, staying, scores, importance=scores)
+        new = packed.merge(keys, values, every, keep, staying, scores, importance=ranked)
         try:
             self._take_over(new, layers)
         except BaseException:  # an interrupt: the old pairs are written over in part, so what has begun is finished
@@ -100,11 +135,15 @@ class PairPool:
         self._hand_out(layers)
 
     def _all_pairs(
-        self, indices: tuple[int, ...], scores: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor
+        self,
+        indices: tuple[int, ...],
+        own_scores: torch.Tensor,
+        scores: torch.Tensor,
+        valid: torch.Tensor,
+        positions: torch.Tensor,
     ) -> _Pairs:
-        """Returns the packed pairs and, after them, the columns of all tails ``[rows, heads, n]``."""
+        """Returns the packed pairs and, after them, the columns of all tails, with scores ``[rows, heads, n]``."""
         packed, shape = self.packed, scores.shape
-        assert packed.scores is not None
         segments = torch.arange(shape[0] * packed.num_heads, device=scores.device)
         own = segments.repeat_interleave(packed.cu_seqlens.diff().long(), output_size=packed.positions.numel())
 
@@ -114,7 +153,7 @@ class PairPool:
         return _Pairs(
             segment=torch.cat([own, segments.repeat_interleave(shape[2])]),
             position=torch.cat([packed.positions, of_tails(positions)]),
-            score=torch.cat([packed.scores, scores.flatten()]),
+            score=torch.cat([own_scores, scores.flatten()]),
             alive=torch.cat([torch.ones_like(packed.positions, dtype=torch.bool), of_tails(valid)]),
             shape=(self.num_layers, self.batch_size, packed.num_heads),
             indices=indices,
@@ -193,8 +232,9 @@ class _Pairs:
         alive[place] = True
         valid = torch.arange(n_columns, device=known.device) < starts.diff().unsqueeze(1)
         positions = known.new_zeros(len(rows), n_columns).index_put_((slot, column), position)
-        protected = valid & ((positions < safe[:, :1]) | (positions >= safe[:, 1:]))
-        scores = Scores(dict(zip(self.indices, values, strict=True)), protected, policy, protected_count=True)
+        stays = (values == STAYS).any(dim=2).any(dim=0)
+        protected = valid & (stays | (positions < safe[:, :1]) | (positions >= safe[:, 1:]))
+        scores = Scores(dict(zip(self.indices, values, strict=True)), protected, policy, protected_count=~stays)
         keep = select(scores, valid, among=dict(zip(self.indices, alive, strict=True)))
         kept[mine] = torch.stack(list(keep.values()))[place]
 
@@ -229,7 +269,19 @@ def _check(layers: Sequence[RaggedLayer]) -> None:
 
 
 def held_tokens(layers: Sequence[RaggedLayer]) -> torch.Tensor:
-    """Returns how many tokens' worth of pairs each row holds, rounded up, int64 ``[batch]``."""
-    packed = torch.stack([layer.packed.seqlens for layer in layers]).long().sum(dim=(0, 2))
+    """Returns how many tokens' worth of pairs each row holds, rounded up, int64 ``[batch]``.
+
+    Those whose score is :data:`STAYS` are not counted.
+    """
+    packed = (
+        torch.stack([layer.packed.seqlens - staying_pairs(layer.packed) for layer in layers]).long().sum(dim=(0, 2))
+    )
     heads = len(layers) * layers[0].packed.num_heads
     return (packed + heads - 1) // heads + layers[0].n_tail_tokens
+
+
+def staying_pairs(packed: PackedPairs) -> torch.Tensor:
+    """Returns how many pairs of each row and head stay in any case, int64 ``[num_rows, num_heads]``."""
+    stays = torch.zeros_like(packed.positions) if packed.scores is None else (packed.scores == STAYS).long()
+    sums = torch.nn.functional.pad(stays.long().cumsum(0), (1, 0))
+    return sums[packed.cu_seqlens.long()].diff().view(packed.num_rows, packed.num_heads)

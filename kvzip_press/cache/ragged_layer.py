@@ -83,6 +83,7 @@ class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
         self.tail = Tail(scored=packed.scores is not None)
         self.row_index, self.turns, self.cold = row_index, turns, cold
         self.n_rearranged = 0  # times that rows were reordered, repeated or dropped
+        self.logits: tuple[float | None, float | None] = None, None  # scaling and softcap of the last attention
         self.fingerprint = layer_fingerprint(module, weights)
         self._known_module = weakref.ref(module)
 
@@ -221,6 +222,9 @@ class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
         mask = tail_mask(
             attention_mask, query_length=query.shape[2], tail_length=self.tail.length, padding=self.tail.padding
         )
+        if self.tail.window is not None:
+            self.tail.put_queries(query)
+            self.logits = scaling, softcap
         output = self.packed.attend(
             query,
             self.tail.keys,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from kvzip_press.cache.padding import ends_dropped, moved_over_padding
+from kvzip_press.cache.query_window import QueryWindow
 from kvzip_press.errors import InvalidArgumentError
 
 BLOCK = 256  # tokens that a buffer grows by at least; between two growths a decode step allocates and moves nothing
@@ -32,7 +33,7 @@ def _in_new_buffer(columns: torch.Tensor, capacity: int) -> torch.Tensor:
 class Tail:
     """Dense keys and values ``[batch, num_heads, length, head_dim]`` in a preallocated buffer, appended in place.
 
-    If pairs are evicted while the model generates, each has a score, too, which is NaN until it is set.
+    If pairs are evicted while the model generates, each has a score, too, and queries may be kept beside them.
 
     Args:
         scored: Whether to keep scores.
@@ -42,6 +43,9 @@ class Tail:
         padding: int64 ``[batch]``, the number of columns on the left of each row that are padding; None if there are
             none. It is replaced, never written into.
         settle: Called before the tail is copied: gives tokens their scores that still wait for them; None if none do.
+        unscored: The score of a token until it is set: NaN if an eviction has to know it, 0 if it is the one to set it.
+        window: The queries of its last tokens; None if they are not kept.
+        block: Tokens that a buffer grows by at least.
     """
 
     def __init__(self, *, scored: bool = False) -> None:
@@ -52,6 +56,9 @@ class Tail:
         self.length = 0
         self.padding: torch.Tensor | None = None
         self.settle: Callable[[], None] | None = None
+        self.unscored: float = torch.nan
+        self.window: QueryWindow | None = None
+        self.block = BLOCK
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -71,7 +78,8 @@ class Tail:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The buffers held in memory."""
-        return tuple(buffer for buffer in (self._keys, self._values, self._scores) if buffer is not None)
+        queries = None if self.window is None else self.window.buffer
+        return tuple(buffer for buffer in (self._keys, self._values, self._scores, queries) if buffer is not None)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, padding: torch.Tensor | None = None) -> None:
         """Appends ``[batch, num_heads, t, head_dim]`` after what is there.
@@ -91,14 +99,29 @@ class Tail:
         self._keys[:, :, self.length : end] = keys
         self._values[:, :, self.length : end] = values
         if self._scores is not None:
-            self._scores[:, :, self.length : end] = torch.nan
+            self._scores[:, :, self.length : end] = self.unscored
         if padding is not None:
             padding = padding.to(keys.device)
             if self.length:
                 n_before = self.length
                 self._replace(lambda buffer: moved_over_padding(buffer[:, :, :end], n_before, padding))
             self.padding = padding if self.padding is None else self.padding + padding
+        if self.window is not None:
+            self.window = self.window.appended(keys.shape[2], padding)
         self.length = end
+
+    def put_queries(self, queries: torch.Tensor) -> None:
+        """Keeps the queries ``[batch, num_attention_heads, n, head_dim]`` of the tokens that were appended last."""
+        if self.window is not None:
+            self.window = self.window.filled(queries)
+
+    def begin_scores(self, *, unscored: float) -> None:
+        """Keeps scores from now on; tokens that have none get ``unscored``, and so do those that are read later."""
+        self.scored, self.unscored = True, unscored
+        if self._scores is not None:
+            self._scores = writable(self._scores).nan_to_num_(nan=unscored)
+        elif self._keys is not None:
+            self._scores = self._keys.new_full((*self._keys.shape[:3], 1), unscored, dtype=torch.float32)
 
     def put_scores(self, scores: torch.Tensor, first: int, where: torch.Tensor | None = None) -> None:
         """Sets the scores of tokens.
@@ -126,6 +149,9 @@ class Tail:
         """
         self._make_room(keys.expand(-1, -1, n_tokens, -1), values.expand(-1, -1, n_tokens, -1))
         assert self._keys is not None and self._values is not None
+        self.truncate(self.length)  # what is written behind them has no scores
+        if self.window is not None:
+            self.window = self.window.reserved(n_tokens)
         return self._keys, self._values
 
     def _replace(self, columns: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -156,31 +182,39 @@ class Tail:
                 )
             if self.length + t <= buffer.shape[2] and is_writable(buffer):
                 return buffer
-        capacity = -(-(self.length + t + self.length // 2) // BLOCK) * BLOCK
+        capacity = -(-(self.length + t + self.length // 2) // self.block) * self.block
         return _in_new_buffer(new[:, :, :0] if buffer is None else buffer[:, :, : self.length], capacity)
 
     def wrote(self, n_tokens: int) -> None:
         """Counts tokens that other code has written after those that are there: see :meth:`reserve`."""
         self.length += n_tokens
+        if self.window is not None:
+            self.window = self.window.wrote(n_tokens)
 
     def give_back_room(self, n_tokens: int) -> None:
-        """Frees the buffers of an empty tail if they are larger than ``n_tokens`` need."""
-        if not self.length and self._keys is not None and self._keys.shape[2] > -(-n_tokens // BLOCK) * BLOCK:
+        """Frees the buffers of an empty tail if they are larger than ``n_tokens`` need; queries get room for these."""
+        room = -(-n_tokens // self.block) * self.block
+        if not self.length and self._keys is not None and self._keys.shape[2] > room:
             self._keys = self._values = self._scores = None
+        if self.window is not None and not self.length:
+            self.window = self.window.with_room_for(n_tokens)
 
     def emptied(self) -> Tail:
         """Returns an empty tail over the same buffers, at their addresses; its tokens have no scores."""
         tail = Tail(scored=self.scored)
-        vars(tail).update(vars(self), length=0, padding=None)
+        window = None if self.window is None else self.window.after_eviction()
+        vars(tail).update(vars(self), length=0, padding=None, window=window)
         tail.truncate(0)
         return tail
 
     def truncate(self, length: int) -> None:
         """Forgets every column from ``length`` on; the buffer stays."""
+        if self.window is not None:
+            self.window = self.window.truncated(max(self.length - length, 0))
         self.length = min(self.length, length)
         if self._scores is not None:
             self._scores = writable(self._scores)
-            self._scores[:, :, self.length :] = torch.nan  # a captured step writes pairs there, but no scores
+            self._scores[:, :, self.length :] = self.unscored  # a captured step writes pairs there, but no scores
         if self.padding is not None:
             self.padding = self.padding.clamp(max=self.length) if self.length else None
 
@@ -200,6 +234,8 @@ class Tail:
         if n_columns:
             n_before = self.length
             self._replace(lambda buffer: ends_dropped(buffer[:, :, :n_before], counts, n_columns))
+        if self.window is not None:
+            self.window = self.window.ends_dropped(counts)
         self.length = n_columns
         self.padding = n_columns - n_left if bool((n_left < n_columns).any()) else None
 
@@ -209,6 +245,8 @@ class Tail:
             None if buffer is None else buffer.index_select(0, index.to(buffer.device))
             for buffer in (self._keys, self._values, self._scores)
         )
+        if self.window is not None:
+            self.window = self.window.rows(index)
         if self.padding is not None:
             padding = self.padding[index.to(self.padding.device)]
             self.padding = padding if bool(padding.any()) else None
@@ -218,9 +256,11 @@ class Tail:
         if self.settle is not None:
             self.settle()
         tail = Tail(scored=self.scored)
+        tail.unscored, tail.block = self.unscored, self.block
         if self.keys is not None and self.values is not None and self.length:
             tail.append(self.keys.to(device), self.values.to(device))
             if tail.scores is not None and self.scores is not None:
                 tail.scores.copy_(self.scores)
         tail.padding = self.padding if self.padding is None else self.padding.to(device)
+        tail.window = None if self.window is None else self.window.copy(device)
         return tail

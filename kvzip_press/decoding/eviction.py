@@ -22,8 +22,9 @@ from kvzip_press.budget.policy import Policy
 from kvzip_press.cache.padded_block import BlockLayer
 from kvzip_press.cache.pair_pool import PairPool, held_tokens
 from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cache.tail import BLOCK
 from kvzip_press.decoding.scorer import DecodeScorer, Layers
-from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.structure import text_decoder
 from kvzip_press.model.watching import OpenFor
 
@@ -37,21 +38,27 @@ class Schedule:
 
     Args:
         budget: Tokens' worth of pairs that stay, more than ``buffer``.
-        buffer: Tokens between two evictions, at least 1; as many last tokens stay in every head, as far as the budget
-            allows.
+        buffer: Tokens between two evictions, at least 1.
+        recent: How many last tokens stay in every head, as far as the budget allows; fewer than ``budget``. None for
+            ``buffer``.
+        protect_prompt: Whether what the cache holds before the model writes stays; the budget is then for what comes
+            after it.
 
     Raises:
-        InvalidArgumentError: The budget or the buffer is out of range.
+        InvalidArgumentError: A number is out of range.
     """
 
     budget: int
     buffer: int
+    recent: int | None = None
+    protect_prompt: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.buffer < self.budget:
+        recent = self.buffer if self.recent is None else self.recent
+        if self.buffer < 1 or not 0 <= recent < self.budget:
             raise InvalidArgumentError(
-                f"expected a buffer of 1 or more tokens and a budget of more, got buffer={self.buffer} and "
-                f"budget={self.budget}"
+                "expected a buffer of 1 or more tokens and a budget of more than the last tokens that stay, got "
+                f"buffer={self.buffer}, budget={self.budget} and {recent} last tokens"
             )
 
     @property
@@ -70,7 +77,7 @@ class Schedule:
             raise InvalidArgumentError(
                 f"expected a budget of more than the {n_protected} protected first tokens, got {self.budget}"
             )
-        return min(self.buffer, room - 1)
+        return min(self.buffer if self.recent is None else self.recent, room - 1)
 
 
 class DecodeEviction:
@@ -109,11 +116,6 @@ class DecodeEviction:
             UnsupportedCacheError: Its layers are on several devices.
         """
         layers, self._padding = _ragged_layers(cache)
-        if any(layer.packed.scores is None for layer in layers.values()) or not layers:
-            raise CacheMismatchError(
-                "expected a cache that this press has compressed, whose pairs carry scores, to evict while the model "
-                f"writes, got one without ({len(layers)} compressed layers)"
-            )
         self._follow(layers)
         self._reading = n_tokens
         self.scorer.begin(layers, n_tokens)
@@ -194,6 +196,10 @@ class DecodeEviction:
             raise UnsupportedCacheError(
                 f"expected a model on one device to evict while it writes, got layers on {sorted(map(str, devices))}"
             )
+        if not is_same:
+            self.scorer.adopt(layers, stays=self.schedule.protect_prompt)
+            for layer in layers.values():
+                layer.tail.block = min(BLOCK, self.schedule.buffer)  # no room for what will not be there
         self._layers = layers
         if is_same and self._length == self._n_columns:
             return
@@ -210,8 +216,10 @@ class DecodeEviction:
         self.scorer.settle(self._layers)
         layers = list(self._layers.values())
         due = held_tokens(layers) >= self.schedule.limit
-        window_size = self.schedule.window(max(layers[0].n_protected))
-        PairPool.of(layers).evict(self._layers, due, policy=self.policy, window_size=window_size)
+        worth = self.scorer.worth(self._layers)
+        n_protected = 0 if self.schedule.protect_prompt else max(layers[0].n_protected)
+        window_size = self.schedule.window(n_protected)
+        PairPool.of(layers).evict(self._layers, due, policy=self.policy, window_size=window_size, worth=worth)
         for layer in layers:
             layer.tail.give_back_room(self.schedule.buffer)
         self._n_columns, self._n_left = 0, self.schedule.limit - int(held_tokens(layers).max())

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from kvzip_press.cache.padding import visible_columns
+from kvzip_press.cache.pair_pool import STAYS, Worth
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.tail import writable
+from kvzip_press.errors import CacheMismatchError
 from kvzip_press.model.hidden_states import watching_hidden_states
 
 Layers = Mapping[int, RaggedLayer]
@@ -21,6 +23,9 @@ Score = Callable[[int, torch.Tensor], torch.Tensor]
 """``(layer_idx, hidden_states [batch, n, hidden_size]) -> [batch, num_key_value_heads, n]``, fp32."""
 
 
+Aged = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 class DecodeScorer(ABC):
     """Scores the pairs after a compressed prompt; the scores are stored in the tails of the cache's layers.
 
@@ -28,6 +33,28 @@ class DecodeScorer(ABC):
     does not decide when to evict: see :class:`kvzip_press.decoding.eviction.DecodeEviction`, which calls these methods,
     for one cache at a time.
     """
+
+    def adopt(self, layers: Layers, *, stays: bool) -> None:
+        """Called when the eviction meets a cache, before anything else is asked about it.
+
+        Args:
+            layers: The layers of the cache.
+            stays: Whether pairs stay, outside the budget, that the layers hold when they are met first.
+
+        Raises:
+            CacheMismatchError: The scorer needs to have seen what is in the cache.
+        """
+        if not stays and any(layer.packed.scores is None for layer in layers.values()):
+            raise CacheMismatchError(
+                "expected a cache that this press has compressed, whose pairs carry scores, to evict while the model "
+                f"writes, got one without ({len(layers)} compressed layers)"
+            )
+        if stays:
+            mark_staying(layers)
+
+    def worth(self, layers: Layers) -> Mapping[int, Worth] | None:
+        """Returns what pairs are worth at an eviction, by layer; None if that is what they carry."""
+        return None
 
     @abstractmethod
     def watching(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -68,16 +95,29 @@ class DecodeScorer(ABC):
         """Forgets the forward that was running, which may have raised."""
 
 
+def mark_staying(layers: Layers) -> None:
+    """Marks all packed pairs of layers as pairs that stay, unless some already are."""
+    for layer in layers.values():
+        scores = layer.packed.scores
+        if scores is None or not bool((scores == STAYS).any()):
+            stays = torch.full_like(layer.packed.positions, STAYS, dtype=torch.float32)
+            layer.packed = layer.packed.with_scores(stays)
+        if not layer.tail.scored:
+            layer.tail.begin_scores(unscored=torch.nan)
+
+
 class HiddenStateScorer(DecodeScorer):
     """Scores tokens by the hidden states that enter attention, a buffer of tokens at a time.
 
     Args:
         score: Function that scores some tokens of one layer, see :data:`Score`.
         buffer: Most tokens whose hidden states wait to be scored.
+        aged: Function ``(scores, ages) -> what pairs are worth``, of tensors of one shape, scores fp32 and ages int64:
+            the number of tokens that a row has read since the pair's, 0 for the last one. None if that is their score.
     """
 
-    def __init__(self, score: Score, buffer: int) -> None:
-        self.score, self.buffer = score, buffer
+    def __init__(self, score: Score, buffer: int, aged: Aged | None = None) -> None:
+        self.score, self.buffer, self.aged = score, buffer, aged
         self._reading = 0  # tokens of the running forward
         self._block: dict[int, torch.Tensor] = {}  # scores of a forward of several tokens
         self._states: dict[int, torch.Tensor] = {}  # [batch, 1, hidden_size] of the token that is read
@@ -91,6 +131,12 @@ class HiddenStateScorer(DecodeScorer):
         """While open, the scorer sees the hidden states of every forward of the model."""
         with watching_hidden_states(model, self._look):
             yield
+
+    def worth(self, layers: Layers) -> Mapping[int, Worth] | None:
+        """Returns what scores are worth at the age of their pairs; pairs go on carrying the scores."""
+        if self.aged is None:
+            return None
+        return {layer_idx: _at_their_age(layer, self.aged) for layer_idx, layer in layers.items()}
 
     def begin(self, layers: Layers, n_tokens: int) -> None:
         """Begins a forward; scores pending tokens first if it reads several tokens or another number of rows."""
@@ -178,6 +224,17 @@ class HiddenStateScorer(DecodeScorer):
     def _settle_slot(self) -> None:
         if self._slot is not None:
             self._slot = writable(self._slot).fill_(self._n_pending)
+
+
+def _at_their_age(layer: RaggedLayer, aged: Aged) -> Worth:
+    packed, tail = layer.packed, layer.tail
+    assert packed.scores is not None and tail.scores is not None
+    rows = torch.arange(packed.num_rows, device=packed.device)
+    rows = rows.repeat_interleave(packed.seqlens.sum(dim=-1), output_size=packed.positions.numel())
+    worth = aged(packed.scores, layer.next_positions[rows] - 1 - packed.positions)
+    ages = torch.arange(tail.length - 1, -1, -1, device=packed.device).expand_as(tail.scores)
+    of_tail = aged(tail.scores, ages)
+    return Worth(worth.where(packed.scores != STAYS, STAYS), of_tail, carried=False)
 
 
 def _any(layers: Layers) -> RaggedLayer:

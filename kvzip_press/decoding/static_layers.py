@@ -69,6 +69,7 @@ class StaticLayer(StandInLayer):
         n_seen: Number of tokens seen before the step, as the model counts them.
         visible: Bool ``[batch, room]``, False where a row of the buffer holds padding, until it is overwritten; None
             for no padding.
+        queries: The layer whose tail keeps queries, and where that of the step goes in its window; None if none does.
     """
 
     is_initialized = True
@@ -83,11 +84,13 @@ class StaticLayer(StandInLayer):
         row_index: torch.Tensor | None,
         n_seen: int,
         visible: torch.Tensor | None = None,
+        queries: tuple[RaggedLayer, Place] | None = None,
     ) -> None:
         self.keys: torch.Tensor = keys
         self.values: torch.Tensor = values
         self.place, self.packed = place, packed
         self.row_index, self.n_seen, self.visible = row_index, n_seen, visible
+        self._queries = queries
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -108,6 +111,11 @@ class StaticLayer(StandInLayer):
         softcap: float | None,
     ) -> torch.Tensor:
         """Computes attention of one token per row to all frozen pairs and to all live buffer rows but padding."""
+        if self._queries is not None:
+            layer, place = self._queries
+            assert layer.tail.window is not None
+            layer.tail.window.buffer.index_copy_(2, place.index, query.to(layer.tail.window.buffer.dtype))
+            layer.logits = scaling, softcap
         output = self.packed.attend(
             query,
             self.keys,
@@ -173,6 +181,7 @@ class StaticCache:
         self._ragged = [layer for layer in cache.layers if isinstance(layer, RaggedLayer)]
         self._rings: list[SlidingRing] = []
         self._places: dict[int | None, Place] = {}
+        self._query_place: Place | None = None
         self.n_seen = int(cache.get_seq_length())
         self.layers = compat.Cache(layers=[self._static(layer, n_tokens) for layer in cache.layers])
         self._memory = [_memory_of(layer) for layer in self._ragged]
@@ -193,7 +202,20 @@ class StaticCache:
         place = self._place(layer.tail.length, None, keys.device)
         padding = layer.tail.padding
         visible = None if padding is None else visible_columns(padding, keys.shape[2])
-        return StaticLayer(keys, values, place, packed, row_index=layer.row_index, n_seen=self.n_seen, visible=visible)
+        queries = None
+        if (window := layer.tail.window) is not None:
+            self._query_place = self._query_place or Place(window.length, None, keys.device)
+            queries = layer, self._query_place
+        return StaticLayer(
+            keys,
+            values,
+            place,
+            packed,
+            row_index=layer.row_index,
+            n_seen=self.n_seen,
+            visible=visible,
+            queries=queries,
+        )
 
     def _in_pool(self, layer: RaggedLayer) -> PackedPairs:
         """Returns a layer's pairs as the pool's own tensors, which stay valid when pairs are evicted from it."""
@@ -210,6 +232,7 @@ class StaticCache:
             if isinstance(layer, StaticLayer) and layer.visible is not None and layer.place is self._places.get(None):
                 layer.visible.fill_(True)  # the padding in the tails is gone with them
         self._places[None].move_to(0)
+        self._restart_queries()
         return True
 
     def _place(self, n_before: int, size: int | None, device: torch.device) -> Place:
@@ -219,11 +242,19 @@ class StaticCache:
         """Moves all places on by one token, on the device."""
         for place in self._places.values():
             place.advance()
+        if self._query_place is not None:
+            self._query_place.advance()
 
     def restart(self) -> None:
         """Moves all places back to the end of the cache, so that the first real step overwrites a trial step."""
         for size, place in self._places.items():
             place.move_to(self._ragged[0].tail.length if size is None else self.n_seen)
+        self._restart_queries()
+
+    def _restart_queries(self) -> None:
+        window = self._ragged[0].tail.window
+        if self._query_place is not None and window is not None:
+            self._query_place.move_to(window.length)
 
     def count(self, n_steps: int) -> None:
         """Adds ``n_steps`` tokens, which were written into their buffers, to the tails of the ragged layers."""

@@ -331,7 +331,7 @@ class Prefill:
         self, scores: Scores, keep: Mapping[int, torch.Tensor], storage: str | None, cold: str | Path | None
     ) -> Iterator[tuple[int, Any]]:
         span = Span(self.valid, self.positions, scores.protected)
-        carried = scores.layers if scores.carried else None
+        carried = scores.to_carry
         storage = scores.storage if storage is None else storage
         options: dict[str, Any] = {"importance": scores.layers, "weights": self.weights, "storage": storage}
         gone = None if cold is None else self._cold(scores, keep, storage, cold)
@@ -504,7 +504,7 @@ def run_prefill(
     check, last = SelfCheck(model, valid), QueryWindow(model, valid, 1)
     begin = time.perf_counter()
     with ExitStack() as stack:
-        stack.enter_context(attention_watched(check))
+        stack.enter_context(attention_watched(check, valid=valid))
         stack.enter_context(last)
         stack.enter_context(READING.opened(model, Reading(valid, start)))
         watching = {press: observer for press in observers if (observer := press.observer(model)) is not None}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from kvzip_press import compat
+from kvzip_press.cache.pair_pool import staying_pairs
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.compat import DynamicCache
 from kvzip_press.decoding.generation import eos_ids, generate
@@ -50,7 +51,7 @@ def measure_grown(label: str, press: Press, cache: RaggedCache) -> Measured:
 
     Raises:
         BudgetMismatchError: The cache holds more pairs than the sum of the press's budget, the buffer that it may fill
-            between evictions, and the protected first tokens.
+            between evictions, the protected first tokens and the pairs that stay outside its budget.
     """
     layers = dict(cache.ragged_layers())
     kept = {
@@ -61,6 +62,7 @@ def measure_grown(label: str, press: Press, cache: RaggedCache) -> Measured:
     if press.budget is not None:
         a_head = press.budget if press.schedule is None else press.schedule.limit
         most = sum((a_head + layer.n_protected[0]) * len(kept[layer_idx]) for layer_idx, layer in layers.items())
+        most += sum(int(staying_pairs(layer.packed).sum()) for layer in layers.values())
         if found.n_kept > most:
             raise BudgetMismatchError(
                 f"{label} with budget {press.budget}: expected at most {most} pairs, got {found.n_kept}"

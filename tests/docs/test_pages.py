@@ -93,7 +93,9 @@ def test_every_press_of_kvpress_with_a_name_has_its_formula_and_source() -> None
     assert unnamed == []
 
 
-@pytest.mark.parametrize("page", ["kvzip", "fastkvzip", "kvzip-head", "duo-attention", "composed", "baselines"])
+@pytest.mark.parametrize(
+    "page", ["kvzip", "fastkvzip", "kvzip-head", "duo-attention", "decoding", "composed", "baselines"]
+)
 def test_a_method_of_ours_has_a_formula_and_an_example(page: str) -> None:
     text = text_of(METHODS / f"{page}.md")
     assert "```text\n" in text and "```python\n" in text
@@ -118,6 +120,22 @@ def test_the_defaults_of_a_method_are_those_of_its_press(page: str, name: str) -
     assert {key: fields[key] for key in said} == said
     unsaid = {"budget", "layer_ratios", "safeguard", "min_kept_per_head", "storage"}  # of every press: concepts.md
     assert set(fields) - set(said) - unsaid == set()
+
+
+def test_the_defaults_of_presses_that_evict_while_the_model_writes_are_on_their_page() -> None:
+    """Those of all in the table, those of each press in its section, or where it differs."""
+    text = text_of(METHODS / "decoding.md")
+    shared = {
+        row[0].strip("`"): ast.literal_eval(row[1].strip("`")) for row in rows_of(text) if len(row) == 3 and row[0]
+    }
+    base = {field.name: field.default for field in dataclasses.fields(kvzip_press.DecodePress)}
+    assert {name: base[name] for name in shared} == shared
+    of_every_press = {"compression_ratio", "budget", "layer_ratios", "safeguard", "min_kept_per_head", "storage"}
+    assert set(base) - set(shared) == of_every_press
+    kinds = [getattr(kvzip_press, name) for name in kvzip_press.__all__ if name != "DecodePress"]
+    for kind in [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, kvzip_press.DecodePress)]:
+        own = [field for field in dataclasses.fields(kind) if field.name not in base]
+        assert [field.name for field in own if f"`{field.name}={field.default!r}`" not in text] == []
 
 
 # ------------------------------------------------------------------------------------------------------------ kvpress

@@ -179,19 +179,6 @@ def test_the_cache_never_exceeds_budget_and_buffer_over_a_thousand_steps(length)
     assert cache.get_seq_length() == length + 1000
 
 
-@pytest.fixture
-def static_steps(monkeypatch):
-    """Decode steps over static layers on a CPU: what a GPU captures, run anew each time."""
-
-    def trial(self, compiled: bool = False) -> None:
-        start = self.positions.clone()
-        self.run()
-        self._rewind(start)
-
-    monkeypatch.setattr(decoding, "_reason_against", lambda model, cache, device: decoding.reason_against(cache))
-    monkeypatch.setattr(decoding._StaticStep, "capture", trial)
-
-
 def steps_written(model, press, ids: torch.Tensor, length: int, graph: bool | None):
     """Logits of decode steps over given tokens, in two runs with a question before each, and the cache."""
     cache, logits = DynamicCache(config=model.config), []

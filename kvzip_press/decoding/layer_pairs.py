@@ -1,0 +1,222 @@
+"""The pairs of one layer as a press looks at them to decide which go: alike for a prompt and while a model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from kvzip_press.cache.codecs.storage import Storage
+from kvzip_press.cache.packed_pairs import PackedPairs
+from kvzip_press.cache.ragged_layer import RaggedLayer
+
+BLOCK_NUMBERS = 2**24  # of a block of logits: 64 MB in fp32
+
+
+@dataclass(frozen=True)
+class LayerPairs:
+    """The pairs of some rows of one layer, head by head in ascending position, aligned to the right.
+
+    Heads and rows hold different numbers of pairs, so ``valid`` says which columns are pairs; others hold anything
+    finite. Nothing here is to be changed.
+
+    Attributes:
+        layer_idx: Index of the layer in the model.
+        keys: ``[batch, num_key_value_heads, n, head_dim]``, after RoPE, as attention sees them.
+        valid: ``[batch, num_key_value_heads, n]``, bool.
+        positions: ``[batch, num_key_value_heads, n]``, int64, the position of each pair in its row.
+        scores: ``[batch, num_key_value_heads, n]``, fp32, what pairs carry; 0 for those that are new.
+        ends: int64 ``[batch]``, the position after each row's last token.
+        queries: ``[batch, num_attention_heads, w, head_dim]``, of each row's last tokens, after RoPE; w may be 0.
+        known: ``[batch, w]``, bool: the queries that are known. The last one is that of the last token.
+        scaling: Factor of the logits; None means ``head_dim ** -0.5``.
+        softcap: Bound of the logits; None means no bound.
+    """
+
+    layer_idx: int
+    keys: torch.Tensor
+    valid: torch.Tensor
+    positions: torch.Tensor
+    scores: torch.Tensor
+    ends: torch.Tensor
+    queries: torch.Tensor
+    known: torch.Tensor
+    scaling: float | None = None
+    softcap: float | None = None
+
+    @property
+    def query_positions(self) -> torch.Tensor:
+        """The position of each query's token, int64 ``[batch, w]``."""
+        n = self.queries.shape[2]
+        return self.ends[:, None] - n + torch.arange(n, device=self.ends.device)
+
+    def newest(self, count: int) -> torch.Tensor:
+        """Returns ``[batch, num_key_value_heads, n]``, bool: the pairs of each row's last ``count`` tokens."""
+        return self.valid & (self.positions >= (self.ends - count)[:, None, None])
+
+    def attention(self, last: int | None = None, *, among: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        """Yields the attention that pairs get, in blocks of queries.
+
+        Args:
+            last: Number of last queries to look at; None for all.
+            among: ``[batch, num_key_value_heads, n]``, bool: the pairs that softmax runs over; None for all.
+
+        Yields:
+            ``[batch, num_key_value_heads, groups, queries, n]``, fp32: probabilities; 0 at pairs that a query does not
+            see, and everywhere for one that is not known.
+        """
+        for logits, sees in self.logits(last, among=among):
+            yield logits.softmax(dim=-1).where(sees, 0)
+
+    def logits(
+        self, last: int | None = None, *, among: torch.Tensor | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yields the logits of attention in blocks of queries, -inf at what is not seen, and what each query sees.
+
+        Arguments are those of :meth:`attention`.
+
+        Yields:
+            ``[batch, num_key_value_heads, groups, queries, n]``, fp32; and bool, broadcastable to that shape.
+        """
+        batch, heads, n, dim = self.keys.shape
+        first = 0 if last is None else max(self.queries.shape[2] - last, 0)
+        queries, known = self.queries[:, :, first:], self.known[:, first:]
+        positions = self.query_positions[:, first:]
+        grouped = queries.unflatten(1, (heads, -1))
+        keys = self.keys.float().transpose(-1, -2).unsqueeze(2)
+        scaling = dim**-0.5 if self.scaling is None else self.scaling
+        pairs = self.valid if among is None else self.valid & among
+        size = max(BLOCK_NUMBERS // max(batch * queries.shape[1] * n, 1), 1)
+        for start in range(0, queries.shape[2], size):
+            block = slice(start, start + size)
+            asked = grouped[:, :, :, block].float().nan_to_num(0.0)
+            logits = scaling * (asked @ keys)
+            if self.softcap is not None:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            sees = pairs[:, :, None, :] & (self.positions[:, :, None, :] <= positions[:, None, block, None])
+            sees = (sees & known[:, None, block, None]).unsqueeze(2)
+            blind = ~sees.any(dim=-1, keepdim=True)  # softmax over nothing would be NaN
+            yield logits.masked_fill(~sees & ~blind, -torch.inf), sees
+
+
+def pairs_of(layer_idx: int, layer: RaggedLayer, rows: slice) -> tuple[LayerPairs, torch.Tensor]:
+    """Returns the pairs of some rows of a ragged layer, packed ones and those of its tail.
+
+    Args:
+        layer_idx: Its index.
+        layer: The layer; none of its rows share pairs.
+        rows: The rows.
+
+    Returns:
+        The pairs, and the column of each of the tail's tokens among them, int64 ``[batch, num_key_value_heads, t]``;
+        negative at padding. The other valid columns are those of the packed pairs, in their order.
+    """
+    packed, tail = layer.packed, layer.tail
+    heads, device = packed.num_heads, packed.device
+    batch = len(range(*rows.indices(layer.batch_size)))
+    padding = torch.zeros(batch, dtype=torch.int64, device=device)
+    if tail.padding is not None:
+        padding = tail.padding[rows]
+    n_packed = packed.seqlens[rows].long()
+    sizes = n_packed + (tail.length - padding)[:, None]
+    n = int(sizes.max())
+    rank = torch.arange(n, device=device) - (n - sizes)[..., None]  # of each column among its head's pairs
+    in_tail = rank >= n_packed[..., None]
+    column = (rank - n_packed[..., None] + padding[:, None, None]).clamp(min=0)
+    own = _Packed.of(packed, rows, rank)
+    keys, positions, scores = own.keys, own.positions, own.scores
+    ends = layer.next_positions[rows]
+    if tail.keys is not None and tail.length:
+        column = column.clamp(max=tail.length - 1)
+        written = tail.keys[rows].gather(2, column[..., None].expand(-1, -1, -1, tail.keys.shape[3]))
+        keys = torch.where(in_tail[..., None], written, keys)
+        scores = scores.masked_fill(in_tail, 0)
+        positions = torch.where(in_tail, (ends - tail.length)[:, None, None] + column, positions)
+    window = tail.window
+    queries = keys.new_empty(batch, heads, 0, keys.shape[3]) if window is None else window.queries[rows]
+    pairs = LayerPairs(
+        layer_idx,
+        keys,
+        rank >= 0,
+        positions,
+        scores,
+        ends,
+        queries,
+        ~queries[:, 0, :, 0].isnan(),
+        *layer.logits,
+    )
+    back = torch.arange(tail.length, device=device) + (n - tail.length)
+    return pairs, back.expand(batch, heads, -1).where(_is_token(padding, tail.length, heads), -1)
+
+
+def dense_pairs(
+    layer_idx: int,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    valid: torch.Tensor,
+    *,
+    n_queries: int | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> LayerPairs:
+    """Returns the pairs of a layer that has just read a prompt, in the columns of its keys.
+
+    Args:
+        layer_idx: Its index.
+        query: ``[batch, num_attention_heads, n, head_dim]``, after RoPE, of the last n columns.
+        keys: ``[batch, num_key_value_heads, columns, head_dim]``, after RoPE.
+        valid: ``[batch, columns]``, bool, False at padding, which is at the ends of a row.
+        n_queries: Number of last queries of each row to take along; None for all.
+        scaling: Factor of the logits.
+        softcap: Bound of the logits.
+    """
+    batch, heads, columns, _ = keys.shape
+    ends = valid.sum(dim=-1)
+    positions = (valid.long().cumsum(dim=-1) - 1).clamp(min=0)
+    n = query.shape[2] if n_queries is None else min(n_queries, query.shape[2])
+    last = ends[:, None] - n + torch.arange(n, device=keys.device)  # the positions of these queries
+    index = valid.int().argmax(dim=-1, keepdim=True) + last - (columns - query.shape[2])
+    where = index.clamp(0, query.shape[2] - 1)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    return LayerPairs(
+        layer_idx,
+        keys,
+        valid[:, None].expand(-1, heads, -1),
+        positions[:, None].expand(-1, heads, -1),
+        torch.zeros(batch, heads, columns, device=keys.device),
+        ends,
+        query.gather(2, where),
+        (last >= 0) & (index >= 0),
+        scaling,
+        softcap,
+    )
+
+
+def _is_token(padding: torch.Tensor, length: int, heads: int) -> torch.Tensor:
+    columns = torch.arange(length, device=padding.device)
+    return (columns >= padding[:, None])[:, None].expand(-1, heads, -1)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """The packed pairs of some rows, laid out by column; columns without one hold any pair of the layer, or zeros."""
+
+    keys: torch.Tensor
+    positions: torch.Tensor
+    scores: torch.Tensor
+
+    @classmethod
+    def of(cls, packed: PackedPairs, rows: slice, rank: torch.Tensor) -> _Packed:
+        storage: Storage = packed.storage
+        if not packed.positions.numel():
+            keys = torch.zeros(*rank.shape, storage.head_dim, dtype=storage.dtype, device=rank.device)
+            return cls(keys, rank.long(), torch.zeros_like(rank, dtype=torch.float32))
+        segments = torch.arange(packed.num_rows * packed.num_heads, device=rank.device).view(-1, packed.num_heads)[rows]
+        starts = packed.cu_seqlens[:-1].long()[segments]
+        index = (starts[..., None] + rank).clamp(0, packed.positions.numel() - 1)
+        keys, _ = storage.decode(
+            {name: column[index] for name, column in packed.columns.items()},
+            {name: table[segments] for name, table in packed.tables.items()},
+        )
+        scores = torch.zeros_like(rank, dtype=torch.float32) if packed.scores is None else packed.scores[index]
+        return cls(keys, packed.positions[index].long(), scores)

@@ -1,0 +1,25 @@
+"""Presses that evict pairs while the model writes, over one schedule: one file each, named after its paper."""
+
+from kvzip_press.presses.decoding.decode_press import DecodePress
+from kvzip_press.presses.decoding.h2o import H2OPress
+from kvzip_press.presses.decoding.knorm import KnormDecodePress
+from kvzip_press.presses.decoding.random import RandomDecodePress
+from kvzip_press.presses.decoding.rkv import RKVPress
+from kvzip_press.presses.decoding.snapkv import SnapKVDecodePress
+from kvzip_press.presses.decoding.streaming_llm import StreamingLLMDecodePress
+from kvzip_press.presses.decoding.tova import TOVADecodePress
+from kvzip_press.presses.decoding.trimkv import TrimKVPress
+from kvzip_press.presses.decoding.trimkv_gates import TrimKVGates
+
+__all__ = [
+    "DecodePress",
+    "H2OPress",
+    "KnormDecodePress",
+    "RKVPress",
+    "RandomDecodePress",
+    "SnapKVDecodePress",
+    "StreamingLLMDecodePress",
+    "TOVADecodePress",
+    "TrimKVGates",
+    "TrimKVPress",
+]

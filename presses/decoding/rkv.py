@@ -1,0 +1,96 @@
+"""R-KV (Cai et al. 2025, https://arxiv.org/abs/2505.24133): what is important and not redundant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import max_pool1d, normalize
+
+from kvzip_press.decoding.layer_pairs import LayerPairs
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.presses.decoding.decode_press import DecodePress
+
+TILE = 256  # rows of the similarity matrix that are in memory at a time
+
+
+@dataclass(frozen=True)
+class RKVPress(DecodePress):
+    """Keeps pairs that recent queries attend to and that do not say what a newer pair says, while decoding.
+
+    A pair is worth ``lam * I - (1 - lam) * R`` in its head:
+
+    - I, importance: of the last ``window_size`` queries, the largest logit over the group's query heads, softmax over
+      all pairs but those of these last tokens, the mean over the queries, the largest of ``kernel_size`` neighbours.
+    - R, redundancy: with C the cosines between all keys of the head, 0 on the diagonal; in each row the newest pair
+      with a cosine above ``threshold`` is set to 0, so that the newest of near-duplicates is spared; the softmax over
+      pairs of C's column means.
+
+    The last ``window_size`` tokens stay. Everything is fp32, row by row of a batch, and C is never whole in memory.
+    Three things of the authors' code are not followed: it computes in the keys' dtype and for the first row of a batch
+    only, and a row without any cosine above the threshold sets pair 0 to 0.
+
+    Args:
+        lam: Weight of importance, lambda (0.07, as in the authors' code; 0.1 in their text).
+        window_size: Number of last queries, and of last tokens that stay, alpha (8).
+        kernel_size: Width of the maximum over neighbours, an odd number (7).
+        threshold: Cosine from which on two keys say the same (0.5).
+
+    The other arguments are those of :class:`DecodePress`.
+
+    Raises:
+        InvalidArgumentError: A value is out of range.
+    """
+
+    lam: float = field(default=0.07, kw_only=True)
+    window_size: int = field(default=8, kw_only=True)
+    kernel_size: int = field(default=7, kw_only=True)
+    threshold: float = field(default=0.5, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.window_size < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0 or not 0 <= self.lam <= 1:
+            raise InvalidArgumentError(
+                "RKVPress: expected window_size >= 1, an odd kernel_size and lam in [0, 1], got "
+                f"{self.window_size}, {self.kernel_size} and {self.lam}"
+            )
+        super().__post_init__()
+
+    @property
+    def recent(self) -> int:
+        """The window."""
+        return self.window_size
+
+    @property
+    def n_queries(self) -> int:
+        """The window."""
+        return self.window_size
+
+    def worth(self, pairs: LayerPairs) -> torch.Tensor:
+        """Returns importance less redundancy."""
+        return self.lam * self.importance(pairs) - (1 - self.lam) * self.redundancy(pairs)
+
+    def importance(self, pairs: LayerPairs) -> torch.Tensor:
+        """Returns I, ``[batch, num_key_value_heads, n]``; what it is for the window's own pairs does not matter."""
+        older = ~pairs.newest(self.window_size)
+        total = torch.zeros_like(pairs.scores)
+        for logits, sees in pairs.logits(self.window_size, among=older):
+            total += logits.amax(dim=2).softmax(dim=-1).where(sees[:, :, 0], 0).sum(dim=2)
+        n_known = pairs.known[:, -self.window_size :].sum(dim=-1).clamp(min=1)
+        mean = total / n_known[:, None, None]
+        return max_pool1d(mean, self.kernel_size, stride=1, padding=self.kernel_size // 2)
+
+    def redundancy(self, pairs: LayerPairs) -> torch.Tensor:
+        """Returns R, ``[batch, num_key_value_heads, n]``."""
+        valid, n = pairs.valid, pairs.valid.shape[2]
+        keys = normalize(pairs.keys.float(), dim=-1).masked_fill(~valid[..., None], 0)
+        columns = torch.arange(n, device=keys.device)
+        sums = torch.zeros_like(pairs.scores)
+        for first in range(0, n, TILE):
+            rows = columns[first : first + TILE]
+            cosines = keys[:, :, rows] @ keys.transpose(-1, -2)
+            cosines[..., torch.arange(len(rows)), rows] = 0
+            similar = cosines > self.threshold
+            newest = torch.where(similar, columns, -1).amax(dim=-1, keepdim=True)
+            sums += cosines.masked_fill(columns == newest, 0).sum(dim=2)
+        means = sums / valid.sum(dim=-1, keepdim=True).clamp(min=1)
+        return means.masked_fill(~valid, -torch.inf).softmax(dim=-1)

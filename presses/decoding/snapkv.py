@@ -1,0 +1,60 @@
+"""SnapKV (Li et al. 2024, https://arxiv.org/abs/2404.14469), applied again and again while the model writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import avg_pool1d
+
+from kvzip_press.decoding.layer_pairs import LayerPairs
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.presses.decoding.decode_press import DecodePress
+
+
+@dataclass(frozen=True)
+class SnapKVDecodePress(DecodePress):
+    """Keeps what the queries of the last tokens attend to, while decoding.
+
+    A pair is worth the mean attention of the last ``window_size`` queries to it, averaged over the query heads of its
+    group and over ``kernel_size`` neighbours in what its head still holds. The last ``window_size`` tokens stay, and
+    count as neighbours without attention. SnapKV is about prompts; as the baseline of R-KV it is applied every
+    ``buffer`` tokens, with a window of 8. Behind a prompt, the window begins anew.
+
+    Args:
+        window_size: Number of last queries, and of last tokens that stay (32, as for SnapKV's prompts).
+        kernel_size: Width of the average over neighbours, an odd number (5).
+
+    The other arguments are those of :class:`DecodePress`.
+
+    Raises:
+        InvalidArgumentError: A value is out of range.
+    """
+
+    window_size: int = field(default=32, kw_only=True)
+    kernel_size: int = field(default=5, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.window_size < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise InvalidArgumentError(
+                "SnapKVDecodePress: expected window_size >= 1 and an odd kernel_size, got "
+                f"{self.window_size} and {self.kernel_size}"
+            )
+        super().__post_init__()
+
+    @property
+    def recent(self) -> int:
+        """The window."""
+        return self.window_size
+
+    @property
+    def n_queries(self) -> int:
+        """The window."""
+        return self.window_size
+
+    def worth(self, pairs: LayerPairs) -> torch.Tensor:
+        """Returns the window's mean attention, pooled over neighbours."""
+        sums = torch.stack([block.sum(dim=3).mean(dim=2) for block in pairs.attention(self.window_size)]).sum(dim=0)
+        n_known = pairs.known[:, -self.window_size :].sum(dim=-1).clamp(min=1)
+        mean = (sums / n_known[:, None, None]).masked_fill(pairs.newest(self.window_size), 0)
+        return avg_pool1d(mean, self.kernel_size, stride=1, padding=self.kernel_size // 2)

@@ -1,0 +1,279 @@
+"""What holds for every press that evicts while the model writes: bytes, rows, steps, forks, storages, prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvzip_press import RaggedCache, compress
+from kvzip_press.budget.allocators import ALLOCATIONS
+from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.decoding import step as decoding
+from kvzip_press.decoding.generation import generate
+from kvzip_press.presses.decoding import (
+    DecodePress,
+    H2OPress,
+    KnormDecodePress,
+    RKVPress,
+    SnapKVDecodePress,
+    StreamingLLMDecodePress,
+    TOVADecodePress,
+)
+from kvzip_press.presses.kvzip import KVzipPress
+from kvzip_press.presses.random import RandomPress
+from kvzip_press.testing import ByteTokenizer, tiny_model
+
+TOKENIZER, HEADS = ByteTokenizer(), 2
+PRESSES = (
+    (StreamingLLMDecodePress, {"n_sink": 2}),
+    (KnormDecodePress, {"skip_layers": (0,)}),
+    (TOVADecodePress, {}),
+    (SnapKVDecodePress, {"window_size": 6}),
+    (H2OPress, {}),
+    (RKVPress, {}),
+)
+every_press = pytest.mark.parametrize("kind_and_options", PRESSES, ids=lambda pair: pair[0].__name__)
+
+
+def made(kind_and_options: tuple[type[DecodePress], dict[str, Any]], **options: Any) -> DecodePress:
+    kind, own = kind_and_options
+    return kind(**{"budget": 24, "buffer": 8} | own | options)
+
+
+def distinct_ids(length: int, batch: int = 1) -> torch.Tensor:
+    """No token twice in a row: equal ones would tie."""
+    rows = [3 + torch.randperm(250, generator=torch.Generator().manual_seed(seed)) for seed in range(batch)]
+    return torch.stack(rows)[:, :length]
+
+
+@torch.no_grad()
+def step(model: Any, cache: Any, ids: torch.Tensor, **given: Any) -> torch.Tensor:
+    return model(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits[:, -1]
+
+
+def held(cache: Any, row: int = 0) -> list[list[int]]:
+    """Positions of each layer and head, tails included."""
+    positions = []
+    for layer in cache.layers:
+        if isinstance(layer, RaggedLayer):
+            end, n = int(layer.next_positions[row]), int(layer.n_tail_tokens[row])
+            tail = list(range(end - n, end))
+            positions += [layer.packed.head_positions(row, head).tolist() + tail for head in range(HEADS)]
+    return positions
+
+
+def n_pairs(cache: Any, row: int = 0) -> int:
+    return sum(map(len, held(cache, row)))
+
+
+def small_model(**options: Any) -> Any:
+    return tiny_model(num_layers=2, vocab_size=256, **options)
+
+
+@every_press
+@pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
+def test_bytes_never_exceed_budget_and_buffer(kind_and_options, allocation) -> None:
+    """Pairs, and bytes of what the cache's storages hold, to the byte; exactly the budget behind an eviction.
+
+    Queries of the buffer and of the window lie beside them, and each head has a number and an end.
+    """
+    model, ids = small_model(), distinct_ids(100)
+    cache, n_heads = DynamicCache(config=model.config), 2 * HEADS
+    press = made(kind_and_options, allocation=allocation)
+    tail_bytes, packed_bytes = 2 * 16 * 4 + 4, 2 * 16 * 4 + 4 + 4  # of a pair: key, value, score; and its position
+    n_columns = 0 if press.n_queries == 0 else 8 + (press.n_queries or 0)
+    most = n_heads * (24 * packed_bytes + 8 * tail_bytes) + 2 * n_columns * 4 * 16 * 4
+    with press(model):
+        step(model, cache, ids[:, :40])
+        fewest = n_pairs(cache)
+        for token in range(40, 58):
+            step(model, cache, ids[:, token : token + 1])
+            assert n_pairs(cache) < (24 + 8) * n_heads
+            fewest = min(fewest, n_pairs(cache))
+            if token > 48:  # behind the first eviction, which makes the pool
+                ends = sum(layer.packed.cu_seqlens.untyped_storage().nbytes() for layer in cache.layers)
+                assert RaggedCache.of(cache).resident_bytes <= most + ends
+    assert fewest == 24 * n_heads
+
+
+def steps_written(model: Any, press: DecodePress, ids: torch.Tensor, graph: bool | None) -> tuple[torch.Tensor, Any]:
+    cache, logits = DynamicCache(config=model.config), []
+    with press(model):
+        step(model, cache, ids[:, :20])
+        cache = RaggedCache.of(cache)
+        for begin, end in ((20, 40), (40, ids.shape[1])):
+            step(model, cache, ids[:, begin : begin + 3])
+            with decoding.DecodeStep(model, cache, max_new_tokens=end - begin - 3, graph=graph) as decode:
+                logits += [decode(ids[:, i]).clone() for i in range(begin + 3, end)]
+        assert decode.captured == (graph is not False)
+    return torch.stack(logits), cache
+
+
+def check_static_steps(press: DecodePress, device: str) -> None:
+    model, ids = small_model().to(device), distinct_ids(60).to(device)
+    eager, cache = steps_written(model, press, ids, graph=False)
+    static, other = steps_written(model, press, ids, graph=None)
+    torch.testing.assert_close(static, eager, atol=1e-4, rtol=1e-4)
+    assert held(cache) == held(other)
+
+
+@every_press
+def test_static_steps_evict_as_eager_steps_do(kind_and_options, static_steps) -> None:
+    """From below the budget on, with a question of several tokens between."""
+    check_static_steps(made(kind_and_options), "cpu")
+
+
+@pytest.mark.gpu
+@every_press
+@pytest.mark.parametrize("buffer", [1, 8])
+def test_graphs_evict_as_eager_steps_do(kind_and_options, buffer) -> None:
+    """The same where a graph is replayed."""
+    check_static_steps(made(kind_and_options, buffer=buffer), "cuda")
+
+
+@every_press
+def test_rows_of_a_batch_are_what_they_are_alone(kind_and_options) -> None:
+    """Contexts and questions of different length: each row has its own budget, its own window and its own moment."""
+    model, press, n = small_model(), made(kind_and_options), 21
+    contexts, questions = ["a first context, rather long, of words", "short one"], [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
+    together = compress(model, TOKENIZER, contexts, press)
+    ids = torch.tensor([[0, 0, 0, *questions[0]], questions[1]])
+    alone = [compress(model, TOKENIZER, context, press) for context in contexts]
+    with press(model):
+        written = generate(model, together, ids, n, attention_mask=(ids > 0).long())
+        for row, (cache, question) in enumerate(zip(alone, questions, strict=True)):
+            assert generate(model, cache, question, n) == [written[row]]
+            assert held(together, row) == held(cache)
+
+
+@every_press
+def test_detours_forks_and_modes_change_nothing(kind_and_options) -> None:
+    """Tokens that are cropped again, a fork that goes on, inference mode, a second context: the same pairs."""
+    model, ids, press = small_model(), distinct_ids(100), made(kind_and_options)
+
+    def begun() -> Any:
+        cache = DynamicCache(config=model.config)
+        step(model, cache, ids[:, :40])
+        return cache
+
+    with press(model):
+        plain = begun()
+        for token in range(40, 80):
+            step(model, plain, ids[:, token : token + 1])
+    with press(model):
+        cache = begun()
+        for token in range(40, 60):
+            with torch.inference_mode(token % 3 == 0):
+                step(model, cache, ids[:, token : token + 1])
+            if token % 8 == 2:
+                step(model, cache, ids[:, 90:92])
+                cache.crop(-2)
+        fork = RaggedCache.of(cache).fork()
+        for token in range(80, 90):
+            step(model, cache, ids[:, token : token + 1])
+    with press(model):
+        for token in range(60, 80):
+            step(model, fork, ids[:, token : token + 1])
+    assert held(fork) == held(plain)
+
+
+@every_press
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_codes_are_evicted_as_exact_pairs_are(kind_and_options, storage) -> None:
+    """Scores are those of the keys as the codes hold them, and the cache stays in codes."""
+    model, ids = small_model(), distinct_ids(90)
+    cache = DynamicCache(config=model.config)
+    with made(kind_and_options, storage=storage)(model):
+        for token in range(40, 60):
+            step(model, cache, ids[:, :41] if token == 40 else ids[:, token : token + 1])
+    assert RaggedCache.of(cache).storage == storage
+    assert n_pairs(cache) < (24 + 8) * 2 * HEADS
+
+
+@every_press
+def test_a_whole_prompt_stays_outside_the_budget(kind_and_options) -> None:
+    """``protect_prompt``: every pair of it, and the budget for what is written."""
+    model, ids = small_model(), distinct_ids(100)
+    cache = DynamicCache(config=model.config)
+    with made(kind_and_options, protect_prompt=True)(model):
+        step(model, cache, ids[:, :30])
+        fewest = 10**6
+        for token in range(30, 64):
+            step(model, cache, ids[:, token : token + 1])
+            assert all(positions[:30] == list(range(30)) for positions in held(cache))
+            assert n_pairs(cache) < (30 + 24 + 8) * 2 * HEADS
+            fewest = fewest if token < 61 else min(fewest, n_pairs(cache))
+    assert fewest == (30 + 24) * 2 * HEADS
+
+
+@pytest.mark.parametrize("protect", [False, True])
+@pytest.mark.parametrize("kind_and_options", [PRESSES[4], PRESSES[5]], ids=["h2o", "rkv"])
+def test_another_press_compresses_the_prompt(kind_and_options, protect) -> None:
+    """One line: KVzip for the prompt, this press for the answer; what KVzip kept stays, or competes."""
+    model, ids, kvzip = small_model(), distinct_ids(100), KVzipPress(0.5, n_sink=2)
+    cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with kvzip(model):
+        step(model, expected, ids[:, :60])
+    with made(kind_and_options, prompt=kvzip, protect_prompt=protect)(model):
+        step(model, cache, ids[:, :60])
+        of_prompt = held(cache)
+        assert of_prompt == held(expected)
+        for token in range(60, 95):
+            step(model, cache, ids[:, token : token + 1])
+    kept = [[p for p in positions if p < 60] for positions in held(cache)]
+    assert (kept == of_prompt) == protect
+    limit = (24 + 8) * 2 * HEADS + (sum(map(len, of_prompt)) if protect else 0)
+    assert n_pairs(cache) < limit
+
+
+def test_a_cache_that_another_press_compressed_goes_on() -> None:
+    """In a context of its own: no scores are needed of what is there."""
+    model = small_model()
+    cache = compress(model, TOKENIZER, "a context that was compressed at random, before", RandomPress(0.3))
+    with RKVPress(budget=24, buffer=8)(model):
+        generate(model, cache, [5, 6, 7], 20)
+    assert n_pairs(cache) < (24 + 8) * 2 * HEADS
+
+
+@pytest.mark.parametrize("protect", [False, True])
+def test_a_cache_goes_through_a_file(protect, tmp_path) -> None:
+    """What it holds is saved in the middle of a period, also which pairs stay."""
+    model, ids = small_model(), distinct_ids(100)
+    cache, press = (
+        DynamicCache(config=model.config),
+        StreamingLLMDecodePress(budget=24, buffer=8, protect_prompt=protect),
+    )
+    with press(model):
+        for token in range(40, 80):
+            step(model, cache, ids[:, :41] if token == 40 else ids[:, token : token + 1])
+        RaggedCache.of(cache).save(tmp_path / "cache.safetensors")
+        loaded = RaggedCache.load(tmp_path / "cache.safetensors", model)
+        for token in range(80, 100):
+            step(model, loaded, ids[:, token : token + 1])
+            step(model, cache, ids[:, token : token + 1])
+    assert held(loaded) == held(cache)
+
+
+@every_press
+def test_chunks_and_questions_count_as_written(kind_and_options) -> None:
+    """A context in parts inside the press: the budget holds behind each of them."""
+    model, ids = small_model(), distinct_ids(200)
+    cache = DynamicCache(config=model.config)
+    with made(kind_and_options)(model):
+        for first in range(0, 200, 50):
+            step(model, cache, ids[:, first : first + 50])
+            assert n_pairs(cache) == 24 * 2 * HEADS
+        assert len(generate(model, RaggedCache.of(cache), ids[:, :3], 20)[0]) == 20
+
+
+def test_hybrid_models_evict_in_their_full_layers() -> None:
+    """With Gemma's softcap and sliding layers beside."""
+    model, ids = tiny_model("gemma2", vocab_size=256), distinct_ids(90)
+    cache = DynamicCache(config=model.config)
+    with H2OPress(budget=24, buffer=8)(model):
+        for token in range(40, 60):
+            step(model, cache, ids[:, :41] if token == 40 else ids[:, token : token + 1])
+    assert n_pairs(cache) < (24 + 8) * 2 * HEADS
