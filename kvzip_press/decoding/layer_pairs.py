@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from kvzip_press.cache.codecs.held import POSITIONS
 from kvzip_press.cache.codecs.storage import Storage
-from kvzip_press.cache.packed_pairs import PackedPairs
+from kvzip_press.cache.packed_pairs import SCORES, PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 
 BLOCK_NUMBERS = 2**24  # of a block of logits: 64 MB in fp32
@@ -208,15 +209,18 @@ class _Packed:
     @classmethod
     def of(cls, packed: PackedPairs, rows: slice, rank: torch.Tensor) -> _Packed:
         storage: Storage = packed.storage
-        if not packed.positions.numel():
-            keys = torch.zeros(*rank.shape, storage.head_dim, dtype=storage.dtype, device=rank.device)
-            return cls(keys, rank.long(), torch.zeros_like(rank, dtype=torch.float32))
-        segments = torch.arange(packed.num_rows * packed.num_heads, device=rank.device).view(-1, packed.num_heads)[rows]
-        starts = packed.cu_seqlens[:-1].long()[segments]
-        index = (starts[..., None] + rank).clamp(0, packed.positions.numel() - 1)
-        keys, _ = storage.decode(
-            {name: column[index] for name, column in packed.columns.items()},
-            {name: table[segments] for name, table in packed.tables.items()},
-        )
-        scores = torch.zeros_like(rank, dtype=torch.float32) if packed.scores is None else packed.scores[index]
-        return cls(keys, packed.positions[index].long(), scores)
+        first, last, _ = rows.indices(packed.num_rows)
+        alone = packed.within(slice(first * packed.num_heads, last * packed.num_heads), whole=False)
+        if not alone.total:
+            return cls.none(storage, rank)
+        index = (alone.cu_seqlens[:-1].long().view(-1, packed.num_heads, 1) + rank).clamp(0, alone.total - 1)
+        keys, _ = storage.decode(alone)
+        positions, scores = alone.columns[POSITIONS], alone.columns.get(SCORES)
+        scores = torch.zeros_like(rank, dtype=torch.float32) if scores is None else scores[index]
+        return cls(keys[index], positions[index].long(), scores)
+
+    @classmethod
+    def none(cls, storage: Storage, rank: torch.Tensor) -> _Packed:
+        """Returns columns without any pair."""
+        keys = torch.zeros(*rank.shape, storage.head_dim, dtype=storage.dtype, device=rank.device)
+        return cls(keys, rank.long(), torch.zeros_like(rank, dtype=torch.float32))

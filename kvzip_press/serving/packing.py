@@ -103,14 +103,11 @@ def _pairs_of(
 
     They are ordered by head; in each head, the kept pairs of the context come before the tokens after it.
     """
-    bounds = packed.cu_seqlens.tolist()
+    lengths = packed.seqlens[0].tolist()
+    own_keys, own_values = (decoded.split(lengths) for decoded in packed.storage.decode(packed))
     keys, values = [], []
     for head in range(packed.num_heads):
-        pairs = slice(bounds[head], bounds[head + 1])
-        columns = {name: column[None, pairs] for name, column in packed.columns.items()}
-        tables = {name: table[None, head] for name, table in packed.tables.items()}
-        own_keys, own_values = packed.storage.decode(columns, tables)
-        keys += [own_keys[0], *([] if tail is None else [tail[0][0, head]])]
-        values += [own_values[0], *([] if tail is None else [tail[1][0, head]])]
+        keys += [own_keys[head], *([] if tail is None else [tail[0][0, head]])]
+        values += [own_values[head], *([] if tail is None else [tail[1][0, head]])]
     n_after = 0 if tail is None else tail[0].shape[2]
     return torch.cat(keys), torch.cat(values), packed.seqlens[0] + n_after

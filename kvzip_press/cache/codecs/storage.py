@@ -55,6 +55,8 @@ class Storage(ABC):
 
     #: Whether keys and values come back as they were; if not, they must be finite.
     is_exact: ClassVar[bool] = False
+    #: Whether all that is held of a pair is in its columns, and depends on that pair alone: no table, no part.
+    encodes_alone: ClassVar[bool] = False
     #: What follows the storage's name and a colon; empty for a storage without parameters.
     parameters: ClassVar[str] = ""
 
@@ -68,9 +70,6 @@ class Storage(ABC):
         raise InvalidArgumentError(
             f"expected nothing behind the name of a storage without parameters, got {text!r:.80}"
         )
-
-    #: Whether the columns of a pair depend on that pair alone, not on what else is kept when it is packed.
-    encodes_alone: ClassVar[bool] = False
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> Storage:

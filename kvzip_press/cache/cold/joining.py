@@ -36,7 +36,7 @@ class Places:
     def find(self, packed: PackedPairs) -> torch.Tensor:
         """Returns the index in ``[rows, heads, span]``, flattened, of each pair; -1 for pairs outside of the span."""
         table, position = self._columns.to(packed.device), packed.columns["positions"].long()
-        segment = segments_of(packed)
+        segment = packed.segments_of_entries()
         inside = position < table.shape[1]
         column = table[segment // packed.num_heads, position.clamp(max=table.shape[1] - 1)]
         return torch.where(inside & (column >= 0), segment * self.valid.shape[1] + column, -1)
@@ -49,17 +49,10 @@ class Places:
         return mask
 
 
-def segments_of(packed: PackedPairs) -> torch.Tensor:
-    """Returns the segment, as (row, head) in order, that each pair belongs to, int64 ``[total_kept]``."""
-    segments = torch.arange(len(packed.cu_seqlens) - 1, device=packed.device)
-    n_pairs = len(packed.columns["positions"])
-    return segments.repeat_interleave(packed.cu_seqlens.diff().long(), output_size=n_pairs)
-
-
 def joined(
     packed: PackedPairs, cold: PackedPairs, places: Places, keep: torch.Tensor, back: torch.Tensor
 ) -> PackedPairs:
-    """Returns pairs of which those of a span are the kept ones, in order.
+    """Returns pairs of which those of a span are the kept ones, in order, for a storage that encodes each pair alone.
 
     Args:
         packed: The pairs of a layer.
@@ -71,7 +64,7 @@ def joined(
     device, found = packed.device, places.find(packed)
     stays = (found < 0) | keep.view(-1)[found.clamp(min=0)]
     taken = back.cpu().view(-1)[places.find(cold)]
-    segment = torch.cat([segments_of(packed)[stays], segments_of(cold)[taken].to(device)])
+    segment = torch.cat([packed.segments_of_entries()[stays], cold.segments_of_entries()[taken].to(device)])
     columns = {
         name: torch.cat([column[stays], cold.columns[name][taken].to(device)])
         for name, column in packed.columns.items()
@@ -81,9 +74,7 @@ def joined(
     bounds = torch.bincount(segment, minlength=len(packed.cu_seqlens) - 1).cumsum(0)
     columns = {name: column[order] for name, column in columns.items()}
     cu_seqlens = torch.nn.functional.pad(bounds, (1, 0)).int()
-    tables = {name: cold.tables.get(name, table).to(device) for name, table in packed.tables.items()}
-    tables = dict(packed.storage.tables_after_eviction(tables, columns["positions"], cu_seqlens))
-    return replace(packed, columns=columns, tables=tables, cu_seqlens=cu_seqlens, pool=None)
+    return replace(packed, columns=columns, cu_seqlens=cu_seqlens, pool=None)
 
 
 def packed_again(packed: PackedPairs, part: ColdPart, places: Places, keep: torch.Tensor) -> PackedPairs:
@@ -109,4 +100,5 @@ def packed_again(packed: PackedPairs, part: ColdPart, places: Places, keep: torc
     scores = dense(cold.columns[SCORES]) if SCORES in packed.columns else None
     positions = places.positions.to(packed.device)
     keys, values = dense(cold.columns["keys"]), dense(cold.columns["values"])
-    return PackedPairs.pack(keys, values, keep, positions, scores, storage=type(packed.storage))
+    importance = part.importance().to(packed.device)
+    return PackedPairs.pack(keys, values, keep, positions, scores, storage=type(packed.storage), importance=importance)

@@ -57,10 +57,10 @@ def evicted_span(
     """
     packed = {}
     for i, kept in keep.items():  # each is moved to the host before the next one takes memory of the device
-        carried = scores.layers[i] if scores.carried else None
+        carried = None if scores.to_carry is None else scores.to_carry[i]
         packed[i] = _cold_pairs(cache.layers[i], kept, carried, valid, positions, storage).to(torch.device("cpu"))
     tensors = {
-        i: {**pairs.columns, **pairs.tables, BOUNDS: pairs.cu_seqlens, EVERY_SCORE: _copied(scores.layers[i])}
+        i: {**pairs.columns, BOUNDS: pairs.cu_seqlens, EVERY_SCORE: _copied(scores.layers[i])}
         for i, pairs in packed.items()
     }
     described = {"press": scores.press, "layers": list(packed), "tokens": valid.shape[1], "rows": valid.shape[0]}
@@ -73,7 +73,6 @@ def evicted_span(
         scores.policy,
         storages={i: pairs.storage for i, pairs in packed.items()},
         columns={i: tuple(pairs.columns) for i, pairs in packed.items()},
-        tables={i: tuple(pairs.tables) for i, pairs in packed.items()},
         place=put(cold, tensors, described),
     )
 
@@ -93,8 +92,8 @@ def _cold_pairs(
 ) -> PackedPairs:
     """Returns the pairs of a layer that an eviction takes, on its device.
 
-    They are stored as the layer stores its own, so that they come back as they would have been; their tables are those
-    of all pairs. A storage that encodes pairs by what else is kept gets all of them, as the model made them.
+    They are stored as the layer stores its own, so that they come back as they would have been. Of a storage that encodes
+    pairs by what else is kept, all are returned, as the model made them.
     """
     keys, values = last_pairs(layer, keep.shape[2])
     every = valid.to(keys.device)[:, None].expand_as(keep)
@@ -105,11 +104,7 @@ def _cold_pairs(
         if is_later:
             raise InvalidArgumentError(
                 f"expected cold=None for a later turn of a cache in the storage {kind.__name__}, which encodes a pair "
-                "by what else is kept: take storage='k8v4', say"
+                "by what else is kept: take storage='int8', say"
             )
         return PackedPairs.pack(keys, values, every, positions, scores, storage=ModelDtype)
-    gone = every & ~keep
-    packed = PackedPairs.pack(keys, values, gone, positions, scores, storage=kind)
-    # only the first span of a layer has made its tables
-    tables = {} if is_later else packed.storage.tables(keys, values, every, positions)
-    return PackedPairs(packed.columns, packed.cu_seqlens, packed.num_heads, packed.storage, tables)
+    return PackedPairs.pack(keys, values, every & ~keep, positions, scores, storage=kind)

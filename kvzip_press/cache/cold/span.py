@@ -12,7 +12,7 @@ from kvzip_press.cache.codecs.storage import Storage
 from kvzip_press.cache.cold.place import Place
 from kvzip_press.cache.packed_pairs import PackedPairs
 
-BOUNDS, EVERY_SCORE = "cu_seqlens", "every_score"  # names beside those of the columns and tables
+BOUNDS, EVERY_SCORE = "cu_seqlens", "every_score"  # names beside those of the columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +29,7 @@ class ColdSpan:
         policy: The policy under which it was evicted.
         storages: ``layer_idx ->`` how the evicted pairs are stored.
         columns: ``layer_idx ->`` names of the columns of these pairs.
-        tables: ``layer_idx ->`` names of the tables from which those of any selection follow.
-        place: Where pairs, tables and the scores of all pairs lie.
+        place: Where pairs and the scores of all pairs lie.
     """
 
     valid: torch.Tensor
@@ -40,7 +39,6 @@ class ColdSpan:
     policy: Policy
     storages: Mapping[int, Storage]
     columns: Mapping[int, Sequence[str]]
-    tables: Mapping[int, Sequence[str]]
     place: Place
 
 
@@ -66,18 +64,16 @@ class ColdPart:
         """Returns the scores of all pairs of the span, kept or not, fp32 ``[rows, heads, span]`` on the CPU."""
         return self.span.place.read(self.layer_idx, [EVERY_SCORE])[EVERY_SCORE][list(self.rows)]
 
+    def importance(self) -> torch.Tensor:
+        """Returns these scores with infinity where pairs are protected, as an eviction hands them to storages."""
+        protected = self.span.protected[list(self.rows)]
+        return self.scores().masked_fill(protected.unsqueeze(1), torch.inf)
+
     def pairs(self, *, only_positions: bool = False) -> PackedPairs:
         """Returns the evicted pairs on the CPU, or their positions alone; they must not be written into."""
         i, span = self.layer_idx, self.span
         columns = ["positions"] if only_positions else [*span.columns[i]]
-        tables = [] if only_positions else [*span.tables[i]]
-        read = span.place.read(i, [*columns, *tables, BOUNDS])
+        read = span.place.read(i, [*columns, BOUNDS])
         n_heads = (len(read[BOUNDS]) - 1) // len(span.valid)
-        packed = PackedPairs(
-            {name: read[name] for name in columns},
-            read[BOUNDS],
-            n_heads,
-            span.storages[i],
-            {name: read[name] for name in tables},
-        )
+        packed = PackedPairs({name: read[name] for name in columns}, read[BOUNDS], n_heads, span.storages[i])
         return packed if self.rows == tuple(range(len(span.valid))) else packed.select_rows(self.rows)
