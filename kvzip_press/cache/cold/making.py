@@ -92,7 +92,7 @@ def _cold_pairs(
 ) -> PackedPairs:
     """Returns the pairs of a layer that an eviction takes, on its device.
 
-    They are stored as the layer stores its own, so that they come back as they would have been. Of a storage that encodes
+    They are stored as the layer stores its own, so they come back as they would have been. Of a storage that encodes
     pairs by what else is kept, all are returned, as the model made them.
     """
     keys, values = last_pairs(layer, keep.shape[2])
