@@ -423,3 +423,23 @@ def test_an_allocation_with_a_rule_of_its_own_is_measured(model: Any, monkeypatc
     )
     rows = execute(run_of(LinesTask(), PressSpec("x", "x"), n=1), model)
     assert {row.kept_fraction for row in rows} == {(10 + 4) / len([1, *TOKENIZER.encode(TEXT)])} or len(rows) == 6
+
+
+def test_allocations_with_arguments_are_run_and_checked(model: Any) -> None:
+    """Whole pages leave less than a page of the budget; what a tolerance keeps is its outcome, at ratio 0."""
+
+    def spec(label: str, allocation: Any, **options: Any) -> PressSpec:
+        return PressSpec("random", label, options={"allocation": allocation, "n_sink": 0}, **options)
+
+    presses = (
+        NONE,
+        spec("pages", {"name": "pages", "page_size": 16}),
+        spec("line", "pyramid"),
+        spec("tolerance", {"name": "tolerance", "tolerance": 0.3}, compression_ratios=(0.0,)),
+    )
+    rows = execute(run_of(LinesTask(), *presses, n=2), model)
+    kept = {(row.press, row.compression_ratio): row.kept_fraction for row in rows}
+    assert 0 < kept["tolerance", 0.0] < 1 and kept["full cache", 0.0] == 1
+    for ratio in (0.5, 0.9):
+        assert kept["line", ratio] == pytest.approx(1 - ratio, abs=0.01)
+        assert 1 - ratio - 0.1 < kept["pages", ratio] <= 1 - ratio + 0.01
