@@ -122,7 +122,7 @@ def test_a_first_span_of_sinks_alone_leaves_the_mean_key_to_what_comes_next() ->
     keep = torch.ones(ROWS, HEADS, 37, dtype=torch.bool)
     merged, whole = pairs.merge(keys[:, :, 3:], values[:, :, 3:], positions, keep), packed("int4", keys, values)
     for found, expected in zip(decoded(merged), decoded(whole), strict=True):
-        assert torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)  # sums of other lengths round otherwise
 
 
 @pytest.mark.parametrize("name", LOSSY)
