@@ -114,6 +114,17 @@ def test_the_first_tokens_are_exact(name) -> None:
     assert left.parts["sinks"].total == ROWS * HEADS * (FIRST - 1) - 2
 
 
+def test_a_first_span_of_sinks_alone_leaves_the_mean_key_to_what_comes_next() -> None:
+    """A mean of no keys would be kept for the whole context."""
+    keys, values = span()
+    pairs = packed("int4", keys[:, :, :3], values[:, :, :3])
+    positions = torch.arange(3, 40, dtype=torch.int32).expand(ROWS, -1)
+    keep = torch.ones(ROWS, HEADS, 37, dtype=torch.bool)
+    merged, whole = pairs.merge(keys[:, :, 3:], values[:, :, 3:], positions, keep), packed("int4", keys, values)
+    for found, expected in zip(decoded(merged), decoded(whole), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)  # sums of other lengths round otherwise
+
+
 @pytest.mark.parametrize("name", LOSSY)
 @pytest.mark.parametrize("content", [0.0, 3.0, -1e-30, 1e30])
 def test_rows_of_equal_numbers_come_back(name, content) -> None:
