@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kvzip_press import KVzipPress, RaggedCache, answer_restoring, load_model, prefill
+from kvzip_press import RaggedCache, answer_restoring, get_press, load_model, prefill
 from kvzip_press.leaderboard.samples.task import Sample, Task
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.model.devices import get_device, synchronize
@@ -72,7 +72,7 @@ def main(
 
 def _times(model: Any, tokenizer: Any, context: str, removed: float, repeats: int) -> dict[str, str]:
     """Returns a column of the first table: a figure by its name."""
-    press = KVzipPress(removed)
+    press = get_press("kvzip", removed)
     # on a CPU that others use too, the time of the process says more than the clock on the wall
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
 
@@ -141,7 +141,7 @@ class _Answered:
 
 def _asked(model: Any, tokenizer: Any, task: Task, sample: Sample, removed: float) -> list[_Answered]:
     done = prefill(model, tokenizer, sample.context)
-    cache = done.evict(KVzipPress(removed).score(done), cold="cpu")
+    cache = done.evict(get_press("kvzip", removed).score(done), cold="cpu")
     restored = cache.fork()
     restored.restore()
     answered = []
