@@ -57,7 +57,7 @@ def engine(place: Path, model: Any) -> Iterator[Any]:
     """An engine with few blocks, so that requests are preempted, and a pool with room for one context at a time."""
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT)
-    served = ServedModel.of(model, place / "contexts", pool_bytes=200_000)
+    served = ServedModel.of(model, place / "contexts", pool_bytes=110_000)
     served.write(place / "served.json")
     options = engine_options(str(place / "served.json"))
     from vllm import LLM
@@ -101,7 +101,7 @@ def expected(model: Any, tokenizer: ByteTokenizer, name: str, question: str) -> 
 
 
 def test_answers_of_the_engine_are_those_of_answer(engine: Any, model: Any, tokenizer: ByteTokenizer) -> None:
-    """Twenty-four requests at once, two contexts and none, preempted where pages run out."""
+    """Eighteen requests at once, two contexts and none, preempted where pages run out."""
     asked = [(name, question) for name in (*TEXTS, None) for question in QUESTIONS] * 2
     got = ask(engine, tokenizer, asked)
     for (name, question), ids in zip(asked, got, strict=True):
@@ -118,10 +118,12 @@ def test_answers_of_the_engine_are_those_of_answer(engine: Any, model: Any, toke
 def test_what_cannot_be_answered_is_refused_and_the_engine_lives(
     engine: Any, place: Path, tokenizer: ByteTokenizer, model: Any
 ) -> None:
+    from vllm.exceptions import VLLMValidationError
+
     whole = (place / "contexts" / "archive.safetensors").read_bytes()
     (place / "contexts" / "torn.safetensors").write_bytes(whole[:-30])
     for name in ("unknown", "../contexts/archive", "torn"):
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(VLLMValidationError, match="expected"):
             ask(engine, tokenizer, [(name, "Who?")])
     (place / "contexts" / "late.safetensors").write_bytes(whole)
     [ids] = ask(engine, tokenizer, [("late", "Who?")])
