@@ -13,6 +13,7 @@ import torch
 from kvzip_press import KVzipPress, RaggedCache, RandomPress, answer, compress
 from kvzip_press.decoding.answering import answer_ids
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.serving import session as session_module
 from kvzip_press.serving.rows import Rows
 from kvzip_press.serving.session import Session
 from kvzip_press.serving.stream import Stream
@@ -156,9 +157,18 @@ def test_kept_turns_belong_to_the_context(make: Made, model: Any, tokenizer: Byt
 
 
 def test_contexts_that_do_not_fit_together_take_turns(
-    make: Made, folder: Path, caches: dict[str, RaggedCache], expected: list[list[int]]
+    make: Made,
+    folder: Path,
+    caches: dict[str, RaggedCache],
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Room for the larger one alone: each is loaded when it is asked about, and waits while the other is read."""
+    """Room for the larger one alone: each is loaded when it is asked about, and waits unread while the other is."""
+    loaded: list[str] = []
+    load = session_module.packed_file
+    monkeypatch.setattr(
+        session_module, "packed_file", lambda path, *rest: loaded.append(path.stem) or load(path, *rest)
+    )
     size = max(bytes_of(make(), cache) for cache in caches.values())
     session = make(folder, pool_bytes=size)
     streams = ask_all(session)
@@ -166,6 +176,7 @@ def test_contexts_that_do_not_fit_together_take_turns(
     assert (session.n_running, session.n_waiting) == (1, 5)
     assert session.pool.names == ["lighthouse"]
     assert [stream.text() and stream.ids for stream in streams] == expected
+    assert loaded == ["lighthouse", "archive"] * 2 + ["lighthouse"]
     assert_idle(session)
 
 
