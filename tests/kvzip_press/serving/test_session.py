@@ -374,3 +374,16 @@ def test_what_is_asked_has_to_fit(make: Made, folder: Path, model: Any, tokenize
     near_its_end.add("hall", compress(short, tokenizer, "A lamp of brass stands in the hall.", RandomPress(0.5)))
     with pytest.raises(InvalidArgumentError, match="within the model's 64 positions, got up to"):
         near_its_end.submit("Which lamp?", "hall", max_new_tokens=30).text()
+
+
+@torch.no_grad()
+def test_a_row_sees_nothing_of_what_requests_before_it_have_left(make: Made, model: Any) -> None:
+    """In a batch of uneven rows, the shorter one's buffer goes on with what was there; the logits show every key."""
+    rows = make(max_rows=2)._rows
+    rows.keys.normal_()
+    rows.values.normal_()
+    rows.join(model, [5, 6, 7], 0)
+    rows.join(model, list(range(5, 15)), 0)
+    got = rows.step(model, [9, 10])
+    for own, ids in zip(got, ([5, 6, 7, 9], [*range(5, 15), 10]), strict=True):
+        torch.testing.assert_close(own, model(torch.tensor([ids])).logits[0, -1], rtol=1e-4, atol=1e-4)
