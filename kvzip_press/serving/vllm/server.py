@@ -39,7 +39,7 @@ def serve(model_name: str, contexts: Path, *, pool_bytes: int, options: Sequence
     """
     if find_spec("vllm") is None:
         raise MissingDependencyError(f"serving needs the package vllm: {install_command('vllm')}")
-    model, tokenizer = load_model(model_name, device_map="cpu")
+    model, tokenizer = load_model(model_name)
     served, path = ServedModel.of(model, contexts, pool_bytes=pool_bytes), str(model.name_or_path)
     del model
     with TemporaryDirectory(prefix="kvzip-press-") as folder:

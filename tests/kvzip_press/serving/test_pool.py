@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
+from kvzip_press.serving.context import PackedContext, PoolShape
 from kvzip_press.serving.free_list import FreeList
-from kvzip_press.serving.pool import ContextPool, Held, PackedContext, PoolShape
+from kvzip_press.serving.pool import ContextPool, Held
 from kvzip_press.testing import tiny_model
 
 LAW = settings(deadline=None, max_examples=50, derandomize=True)

@@ -13,6 +13,7 @@ import torch
 from kvzip_press import KVzipPress, RaggedCache, RandomPress, answer, compress
 from kvzip_press.decoding.answering import answer_ids
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.serving import session as session_module
 from kvzip_press.serving.rows import Rows
 from kvzip_press.serving.session import Session
 from kvzip_press.serving.stream import Stream
@@ -156,9 +157,18 @@ def test_kept_turns_belong_to_the_context(make: Made, model: Any, tokenizer: Byt
 
 
 def test_contexts_that_do_not_fit_together_take_turns(
-    make: Made, folder: Path, caches: dict[str, RaggedCache], expected: list[list[int]]
+    make: Made,
+    folder: Path,
+    caches: dict[str, RaggedCache],
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Room for the larger one alone: each is loaded when it is asked about, and waits while the other is read."""
+    """Room for the larger one alone: each is loaded when it is asked about, and waits unread while the other is."""
+    loaded: list[str] = []
+    load = session_module.packed_file
+    monkeypatch.setattr(
+        session_module, "packed_file", lambda path, *rest: loaded.append(path.stem) or load(path, *rest)
+    )
     size = max(bytes_of(make(), cache) for cache in caches.values())
     session = make(folder, pool_bytes=size)
     streams = ask_all(session)
@@ -166,6 +176,7 @@ def test_contexts_that_do_not_fit_together_take_turns(
     assert (session.n_running, session.n_waiting) == (1, 5)
     assert session.pool.names == ["lighthouse"]
     assert [stream.text() and stream.ids for stream in streams] == expected
+    assert loaded == ["lighthouse", "archive"] * 2 + ["lighthouse"]
     assert_idle(session)
 
 
@@ -363,3 +374,16 @@ def test_what_is_asked_has_to_fit(make: Made, folder: Path, model: Any, tokenize
     near_its_end.add("hall", compress(short, tokenizer, "A lamp of brass stands in the hall.", RandomPress(0.5)))
     with pytest.raises(InvalidArgumentError, match="within the model's 64 positions, got up to"):
         near_its_end.submit("Which lamp?", "hall", max_new_tokens=30).text()
+
+
+@torch.no_grad()
+def test_a_row_sees_nothing_of_what_requests_before_it_have_left(make: Made, model: Any) -> None:
+    """In a batch of uneven rows, the shorter one's buffer goes on with what was there; the logits show every key."""
+    rows = make(max_rows=2)._rows
+    rows.keys.normal_()
+    rows.values.normal_()
+    rows.join(model, [5, 6, 7], 0)
+    rows.join(model, list(range(5, 15)), 0)
+    got = rows.step(model, [9, 10])
+    for own, ids in zip(got, ([5, 6, 7, 9], [*range(5, 15), 10]), strict=True):
+        torch.testing.assert_close(own, model(torch.tensor([ids])).logits[0, -1], rtol=1e-4, atol=1e-4)

@@ -202,7 +202,7 @@ def test_what_can_be_answered_is_accepted(params: Any, check: Any) -> None:
     ids=str,
 )
 def test_what_cannot_is_an_error_of_the_client(params: Any, check: Any) -> None:
-    """vLLM answers a ValueError with status 400; the engine does not see the request."""
+    """vLLM makes its own error of a ValueError, and answers with status 400; the engine does not see the request."""
     with pytest.raises(ValueError, match=r"expected (the name of a context|kv_transfer_params)"):
         check(params)
 

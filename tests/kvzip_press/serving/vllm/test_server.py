@@ -35,7 +35,7 @@ def started(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: ByteTokenize
     monkeypatch.setenv(requests.FACTS, "")
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(server, "find_spec", lambda name: ModuleSpec(name, None))
-    monkeypatch.setattr(server, "load_model", lambda name, device_map: (model, tokenizer))
+    monkeypatch.setattr(server, "load_model", lambda name: (model, tokenizer))
     return commands
 
 
