@@ -269,6 +269,21 @@ def test_chunks_and_questions_count_as_written(kind_and_options) -> None:
         assert len(generate(model, RaggedCache.of(cache), ids[:, :3], 20)[0]) == 20
 
 
+def test_one_press_goes_on_behind_another() -> None:
+    """Each keeps the queries that it looks at, and none if it looks at none."""
+    model, ids = small_model(), distinct_ids(100)
+    cache, first = DynamicCache(config=model.config), 40
+    for kind, size in ((RKVPress, 8), (H2OPress, None), (SnapKVDecodePress, 10), (StreamingLLMDecodePress, 0)):
+        options = {"window_size": size} if kind is SnapKVDecodePress else {}
+        with kind(budget=24, buffer=8, **options)(model):
+            for token in range(first, first + 11):
+                step(model, cache, ids[:, :41] if token == 40 else ids[:, token : token + 1])
+        first += 11
+        windows = [layer.tail.window for layer in cache.layers]
+        assert [0 if window is None else window.size for window in windows] == [size, size]
+        assert n_pairs(cache) < (24 + 8) * 2 * HEADS
+
+
 def test_hybrid_models_evict_in_their_full_layers() -> None:
     """With Gemma's softcap and sliding layers beside."""
     model, ids = tiny_model("gemma2", vocab_size=256), distinct_ids(90)

@@ -70,6 +70,18 @@ def test_what_is_kept_is_what_the_formula_keeps(kind, options, worth, stays, buf
             assert held_by(cache) == kept, token
 
 
+@pytest.mark.parametrize(("kind", "options", "worth", "stays"), CASES)
+def test_a_prompt_that_fits_the_budget_is_evicted_later(kind, options, worth, stays) -> None:
+    """Also one that is shorter than the tokens that stay as the newest: it is not taken for a sink."""
+    model, ids = tiny_model(num_layers=1, vocab_size=256), distinct_ids(60)
+    expected = oracles.Oracle(oracles.Text.read_by(model, ids), worth, budget=24, buffer=8, **stays).keep(5, 60)
+    cache = DynamicCache(config=model.config)
+    with kind(budget=24, buffer=8, **options)(model):
+        for token in range(4, 60):
+            step(model, cache, ids[:, :5] if token == 4 else ids[:, token : token + 1])
+    assert held_by(cache) == expected[-1]
+
+
 def test_layers_that_knorm_skips_keep_their_newest_pairs() -> None:
     """Layers 0 and 1 by default, and no more than any other."""
     model, ids = tiny_model(vocab_size=256), distinct_ids(60)
