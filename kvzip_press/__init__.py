@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         DecodePress,
         H2OPress,
         KnormDecodePress,
+        KVCompressPress,
         RKVPress,
         SnapKVDecodePress,
         StreamingLLMDecodePress,
@@ -48,6 +49,7 @@ _EXPORTS = {
         (
             "DecodePress",
             "H2OPress",
+            "KVCompressPress",
             "KnormDecodePress",
             "RKVPress",
             "SnapKVDecodePress",
@@ -94,6 +96,7 @@ __all__ = [
     "Gates",
     "H2OPress",
     "HeadScores",
+    "KVCompressPress",
     "KVzipHeadPress",
     "KVzipPress",
     "KnormDecodePress",
