@@ -24,7 +24,16 @@ from kvzip_press.model.structure import text_config
 from kvzip_press.press import Press
 from kvzip_press.registry import get_press
 
-PRESSES = ("random_decode", "streaming_llm_decode", "knorm_decode", "tova_decode", "snapkv_decode", "h2o", "rkv")
+PRESSES = (
+    "random_decode",
+    "streaming_llm_decode",
+    "knorm_decode",
+    "tova_decode",
+    "snapkv_decode",
+    "h2o",
+    "kv_compress",
+    "rkv",
+)
 TEXT = (
     "The harbour office keeps three books. The first book names every ship and the hour at which it came. The second "
     "book names the cargo, box by box, and who paid for it. The third book is about the weather. "
