@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         DecodePress,
         H2OPress,
         KnormDecodePress,
+        KVCompressPress,
         RKVPress,
         SnapKVDecodePress,
         StreamingLLMDecodePress,
@@ -51,6 +52,7 @@ _EXPORTS = {
         (
             "DecodePress",
             "H2OPress",
+            "KVCompressPress",
             "KnormDecodePress",
             "RKVPress",
             "SnapKVDecodePress",
@@ -100,6 +102,7 @@ __all__ = [
     "Gates",
     "H2OPress",
     "HeadScores",
+    "KVCompressPress",
     "KVzipHeadPress",
     "KVzipPress",
     "KnormDecodePress",

@@ -124,6 +124,12 @@ PRESSES = (
         "2406.11430",
     ),
     _while_decoding(
+        "kv_compress",
+        "kv_compress:KVCompressPress",
+        "while the model writes: squared attention, in whole pages over all heads",
+        "2410.00161",
+    ),
+    _while_decoding(
         "random_decode", "random:RandomDecodePress", "while the model writes: pairs at random, the baseline"
     ),
     _while_decoding(

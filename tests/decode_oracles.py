@@ -63,6 +63,7 @@ class Oracle:
     buffer: int
     n_sink: int = 0
     recent: int = 0
+    adds_up: bool = False  # whether each query counts once, in sums that pairs carry
     sums: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def keep(self, prompt: int, length: int) -> list[list[list[int]]]:
@@ -81,7 +82,7 @@ class Oracle:
         return held
 
     def _cut(self, head: int, alive: list[int], queries: range, unsettled: range | None = None) -> list[int]:
-        if self.worth is h2o:
+        if self.adds_up:
             queries = queries if unsettled is None else unsettled
         worth = self.worth(self, head, alive, queries)
         end = alive[-1] + 1
@@ -108,6 +109,20 @@ def h2o(oracle: Oracle, head: int, alive: list[int], queries: range) -> list[flo
         for p, got in zip(alive, oracle.text.attention(head, query, alive).sum(dim=0).tolist(), strict=True):
             oracle.sums[head, p] = oracle.sums.get((head, p), 0.0) + got
     return [oracle.sums[head, p] for p in alive]
+
+
+def kv_compress(kernel: int) -> Worth:
+    def worth(oracle: Oracle, head: int, alive: list[int], queries: range) -> list[float]:
+        of_prompt = not any(key[0] == head for key in oracle.sums)
+        groups, half = torch.zeros(oracle.text.groups, len(alive), dtype=torch.float64), kernel // 2
+        for query in list(queries)[-32:] if of_prompt else queries:
+            groups += oracle.text.attention(head, query, alive) ** 2
+        for i, p in enumerate(alive):
+            part = groups[:, max(i - half, 0) : i + half + 1].amax(dim=1) if of_prompt else groups[:, i]
+            oracle.sums[head, p] = oracle.sums.get((head, p), 0.0) + float(part.sum())
+        return [oracle.sums[head, p] for p in alive]
+
+    return worth
 
 
 def snapkv(window: int, kernel: int) -> Worth:

@@ -9,6 +9,9 @@ import torch
 from kvzip_press.cache.padding import visible_columns
 
 BLOCK = 64  # columns that a buffer grows by at least
+SPARE = (
+    512  # columns besides those that outlive an eviction, for crops, of a cache that nothing is evicted from any more
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class QueryWindow:
                 move over them, as its keys do.
         """
         total = self.length + n_tokens
-        kept = total if self.size is None or n_tokens == 1 else min(total, max(self.size, 1))
+        kept = total
+        if self.size is not None and total > self.size + (SPARE if n_tokens == 1 else 0):
+            kept = max(self.size, 1)
         if padding is None and kept == total:
             grown = self.reserved(n_tokens)
             grown.buffer[:, :, self.length : total] = torch.nan

@@ -33,6 +33,7 @@ class LayerPairs:
         known: ``[batch, w]``, bool: the queries that are known. The last one is that of the last token.
         scaling: Factor of the logits; None means ``head_dim ** -0.5``.
         softcap: Bound of the logits; None means no bound.
+        of_prompt: Whether they are those of a prompt, which is scored once.
     """
 
     layer_idx: int
@@ -45,6 +46,7 @@ class LayerPairs:
     known: torch.Tensor
     scaling: float | None = None
     softcap: float | None = None
+    of_prompt: bool = False
 
     @property
     def query_positions(self) -> torch.Tensor:
@@ -190,6 +192,7 @@ def dense_pairs(
         (last >= 0) & (index >= 0),
         scaling,
         softcap,
+        of_prompt=True,
     )
 
 

@@ -75,7 +75,10 @@ class PairScorer(DecodeScorer):
                 layer.packed = layer.packed.with_scores(none)
             if layer.tail.unscored != 0:
                 layer.tail.begin_scores(unscored=0.0)
-            if self.look.sees_queries and layer.tail.window is None:
+            window = layer.tail.window
+            if not self.look.sees_queries:
+                layer.tail.window = None
+            elif window is None or window.size != self.look.n_queries:  # what another press kept is not enough, or old
                 layer.tail.window = self._window(layer_idx, layer)
         if stays:
             mark_staying(layers)

@@ -49,6 +49,8 @@ class DecodeScorer(ABC):
                 "expected a cache that this press has compressed, whose pairs carry scores, to evict while the model "
                 f"writes, got one without ({len(layers)} compressed layers)"
             )
+        for layer in layers.values():  # another scorer may have been here
+            layer.tail.unscored, layer.tail.window = torch.nan, None
         if stays:
             mark_staying(layers)
 

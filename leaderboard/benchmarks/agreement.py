@@ -24,7 +24,16 @@ from kvzip_press.model.structure import text_config
 from kvzip_press.press import Press
 from kvzip_press.registry import get_press
 
-PRESSES = ("random_decode", "streaming_llm_decode", "knorm_decode", "tova_decode", "snapkv_decode", "h2o", "rkv")
+PRESSES = (
+    "random_decode",
+    "streaming_llm_decode",
+    "knorm_decode",
+    "tova_decode",
+    "snapkv_decode",
+    "h2o",
+    "kv_compress",
+    "rkv",
+)
 TEXT = (
     "The harbour office keeps three books. The first book names every ship and the hour at which it came. The second "
     "book names the cargo, box by box, and who paid for it. The third book is about the weather. "
@@ -107,17 +116,19 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 256,
     repeats: Annotated[int, typer.Option(help="How often the prompt repeats its paragraph.")] = 8,
     allocation: Annotated[str, typer.Option(help="How pairs compete: head, layer, global or adakv.")] = "head",
+    press: Annotated[list[str] | None, typer.Option(help="Name of a press; several times. Default: all.")] = None,
     model: Annotated[str, typer.Option(help="Path or hub id of a model, or smollm2.")] = "smollm2",
 ) -> None:
-    """Compares all presses that need nothing but the model."""
+    """Compares presses that need nothing but the model."""
+    options: dict[str, Any] = {"budget": budget, "buffer": buffer, "allocation": allocation}
+    presses = {name: get_press(name, **options) for name in press or PRESSES}  # raises before the model writes
     loaded, tokenizer = load_model(model)
     prompt = torch.tensor([tokenizer.encode(TEXT * repeats)], device=loaded.device)
     text, logits = written(loaded, prompt, tokens)
     title = f"{model}, prompt of {prompt.shape[1]} tokens, budget {budget}, buffer {buffer}, {allocation}"
     table = Table("press", "same tokens", "until the first other", "KL, nats", "most MB", title=title)
-    options: dict[str, Any] = {"budget": budget, "buffer": buffer, "allocation": allocation}
-    for name in PRESSES:
-        one = agreement(loaded, get_press(name, **options), prompt, text, logits)
+    for name, chosen in presses.items():
+        one = agreement(loaded, chosen, prompt, text, logits)
         numbers = f"{one.same:.3f}", str(one.until_first), f"{one.kl:.4f}", f"{one.most_bytes / 1e6:.2f}"
         table.add_row(name, *numbers)
     Console().print(table)

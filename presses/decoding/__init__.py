@@ -3,6 +3,7 @@
 from kvzip_press.presses.decoding.decode_press import DecodePress
 from kvzip_press.presses.decoding.h2o import H2OPress
 from kvzip_press.presses.decoding.knorm import KnormDecodePress
+from kvzip_press.presses.decoding.kv_compress import KVCompressPress, WholePages
 from kvzip_press.presses.decoding.random import RandomDecodePress
 from kvzip_press.presses.decoding.rkv import RKVPress
 from kvzip_press.presses.decoding.snapkv import SnapKVDecodePress
@@ -14,6 +15,7 @@ from kvzip_press.presses.decoding.trimkv_gates import TrimKVGates
 __all__ = [
     "DecodePress",
     "H2OPress",
+    "KVCompressPress",
     "KnormDecodePress",
     "RKVPress",
     "RandomDecodePress",
@@ -22,4 +24,5 @@ __all__ = [
     "TOVADecodePress",
     "TrimKVGates",
     "TrimKVPress",
+    "WholePages",
 ]

@@ -175,7 +175,9 @@ class DecodePress(AllocatingPress):
         first = prefill.protected(self.n_sink)
         room = self.schedule.window(int(first.sum(dim=-1).max()))
         tokens_after = prefill.valid.long().flip(-1).cumsum(dim=-1).flip(-1) - 1
-        protected = first | (prefill.valid & (tokens_after < room))
+        # Of a row that fits the budget nothing goes, and its last tokens are not to be taken for first ones later.
+        is_cut = prefill.valid.sum(dim=-1, keepdim=True) > (self.budget or 0)
+        protected = first | (prefill.valid & is_cut & (tokens_after < room))
         return Scores(layers, protected, self.policy, protected_count=True, carried=carried)
 
     def refusal_of_parts(self) -> InvalidArgumentError:

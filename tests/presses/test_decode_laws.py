@@ -17,11 +17,13 @@ from kvzip_press.presses.decoding import (
     DecodePress,
     H2OPress,
     KnormDecodePress,
+    KVCompressPress,
     RKVPress,
     SnapKVDecodePress,
     StreamingLLMDecodePress,
     TOVADecodePress,
 )
+from kvzip_press.presses.decoding.kv_compress import WholePages
 from kvzip_press.presses.kvzip import KVzipPress
 from kvzip_press.presses.random import RandomPress
 from kvzip_press.testing import ByteTokenizer, tiny_model
@@ -33,6 +35,7 @@ PRESSES = (
     (TOVADecodePress, {}),
     (SnapKVDecodePress, {"window_size": 6}),
     (H2OPress, {}),
+    (KVCompressPress, {"window_size": 6, "allocation": "global"}),
     (RKVPress, {}),
 )
 every_press = pytest.mark.parametrize("kind_and_options", PRESSES, ids=lambda pair: pair[0].__name__)
@@ -210,7 +213,7 @@ def test_a_whole_prompt_stays_outside_the_budget(kind_and_options) -> None:
 
 
 @pytest.mark.parametrize("protect", [False, True])
-@pytest.mark.parametrize("kind_and_options", [PRESSES[4], PRESSES[5]], ids=["h2o", "rkv"])
+@pytest.mark.parametrize("kind_and_options", [PRESSES[4], PRESSES[6]], ids=["h2o", "rkv"])
 def test_another_press_compresses_the_prompt(kind_and_options, protect) -> None:
     """One line: KVzip for the prompt, this press for the answer; what KVzip kept stays, or competes."""
     model, ids, kvzip = small_model(), distinct_ids(100), KVzipPress(0.5, n_sink=2)
@@ -267,6 +270,35 @@ def test_chunks_and_questions_count_as_written(kind_and_options) -> None:
             step(model, cache, ids[:, first : first + 50])
             assert n_pairs(cache) == 24 * 2 * HEADS
         assert len(generate(model, RaggedCache.of(cache), ids[:, :3], 20)[0]) == 20
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_heads_keep_whole_pages_within_the_budget(page_size) -> None:
+    """While the model writes; a head's last page may be partly filled."""
+    model, ids = small_model(), distinct_ids(90)
+    cache = DynamicCache(config=model.config)
+    with KVCompressPress(budget=24, buffer=8, window_size=4, allocation=WholePages(page_size=page_size))(model):
+        for token in range(40, 80):
+            step(model, cache, ids[:, :41] if token == 40 else ids[:, token : token + 1])
+            sizes = [n for layer in cache.layers for n in layer.packed.seqlens.flatten().tolist()]
+            assert sum(-(-n // page_size) for n in sizes) * page_size <= 24 * 2 * HEADS
+            assert n_pairs(cache) < (24 + 8) * 2 * HEADS
+    assert len(set(sizes)) > 1
+
+
+def test_one_press_goes_on_behind_another() -> None:
+    """Each keeps the queries that it looks at, and none if it looks at none."""
+    model, ids = small_model(), distinct_ids(100)
+    cache, first = DynamicCache(config=model.config), 40
+    for kind, size in ((RKVPress, 8), (H2OPress, None), (SnapKVDecodePress, 10), (StreamingLLMDecodePress, 0)):
+        options = {"window_size": size} if kind is SnapKVDecodePress else {}
+        with kind(budget=24, buffer=8, **options)(model):
+            for token in range(first, first + 11):
+                step(model, cache, ids[:, :41] if token == 40 else ids[:, token : token + 1])
+        first += 11
+        windows = [layer.tail.window for layer in cache.layers]
+        assert [0 if window is None else window.size for window in windows] == [size, size]
+        assert n_pairs(cache) < (24 + 8) * 2 * HEADS
 
 
 def test_hybrid_models_evict_in_their_full_layers() -> None:

@@ -11,17 +11,23 @@ import torch
 from transformers import DynamicCache
 
 from kvzip_press import compress_in_chunks, get_press
+from kvzip_press.budget.amount import Tokens
+from kvzip_press.budget.policy import Policy
+from kvzip_press.budget.scores import Scores
+from kvzip_press.budget.selection import select
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.decoding import (
     H2OPress,
     KnormDecodePress,
+    KVCompressPress,
     RKVPress,
     SnapKVDecodePress,
     StreamingLLMDecodePress,
     TOVADecodePress,
 )
+from kvzip_press.presses.decoding.kv_compress import WholePages
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 
@@ -48,7 +54,13 @@ CASES = [
     (TOVADecodePress, {"n_recent": 1}, oracles.tova, {"recent": 1}),
     (TOVADecodePress, {"n_sink": 2}, oracles.tova, {"n_sink": 2}),
     (SnapKVDecodePress, {"window_size": 6}, oracles.snapkv(6, 5), {"recent": 6}),
-    (H2OPress, {}, oracles.h2o, {"recent": 12}),
+    (H2OPress, {}, oracles.h2o, {"recent": 12, "adds_up": True}),
+    (
+        KVCompressPress,
+        {"window_size": 10, "allocation": "head", "kernel_size": 1},
+        oracles.kv_compress(1),
+        {"recent": 10, "adds_up": True},
+    ),
     (RKVPress, {}, oracles.rkv(0.07, 8, 7, 0.5), {"recent": 8}),
     (RKVPress, {"lam": 0.7, "threshold": 0.1}, oracles.rkv(0.7, 8, 7, 0.1), {"recent": 8}),
 ]
@@ -70,6 +82,18 @@ def test_what_is_kept_is_what_the_formula_keeps(kind, options, worth, stays, buf
             assert held_by(cache) == kept, token
 
 
+@pytest.mark.parametrize(("kind", "options", "worth", "stays"), CASES)
+def test_a_prompt_that_fits_the_budget_is_evicted_later(kind, options, worth, stays) -> None:
+    """Also one that is shorter than the tokens that stay as the newest: it is not taken for a sink."""
+    model, ids = tiny_model(num_layers=1, vocab_size=256), distinct_ids(60)
+    expected = oracles.Oracle(oracles.Text.read_by(model, ids), worth, budget=24, buffer=8, **stays).keep(5, 60)
+    cache = DynamicCache(config=model.config)
+    with kind(budget=24, buffer=8, **options)(model):
+        for token in range(4, 60):
+            step(model, cache, ids[:, :5] if token == 4 else ids[:, token : token + 1])
+    assert held_by(cache) == expected[-1]
+
+
 def test_layers_that_knorm_skips_keep_their_newest_pairs() -> None:
     """Layers 0 and 1 by default, and no more than any other."""
     model, ids = tiny_model(vocab_size=256), distinct_ids(60)
@@ -80,6 +104,46 @@ def test_layers_that_knorm_skips_keep_their_newest_pairs() -> None:
             step(model, cache, ids[:, token : token + 1])
     newest = list(range(28, 44))
     assert [held_by(cache, layer_idx) == [newest, newest] for layer_idx in range(3)] == [True, True, False]
+
+
+def test_kv_compress_pools_over_neighbours_in_a_prompt() -> None:
+    """There alone: while the model writes, pooled pairs would tie for ever."""
+    model, ids = tiny_model(num_layers=1, vocab_size=256), distinct_ids(60)
+    text = oracles.Text.read_by(model, ids)
+    oracle = oracles.Oracle(text, oracles.kv_compress(7), budget=24, buffer=8, recent=10, adds_up=True)
+    cache = DynamicCache(config=model.config)
+    with KVCompressPress(budget=24, buffer=8, window_size=10, allocation="head")(model):
+        step(model, cache, ids)
+    assert held_by(cache) == oracle.keep(60, 60)[0]
+
+
+def freed_page_by_page(values: list[list[float]], protected: list[int], page: int, budget: int) -> list[int]:
+    """What heads keep if the cheapest page goes, again and again: its price is the best pair that has to go with it."""
+    heads = [[float("inf")] * n + sorted(own, reverse=True) for own, n in zip(values, protected, strict=True)]
+    while sum(-(-len(head) // page) for head in heads) > budget // page:
+        prices = [head[(len(head) - 1) // page * page] if head else float("inf") for head in heads]
+        cheapest = min(prices)
+        if cheapest == float("inf"):
+            break
+        which = max(i for i, price in enumerate(prices) if price == cheapest)
+        heads[which] = heads[which][: (len(heads[which]) - 1) // page * page]
+    return [len(head) for head in heads]
+
+
+@pytest.mark.parametrize("page", [1, 4, 16])
+@pytest.mark.parametrize("budget", [5, 12, 23])
+@pytest.mark.parametrize("n_protected", [0, 3])
+def test_pages_go_by_their_price(page, budget, n_protected) -> None:
+    """Over all heads of all layers, never above the budget unless protected pairs are."""
+    generator = torch.Generator().manual_seed(page + budget)
+    layers = {i: torch.randn(1, 2, 30, generator=generator) for i in (0, 3)}
+    protected = torch.arange(30)[None] < n_protected
+    scores = Scores(layers, protected, Policy(Tokens(budget), WholePages(page_size=page)), protected_count=True)
+    keep = select(scores, torch.ones(1, 30, dtype=torch.bool))
+    values = [layers[i][0, head, n_protected:].tolist() for i in layers for head in range(2)]
+    expected = freed_page_by_page(values, [n_protected] * 4, page, 4 * budget)
+    assert [int(keep[i][0, head].sum()) for i in layers for head in range(2)] == expected
+    assert sum(expected) <= max(4 * budget, 4 * page)
 
 
 def repeated_paragraph(copies: int, length: int, window: int) -> LayerPairs:

@@ -86,6 +86,14 @@ def test_room_is_made_once_and_given_back() -> None:
     assert window.reserved(101).buffer.shape[2] > 100
 
 
+def test_queries_do_not_pile_up_where_nothing_is_evicted_any_more() -> None:
+    """Behind the press, say: the last ones are enough."""
+    window = empty(4)
+    for token in range(2000):
+        window = read(window, [token], [token])
+    assert window.buffer.shape[2] < 1200 and tokens(window)[0][-4:] == [1996, 1997, 1998, 1999]
+
+
 def test_what_was_made_in_inference_mode_is_copied_before_it_is_written() -> None:
     with torch.inference_mode():
         window = read(empty(4), [0], [100])
