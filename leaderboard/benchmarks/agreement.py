@@ -9,7 +9,6 @@ the first that is not, and how far its probabilities are from the full cache's (
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.compat import DynamicCache
+from kvzip_press.leaderboard.running.agreement import Agreement
 from kvzip_press.loading.by_name import load_model
 from kvzip_press.model.structure import text_config
 from kvzip_press.press import Press
@@ -38,23 +38,6 @@ TEXT = (
     "The harbour office keeps three books. The first book names every ship and the hour at which it came. The second "
     "book names the cargo, box by box, and who paid for it. The third book is about the weather. "
 )
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How a press agrees with the full cache along the tokens that the full cache wrote.
-
-    Attributes:
-        same: Fraction of the tokens that are the most likely ones with the press, too.
-        until_first: Number of tokens until the first that is not.
-        kl: Mean KL divergence of the press's probabilities from the full cache's, in nats a token.
-        most_bytes: Most bytes that the cache held between two tokens, queries and room in its tails included.
-    """
-
-    same: float
-    until_first: int
-    kl: float
-    most_bytes: int
 
 
 @torch.no_grad()
@@ -78,7 +61,9 @@ def written(model: Any, prompt: torch.Tensor, n_tokens: int) -> tuple[torch.Tens
 
 
 @torch.no_grad()
-def agreement(model: Any, press: Press, prompt: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor) -> Agreement:
+def agreement(
+    model: Any, press: Press, prompt: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor
+) -> tuple[Agreement, int]:
     """Reads a prompt and the tokens that :func:`written` returned inside a press, and compares each step's logits.
 
     Args:
@@ -87,14 +72,14 @@ def agreement(model: Any, press: Press, prompt: torch.Tensor, tokens: torch.Tens
         prompt: int64 ``[1, n]``.
         tokens: int64 ``[1, n_tokens]``.
         logits: ``[n_tokens, vocabulary]``, of the full cache.
+
+    Returns:
+        How the press agrees with the full cache, and the most bytes that the cache held between two tokens, queries and
+        room in its tails included.
     """
     steps = list(_steps(model, press, prompt, tokens))
     ours = torch.stack([step for step, _ in steps]).float().log_softmax(dim=-1)
-    full = logits.float().log_softmax(dim=-1)
-    same = ours.argmax(dim=-1) == tokens[0].to(ours.device)
-    first = int(same.int().argmin()) if not bool(same.all()) else len(same)
-    kl = (full.exp() * (full - ours)).sum(dim=-1).mean()
-    return Agreement(float(same.float().mean()), first, float(kl), max(held for _, held in steps))
+    return Agreement.of(logits.float().log_softmax(dim=-1), ours), max(held for _, held in steps)
 
 
 def _steps(model: Any, press: Press, prompt: torch.Tensor, tokens: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
@@ -128,8 +113,8 @@ def main(
     title = f"{model}, prompt of {prompt.shape[1]} tokens, budget {budget}, buffer {buffer}, {allocation}"
     table = Table("press", "same tokens", "until the first other", "KL, nats", "most MB", title=title)
     for name, chosen in presses.items():
-        one = agreement(loaded, chosen, prompt, text, logits)
-        numbers = f"{one.same:.3f}", str(one.until_first), f"{one.kl:.4f}", f"{one.most_bytes / 1e6:.2f}"
+        one, most_bytes = agreement(loaded, chosen, prompt, text, logits)
+        numbers = f"{one.share:.3f}", str(one.until_first), f"{one.mean_kl:.4f}", f"{most_bytes / 1e6:.2f}"
         table.add_row(name, *numbers)
     Console().print(table)
 

@@ -91,11 +91,7 @@ def main(
 
 def _figures(prefix: str, found: Agreement) -> dict[str, float]:
     spread = statistics.stdev(found.kl) / math.sqrt(len(found.kl))
-    return {
-        f"kl_{prefix}": statistics.mean(found.kl),
-        f"kl_{prefix}_se": spread,
-        f"same_{prefix}": statistics.mean(found.same),
-    }
+    return {f"kl_{prefix}": found.mean_kl, f"kl_{prefix}_se": spread, f"same_{prefix}": found.share}
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:

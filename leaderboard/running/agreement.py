@@ -1,5 +1,6 @@
 """How closely a compressed cache follows the full one, token by token: a measure that needs no right answer."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,21 @@ class Agreement:
         """Compares log probabilities ``[n, vocabulary]``, fp32 or fp64."""
         kl = (reference.exp() * (reference - other)).sum(dim=-1)
         return cls(tuple(kl.tolist()), tuple((reference.argmax(dim=-1) == other.argmax(dim=-1)).tolist()))
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean divergence of a token, in nats."""
+        return statistics.mean(self.kl)
+
+    @property
+    def share(self) -> float:
+        """Fraction of the tokens whose most likely one is the same."""
+        return statistics.mean(self.same)
+
+    @property
+    def until_first(self) -> int:
+        """Number of tokens until the first whose most likely one is not the same."""
+        return self.same.index(False) if False in self.same else len(self.same)
 
     def __add__(self, other: "Agreement") -> "Agreement":
         return Agreement(self.kl + other.kl, self.same + other.same)

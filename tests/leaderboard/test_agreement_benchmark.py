@@ -18,7 +18,7 @@ def test_a_cache_that_loses_nothing_agrees_and_one_that_does_differs() -> None:
         tokens.tolist()
         == model.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=None)[:, 40:].tolist()
     )
-    whole = agreement(model, get_press("rkv", budget=100, buffer=8), prompt, tokens, logits)
-    assert (whole.same, whole.until_first) == (1.0, 30) and abs(whole.kl) < 1e-5
-    less = agreement(model, get_press("random_decode", budget=12, buffer=4), prompt, tokens, logits)
-    assert less.same < 1.0 and less.until_first < 30 and less.kl > 1e-3 and less.most_bytes < whole.most_bytes
+    whole, most_bytes = agreement(model, get_press("rkv", budget=100, buffer=8), prompt, tokens, logits)
+    assert (whole.share, whole.until_first) == (1.0, 30) and abs(whole.mean_kl) < 1e-5
+    less, fewer_bytes = agreement(model, get_press("random_decode", budget=12, buffer=4), prompt, tokens, logits)
+    assert less.share < 1.0 and less.until_first < 30 and less.mean_kl > 1e-3 and fewer_bytes < most_bytes
