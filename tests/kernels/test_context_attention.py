@@ -325,7 +325,7 @@ def test_the_number_of_programs_changes_only_rounding(programs_per_sm: int, trit
         ({"lengths": torch.zeros(2, 1, 2, dtype=torch.int32)}, ValueError, "lengths: expected"),
         ({"begins": torch.full((2, 2, 2), -1, dtype=torch.int32)}, ValueError, "got a negative one"),
     ],
-    ids=str,
+    ids=lambda given: "-".join(given) if isinstance(given, dict) else None,
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
