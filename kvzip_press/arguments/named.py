@@ -73,7 +73,9 @@ def unknown(name: str, known: Iterable[str]) -> str:
             f"expected a press, got a text of {len(name)} letters, {name!r:.40}: the context comes before the press, "
             "compress(model, tokenizer, context, press)"
         )
-    return f"expected a press among {', '.join(sorted(known))}, got {name!r:.80}{did_you_mean(name, known)}"
+    meant = did_you_mean(name, known)
+    among = "those that presses_table() lists" if meant else ", ".join(sorted(known))
+    return f"expected a press among {among}, got {name!r:.80}{meant}"
 
 
 def resolved(target: Target) -> Any:

@@ -29,7 +29,7 @@ def test_a_cache_that_came_back_otherwise_is_an_error() -> None:
     other = cache.fork()
     restore._check_same(other, cache)
     _, layer = next(iter(other.ragged_layers()))
-    layer.packed = layer.packed._each(torch.clone)
+    layer.packed = layer.packed._like(layer.packed.each(torch.clone))
     layer.packed.columns["keys"][0, 0] += 1
     with pytest.raises(AssertionError, match="differs"):
         restore._check_same(other, cache)

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from kvzip_press import RaggedCache, compress
-from kvzip_press.budget.allocators import ALLOCATIONS
+from kvzip_press.budget.allocators import ALLOCATIONS, Table, allocation_of
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding import step as decoding
 from kvzip_press.decoding.generation import generate
@@ -38,6 +38,8 @@ PRESSES = (
     (KVCompressPress, {"window_size": 6, "allocation": "global"}),
     (RKVPress, {}),
 )
+# The allocations that spend a budget and need no argument.
+SPENDING = sorted(name for name, kind in ALLOCATIONS.items() if not kind.is_outcome and kind is not Table)
 every_press = pytest.mark.parametrize("kind_and_options", PRESSES, ids=lambda pair: pair[0].__name__)
 
 
@@ -77,7 +79,7 @@ def small_model(**options: Any) -> Any:
 
 
 @every_press
-@pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
+@pytest.mark.parametrize("allocation", SPENDING)
 def test_bytes_never_exceed_budget_and_buffer(kind_and_options, allocation) -> None:
     """Pairs, and bytes of what the cache's storages hold, to the byte; exactly the budget behind an eviction.
 
@@ -99,7 +101,7 @@ def test_bytes_never_exceed_budget_and_buffer(kind_and_options, allocation) -> N
             if token > 48:  # behind the first eviction, which makes the pool
                 ends = sum(layer.packed.cu_seqlens.untyped_storage().nbytes() for layer in cache.layers)
                 assert RaggedCache.of(cache).resident_bytes <= most + ends
-    assert fewest == 24 * n_heads
+    assert 24 * n_heads - allocation_of(allocation).rounding <= fewest <= 24 * n_heads
 
 
 def steps_written(model: Any, press: DecodePress, ids: torch.Tensor, graph: bool | None) -> tuple[torch.Tensor, Any]:

@@ -28,7 +28,6 @@ class Int4Rows(RowStorage):
     are rotated instead of keys being rotated back, and the mean, kept for each head, comes back in the logits.
     """
 
-    encodes_alone: ClassVar[bool] = False  # a mean key is that of the kept ones
     key_format: ClassVar[str] = "int4"
     value_format: ClassVar[str] = "int4"
 

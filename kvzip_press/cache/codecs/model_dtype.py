@@ -17,7 +17,6 @@ class ModelDtype(Storage):
     """Stores keys and values as the model made them."""
 
     is_exact: ClassVar[bool] = True
-    encodes_alone: ClassVar[bool] = True
 
     def layout(self) -> Layout:
         """Returns the shapes of a key and a value."""

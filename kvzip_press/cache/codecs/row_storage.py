@@ -25,7 +25,6 @@ class RowStorage(Storage):
     Pairs need nothing of each other, so those that are evicted later leave the others' codes as they are.
     """
 
-    encodes_alone: ClassVar[bool] = True
     key_format: ClassVar[str]
     value_format: ClassVar[str]
 

@@ -55,8 +55,6 @@ class Storage(ABC):
 
     #: Whether keys and values come back as they were; if not, they must be finite.
     is_exact: ClassVar[bool] = False
-    #: Whether all that is held of a pair is in its columns, and depends on that pair alone: no table, no part.
-    encodes_alone: ClassVar[bool] = False
     #: What follows the storage's name and a colon; empty for a storage without parameters.
     parameters: ClassVar[str] = ""
 
@@ -84,6 +82,12 @@ class Storage(ABC):
     @classmethod  # noqa: B027  # most storages hold any
     def check_widths(cls, head_dim: int, v_head_dim: int) -> None:
         """Raises InvalidArgumentError if keys and values of these widths cannot be stored."""
+
+    @property
+    def encodes_alone(self) -> bool:
+        """Whether what is held of a pair depends on that pair alone; what pairs share is in a table or a part."""
+        layout = self.layout()
+        return not layout.tables and not layout.parts
 
     @property
     def dense_pair_bytes(self) -> int:

@@ -100,7 +100,7 @@ def _cold_pairs(
     positions = positions.to(keys.device)
     is_later = isinstance(layer, RaggedLayer)
     kind: type[Storage] = type(layer.packed.storage) if is_later else storage_named(storage)
-    if not kind.encodes_alone:
+    if not kind.of(keys, values).encodes_alone:
         if is_later:
             raise InvalidArgumentError(
                 f"expected cold=None for a later turn of a cache in the storage {kind.__name__}, which encodes a pair "
