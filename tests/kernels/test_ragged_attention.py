@@ -129,7 +129,7 @@ def assert_equals_formula(case: Case, accurate: Accurate, *, impl: str | None, *
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("n_rows", "n_tail"), [(1, None), (1, 0), (1, 1), (1, 65), (3, None), (3, 3), (64, 65)])
+@pytest.mark.parametrize(("n_rows", "n_tail"), [(1, None), (1, 0), (1, 1), (1, 65), (3, None), (3, 3), (24, 65)])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_it_equals_the_formula_at_every_length(
     lengths: list[int],
@@ -160,7 +160,7 @@ def test_one_long_head_beside_seven_short_ones_is_exact(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("n_rows", [1, 40])
+@pytest.mark.parametrize("n_rows", [1, 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_each_precision_errs_no_more_than_a_plain_computation_in_it(
     dtype: torch.dtype, n_rows: int, impl: str | None, device: torch.device, assert_accurate: Accurate
