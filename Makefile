@@ -55,12 +55,16 @@ test: .venv/.stamp ## all tests, on the versions of constraints/tested.txt
 test-fast: .venv/.stamp ## the tests that are not marked slow
 	.venv/bin/pytest $(SHARED) -m "not slow" $(PYTEST_ARGS)
 
+# Tests that a version of transformers can change: those of models. Kernels, files and pictures know nothing of it.
+OF_MODELS := tests/kvzip_press tests/presses tests/leaderboard/running tests/test_house_public.py tests/test_threads.py \
+  $(addprefix tests/leaderboard/test_,agreement_benchmark.py command.py demo.py profile.py restore_benchmark.py tasks.py)
+
 .PHONY: test-newest
-test-newest: .venv-newest/.stamp ## the core on the newest transformers, without kvpress (its own environment)
-	.venv-newest/bin/pytest $(SHARED) -m "not kvpress and not slow" $(PYTEST_ARGS)
+test-newest: .venv-newest/.stamp ## the tests of models on the newest transformers, without kvpress (its own environment)
+	.venv-newest/bin/pytest $(SHARED) -m "not kvpress and not slow" $(OF_MODELS) $(PYTEST_ARGS)
 
 .PHONY: test-oldest
-test-oldest: .venv-oldest/.stamp ## the core on the oldest transformers, without kvpress (its own environment)
+test-oldest: .venv-oldest/.stamp ## all tests on the oldest transformers and its companions, without kvpress (its own environment)
 	.venv-oldest/bin/pytest $(SHARED) -m "not kvpress and not slow" $(PYTEST_ARGS)
 
 .PHONY: test-gpu
