@@ -70,3 +70,8 @@ def columns_taken(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """
     index = index.clamp(min=0)[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])
     return tokens.gather(2, index)
+
+
+def first_tokens(valid: torch.Tensor, n: int) -> torch.Tensor:
+    """Returns a mask of the first ``n`` tokens of each row, bool like ``valid`` ``[batch, span]``, False at padding."""
+    return valid & (valid.long().cumsum(dim=-1) <= n)

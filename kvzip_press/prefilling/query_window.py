@@ -12,6 +12,7 @@ from torch import nn
 
 from kvzip_press.attention.implementation import softcap_of
 from kvzip_press.attention.queries import queries_watched
+from kvzip_press.cache.padding import first_tokens
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.model.watching import OpenFor
@@ -31,8 +32,7 @@ class Reading:
 
     def without_first(self, n: int) -> torch.Tensor:
         """Returns a mask of all tokens but the first ``n`` of each row; of a later turn, of all tokens."""
-        rank = self.valid.long().cumsum(dim=-1) - 1
-        return self.valid & (rank >= (0 if self.start else n))
+        return self.valid & ~first_tokens(self.valid, 0 if self.start else n)
 
 
 READING: OpenFor[Reading] = OpenFor("kvzip_press_reading")

@@ -25,7 +25,7 @@ from kvzip_press.budget.selection import select, why_nothing_went
 from kvzip_press.cache.cold.making import check_can_be_cold, evicted_span
 from kvzip_press.cache.cold.place import check_place
 from kvzip_press.cache.compressible import check_not_evicted, compressible_layers, heads_and_device, last_pairs
-from kvzip_press.cache.padding import left_padded
+from kvzip_press.cache.padding import first_tokens, left_padded
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.sliding_windows import windows_only
@@ -188,8 +188,7 @@ class Prefill:
 
     def first_tokens(self, n: int) -> torch.Tensor:
         """Returns a mask of the first ``n`` tokens of each row, ``[batch, span]``, bool; of a later turn, of none."""
-        rank = self.valid.long().cumsum(dim=-1) - 1
-        return self.valid & (rank < (0 if self.start else n))
+        return first_tokens(self.valid, 0 if self.start else n)
 
     def last_tokens(self, n: int) -> torch.Tensor:
         """Returns a mask of the last ``n`` tokens of each row, ``[batch, span]``, bool."""

@@ -8,7 +8,7 @@ pair at the same level and the budget has room for some only, the heads with the
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,7 +25,7 @@ Curve = Callable[[float], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Levelled(Allocation):
+class Levelled(Allocation, ABC):
     """Base of allocations with one budget for all layers, of which each head gets a share that a rule fixes.
 
     Scores decide which pairs a head keeps, not how many. A layer without protected pairs keeps at least one, and every

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from kvzip_press.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True)
-class Outcome(Allocation):
+class Outcome(Allocation, ABC):
     """Base of allocations that take no amount: how much stays depends on the context.
 
     Every head keeps ``min_kept_per_head`` pairs, as far as it has them, and a layer without protected pairs at least
@@ -24,9 +25,9 @@ class Outcome(Allocation):
 
     is_outcome: ClassVar[bool] = True
 
+    @abstractmethod
     def kept(self, row: Candidates, layer_idx: int) -> torch.Tensor:
         """Returns how many unprotected pairs each head of a layer keeps, ``[heads]``, int64."""
-        raise NotImplementedError
 
     def counts(self, row: Candidates, amount: Amount) -> Counts:
         """Returns ``layer_idx -> [heads]``, int64: what the rule keeps, and the floors."""
