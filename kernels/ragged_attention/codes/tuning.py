@@ -12,6 +12,12 @@ def choose(n_rows: int, head_dim: int, bits: int, n_pairs: int) -> Config:
         bits: Bits of a number of a key and of one of a value, added.
         n_pairs: Pairs of the packed context, all segments together; the tail does not count, as it grows.
     """
+    if n_rows <= 8:
+        if head_dim > 128:
+            return Config(8, 64, 4, 3, 1)
+        if n_pairs <= SHORT_CONTEXT:
+            return Config(8, 32, 4, 3, 3)
+        return Config(8, 128, 4, 3, 3 if bits == 8 else 2)
     if n_rows > 16:
         return Config(32, 32, 4, 2, 1)
     if head_dim > 128:
