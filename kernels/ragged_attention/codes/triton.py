@@ -5,7 +5,8 @@ read as words of 16 bits, and a plane of a word's bits (its low byte, its second
 of its own: with the query's channels of that plane, or into the accumulator of that plane. One or two logical
 operations on two words at once make a plane: what remains is a subnormal number of fp16, ``code * 2**-24``, which
 tensor cores multiply exactly. Scales are folded into logits and probabilities, and what is added to codes to make them
-unsigned is taken off in sums. DESIGN.md of kernels gives the reasons.
+unsigned is taken off in sums. Products have pairs (or channels) as their rows and queries as their columns, of which
+tensor cores take 8 where they take 16 rows. DESIGN.md of kernels gives the reasons.
 """
 
 from __future__ import annotations
@@ -60,9 +61,8 @@ def ragged_attention(
         return out, lse
     groups, n_segments = num_attention_heads // n_heads, batch_size * n_heads
     n_rows = groups * query_length
-    as_integers = query.dtype != torch.float32 and keys.codec != "fp8"
     key_bits, value_bits = CODECS[keys.codec].bits, CODECS[values.codec].bits
-    config = config or choose(n_rows, head_dim, key_bits + value_bits, keys.shape[0])
+    config = config or choose(n_rows, head_dim, key_bits + value_bits, keys.shape[0], n_segments)
     n_row_blocks = triton.cdiv(n_rows, config.block_m)
     n_programs = split.n_programs(inputs, config.programs_per_sm, n_row_blocks)
     partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
@@ -86,7 +86,7 @@ def ragged_attention(
             context_query,
             query,
             query if bias is None else bias.contiguous(),
-            *(_bytes(keys) if as_integers else _words(keys)),
+            *_words(keys),
             *_words(values),
             begins,
             starts,
@@ -109,7 +109,6 @@ def ragged_attention(
             GROUPS=groups,
             K_BITS=key_bits,
             K_FLOAT=keys.codec == "fp8",
-            K_INTEGER=as_integers,
             K_BLOCK=_block_of_words(keys),
             V_BITS=value_bits,
             V_FLOAT=values.codec == "fp8",
@@ -134,11 +133,6 @@ def _words(codes: Codes) -> tuple[Tensor, Tensor]:
     """Returns codes as words of 16 bits, and what a row needs beside them as one word: its scale, or scale and zero."""
     scales = codes.scales.contiguous()
     return codes.codes.contiguous().view(torch.int16), scales.view(torch.int32 if scales.ndim == 2 else torch.int16)
-
-
-def _bytes(codes: Codes) -> tuple[Tensor, Tensor]:
-    """Returns what :func:`_words` does, with codes as bytes."""
-    return codes.codes.contiguous().view(torch.int8), _words(codes)[1]
 
 
 def _block_of_words(codes: Codes) -> int:
@@ -190,15 +184,6 @@ def _log2(x):
 
 
 @triton.jit
-def _inverse(x):
-    """The hardware's 1 / x, off by a rounding."""
-    if INTERPRETED:
-        return 1.0 / x
-    else:
-        return tl.inline_asm_elementwise("rcp.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
 def _channel(offs_w, PLANE: tl.constexpr, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Returns which number of a row is in a plane of a word; see CODECS."""
     A_BYTE: tl.constexpr = 8 // BITS
@@ -220,78 +205,6 @@ def _query_plane(
     mask = (offs_w < HEAD_DIM * BITS // 16)[:, None] & mask_m[None, :]
     query = tl.load(rows_ptr[None, :] + _channel(offs_w, PLANE, BITS, HEAD_DIM)[:, None], mask, other=0.0)
     return (query.to(tl.float32) * FACTOR).to(DOT)
-
-
-@triton.jit
-def _query_as_integers(
-    rows_ptr, mask_m, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, BYTES: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """Returns the query as integers of 16 bits, each as two of 8 bits in neighbouring columns, and what they stand for.
-
-    Integers reach 127 * 256 in each row, so they are as exact as fp16 is for its largest. Channels are in the order
-    of a plane of bytes: of nibbles, a first operand has those of low nibbles and a second those of high ones.
-
-    Returns:
-        q0 and q1, int8 [BYTES, 2 * BLOCK_M]; of 8 bits q1 is q0. The scale of each row [BLOCK_M], and its sum.
-    """
-    A_BYTE: tl.constexpr = 8 // BITS
-    UNITS: tl.constexpr = HEAD_DIM // A_BYTE
-    offs = tl.arange(0, BYTES)
-    mask = (offs < UNITS)[:, None] & mask_m[None, :]
-    first = tl.load(rows_ptr[None, :] + offs[:, None], mask, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(first), 0)
-    if A_BYTE == 2:
-        second = tl.load(rows_ptr[None, :] + (offs + UNITS)[:, None], mask, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(second), 0))
-    scale = tl.maximum(largest * (1.0 / 32512), TINY)
-    first = tl.floor(first / scale[None, :] + 0.5)
-    total = tl.sum(first, 0)
-    q0 = _halves(first, BYTES, BLOCK_M)
-    q1 = q0
-    if A_BYTE == 2:
-        second = tl.floor(second / scale[None, :] + 0.5)
-        total += tl.sum(second, 0)
-        q1 = _halves(second, BYTES, BLOCK_M)
-    return q0, q1, scale, total * scale
-
-
-@triton.jit
-def _halves(numbers, BYTES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Returns integers h and l of 8 bits with numbers = 256 * h + l, in columns 2 i and 2 i + 1 for column i."""
-    high = tl.floor((numbers + 128.0) * (1.0 / 256))
-    return tl.reshape(tl.join(high, numbers - 256.0 * high), [BYTES, 2 * BLOCK_M]).to(tl.int8)
-
-
-@triton.jit
-def _integer_logits(keys, q0, q1, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Returns the products of codes (of nibbles, of codes + 8) and the query's integers, fp32 [BLOCK_N, BLOCK_M]."""
-    if BITS == 8:
-        products = _integer_dot(keys, q0)
-    else:
-        products = _integer_dot(_nibbles(keys, 0), q0) + _integer_dot(_nibbles(keys, 1), q1)
-    high, low = tl.split(tl.reshape(products, [BLOCK_N, BLOCK_M, 2]))
-    return high.to(tl.float32) * 256.0 + low.to(tl.float32)
-
-
-@triton.jit
-def _integer_dot(a, b):
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a, b, out_dtype=tl.int32)
-
-
-@triton.jit
-def _nibbles(codes, PLANE: tl.constexpr):
-    """Returns the low or the high nibbles of bytes as bytes, four at a time."""
-    if INTERPRETED:
-        return (codes >> (4 * PLANE)) & 15
-    elif PLANE == 0:
-        return tl.inline_asm_elementwise("and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [codes], tl.int8, True, 4)
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }", "=r,r", [codes], tl.int8, True, 4
-        )
 
 
 @triton.jit
@@ -358,7 +271,6 @@ def _attend_codes_kernel(
     HEAD_DIM: tl.constexpr,
     K_BITS: tl.constexpr,
     K_FLOAT: tl.constexpr,
-    K_INTEGER: tl.constexpr,
     K_BLOCK: tl.constexpr,
     V_BITS: tl.constexpr,
     V_FLOAT: tl.constexpr,
@@ -408,7 +320,6 @@ def _attend_codes_kernel(
     offs_k, offs_v = tl.arange(0, K_BLOCK), tl.arange(0, V_BLOCK)
     K_WORDS: tl.constexpr = HEAD_DIM * K_BITS // 16
     V_WORDS: tl.constexpr = HEAD_DIM * V_BITS // 16
-    K_BYTES: tl.constexpr = 2 * K_BLOCK  # of a row, padded to what a dot takes
     if SINGLE_TOKEN:
         n_rows = GROUPS
         member, token = offs_m, offs_m * 0
@@ -420,33 +331,27 @@ def _attend_codes_kernel(
     head = (segment % HEADS).to(tl.int64)
     q_head = head * GROUPS + member
     q_rows = q_ptr + batch * stride_qb + q_head * stride_qh + token.to(tl.int64) * stride_qt
-    if K_INTEGER:
-        q0, q1, q_scale, q_sum = _query_as_integers(q_rows, mask_m, K_BITS, HEAD_DIM, K_BYTES, BLOCK_M)
+    q0 = _query_plane(q_rows, mask_m, offs_k, 0, K_BITS, HEAD_DIM, 1.0, DOT)
+    q1 = _query_plane(q_rows, mask_m, offs_k, 1, K_BITS, HEAD_DIM, 1.0 if K_BITS == 8 else 0.0625, DOT)
+    if K_BITS == 4:
+        q2 = _query_plane(q_rows, mask_m, offs_k, 2, K_BITS, HEAD_DIM, 1.0, DOT)
+        q3 = _query_plane(q_rows, mask_m, offs_k, 3, K_BITS, HEAD_DIM, 0.0625, DOT)
+        q_sum = tl.sum(q0.to(tl.float32) + q2.to(tl.float32), 0)
+        q_sum += 16.0 * tl.sum(q1.to(tl.float32) + q3.to(tl.float32), 0)
     else:
-        q0 = _query_plane(q_rows, mask_m, offs_k, 0, K_BITS, HEAD_DIM, 1.0, DOT)
-        q1 = _query_plane(q_rows, mask_m, offs_k, 1, K_BITS, HEAD_DIM, 1.0 if K_BITS == 8 else 0.0625, DOT)
-        if K_BITS == 4:
-            q2 = _query_plane(q_rows, mask_m, offs_k, 2, K_BITS, HEAD_DIM, 1.0, DOT)
-            q3 = _query_plane(q_rows, mask_m, offs_k, 3, K_BITS, HEAD_DIM, 0.0625, DOT)
-            q_sum = tl.sum(q0.to(tl.float32) + q2.to(tl.float32), 0)
-            q_sum += 16.0 * tl.sum(q1.to(tl.float32) + q3.to(tl.float32), 0)
-        else:
-            q_sum = tl.sum(q0.to(tl.float32) + q1.to(tl.float32), 0)
+        q_sum = tl.sum(q0.to(tl.float32) + q1.to(tl.float32), 0)
     # The logit of a pair: scale * (dot of codes) + zero * (sum of the query) + bias.
-    K_FACTOR: tl.constexpr = 1.0 if K_INTEGER else (256.0 if K_FLOAT else 16777216.0)
-    K_OFFSET: tl.constexpr = 8.0 if K_BITS == 4 else (0.0 if K_FLOAT or K_INTEGER else 128.0)
+    K_FACTOR: tl.constexpr = 256.0 if K_FLOAT else 16777216.0
+    K_OFFSET: tl.constexpr = 0.0 if K_FLOAT else (128.0 if K_BITS == 8 else 8.0)
     V_FACTOR: tl.constexpr = 256.0 if V_FLOAT else 16777216.0
     V_OFFSET: tl.constexpr = 0.0 if V_FLOAT else (128.0 if V_BITS == 8 else (8.0 if V_BITS == 4 else 2.0))
     if HAS_BIAS:
         bias_rows = (batch * HEADS * GROUPS + q_head) * query_length + token
         bias = tl.load(bias_ptr + bias_rows, mask_m, other=0.0) * logit_scale
     context_row = (begin + low).to(tl.int64)
-    K_UNITS: tl.constexpr = 2 * K_WORDS if K_INTEGER else K_WORDS  # that a row is read in
-    K_PADDED: tl.constexpr = K_BYTES if K_INTEGER else K_BLOCK
-    offs_u = tl.arange(0, K_PADDED)
-    keys_ptr, values_ptr = k_ptr + context_row * K_UNITS, v_ptr + context_row * V_WORDS
+    keys_ptr, values_ptr = k_ptr + context_row * K_WORDS, v_ptr + context_row * V_WORDS
     keys_meta_ptr, values_meta_ptr = k_meta_ptr + context_row + offs_n, v_meta_ptr + context_row + offs_n
-    key_offsets = offs_n[:, None] * K_UNITS + offs_u[None, :]
+    key_offsets = offs_n[:, None] * K_WORDS + offs_k[None, :]
     value_offsets = offs_n[None, :] * V_WORDS + offs_v[:, None]
     n_left = tl.minimum(high, n_context) - low
     acc0 = tl.zeros([V_BLOCK, BLOCK_M], tl.float32)
@@ -467,10 +372,10 @@ def _attend_codes_kernel(
     value_meta = tl.load(values_meta_ptr, offs_n < n_left, other=0)
     for row in range(0, n_left, BLOCK_N):
         mask_n = row + offs_n < n_left
-        mask_k = mask_n[:, None] if K_PADDED == K_UNITS else mask_n[:, None] & (offs_u < K_UNITS)[None, :]
+        mask_k = mask_n[:, None] if K_BLOCK == K_WORDS else mask_n[:, None] & (offs_k < K_WORDS)[None, :]
         mask_v = mask_n[None, :] if V_BLOCK == V_WORDS else mask_n[None, :] & (offs_v < V_WORDS)[:, None]
         tile = tl.cast(row, tl.int64)
-        keys = tl.load(keys_ptr + tile * K_UNITS + key_offsets, mask_k, other=0)
+        keys = tl.load(keys_ptr + tile * K_WORDS + key_offsets, mask_k, other=0)
         values = tl.load(values_ptr + tile * V_WORDS + value_offsets, mask_v, other=0)
         key_scale, value_scale = _scale_of(key_meta), tl.maximum(_scale_of(value_meta), TINY)
         # A pair's weight times its value's scale is what the dot takes; the peak is that of these products.
@@ -485,18 +390,13 @@ def _attend_codes_kernel(
         mask_next = row + BLOCK_N + offs_n < n_left
         key_meta = tl.load(keys_meta_ptr + tile + BLOCK_N, mask_next, other=0)
         value_meta = tl.load(values_meta_ptr + tile + BLOCK_N, mask_next, other=0)
-        if K_INTEGER:
-            logits = _integer_logits(keys, q0, q1, K_BITS, BLOCK_N, BLOCK_M)
-        else:
-            logits = dot(_plane(keys, 0, K_BITS, K_FLOAT, DOT), q0, PRECISION)
-            logits += dot(_plane(keys, 1, K_BITS, K_FLOAT, DOT), q1, PRECISION)
-            if K_BITS == 4:
-                logits += dot(_plane(keys, 2, K_BITS, K_FLOAT, DOT), q2, PRECISION)
-                logits += dot(_plane(keys, 3, K_BITS, K_FLOAT, DOT), q3, PRECISION)
+        logits = dot(_plane(keys, 0, K_BITS, K_FLOAT, DOT), q0, PRECISION)
+        logits += dot(_plane(keys, 1, K_BITS, K_FLOAT, DOT), q1, PRECISION)
+        if K_BITS == 4:
+            logits += dot(_plane(keys, 2, K_BITS, K_FLOAT, DOT), q2, PRECISION)
+            logits += dot(_plane(keys, 3, K_BITS, K_FLOAT, DOT), q3, PRECISION)
         logits = logits * (key_scale * (K_FACTOR * logit_scale))[:, None]
-        if K_INTEGER:
-            logits = logits * q_scale[None, :]
-        if K_OFFSET != 0:
+        if not K_FLOAT:
             logits += q_sum[None, :] * (key_zero * logit_scale)[:, None]
         if HAS_BIAS:
             logits += bias[None, :]
