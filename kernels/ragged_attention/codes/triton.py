@@ -24,7 +24,7 @@ from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
 from kvzip_press.kernels.ragged_attention.split import gdc_launch_dependents, gdc_wait, items_of, tail_length_of
 from kvzip_press.kernels.ragged_attention.tuning import Config
 from kvzip_press.kernels.row_codec import CODECS, Codes
-from kvzip_press.kernels.triton_ops import INTERPRETED, dot, tanh
+from kvzip_press.kernels.triton_ops import HAS_NARROW_DOT, INTERPRETED, dot, tanh
 
 LOG2E = 1.4426950408889634
 TINY = tl.constexpr(1e-30)  # in place of a scale of 0, whose logarithm and inverse are asked for
@@ -42,6 +42,7 @@ LOW_FLOAT = tl.constexpr(
 HIGH_FLOAT = tl.constexpr(
     "{ .reg .b32 u; shr.u32 u, $1, 1; and.b32 u, u, 0x3F803F80; lop3.b32 $0, $1, 0x80008000, u, 0xEA; }"
 )
+COLUMNS = 8 if HAS_NARROW_DOT else 16
 HEADROOM = tl.constexpr(15.0)  # weights reach 2**15, so that those far below the largest keep their bits in fp16
 
 
@@ -62,7 +63,7 @@ def ragged_attention(
     groups, n_segments = num_attention_heads // n_heads, batch_size * n_heads
     n_rows = groups * query_length
     key_bits, value_bits = CODECS[keys.codec].bits, CODECS[values.codec].bits
-    config = config or choose(n_rows, head_dim, key_bits + value_bits, keys.shape[0], n_segments)
+    config = config or choose(n_rows, head_dim, key_bits + value_bits, keys.shape[0], n_segments, COLUMNS)
     n_row_blocks = triton.cdiv(n_rows, config.block_m)
     n_programs = split.n_programs(inputs, config.programs_per_sm, n_row_blocks)
     partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
