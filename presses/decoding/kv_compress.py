@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import max_pool1d
@@ -12,7 +13,7 @@ from kvzip_press.budget.amount import Amount
 from kvzip_press.budget.candidates import Candidates, Counts
 from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.presses.decoding.decode_press import DecodePress
+from kvzip_press.presses.decoding.windows import WindowPress
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class WholePages(Global):
 
 
 @dataclass(frozen=True)
-class KVCompressPress(DecodePress):
+class KVCompressPress(WindowPress):
     """Keeps the pairs whose squared attention adds up to most, in whole pages, while decoding.
 
     A pair is worth the sum of the squares of the probabilities with which queries attended to it, over the query heads
@@ -69,8 +70,8 @@ class KVCompressPress(DecodePress):
         allocation: :class:`WholePages` of 16 pairs; ``WholePages(page_size=64)`` or the allocations of
             :class:`DecodePress`.
         window_size: Number of last tokens that no eviction takes (64).
-        prompt_queries: Number of a prompt's last queries (32), at least 1.
         kernel_size: Width of the maximum over neighbours in a prompt, an odd number (7).
+        prompt_queries: Number of a prompt's last queries (32), at least 1.
 
     The other arguments are those of :class:`DecodePress`.
 
@@ -78,24 +79,17 @@ class KVCompressPress(DecodePress):
         InvalidArgumentError: A value is out of range.
     """
 
+    least_window: ClassVar[int] = 0
+
     allocation: str | Allocation = WholePages()
     window_size: int = field(default=64, kw_only=True)
-    prompt_queries: int = field(default=32, kw_only=True)
     kernel_size: int = field(default=7, kw_only=True)
+    prompt_queries: int = field(default=32, kw_only=True)
 
     def __post_init__(self) -> None:
-        odd = self.kernel_size > 0 and self.kernel_size % 2 == 1
-        if self.window_size < 0 or self.prompt_queries < 1 or not odd:
-            raise InvalidArgumentError(
-                "KVCompressPress: expected window_size >= 0, prompt_queries >= 1 and an odd kernel_size, got "
-                f"{self.window_size}, {self.prompt_queries} and {self.kernel_size}"
-            )
+        if self.prompt_queries < 1:
+            raise InvalidArgumentError(f"KVCompressPress: expected prompt_queries >= 1, got {self.prompt_queries}")
         super().__post_init__()
-
-    @property
-    def recent(self) -> int:
-        """The window."""
-        return self.window_size
 
     @property
     def n_queries(self) -> None:

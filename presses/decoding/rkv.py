@@ -9,13 +9,13 @@ from torch.nn.functional import max_pool1d, normalize
 
 from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.presses.decoding.decode_press import DecodePress
+from kvzip_press.presses.decoding.windows import WindowPress
 
 TILE = 256  # rows of the similarity matrix that are in memory at a time
 
 
 @dataclass(frozen=True)
-class RKVPress(DecodePress):
+class RKVPress(WindowPress):
     """Keeps pairs that recent queries attend to and that do not say what a newer pair says, while decoding.
 
     A pair is worth ``lam * I - (1 - lam) * R`` in its head:
@@ -48,22 +48,9 @@ class RKVPress(DecodePress):
     threshold: float = field(default=0.5, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.window_size < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0 or not 0 <= self.lam <= 1:
-            raise InvalidArgumentError(
-                "RKVPress: expected window_size >= 1, an odd kernel_size and lam in [0, 1], got "
-                f"{self.window_size}, {self.kernel_size} and {self.lam}"
-            )
+        if not 0 <= self.lam <= 1:
+            raise InvalidArgumentError(f"RKVPress: expected lam in [0, 1], got {self.lam}")
         super().__post_init__()
-
-    @property
-    def recent(self) -> int:
-        """The window."""
-        return self.window_size
-
-    @property
-    def n_queries(self) -> int:
-        """The window."""
-        return self.window_size
 
     def worth(self, pairs: LayerPairs) -> torch.Tensor:
         """Returns importance less redundancy."""

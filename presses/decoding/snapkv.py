@@ -8,12 +8,11 @@ import torch
 from torch.nn.functional import avg_pool1d
 
 from kvzip_press.decoding.layer_pairs import LayerPairs
-from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.presses.decoding.decode_press import DecodePress
+from kvzip_press.presses.decoding.windows import WindowPress
 
 
 @dataclass(frozen=True)
-class SnapKVDecodePress(DecodePress):
+class SnapKVDecodePress(WindowPress):
     """Keeps what the queries of the last tokens attend to, while decoding.
 
     A pair is worth the mean attention of the last ``window_size`` queries to it, averaged over the query heads of its
@@ -33,24 +32,6 @@ class SnapKVDecodePress(DecodePress):
 
     window_size: int = field(default=32, kw_only=True)
     kernel_size: int = field(default=5, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if self.window_size < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise InvalidArgumentError(
-                "SnapKVDecodePress: expected window_size >= 1 and an odd kernel_size, got "
-                f"{self.window_size} and {self.kernel_size}"
-            )
-        super().__post_init__()
-
-    @property
-    def recent(self) -> int:
-        """The window."""
-        return self.window_size
-
-    @property
-    def n_queries(self) -> int:
-        """The window."""
-        return self.window_size
 
     def worth(self, pairs: LayerPairs) -> torch.Tensor:
         """Returns the window's mean attention, pooled over neighbours."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from kvzip_press.decoding.layer_pairs import LayerPairs
-from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.presses.decoding.decode_press import DecodePress
+from kvzip_press.presses.decoding.windows import RecentPress
 
 
 @dataclass(frozen=True)
-class TOVADecodePress(DecodePress):
+class TOVADecodePress(RecentPress):
     """Keeps the tokens that the last token attends to most, while decoding.
 
     A token is worth the attention of the last query, averaged over all query heads of the layer, so all KV heads of a
@@ -30,18 +29,6 @@ class TOVADecodePress(DecodePress):
     Raises:
         InvalidArgumentError: ``n_recent`` is negative, or no less than the budget.
     """
-
-    n_recent: int = field(default=0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if self.n_recent < 0:
-            raise InvalidArgumentError(f"TOVADecodePress: expected n_recent >= 0, got {self.n_recent}")
-        super().__post_init__()
-
-    @property
-    def recent(self) -> int:
-        """The last tokens that stay."""
-        return self.n_recent
 
     @property
     def n_queries(self) -> int:

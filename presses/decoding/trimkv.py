@@ -16,10 +16,9 @@ from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.decoding.scorer import HiddenStateScorer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.hidden_states import watching_hidden_states
-from kvzip_press.model.structure import text_config
 from kvzip_press.prefilling.whole import Observer, Prefill
-from kvzip_press.presses.decoding.decode_press import DecodePress
-from kvzip_press.presses.decoding.trimkv_gates import TrimKVGates
+from kvzip_press.presses.decoding.trimkv_gates import TrimKVGates, activation_of
+from kvzip_press.presses.decoding.windows import RecentPress
 
 
 def retention(log_beta: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
@@ -28,7 +27,7 @@ def retention(log_beta: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class TrimKVPress(DecodePress):
+class TrimKVPress(RecentPress):
     """Keeps pairs by gates that foresee how fast each loses its worth, while decoding.
 
     A small network of each layer gives a pair ``log beta <= 0`` for each KV head from the hidden state of its token,
@@ -48,11 +47,8 @@ class TrimKVPress(DecodePress):
     """
 
     gate: TrimKVGates | str | PathLike[str] | None = field(default=None, kw_only=True)
-    n_recent: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.n_recent < 0:
-            raise InvalidArgumentError(f"TrimKVPress: expected n_recent >= 0, got {self.n_recent}")
         if self.prompt is not None and not self.protect_prompt:
             raise InvalidArgumentError(
                 "TrimKVPress: expected protect_prompt=True beside prompt=PRESS, whose pairs have no gate's score"
@@ -60,11 +56,6 @@ class TrimKVPress(DecodePress):
         if self.gate is not None and not isinstance(self.gate, TrimKVGates):
             object.__setattr__(self, "gate", TrimKVGates.load(self.gate))
         super().__post_init__()
-
-    @property
-    def recent(self) -> int:
-        """The last tokens that stay."""
-        return self.n_recent
 
     def worth(self, pairs: LayerPairs) -> torch.Tensor:
         """Returns what pairs that carry ``log beta`` are worth."""
@@ -90,11 +81,7 @@ class TrimKVPress(DecodePress):
 
     def log_beta(self, model: nn.Module) -> Any:
         """Returns the function ``(layer_idx, hidden_states) -> log beta`` of a model."""
-        from transformers.activations import ACT2FN
-
-        config: Any = text_config(model)
-        gates = self.gates(model)
-        act = ACT2FN[getattr(config, "hidden_act", None) or config.hidden_activation]
+        gates, act = self.gates(model), activation_of(model)
         return lambda layer_idx, hidden_states: gates.log_beta(hidden_states, layer_idx, act)
 
     def decode_eviction(self, model: nn.Module) -> DecodeEviction:
