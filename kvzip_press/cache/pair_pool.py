@@ -24,7 +24,7 @@ from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
 STAYS = torch.finfo(torch.float32).max
 """The score of a pair that no eviction takes and no budget counts; finite, as files want scores to be."""
 
-ROWS_AT_ONCE = 8  # rows that are laid out together: bounds the memory that takes, whatever the batch
+NUMBERS_AT_ONCE = 2**24  # of the scores that are laid out together: bounds the memory that takes, whatever the batch
 
 
 @dataclass(frozen=True)
@@ -115,24 +115,55 @@ class PairPool:
         kept = pairs.alive.clone()
         first = torch.tensor(layers[0].n_protected, device=ends.device)
         safe = torch.stack([first, ends - window_size], dim=1)
-        for rows in due.nonzero()[:, 0].split(ROWS_AT_ONCE):
+        most = int(self.packed.seqlens.max()) + tails[0].length  # of a head; the columns of a row are at least as many
+        n_rows = max(NUMBERS_AT_ONCE // max(self.num_layers * self.packed.num_heads * most, 1), 1)
+        for rows in due.nonzero()[:, 0].split(n_rows):
             pairs.cut(kept, rows, safe[rows], policy)
-        keys, values = (
-            torch.stack([getattr(tail, name) for tail in tails]).flatten(0, 1) for name in ("keys", "values")
-        )
-        every, n_packed = positions.repeat(self.num_layers, 1), self.packed.positions.numel()
+        n_packed = self.packed.positions.numel()
         keep, staying = kept[n_packed:].view_as(scores), kept[:n_packed]
-        new = packed.merge(keys, values, every, keep, staying, scores, importance=ranked)
+        del pairs
+        if self._keeps_its_shape(keep, staying):
+            change: Any = ByLayer(self, packed, layers, keep, staying, positions, scores, ranked)
+        else:
+            keys, values = (
+                torch.stack([getattr(tail, name) for tail in tails]).flatten(0, 1) for name in ("keys", "values")
+            )
+            every = positions.repeat(self.num_layers, 1)
+            change = packed.merge(keys, values, every, keep, staying, scores, importance=ranked)
         try:
-            self._take_over(new, layers)
+            self._take_over(change, layers)
         except BaseException:  # an interrupt: the old pairs are written over in part, so what has begun is finished
-            self._take_over(new, layers)
+            try:
+                self._take_over(change, layers)
+            except BaseException:
+                for layer in layers:
+                    layer.give_up("an eviction failed after it had begun to write")
+                raise
             raise
 
-    def _take_over(self, new: PackedPairs, layers: Sequence[RaggedLayer]) -> None:
-        """Replaces the pairs of the pool and of its layers; done again after an interrupt, it has the same result."""
-        self._put(new)
+    def _keeps_its_shape(self, keep: torch.Tensor, staying: torch.Tensor) -> bool:
+        """Whether every head has as many pairs after the eviction as before, in a pool that may be written to."""
+        packed = self.packed
+        if packed.parts or not packed.positions.numel() or not is_writable(packed.positions):
+            return False
+        stay = torch.nn.functional.pad(staying.long().cumsum(0), (1, 0))[packed.cu_seqlens.long()].diff()
+        return torch.equal(stay + keep.sum(dim=-1).flatten(), packed.cu_seqlens.diff().long())
+
+    def _take_over(self, change: PackedPairs | ByLayer, layers: Sequence[RaggedLayer]) -> None:
+        """Changes the pairs of the pool and of its layers; done again after an interrupt, it has the same result."""
+        if isinstance(change, ByLayer):
+            change.make()
+        else:
+            self._put(change)
         self._hand_out(layers)
+
+    def layer(self, packed: PackedPairs, number: int) -> PackedPairs:
+        """Returns the pairs of one layer among those of the pool, or among others of their shape, as views."""
+        n_segments = self.batch_size * packed.num_heads
+        own = slice(number * n_segments, (number + 1) * n_segments)
+        bounds = packed.cu_seqlens[own.start : own.stop + 1]
+        start, stop = bounds[[0, -1]].tolist()
+        return packed.part(own, slice(start, stop), bounds - start, self)
 
     def _all_pairs(
         self,
@@ -170,15 +201,63 @@ class PairPool:
             place.copy_(tensor)
 
     def _hand_out(self, layers: Sequence[RaggedLayer]) -> None:
-        n_segments = self.batch_size * self.packed.num_heads
-        bounds = self.packed.cu_seqlens[::n_segments].tolist()
-        segments = self.packed.cu_seqlens.unfold(0, n_segments + 1, n_segments)
-        segments = segments - segments[:, :1]
-        for number, (layer, start, stop, cu_seqlens) in enumerate(
-            zip(layers, bounds, bounds[1:], segments, strict=False)
-        ):
-            own = slice(number * n_segments, (number + 1) * n_segments)
-            layer.take(self.packed.part(own, slice(start, stop), cu_seqlens, self))
+        for number, layer in enumerate(layers):
+            layer.take(self.layer(self.packed, number))
+
+
+class ByLayer:
+    """The change of a pool whose heads keep as many pairs as they had: made a layer at a time, in place.
+
+    So no second pool is needed beside the first, which would be most of what an evicting cache takes. The arguments
+    are those of :meth:`PackedPairs.merge` for all layers.
+    """
+
+    def __init__(
+        self,
+        pool: PairPool,
+        packed: PackedPairs,
+        layers: Sequence[RaggedLayer],
+        keep: torch.Tensor,
+        staying: torch.Tensor,
+        positions: torch.Tensor,
+        scores: torch.Tensor,
+        importance: torch.Tensor,
+    ) -> None:
+        self.pool, self.packed, self.layers, self.positions = pool, packed, layers, positions
+        by_layer = (columns.unflatten(0, (pool.num_layers, -1)) for columns in (keep, scores, importance))
+        self.keep, self.scores, self.importance = by_layer
+        sizes = packed.cu_seqlens[:: pool.batch_size * packed.num_heads].diff().tolist()
+        self.staying = staying.split(sizes)
+        # The largest first: if there is memory for it, there is for the others, which must not fail any more.
+        self.left = tuple(sorted(range(pool.num_layers), key=lambda number: -sizes[number]))
+        self.new: tuple[int, PackedPairs] | None = None  # that of the first of them, once it is there
+
+    def make(self) -> None:
+        """Makes what is left of the change. After an interrupt it goes on where it was."""
+        while self.left:
+            number = self.left[0]
+            if self.new is None or self.new[0] != number:
+                self.new = number, self._of_layer(number)
+            self._write(*self.new)
+            self.left = self.left[1:]
+
+    def _write(self, number: int, new: PackedPairs) -> None:
+        place = self.pool.layer(self.pool.packed, number)
+        for column, tensor in zip(place.tensors, new.tensors, strict=True):
+            column.copy_(tensor)
+
+    def _of_layer(self, number: int) -> PackedPairs:
+        tail = self.layers[number].tail
+        assert tail.keys is not None and tail.values is not None
+        return self.pool.layer(self.packed, number).merge(
+            tail.keys,
+            tail.values,
+            self.positions,
+            self.keep[number],
+            self.staying[number],
+            self.scores[number],
+            importance=self.importance[number],
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from kvzip_press.cache.tail_mask import tail_mask
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.identity import check_fingerprint, layer_fingerprint
 from kvzip_press.model.structure import is_first_full
+
+LOST = "lost: "  # begins the fingerprint of a layer whose pairs were written over in part
 
 
 class CopiedByFork:
@@ -247,6 +250,8 @@ class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
         """
         if self._known_module() is module and not again:
             return
+        if self.fingerprint.startswith(LOST):
+            raise CacheMismatchError(f"expected a whole cache, got one that is {self.fingerprint}: read the text again")
         check_fingerprint(self.fingerprint, module, weights)
         self._known_module = weakref.ref(module)
 
@@ -261,6 +266,11 @@ class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
             "tail": tail,
         }
         vars(self).update(changed)  # at once: an interrupt comes before or behind it
+
+    def give_up(self, reason: str) -> None:
+        """Makes every later use raise CacheMismatchError: what the layer holds is not to be trusted any more."""
+        self.packed = replace(self.packed)  # another object, as after an eviction, which a failed forward does not undo
+        self.fingerprint, self._known_module = LOST + reason, weakref.ref(nn.Module())  # of no model
 
     def move_to(self, device: torch.device) -> None:
         """Moves everything that the layer holds; forks keep the tensors that they share with it where they are."""

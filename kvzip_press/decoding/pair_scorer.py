@@ -16,7 +16,7 @@ from kvzip_press.decoding.layer_pairs import LayerPairs, pairs_of
 from kvzip_press.decoding.scorer import DecodeScorer, Layers, mark_staying
 from kvzip_press.model.structure import full_attention_layers
 
-ROWS_AT_ONCE = 8  # rows whose pairs are laid out together: bounds the memory that takes, whatever the batch
+NUMBERS_AT_ONCE = 2**24  # of the keys that are laid out together: bounds the memory that takes, whatever the batch
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,11 @@ class PairScorer(DecodeScorer):
 
     def _of_layer(self, layer_idx: int, layer: RaggedLayer) -> Worth:
         packed, tails = [], []
-        for first in range(0, layer.batch_size, ROWS_AT_ONCE):
-            pairs, back = pairs_of(layer_idx, layer, slice(first, first + ROWS_AT_ONCE), at_values=self.look.at_values)
+        n_pairs = int(layer.packed.seqlens.max()) + layer.tail.length
+        a_row = layer.packed.num_heads * layer.packed.storage.head_dim * n_pairs
+        n_rows = max(NUMBERS_AT_ONCE // max(a_row, 1), 1)
+        for first in range(0, layer.batch_size, n_rows):
+            pairs, back = pairs_of(layer_idx, layer, slice(first, first + n_rows), at_values=self.look.at_values)
             worth = self.look.worth(pairs)
             worth = torch.where(pairs.scores == STAYS, STAYS, worth)
             tails.append(worth.gather(2, back.clamp(min=0)))

@@ -11,7 +11,7 @@ from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.decoding.windows import WindowPress
 
-TILE = 256  # rows of the similarity matrix that are in memory at a time
+TILE_NUMBERS = 2**24  # of the similarity matrices of some heads that are in memory at a time: 64 MB
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,19 @@ class RKVPress(WindowPress):
 
     def redundancy(self, pairs: LayerPairs) -> torch.Tensor:
         """Returns R, ``[batch, num_key_value_heads, n]``."""
-        valid, n = pairs.valid, pairs.valid.shape[2]
+        valid, (batch, heads, n) = pairs.valid, pairs.valid.shape
         keys = normalize(pairs.keys.float(), dim=-1).masked_fill(~valid[..., None], 0)
-        columns = torch.arange(n, device=keys.device)
-        sums = torch.zeros_like(pairs.scores)
-        for first in range(0, n, TILE):
-            rows = columns[first : first + TILE]
+        # A column of C sums to its key's product with the sum of all keys, less its own; only which pair is the newest
+        # like each has to be looked for among all cosines.
+        sums = (keys @ keys.sum(dim=2).unsqueeze(-1)).squeeze(-1) - (keys * keys).sum(dim=-1)
+        columns = torch.arange(1, n + 1, dtype=torch.float32, device=keys.device) * valid
+        for rows in torch.arange(n, device=keys.device).split(max(TILE_NUMBERS // max(batch * heads * n, 1), 1)):
             cosines = keys[:, :, rows] @ keys.transpose(-1, -2)
-            cosines[..., torch.arange(len(rows)), rows] = 0
-            similar = cosines > self.threshold
-            newest = torch.where(similar, columns, -1).amax(dim=-1, keepdim=True)
-            sums += cosines.masked_fill(columns == newest, 0).sum(dim=2)
+            cosines[..., torch.arange(len(rows)), rows] = -torch.inf
+            newest = cosines.gt_(self.threshold).mul_(columns.unsqueeze(2)).amax(dim=-1).long() - 1
+            found = newest.clamp(min=0)
+            spared = keys.gather(2, found.unsqueeze(-1).expand(-1, -1, -1, keys.shape[3]))
+            cosine = (keys[:, :, rows] * spared).sum(dim=-1).masked_fill(newest < 0, 0)
+            sums.scatter_add_(2, found, -cosine)
         means = sums / valid.sum(dim=-1, keepdim=True).clamp(min=1)
         return means.masked_fill(~valid, -torch.inf).softmax(dim=-1)

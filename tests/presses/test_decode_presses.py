@@ -192,7 +192,7 @@ def test_rkv_has_no_quirk_about_its_first_pair() -> None:
 def test_rkv_s_similarities_in_tiles_are_those_of_one_matrix(monkeypatch) -> None:
     pairs = repeated_paragraph(copies=3, length=20, window=8)
     whole = RKVPress(budget=28).redundancy(pairs)
-    monkeypatch.setattr("kvzip_press.presses.decoding.rkv.TILE", 7)
+    monkeypatch.setattr("kvzip_press.presses.decoding.rkv.TILE_NUMBERS", 500)
     torch.testing.assert_close(RKVPress(budget=28).redundancy(pairs), whole, atol=1e-7, rtol=0)
 
 

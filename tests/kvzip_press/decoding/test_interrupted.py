@@ -13,12 +13,13 @@ from transformers import DynamicCache
 from kvzip_press import FastKVzipPress, Gates, RaggedCache, RandomPress, answer, compress
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.padding import left_padded, padding_in
-from kvzip_press.cache.pair_pool import PairPool
+from kvzip_press.cache.pair_pool import ByLayer, PairPool
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.tail import Tail
 from kvzip_press.decoding.answering import question_ids
 from kvzip_press.decoding.forward import read
 from kvzip_press.decoding.generation import generate
+from kvzip_press.errors import CacheMismatchError
 from kvzip_press.model.structure import attention_layers
 from kvzip_press.presses.fastkvzip import LayerGate
 from kvzip_press.testing import ByteTokenizer, tiny_model
@@ -244,8 +245,12 @@ def written(model, press: FastKVzipPress, n_tokens: int, stop: Callable[[], obje
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
-@pytest.mark.parametrize(("owner", "name"), [(PairPool, "_put"), (RaggedLayer, "take"), (Tail, "emptied")], ids=str)
-@pytest.mark.parametrize("number", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("owner", "name", "number"),
+    [(PairPool, "_put", 0)]  # the first eviction makes the pool, later ones write to it a layer at a time
+    + [(*one, n) for one in ((ByLayer, "_write"), (RaggedLayer, "take"), (Tail, "emptied")) for n in range(4)],
+    ids=str,
+)
 def test_an_eviction_that_is_interrupted_anywhere_is_finished(owner, name, number, behind, monkeypatch) -> None:
     """While the model writes: half of the pairs written over, or half of the layers emptied, would be lost."""
     model, calls, original = MODELS["llama"], [0], getattr(owner, name)
@@ -273,6 +278,26 @@ def test_an_eviction_that_is_interrupted_anywhere_is_finished(owner, name, numbe
         assert all(torch.equal(a, b) for a, b in zip(layer.packed.tensors, other.packed.tensors, strict=True))
         assert (layer.tail.length, layer.context_ends) == (other.tail.length, other.context_ends)
     assert torch.equal(logits_after(model, cache), logits_after(model, expected))
+
+
+def test_a_cache_whose_eviction_failed_half_way_is_refused(monkeypatch) -> None:
+    """The first layer is written, the second cannot be, whenever it is tried."""
+    model, original = MODELS["llama"], ByLayer._write
+
+    def fails(self: ByLayer, number: int, new: object) -> None:
+        if len(self.left) == 1:
+            raise Stop
+        original(self, number, new)
+
+    @contextmanager
+    def stop() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(ByLayer, "_write", fails)
+            yield
+
+    cache = written(model, gated(model), 40, stop)
+    with pytest.raises(CacheMismatchError, match="an eviction failed after it had begun to write"):
+        logits_after(model, cache)
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference"])
