@@ -94,10 +94,10 @@ class Step:
             return torch.randn(*shape, case.head_dim, device=device, dtype=torch.bfloat16)
 
         heads = case.num_key_value_heads
-        query, *pairs = normal(1, case.num_attention_heads, 1), *(normal(heads * case.context) for _ in range(2))
+        query, keys, values = normal(1, case.num_attention_heads, 1), *(normal(heads * case.context) for _ in range(2))
         tail = tuple(normal(1, heads, case.tail) for _ in range(2)) if case.tail else ()
         bounds = torch.arange(heads + 1, dtype=torch.int32, device=device) * case.listed
-        return cls(query, *pairs, bounds, tail)
+        return cls(query, keys, values, bounds, tail)
 
     def in_fp64(self) -> "Step":
         """Returns the same in fp64."""
