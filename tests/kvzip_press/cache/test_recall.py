@@ -266,6 +266,7 @@ def test_new_tokens_are_grouped_in_batches(name: str, offload: bool) -> None:
     orders = after.groups.columns["order"].view(2, -1)
     assert torch.equal(orders[:, :82], before.groups.columns["order"].view(2, -1))
     assert [sorted(own) for own in orders[:, 82:].tolist()] == [list(range(82, 92))] * 2
+    assert_groups_are_noted(after)
     index, bounds = listed(recall, after.groups, torch.randn(1, 4, 1, 16), 2, width=after.width)
     assert set(bounds.diff().tolist()) == {24} and int(index[: int(bounds[-1])].max()) < 184
     assert not torch.allclose(got, expected, **TOLERANCE)
@@ -273,6 +274,18 @@ def test_new_tokens_are_grouped_in_batches(name: str, offload: bool) -> None:
         compress(MODEL, TOKENIZER, TEXT, get_press("none")), replace(recall, budget=10**6), offload=offload
     )
     torch.testing.assert_close(steps(MODEL, everything, 9), expected, **TOLERANCE)
+
+
+def assert_groups_are_noted(packed: RecalledPairs) -> None:
+    """What is noted of each group is that of the keys that are in it."""
+    order, sizes = packed.groups.columns["order"], packed.groups.tables["sizes"]
+    for number, own in enumerate(sizes.tolist()):
+        keys, *_ = segment(packed, number)
+        members = order[int(packed.cu_seqlens[number]) :][: len(keys)].long().split(own)
+        for mark, group in zip(packed.groups.tables["marks"][number], members[1:], strict=True):
+            if len(group):
+                expected = packed.recall.marks(keys[group], torch.zeros_like(group), 1)[0]
+                torch.testing.assert_close(mark, expected)
 
 
 def test_a_layer_in_host_memory_that_was_grouped_again_is_there_again() -> None:
@@ -404,3 +417,45 @@ def test_a_press_that_evicts_while_the_model_writes_refuses_it() -> None:
     recalling = with_recall(RaggedCache.of(cache), CLUSTERS)
     with press(MODEL), pytest.raises(UnsupportedCacheError, match=r"call without_recall\(cache\) first"):
         MODEL(input_ids=torch.tensor([[5]]), past_key_values=recalling, use_cache=True)
+
+
+# On a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["clusters", "clusters_by_query_head", "pages"])
+def test_a_graph_ranks_anew_in_each_replay(name: str) -> None:
+    """And is captured again when new tokens were grouped: tokens and logits are those of eager steps."""
+    model = tiny_model(num_layers=2).requires_grad_(False).to("cuda")
+    cache = compress(model, TOKENIZER, [TEXT, TEXT[:60]], RandomPress(0.3))
+    recalling = with_recall(cache, replace(RECALLS[name], batch=20))
+    rows = [generate(model, recalling.fork(), [[5, 6, 7]] * 2, 50, graph=graph) for graph in (True, False)]
+    assert rows[0] == rows[1]
+    shared = with_recall(compress(model, TOKENIZER, TEXT, get_press("none")), RECALLS[name])
+    rows = [answer(model, TOKENIZER, shared, ["Where?", "Who has the key?"], max_new_tokens=20) for _ in range(2)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", ["model", "int8"])
+def test_host_memory_holds_what_a_step_reads_on_the_gpu(storage: str) -> None:
+    """The logits are those of a cache on the GPU, whose memory is free when it has gone."""
+    model = tiny_model(num_layers=3).requires_grad_(False).to("cuda")
+    cache = compress(model, TOKENIZER, TEXT * 20, get_press("none"), storage=storage)
+    near = with_recall(cache, replace(CLUSTERS, batch=5))
+    away = with_recall(cache, replace(CLUSTERS, batch=5), offload=True)
+    token = torch.tensor([[5]], device="cuda")
+    for _ in range(3):
+        torch.testing.assert_close(read(model, away, token), read(model, near, token), **TOLERANCE)
+    torch.testing.assert_close(steps_on(model, away), steps_on(model, near), **TOLERANCE)
+    assert all(column.device.type == "cpu" for column in packed_of(away).columns.values())
+    assert away.resident_bytes + away.host_bytes < near.resident_bytes + 1000
+    held = torch.cuda.memory_allocated()
+    size = packed_of(near).total * packed_of(near).pair_bytes
+    del cache, near
+    assert torch.cuda.memory_allocated() < held - size
+
+
+def steps_on(model: Any, cache: RaggedCache) -> torch.Tensor:
+    with DecodeStep(model, cache, max_new_tokens=7, graph=False) as step:
+        return torch.stack([step(torch.tensor([7 + i], device="cuda")).clone() for i in range(7)])
