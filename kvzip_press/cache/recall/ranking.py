@@ -22,6 +22,7 @@ def listed(
     row_index: torch.Tensor | None = None,
     scaling: float | None = None,
     width: int,
+    all_full: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists the pairs that one token of each row reads.
 
@@ -33,6 +34,7 @@ def listed(
         row_index: Batch row -> packed row, int64 ``[batch]``; None if they are the same.
         scaling: Factor of the logits; None means ``head_dim ** -0.5``.
         width: Pairs that the longest list has: those of the longest segment, at most the budget.
+        all_full: Whether it is known that every list has as many.
 
     Returns:
         The listed pairs, int32 ``[at least all]``, and where each list begins, int32 ``[lists + 1]``, in the order of
@@ -48,11 +50,13 @@ def listed(
     ends = counts.cumsum(-1)
     slots = torch.arange(width, device=query.device).expand(*ends.shape[:3], -1).contiguous()
     place = torch.searchsorted(ends, slots, right=True).clamp(max=ends.shape[-1] - 1)
-    n_listed = ends[..., -1:].clamp(max=recall.budget)
     first, order = bounds.long()[..., None, None], groups.columns[ORDER]
     entry = first + slots + (starts - ends + counts).gather(-1, place)
     pairs = first + order[entry.clamp(0, len(order) - 1)]
-    return _compact(pairs, n_listed, slots)
+    if all_full:
+        steps = torch.arange(pairs[..., 0].numel() + 1, dtype=torch.int32, device=pairs.device)
+        return pairs.flatten().int(), steps * width
+    return _compact(pairs, ends[..., -1:].clamp(max=recall.budget), slots)
 
 
 def _worth(
@@ -63,7 +67,7 @@ def _worth(
     row_index: torch.Tensor | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Returns by what groups are ranked, ``[batch, heads, lists a head, groups]``; -inf for those that are empty.
+    """Returns by what groups are ranked, ``[batch, heads, lists a head, groups]``; of empty ones it says nothing.
 
     For one query head it is the product with what is noted of the group. Heads that choose together rank by the mean of
     their attention to a pair of the group, were the product of each of its pairs that of the group.
@@ -77,11 +81,10 @@ def _worth(
         marks, sizes = (marks, sizes) if row_index is None else (marks[row_index], sizes[row_index])
         products = marked @ marks.mT
     products = products.to(accumulation_dtype(query.dtype)) * scale
-    empty = sizes[:, :, None, 1:] == 0
-    if not recall.per_query_head:
-        total = (products + sizes[:, :, None, 1:].to(products.dtype).log()).logsumexp(-1, keepdim=True)
-        products = (products - total).logsumexp(2, keepdim=True)
-    return products.masked_fill(empty, -torch.inf)
+    if recall.per_query_head:
+        return products
+    sizes = sizes[:, :, None, 1:]
+    return (products + sizes.log()).softmax(-1).mean(2, keepdim=True) / sizes.clamp(min=1)
 
 
 def _by_row(

@@ -267,7 +267,10 @@ def test_new_tokens_are_grouped_in_batches(name: str, offload: bool) -> None:
     assert torch.equal(orders[:, :82], before.groups.columns["order"].view(2, -1))
     assert [sorted(own) for own in orders[:, 82:].tolist()] == [list(range(82, 92))] * 2
     assert_groups_are_noted(after)
-    index, bounds = listed(recall, after.groups, torch.randn(1, 4, 1, 16), 2, width=after.width)
+    query = torch.randn(1, 4, 1, 16)
+    index, bounds = listed(recall, after.groups, query, 2, width=after.width)
+    at_once = listed(recall, after.groups, query, 2, width=after.width, all_full=after.all_full)
+    assert after.all_full and torch.equal(at_once[0], index[:-1]) and torch.equal(at_once[1], bounds)
     assert set(bounds.diff().tolist()) == {24} and int(index[: int(bounds[-1])].max()) < 184
     assert not torch.allclose(got, expected, **TOLERANCE)
     everything = with_recall(
