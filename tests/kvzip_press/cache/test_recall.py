@@ -29,7 +29,7 @@ from kvzip_press.cache.recall.recalled_pairs import RecalledPairs
 from kvzip_press.decoding import step as decoding
 from kvzip_press.decoding.forward import read
 from kvzip_press.decoding.step import _StaticStep
-from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
+from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -391,7 +391,7 @@ def test_answers_are_asked_for_as_ever_and_hybrid_models_keep_their_windows() ->
     ("make", "error", "message"),
     [
         (lambda c: with_recall(c, "clusters"), InvalidArgumentError, "expected a recall, as ClusterRecall"),
-        (lambda c: with_recall(DynamicCache(), CLUSTERS), Exception, "expected a compressed cache"),
+        (lambda c: with_recall(DynamicCache(), CLUSTERS), CacheMismatchError, "expected a compressed cache"),
         (lambda c: with_recall(c, replace(CLUSTERS, full_layers=2)), InvalidArgumentError, "got 2 of 2 layers"),
         (lambda c: with_recall(c, CLUSTERS).restore(), UnsupportedCacheError, r"without recall to restore"),
         (lambda c: with_recall(c, CLUSTERS).save("x"), UnsupportedCacheError, r"call without_recall\(cache\) first"),
