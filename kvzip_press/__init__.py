@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from kvzip_press.attention.implementation import attach, detach
     from kvzip_press.budget.scores import Scores
     from kvzip_press.cache.ragged_cache import RaggedCache
+    from kvzip_press.cache.recall.clusters import ClusterRecall
+    from kvzip_press.cache.recall.making import with_recall, without_recall
+    from kvzip_press.cache.recall.pages import PageRecall
     from kvzip_press.calibration.on_prompts import calibrate
     from kvzip_press.decoding.answering import answer, question_ids
     from kvzip_press.decoding.generation import generate
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from kvzip_press.serving.session import Session
 
 _EXPORTS = {
+    "ClusterRecall": "kvzip_press.cache.recall.clusters",
     "ComposedPress": "kvzip_press.presses.composed",
     **dict.fromkeys(
         (
@@ -78,6 +82,7 @@ _EXPORTS = {
     "Sampling": "kvzip_press.decoding.sampling",
     "Scores": "kvzip_press.budget.scores",
     "Session": "kvzip_press.serving.session",
+    "PageRecall": "kvzip_press.cache.recall.pages",
     "RaggedCache": "kvzip_press.cache.ragged_cache",
     "answer": "kvzip_press.decoding.answering",
     "answer_restoring": "kvzip_press.decoding.monitor",
@@ -93,9 +98,12 @@ _EXPORTS = {
     "presses_table": "kvzip_press.registry",
     "question_ids": "kvzip_press.decoding.answering",
     "register_press": "kvzip_press.registry",
+    "with_recall": "kvzip_press.cache.recall.making",
+    "without_recall": "kvzip_press.cache.recall.making",
 }
 
 __all__ = [
+    "ClusterRecall",
     "ComposedPress",
     "DecodePress",
     "DecodeStep",
@@ -108,6 +116,7 @@ __all__ = [
     "KVzipHeadPress",
     "KVzipPress",
     "KnormDecodePress",
+    "PageRecall",
     "Prefill",
     "Press",
     "RKVPress",
@@ -136,6 +145,8 @@ __all__ = [
     "presses_table",
     "question_ids",
     "register_press",
+    "with_recall",
+    "without_recall",
 ]
 
 

@@ -51,6 +51,7 @@ def ragged_attention(
     part_of_storage: bool = False,
     context_query: Tensor | None = None,
     context_bias: Tensor | None = None,
+    pair_index: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Computes exact attention to a packed context, ragged over heads, and to a dense tail that came after it.
@@ -88,6 +89,11 @@ def ragged_attention(
         context_bias: with codes only, [batch, num_attention_heads, query_length], fp32 (fp64 for fp64 queries), added
             to each product of a query and a packed key before scaling: the query's product with the centre that was
             taken off the keys. None: 0.
+        pair_index: int32 [listed], contiguous: the packed pairs that are read, in any order, each at most once in a
+            segment. ``cu_seqlens`` is then about this list: segment s reads pairs pair_index[cu_seqlens[s]] ..
+            pair_index[cu_seqlens[s + 1] - 1] of the storage, as if ``keys`` and ``values`` were ``keys[pair_index]``
+            and ``values[pair_index]``; "triton" reads the rows where they lie, others copy them. The list may have room
+            for more than cu_seqlens[-1], which is not read. Not with codes, nor with ``row_index``. None: all pairs.
         impl: "segments" (256 rows and more: PyTorch's fused dense kernels, a call a segment), "triton" (one launch that
             streams all pairs, and one that merges; CUDA; of codes it reads int8, fp8, int4, and values in int2), "aten"
             (PyTorch's fused CPU kernel over the context; the best that can do it over the tail; no codes), "tiles"
@@ -101,10 +107,10 @@ def ragged_attention(
 
     Raises:
         ValueError: a shape, device, ``softcap`` or ``impl`` is not as above, or the implementation named cannot do this
-            input; on a CPU also when ``cu_seqlens`` does not rise from 0 to total, ``row_index`` names no packed row
-            or ``tail_length`` is out of range. Elsewhere their content is not checked: reading it would wait for the
-            device.
-        TypeError: a dtype is not as above.
+            input; on a CPU also when ``cu_seqlens`` does not rise from 0 to total, ``row_index`` names no packed row,
+            ``pair_index`` names no pair or ``tail_length`` is out of range. Elsewhere their content is not checked:
+            reading it would wait for the device.
+        TypeError: a dtype is not as above, or ``pair_index`` is given with codes.
     """
     inputs = RaggedInputs(
         query,
@@ -119,6 +125,7 @@ def ragged_attention(
         part_of_storage,
         context_query,
         context_bias,
+        pair_index,
     )
     inputs.check()
     check_softcap(softcap)

@@ -40,6 +40,7 @@ class RaggedInputs:
     part_of_storage: bool = False
     context_query: Tensor | None = None
     context_bias: Tensor | None = None
+    pair_index: Tensor | None = None
 
     @property
     def num_key_value_heads(self) -> int:
@@ -63,6 +64,11 @@ class RaggedInputs:
         return replace(self, tail_keys=keys, tail_values=values, tail_mask=mask, live_tail_length=None)
 
     @property
+    def n_pairs(self) -> int:
+        """Number of packed pairs that there are to read: those of the storage, or those that ``pair_index`` lists."""
+        return self.keys.shape[0] if self.pair_index is None else self.pair_index.shape[0]
+
+    @property
     def dense(self) -> tuple[Tensor, Tensor]:
         """Packed keys and values, for implementations that refuse codes."""
         assert isinstance(self.keys, Tensor)
@@ -78,7 +84,9 @@ class RaggedInputs:
         """Yields packed keys and values, views [1, 1, n, head_dim], for every (batch row, key-value head) in order."""
         bounds = self.cu_seqlens.tolist()
         seqlens, whole = [stop - start for start, stop in pairwise(bounds)], slice(bounds[0], bounds[-1])
-        split = (packed[None, None, whole].split(seqlens, 2) for packed in self.dense)
+        index = None if self.pair_index is None else self.pair_index[whole]
+        read = (packed[whole] if index is None else packed.index_select(0, index) for packed in self.dense)
+        split = (packed[None, None].split(seqlens, 2) for packed in read)
         return self._of_batch(list(zip(*split, strict=True)))
 
     def segment_codes(self) -> list[tuple[Codes, Codes]]:
@@ -122,7 +130,28 @@ class RaggedInputs:
                 check_like(name, rows, "query", self.query)
         if isinstance(self.keys, Codes) != isinstance(self.values, Codes):
             raise TypeError("keys, values: expected codes for both or for neither, got codes for one")
-        check_cu_seqlens(self.cu_seqlens, total, self.query.device, within=self.part_of_storage)
+        if self.pair_index is None:
+            check_cu_seqlens(self.cu_seqlens, total, self.query.device, within=self.part_of_storage)
+        else:
+            self._check_pair_index(self.pair_index, total)
+
+    def _check_pair_index(self, index: Tensor, total: int) -> None:
+        check_rank("pair_index", index, "listed pairs")
+        check_dtype("pair_index", index, torch.int32)
+        check_device("pair_index", index, self.query.device)
+        if isinstance(self.keys, Codes):
+            raise TypeError("pair_index: expected keys and values in a dtype of the model, got codes")
+        if self.row_index is not None:
+            raise ValueError("pair_index: expected no row_index beside it: segments list the pairs of their own row")
+        if not index.is_contiguous():
+            raise ValueError(f"pair_index: expected a contiguous tensor, got strides {index.stride()}")
+        check_cu_seqlens(self.cu_seqlens, len(index), self.query.device, within=True)  # there may be room for more
+        if index.device.type != "cpu":
+            return
+        listed = index[int(self.cu_seqlens[0]) : int(self.cu_seqlens[-1])]
+        if listed.numel() and not 0 <= int(listed.min()) <= int(listed.max()) < total:
+            bounds = f"{int(listed.min())} to {int(listed.max())}"
+            raise ValueError(f"pair_index: expected pairs 0 .. {total - 1} of the storage, got {bounds}")
 
     def _check_query_of_context(self) -> None:
         if self.context_query is not None:

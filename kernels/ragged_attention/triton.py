@@ -23,6 +23,7 @@ from kvzip_press.kernels.ragged_attention.tuning import Config, choose
 from kvzip_press.kernels.triton_ops import dot, tanh
 
 LOG2E = 1.4426950408889634
+MAX_OFFSET = 2**31  # numbers of a storage up to which a listed pair's offset is one of 32 bits
 
 
 def ragged_attention(
@@ -40,7 +41,7 @@ def ragged_attention(
         return out, lse
     groups, n_segments = num_attention_heads // n_heads, batch_size * n_heads
     n_rows = groups * query_length
-    config = config or choose(n_rows, head_dim, query.element_size(), inputs.keys.shape[0], n_segments)
+    config = config or choose(n_rows, head_dim, query.element_size(), inputs.n_pairs, n_segments)
     n_row_blocks = triton.cdiv(n_rows, config.block_m)
     n_programs = split.n_programs(inputs, config.programs_per_sm, n_row_blocks)
     partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
@@ -63,6 +64,7 @@ def ragged_attention(
             *(packed.contiguous() for packed in inputs.dense),
             begins,
             starts,
+            starts if inputs.pair_index is None else inputs.pair_index,
             tail_keys,
             tail_values,
             tail_length,
@@ -83,11 +85,14 @@ def ragged_attention(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             SINGLE_TOKEN=query_length == 1,
+            HAS_INDEX=inputs.pair_index is not None,
+            WIDE_INDEX=inputs.keys.shape[0] * head_dim > MAX_OFFSET,
             HAS_MASK=mask is not None,
             HAS_SOFTCAP=softcap is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            # A listed row waits for its place in the list: half of the stages are those of the list.
+            num_stages=config.num_stages * (1 if inputs.pair_index is None else 2),
             **shape,
         )
         split.merge(partial_out, partial_sums, starts, tail_length, out, lse, shape)
@@ -101,6 +106,7 @@ def _attend_kernel(
     v_ptr,
     begins_ptr,
     starts_ptr,
+    index_ptr,
     tail_k_ptr,
     tail_v_ptr,
     tail_length,
@@ -132,6 +138,8 @@ def _attend_kernel(
     SINGLE_TOKEN: tl.constexpr,
     HAS_TAIL: tl.constexpr,
     TAIL_ON_DEVICE: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    WIDE_INDEX: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -180,8 +188,12 @@ def _attend_kernel(
     head = (segment % HEADS).to(tl.int64)
     q_rows = batch * stride_qb + (head * GROUPS + member) * stride_qh + token.to(tl.int64) * stride_qt
     query = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask_q, other=0.0)
-    context_row = (begin + low).to(tl.int64) * HEAD_DIM
-    keys_ptr, values_ptr = k_ptr + context_row, v_ptr + context_row
+    keys_ptr, values_ptr = k_ptr, v_ptr
+    if HAS_INDEX:  # begin and low count listed pairs
+        index_ptrs = index_ptr + begin + low + offs_n
+    else:
+        context_row = (begin + low).to(tl.int64) * HEAD_DIM
+        keys_ptr, values_ptr = k_ptr + context_row, v_ptr + context_row
     n_left = tl.minimum(high, n_context) - low
     n_tiles = tl.cdiv(tl.maximum(n_left, 0), BLOCK_N)
     if HAS_TAIL:
@@ -212,7 +224,17 @@ def _attend_kernel(
         mask_tile = mask_n[:, None] if BLOCK_D == HEAD_DIM else mask_n[:, None] & (offs_d < HEAD_DIM)[None, :]
         # A 64-bit address for the tile and 32-bit offsets in it: 64 bits for every element spill registers.
         tile_offset = tl.cast(row, tl.int64) * HEAD_DIM
-        keys = tl.load(tile_keys_ptr + tile_offset + tile_offsets, mask_tile, other=0.0)
+        offsets = tile_offsets
+        if HAS_INDEX:  # each listed pair has a place of its own; the tail's rows follow each other as ever
+            tile_offset = tl.cast(0, tl.int64)
+            if HAS_TAIL:
+                found = tl.load(index_ptrs + row, row + offs_n < tl.where(in_tail, 0, n_left), other=0)
+                found = tl.where(in_tail, row + offs_n, found)
+            else:
+                found = tl.load(index_ptrs + row, mask_n, other=0)
+            found = found.to(tl.int64) if WIDE_INDEX else found
+            offsets = found[:, None] * HEAD_DIM + offs_d[None, :]
+        keys = tl.load(tile_keys_ptr + tile_offset + offsets, mask_tile, other=0.0)
         logits = dot(query, tl.trans(keys), PRECISION) * logit_scale
         if HAS_SOFTCAP:
             logits = softcap * tanh(logits)
@@ -235,7 +257,7 @@ def _attend_kernel(
         weights = tl.exp2(logits - base[:, None])
         decay = tl.exp2(peak - base)
         total = total * decay + tl.sum(weights, 1)
-        values = tl.load(tile_values_ptr + tile_offset + tile_offsets, mask_tile, other=0.0)
+        values = tl.load(tile_values_ptr + tile_offset + offsets, mask_tile, other=0.0)
         acc = acc * decay[:, None] + dot(weights.to(values.dtype), values, PRECISION)
         peak = new_peak
     rows = program.to(tl.int64) * n_rows + offs_m

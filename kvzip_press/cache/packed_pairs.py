@@ -99,6 +99,11 @@ class PackedPairs(Held):
         return self.cu_seqlens.device
 
     @property
+    def offloaded(self) -> tuple[torch.Tensor, ...]:
+        """What lies in host memory to be read on another device, beside :attr:`tensors`: nothing of plain pairs."""
+        return ()
+
+    @property
     def num_rows(self) -> int:
         """Number of batch rows that the segments belong to."""
         return (self.cu_seqlens.numel() - 1) // self.num_heads

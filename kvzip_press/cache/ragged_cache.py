@@ -27,6 +27,8 @@ from kvzip_press.cache.cold.restoring import at_ratio
 from kvzip_press.cache.file import kept_export
 from kvzip_press.cache.file import writing as cache_file
 from kvzip_press.cache.ragged_layer import CopiedByFork, RaggedLayer
+from kvzip_press.cache.recall.policy import Recall
+from kvzip_press.cache.recall.recalled_pairs import RecalledPairs
 from kvzip_press.cache.rows import TurnLock, Turns, batch_rows
 from kvzip_press.cache.sliding_windows import own_window
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
@@ -81,6 +83,8 @@ class RaggedCache(CopiedByFork, compat.Cache):
             f"{seen if isinstance(seen, int) else f'{min(seen)} to {max(seen)}'} tokens seen",
             f"{self.kept_fraction:.1%} of pairs kept",
             f"{self.resident_bytes / 1e6:.1f} of {self.dense_bytes / 1e6:.1f} MB",
+            *([f"{host / 1e6:.1f} MB in host memory"] if (host := self.host_bytes) else []),
+            *(f"a step reads by {recall!r}" for recall in self._recalls()),
             *(f"{place.nbytes / 1e6:.1f} MB evicted in {place}" for place in self._places()),
             *([f"by {self.press}"] if self.press else []),
         ]
@@ -127,6 +131,15 @@ class RaggedCache(CopiedByFork, compat.Cache):
         return sum(storages.values())
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes of pairs that lie in host memory to be read from there (``with_recall(..., offload=True)``), each once.
+
+        :attr:`resident_bytes` does not count them.
+        """
+        tensors = [tensor for _, layer in self.ragged_layers() for tensor in layer.packed.offloaded]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    @property
     def cold_bytes(self) -> int:
         """Bytes of evicted pairs, and of scores, that are kept for :meth:`restore`, in host memory or in files.
 
@@ -150,7 +163,8 @@ class RaggedCache(CopiedByFork, compat.Cache):
         Raises:
             CacheFileError: The file of the evicted pairs is gone, or was changed. The cache stays as it was.
             InvalidArgumentError: The ratio is out of range, or would take pairs away.
-            UnsupportedCacheError: The cache keeps nothing of what was evicted (``cold=``), or has lost pairs otherwise.
+            UnsupportedCacheError: The cache keeps nothing of what was evicted (``cold=``), has lost pairs otherwise, or
+                recalls pairs.
         """
         self._go_to(compression_ratio, grows=True)
 
@@ -343,8 +357,9 @@ class RaggedCache(CopiedByFork, compat.Cache):
             InvalidArgumentError: The original model object is gone and none was given, a forward failed half-way, or
                 some rows, but not all, have forgotten a turn.
             UnsupportedCacheError: No layer is ragged, a layer is of a kind or dtype that cannot be saved, or evicted
-                pairs are kept, which a file has no place for.
+                pairs are kept, or pairs are recalled, which a file has no place for.
         """
+        self._refuse_recall("save")
         if self._places():
             raise UnsupportedCacheError(
                 "expected a cache without evicted pairs to save, got one that keeps them for restore(): call "
@@ -389,12 +404,25 @@ class RaggedCache(CopiedByFork, compat.Cache):
         kept_export.export_kept(Path(path), self.layers)
 
     def _go_to(self, compression_ratio: float, *, grows: bool) -> None:
+        self._refuse_recall("restore or shrink")
         with self.turn_lock:
             layers = dict(self.ragged_layers())
             packed = at_ratio(layers, compression_ratio, grows=grows)
             with all_or_nothing(self):
                 for index, layer in layers.items():
                     layer.packed = packed[index]
+
+    def _recalls(self) -> set[Recall]:
+        """Returns what steps of the layers read, if not all pairs."""
+        return {layer.packed.recall for _, layer in self.ragged_layers() if isinstance(layer.packed, RecalledPairs)}
+
+    def _refuse_recall(self, to: str) -> None:
+        """Raises UnsupportedCacheError if steps read only a part of the pairs, where all of them are needed."""
+        if self._recalls():
+            raise UnsupportedCacheError(
+                f"expected a cache without recall to {to}, got one whose steps read a part of it: call "
+                "without_recall(cache) first"
+            )
 
     def _places(self) -> list[Place]:
         """Returns where evicted pairs are kept, each place once."""

@@ -22,6 +22,7 @@ from kvzip_press.budget.policy import Policy
 from kvzip_press.cache.padded_block import BlockLayer
 from kvzip_press.cache.pair_pool import PairPool, held_tokens
 from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cache.recall.recalled_pairs import RecalledPairs
 from kvzip_press.cache.tail import BLOCK
 from kvzip_press.decoding.scorer import DecodeScorer, Layers
 from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
@@ -125,7 +126,7 @@ class DecodeEviction:
 
         Raises:
             CacheMismatchError: The cache was not compressed by this press: its pairs carry no scores.
-            UnsupportedCacheError: Its layers are on several devices.
+            UnsupportedCacheError: Its layers are on several devices, or recall pairs.
         """
         layers, self._padding = _ragged_layers(cache)
         self._follow(layers)
@@ -207,6 +208,11 @@ class DecodeEviction:
         if len(devices := {layer.packed.device for layer in layers.values()}) > 1:
             raise UnsupportedCacheError(
                 f"expected a model on one device to evict while it writes, got layers on {sorted(map(str, devices))}"
+            )
+        if any(isinstance(layer.packed, RecalledPairs) for layer in layers.values()):
+            raise UnsupportedCacheError(
+                "expected a cache without recall under a press that evicts while the model writes, got one whose steps "
+                "read a part of it: call without_recall(cache) first"
             )
         if not is_same:
             self.scorer.adopt(layers, stays=self.schedule.protect_prompt)

@@ -282,6 +282,8 @@ def reason_against(cache: Any) -> str | None:
         return "the cache has no ragged layer"
     if len({(layer.tail.length, layer.packed.device) for layer in ragged}) > 1:
         return "the ragged layers of the cache lie on several devices or differ in length"
+    if any(layer.packed.offloaded for layer in ragged):
+        return "pairs lie in host memory, and a step waits for those that it reads"
     others = [layer for layer in layers if not isinstance(layer, RaggedLayer)]
     odd = next((layer for layer in others if type(layer) is not compat.DynamicSlidingWindowLayer), None)
     return None if odd is None else f"the cache has a layer of type {type(odd).__name__}"

@@ -18,6 +18,7 @@ from kvzip_press import compat
 from kvzip_press.attention.implementation import attach, attention_forward, masks_left_out
 from kvzip_press.decoding.eviction import DecodeEviction, decode_eviction_in
 from kvzip_press.decoding.forward import check_reading, forward, next_positions, read
+from kvzip_press.decoding.new_groups import group_if_due, tokens_to_grouping
 from kvzip_press.decoding.static_layers import StaticCache, reason_against
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.devices import input_device
@@ -95,6 +96,8 @@ class DecodeStep:
     def _capture(self, max_new_tokens: int, compiled: bool) -> None:
         if self._eviction is not None:
             max_new_tokens = min(max_new_tokens, self._eviction.tokens_to_eviction(self.cache))
+        if (n_left := tokens_to_grouping(self.cache)) is not None:
+            max_new_tokens = min(max_new_tokens, max(n_left, 1))
         step = _StaticStep(self.model, self.cache, max_new_tokens, self._positions, self._device, self._eviction)
         with alone() as is_alone:
             if not is_alone:
@@ -139,13 +142,20 @@ class DecodeStep:
             self._positions = next_positions(self.cache, token_ids.shape[0], self._device)
         logits = read(self.model, self.cache, token_ids[:, None], positions=self._positions)
         self._positions = self._positions + 1
+        group_if_due(self.cache)
         return logits
 
     def _replayed(self, step: _StaticStep, token_ids: torch.Tensor) -> torch.Tensor:
         logits = step(token_ids)
+        if group_if_due(self.cache):
+            return self._captured_anew(step, logits)
         if self._eviction is None or not self._eviction.written() or step.cache.follows_eviction():
             return logits
-        logits = logits.clone()  # the graph that they belong to ends here: its pairs lie elsewhere now
+        return self._captured_anew(step, logits)
+
+    def _captured_anew(self, step: _StaticStep, logits: torch.Tensor) -> torch.Tensor:
+        """Ends the graph that wrote these logits, whose pairs lie elsewhere now; returns a copy of them."""
+        logits = logits.clone()
         self._positions = step.positions[:, 0].clone()
         step.close()
         self._static = None

@@ -21,6 +21,7 @@ from kvzip_press.kernels.benchmarks import (
     codecs,
     context_attention,
     decode_peers,
+    gathered_attention,
     harness,
     kv_scoring,
     ragged_attention,
@@ -43,7 +44,15 @@ from kvzip_press.kernels.benchmarks.timing import (
 
 CPU = torch.device("cpu")
 SMALL = DecodeCase(6, 2, 16, 50, batch=2)
-SCRIPTS = ["codecs", "context_attention", "kv_scoring", "ragged_attention", "ragged_pack", "replay_attention"]
+SCRIPTS = [
+    "codecs",
+    "context_attention",
+    "gathered_attention",
+    "kv_scoring",
+    "ragged_attention",
+    "ragged_pack",
+    "replay_attention",
+]
 
 
 class CallingBench(Bench):
@@ -72,7 +81,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CallingBench:
 
 @pytest.fixture(autouse=True)
 def _few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for script in (codecs, context_attention, kv_scoring, ragged_attention):
+    for script in (codecs, context_attention, gathered_attention, kv_scoring, ragged_attention):
         monkeypatch.setattr(script, "copies_for", lambda n_bytes: 2)
 
 
@@ -403,6 +412,17 @@ def test_attention_to_a_pool_is_measured_beside_a_read_per_row(
     }
     n_bytes = {row.bytes for row in bench.rows if row.impl != "plan of 32 layers"}
     assert n_bytes == {2 * 2 * 16 * sum(case.lengths())}
+
+
+def test_attention_to_listed_pairs_is_measured_beside_a_context_of_them_alone(bench: CallingBench) -> None:
+    case = gathered_attention.RecallCase(6, 2, 16, context=90, listed=20, cluster=7, tail=3)
+    lists = case.lists(3, 6, CPU)
+    assert [len(set(one.tolist())) for one in lists.view(-1, 20)] == [20] * 18, "a list has a pair once"
+    assert all(set((one.view(6, 20) // 90).T.flatten().tolist()) == {0, 1} for one in lists)
+    gathered_attention.run(bench, case)
+    assert impls_of(bench) == {"contiguous", "listed", "copied first", "a list for each query head"}
+    assert {row.impl: row.bytes for row in bench.rows}["listed"] == 2 * 20 * 2 * 16 * 2
+    assert all(row.error is not None and row.error < gathered_attention.ERROR_LIMIT for row in bench.rows)
 
 
 def paged_attention(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:

@@ -17,6 +17,7 @@ class ModelDtype(Storage):
     """Stores keys and values as the model made them."""
 
     is_exact: ClassVar[bool] = True
+    reads_lists: ClassVar[bool] = True
 
     def layout(self) -> Layout:
         """Returns the shapes of a key and a value."""

@@ -55,6 +55,8 @@ class Storage(ABC):
 
     #: Whether keys and values come back as they were; if not, they must be finite.
     is_exact: ClassVar[bool] = False
+    #: Whether attention reads listed pairs where they lie (``pair_index``); if not, these are copied first.
+    reads_lists: ClassVar[bool] = False
     #: What follows the storage's name and a colon; empty for a storage without parameters.
     parameters: ClassVar[str] = ""
 

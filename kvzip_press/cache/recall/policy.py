@@ -1,0 +1,73 @@
+"""What recall does: how many pairs a step reads, and how pairs are divided into groups that a query ranks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from kvzip_press.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recall(ABC):
+    """Lets a decode step read ``budget`` pairs of each head's context: whole groups, best first, the last one cut.
+
+    A subclass says how the keys of a head are divided into groups, what is noted of a group, and how a query ranks it.
+
+    Args:
+        budget: Context pairs that a head reads in a step, the first tokens among them; all if it has no more.
+        n_sink: First tokens of the context, which every step reads.
+        full_layers: First layers of the model whose steps read everything.
+        per_query_head: Whether each query head reads pairs of its own choice, as published, and so up to as many times
+            the pairs as query heads share a key-value head. By default these heads choose together, by the mean of the
+            attention that they expect, and a step reads ``budget`` pairs of each key-value head.
+        batch: New tokens that are attended whole until as many are there, and are then grouped too; 0 for never. Only
+            :class:`kvzip_press.DecodeStep`, ``generate`` and ``answer`` group new tokens.
+
+    Raises:
+        InvalidArgumentError: A number is out of range.
+    """
+
+    budget: int
+    n_sink: int = 16
+    full_layers: int = 2
+    per_query_head: bool = False
+    batch: int = 320
+
+    def __post_init__(self) -> None:
+        if self.n_sink < 0 or self.full_layers < 0 or self.batch < 0 or self.budget <= self.n_sink:
+            raise InvalidArgumentError(
+                "expected a budget of more pairs than n_sink, and n_sink, full_layers and batch of 0 or more, got "
+                f"{self!r}"
+            )
+
+    @abstractmethod
+    def groups(self, keys: torch.Tensor, *, are_new: bool) -> torch.Tensor:
+        """Divides the pairs of a head into groups.
+
+        Args:
+            keys: ``[n, head_dim]``, n >= 1, after RoPE, by ascending position.
+            are_new: Whether these tokens came after the context was grouped.
+
+        Returns:
+            int64 ``[n]``, the group of each pair. Numbers may be left out.
+        """
+
+    @abstractmethod
+    def marks(self, keys: torch.Tensor, groups: torch.Tensor, n_groups: int) -> torch.Tensor:
+        """Returns what is noted of each group, ``[n_groups, ...]`` in the dtype of ``keys``.
+
+        Args:
+            keys: ``[n, head_dim]``.
+            groups: int64 ``[n]``, each number below ``n_groups`` at least once.
+            n_groups: Number of groups.
+        """
+
+    @abstractmethod
+    def query_marks(self, query: torch.Tensor) -> torch.Tensor:
+        """Returns what is multiplied with the marks of a group to rank it, for queries ``[..., head_dim]``.
+
+        The product is what the query's product with a key of the group is taken to be.
+        """
