@@ -5,22 +5,28 @@ from torch import Tensor
 
 from kvzip_press.kernels.numerics import accumulation_dtype
 from kvzip_press.kernels.row_codec.codes import CODECS, SCALE_DTYPE, Codec, Codes
+from kvzip_press.kernels.row_codec.rotation import rotate
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}  # e4m3 has no infinity; what lies beyond would become NaN
 
 
-def encode_rows(rows: Tensor, name: str) -> Codes:
+def encode_rows(rows: Tensor, name: str, rotated: bool, centres: Tensor | None) -> Codes:
     """See :func:`kvzip_press.kernels.row_codec.encode_rows`."""
     kind = CODECS[name]
     exact = rows.to(accumulation_dtype(rows.dtype))
+    if rotated:
+        exact = rotate(exact)
+    if centres is not None:
+        exact = exact - centres.unsqueeze(-2)
     if kind.has_zero:
         low, high = exact.aminmax(dim=-1)
         scales = ranges(low, high, kind)
         steps = _steps(exact, scales.unsqueeze(-2), kind)
         return Codes(packed(steps, kind), scales, name)
-    scales = (exact.abs().amax(-1) / _LARGEST[name]).to(SCALE_DTYPE)
-    units = exact / _divisor(scales, exact.dtype).unsqueeze(-1)
     limit = _LARGEST[name]
+    # Times 1 / limit, as PyTorch divides by a number on a GPU: so codes are the same on all devices.
+    scales = (exact.abs().amax(-1) * (1 / limit)).to(SCALE_DTYPE)
+    units = exact / _divisor(scales, exact.dtype).unsqueeze(-1)
     codes = units.round_().clamp_(-limit, limit) if name == "int8" else units.clamp_(-limit, limit)
     return Codes(codes.to(kind.dtype), scales, name)
 
@@ -72,7 +78,7 @@ def ranges(low: Tensor, high: Tensor, kind: Codec) -> Tensor:
     above = below - 1
     zero = (low + (high - low) * (below / (below + above))).to(SCALE_DTYPE)
     exact = zero.to(low.dtype)
-    scale = torch.maximum((high - exact) / above, (exact - low) / below).to(SCALE_DTYPE)
+    scale = torch.maximum((high - exact) * (1 / above), (exact - low) * (1 / below)).to(SCALE_DTYPE)
     return torch.stack([scale, zero], -1)
 
 
