@@ -90,18 +90,40 @@ def decode_rows(codes: Codes, dtype: torch.dtype = torch.float32, *, impl: str |
     return select("decode_rows", _DECODE, impl, codes, dtype)(codes, dtype)
 
 
-def write_numbers(codes: Codes, out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Writes codes as numbers into a buffer, and returns what makes rows of them: for the inner loop of an op.
+def write_numbers(codes: Codes, out: Tensor) -> Tensor:
+    """Writes codes as numbers into a buffer, a plane of each byte's bits at a time: for the inner loop of an op.
+
+    What is written is multiplied with the plane's factor (:attr:`~kvzip_press.kernels.row_codec.codes.Codec.factors`),
+    with the row's scale, and its zero is added, to give the row: :func:`row_scales` has the last two. Codes in groups
+    are written with scales and zeros, and have factors of 1: see :func:`plane_factors`.
 
     Args:
         codes: encoded rows [n, head_dim], not checked.
-        out: [n, head_dim], fp32 or fp64, written over.
+        out: [planes, n, head_dim / planes], contiguous, fp32 or fp64, written over; a codec has 8 / bits planes.
 
     Returns:
-        ``out``; and the scale [n] and the zero [n] of each row, in the dtype of ``out``, with which a row is
-        ``scale * out + zero``. None stands for a scale of 1 and a zero of 0.
+        ``out``.
     """
     return reference.write_numbers(codes, out)
+
+
+def row_scales(codes: Codes, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Returns what makes rows of numbers that :func:`write_numbers` wrote.
+
+    Args:
+        codes: encoded rows [n, head_dim], not checked.
+        dtype: fp32 or fp64.
+
+    Returns:
+        The scale [n] and the zero [n] of each row, in ``dtype``; None stands for a scale of 1 and a zero of 0.
+    """
+    return reference.row_scales(codes, dtype)
+
+
+def plane_factors(codes: Codes) -> list[float]:
+    """Returns the factor of each plane that :func:`write_numbers` writes."""
+    factors = codec_named(codes.codec).factors
+    return factors if codes.groups is None else [1.0] * len(factors)
 
 
 def groups_of(cu_seqlens: Tensor, total: int, group_size: int = 32) -> tuple[Tensor, int]:
