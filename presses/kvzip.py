@@ -98,7 +98,7 @@ class KVzipPress(AllocatingPress):
         with _hidden_norms(prefill.model, self.kvzip_plus) as norms:
             for row in range(prefill.valid.shape[0]):
                 self._score_row(prefill, row, int(protected[row].sum()), prompts, norms, layers)
-        return Scores(layers, protected, self.policy)
+        return Scores(layers, protected, self.policy, uniform=None if self.kvzip_plus else prefill.uniform_attention())
 
     def _score_row(
         self,
