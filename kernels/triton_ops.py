@@ -6,6 +6,8 @@ import triton.language as tl
 from kvzip_press.kernels.triton_support import interpreting
 
 INTERPRETED = tl.constexpr(interpreting())
+HAS_NARROW_DOT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
+"""Whether a dot may have fewer than 16 columns."""
 
 
 @triton.jit

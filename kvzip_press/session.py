@@ -187,7 +187,8 @@ class _Session:
         forward.check = SelfCheck(self.model, visible)
         forward.watching.enter_context(attention_watched(forward.check, valid=visible))
         forward.last_queries = forward.watching.enter_context(QueryWindow(self.model, valid, 1))
-        forward.watching.enter_context(READING.opened(self.model, Reading(valid, forward.start)))
+        reading = Reading(valid, forward.start, call.ids_read(self.model))
+        forward.watching.enter_context(READING.opened(self.model, reading))
         observer = self.press.observer(self.model)
         if observer is not None:
             forward.watching.enter_context(observer)

@@ -37,12 +37,20 @@ __all__ = [
 
 LN2 = tl.constexpr(0.6931471805599453)
 MIN_PIECE = tl.constexpr(32)  # fewest pairs that are worth a program
+LONG_PIECE = 1024  # pairs; what a program needs beside them is little then
+MAX_ROUNDS = 4  # of programs: more are too short for codes, which take a third of the time
 
 
-def n_programs(device: torch.device, programs_per_sm: int, n_row_blocks: int, n_segments: int) -> int:
-    """Returns how many programs share the pairs: as many as are resident at once, but at least one per segment."""
-    slots = multiprocessors(device) * programs_per_sm
-    return max(n_segments, triton.cdiv(slots, n_row_blocks))
+def n_programs(inputs: RaggedInputs, programs_per_sm: int, n_row_blocks: int) -> int:
+    """Returns how many programs share the pairs: at least one per segment, and as many as are resident at once.
+
+    Where those would have long pieces, there are several times as many: pieces of a segment differ by up to a half, and
+    with several rounds of them the last one to end is not far behind the others.
+    """
+    n_segments = inputs.query.shape[0] * inputs.num_key_value_heads
+    slots = triton.cdiv(multiprocessors(inputs.query.device) * programs_per_sm, n_row_blocks)
+    rounds = 1 if inputs.part_of_storage else inputs.keys.shape[0] // (slots * LONG_PIECE)
+    return max(n_segments, slots * min(max(rounds, 1), MAX_ROUNDS))
 
 
 def segments_of(inputs: RaggedInputs) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def ragged_attention(
     n_rows = groups * query_length
     config = config or choose(n_rows, head_dim, query.element_size(), inputs.keys.shape[0], n_segments)
     n_row_blocks = triton.cdiv(n_rows, config.block_m)
-    n_programs = split.n_programs(query.device, config.programs_per_sm, n_row_blocks, n_segments)
+    n_programs = split.n_programs(inputs, config.programs_per_sm, n_row_blocks)
     partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
     partial_sums = torch.empty(n_programs, n_rows, 2, dtype=torch.float32, device=query.device)
     begins, starts = split.segments_of(inputs)

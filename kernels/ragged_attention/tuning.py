@@ -8,11 +8,11 @@ class Config:
     """The kernel's launch parameters.
 
     Attributes:
-        block_m: Query rows (group members times query tokens) of a program, a power of two >= 16.
+        block_m: Query rows (group members times query tokens) of a program, a power of two >= 16; of codes >= 8.
         block_n: Keys of a tile, a power of two >= 16.
         num_warps: Warps of a program.
         num_stages: One more than the tiles in flight.
-        programs_per_sm: Programs per multiprocessor that share the pairs; all of them are resident at once.
+        programs_per_sm: Programs per multiprocessor that are resident at once.
     """
 
     block_m: int

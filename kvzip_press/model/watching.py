@@ -55,6 +55,7 @@ def after_forward(
     *,
     is_mine: Callable[[], bool] | None = None,
     always: bool = False,
+    first: bool = False,
 ) -> Iterator[None]:
     """While open, calls ``look(module, args, kwargs, output)`` after each forward of ``module``.
 
@@ -63,8 +64,10 @@ def after_forward(
         look: Called with the forward's arguments and its output.
         is_mine: See :func:`before_forward`.
         always: Whether to call it also for a forward that raised, with None as the output.
+        first: Whether to call it before those that were registered earlier.
     """
-    handle = module.register_forward_hook(_of_mine(look, is_mine), with_kwargs=True, always_call=always)
+    hook = _of_mine(look, is_mine)
+    handle = module.register_forward_hook(hook, prepend=first, with_kwargs=True, always_call=always)
     try:
         yield
     finally:

@@ -126,7 +126,7 @@ class PrefillCall:
             )
         return positions.expand(valid.shape[0], -1).int()
 
-    def _ids_read(self, model: Any) -> torch.Tensor | None:
+    def ids_read(self, model: Any) -> torch.Tensor | None:
         """Returns the token ids that were read; None if there are none, as for images, whose ids are placeholders."""
         if self.input_ids is not None or self.outer_ids is None:
             return self.input_ids
@@ -149,7 +149,7 @@ class PrefillCall:
         return Prefill(
             model,
             cache,
-            self._ids_read(model),
+            self.ids_read(model),
             valid,
             positions,
             start=start,

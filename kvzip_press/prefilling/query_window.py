@@ -25,10 +25,12 @@ class Reading:
     Attributes:
         valid: ``[batch, n]``, bool, False at padding.
         start: Number of tokens that the cache had seen before.
+        input_ids: ``[batch, n]``, the tokens; None if only embeddings were given.
     """
 
     valid: torch.Tensor
     start: int
+    input_ids: torch.Tensor | None = None
 
     def without_first(self, n: int) -> torch.Tensor:
         """Returns a mask of all tokens but the first ``n`` of each row; of a later turn, of all tokens."""

@@ -506,10 +506,10 @@ def run_prefill(
     cache = compat.DynamicCache(config=config) if cache is None else cache
     start = int(cache.get_seq_length())
     check_length(model, start + input_ids.shape[1])
+    lengths: list[int] = []
     if depends_on_length(decoder):
         lengths = (start + valid.sum(dim=-1)).tolist() if length is None else [length]
         check_context(model, lengths)
-        decoder = pinned(decoder, max(lengths))
     attach(model)
     padded = not bool(valid.all())
     positions = start + (valid.long().cumsum(dim=-1) - 1).clamp(min=0)
@@ -518,17 +518,18 @@ def run_prefill(
     with ExitStack() as stack:
         stack.enter_context(attention_watched(check, valid=valid))
         stack.enter_context(last)
-        stack.enter_context(READING.opened(model, Reading(valid, start)))
+        stack.enter_context(READING.opened(model, Reading(valid, start, input_ids)))
         watching = {press: observer for press in observers if (observer := press.observer(model)) is not None}
         for observer in watching.values():
             stack.enter_context(observer)
         stack.enter_context(windows_only(model, cache))
-        decoder(
+        reader = pinned(decoder, max(lengths)) if lengths else decoder  # a twin has the hooks that are open by now
+        reader(
             input_ids=input_ids,
             attention_mask=valid.long() if padded else None,
             position_ids=positions,
             use_cache=True,
-            **compat.cache_argument(decoder, cache),
+            **compat.cache_argument(reader, cache),
         )
     weights = weights_fingerprint(text_decoder(model))  # the host looks at them while the device still reads
     check.finish(cache)

@@ -44,6 +44,9 @@ def train(
     lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 0.2,
     dim: Annotated[int, typer.Option("--dim", help="Dimensions of a gate.")] = 16,
     seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
+    weighting: Annotated[
+        str | None, typer.Option("--weighting", help="Of the teacher's rows: surprisal or probability; default none.")
+    ] = None,
     piece_tokens: Annotated[int, typer.Option("--piece-tokens", help="Most tokens that are read at a time.")] = 16384,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Texts sampled at a time; default 512 on a GPU, 32 on a CPU.")
@@ -79,6 +82,7 @@ def train(
         seed=seed,
         piece_tokens=piece_tokens,
         disk_bytes=int(disk_gb * 1e9),
+        weighting=weighting,
     )
     loaded, tokenizer = load(model, device, dtype)
     with _alone(out) as lock, _shown() as (on_progress, seconds):

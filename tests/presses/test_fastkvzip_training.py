@@ -73,11 +73,13 @@ def test_the_gates_own_file_says_where_they_come_from(tmp_path) -> None:
     assert dtypes["q_proj.weight"] == dtypes["b"] == torch.bfloat16 and dtypes["k_base"] == torch.float32
 
 
-def test_features_are_what_entered_attention_and_kvzips_scores() -> None:
+@pytest.mark.parametrize("weighting", [None, "surprisal"])
+def test_features_are_what_entered_attention_and_kvzips_scores(weighting) -> None:
     model, ids = tiny_model(), documents(1)[0]
-    hidden, scores = features_of(model, TOKENIZER, ids)
-    done = prefill(model, TOKENIZER, ids)
-    for layer_idx, expected in KVzipPress().score(done).layers.items():
+    hidden, scores = features_of(model, TOKENIZER, ids, weighting)
+    press = KVzipPress(weighting=weighting)
+    done = prefill(model, TOKENIZER, ids, observers=[press])
+    for layer_idx, expected in press.score(done).layers.items():
         assert torch.equal(scores[layer_idx], expected[0, :, 1:])
     entered = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.tensor(ids)))
     assert torch.equal(hidden[0], entered)
@@ -326,13 +328,16 @@ def test_openings_have_their_slots_filled() -> None:
     assert [text for text in texts if "{name" in text or "{{" in text or "{place" in text] == []
 
 
-def test_evaluation_of_the_teacher_itself_is_perfect() -> None:
-    found = evaluate(KVzipPress(), tiny_model(), TOKENIZER, documents(2))
+@pytest.mark.parametrize("weighting", [None, "surprisal"])
+def test_evaluation_of_the_teacher_itself_is_perfect(weighting) -> None:
+    found = evaluate(KVzipPress(weighting=weighting), tiny_model(), TOKENIZER, documents(2), weighting=weighting)
     assert found.overlap == {0.3: 1.0, 0.5: 1.0} and found.summary["rank_correlation"] == pytest.approx(1)
     assert found.summary["agreement"] == 1.0
 
 
-@pytest.mark.parametrize("options", [{"tokens": 0}, {"steps": 0}, {"lr": 0.0}, {"disk_bytes": 0}, {"dim": 0}])
+@pytest.mark.parametrize(
+    "options", [{"tokens": 0}, {"steps": 0}, {"lr": 0.0}, {"disk_bytes": 0}, {"dim": 0}, {"weighting": "1"}]
+)
 def test_a_bad_recipe_is_refused(options) -> None:
     with pytest.raises(InvalidArgumentError, match="expected"):
         Recipe(**options)

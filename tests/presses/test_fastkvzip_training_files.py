@@ -49,7 +49,7 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch) -> None:
-    def features(model: Any, tokenizer: Any, ids: list[int]) -> tuple[dict, dict]:
+    def features(model: Any, tokenizer: Any, ids: list[int], weighting: str | None) -> tuple[dict, dict]:
         generator = torch.Generator().manual_seed(len(ids))
         hidden = {i: torch.randn(len(ids), 64, generator=generator) for i in range(3)}
         return hidden, {i: torch.rand(2, len(ids), generator=generator) for i in range(3)}

@@ -75,7 +75,9 @@ def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def formula(inputs, n: int, start: int, end: int, o_proj: torch.Tensor | None = None) -> torch.Tensor:
+def formula(
+    inputs, n: int, start: int, end: int, o_proj: torch.Tensor | None = None, of_rows: torch.Tensor | None = None
+) -> torch.Tensor:
     """Facts of the paper in one softmax: prefix, chunk and causal replay as keys; the most a chunk's key gets."""
     query, key, value, scaling, softcap, hidden = inputs
     q, groups = query.shape[2] - n, query.shape[1] // key.shape[1]
@@ -88,10 +90,24 @@ def formula(inputs, n: int, start: int, end: int, o_proj: torch.Tensor | None = 
         per_head = o_proj.view(-1, query.shape[1], value.shape[-1])
         projected = torch.einsum("ohd,bhtd->bhto", per_head, value[:, :, start:end].repeat_interleave(groups, 1))
         weights = weights * projected.norm(dim=-1)[:, :, None] / hidden[:, n:].norm(dim=-1)[:, None, :, None]
+    if of_rows is not None:
+        weights = weights * of_rows[:, None]
     return weights.unflatten(1, (-1, groups)).amax(dim=(2, 3))
 
 
-def oracle(architecture, ids, chunk_size, *, local=False, plus=False):
+def weights_of_rows(architecture, ids, replayed, start, end) -> torch.Tensor:
+    """What each row of a replay predicts, and how surprising that is in one ordinary forward with all logits."""
+    with torch.no_grad():
+        logits = tiny_model(architecture, initializer_range=0.2)(input_ids=ids).logits[0].double()
+    nats = torch.full((replayed.shape[1],), 0.0)
+    for row in range(replayed.shape[1]):
+        predicted = start + row + 1 - (replayed.shape[1] - (end - start))
+        if start <= predicted < ids.shape[1]:
+            nats[row] = -logits[predicted - 1].log_softmax(-1)[ids[0, predicted]]
+    return (nats.clamp(max=6) + 0.02) / 6.02
+
+
+def oracle(architecture, ids, chunk_size, *, local=False, plus=False, weighted=False):
     """Scores straight from the formula: for each chunk one dense forward over context and replay."""
     n = ids.shape[1]
     scores: dict[int, torch.Tensor] = {}
@@ -103,7 +119,9 @@ def oracle(architecture, ids, chunk_size, *, local=False, plus=False):
         masks = visible(n, q, (start, end) if local else None, None), visible(n, q, None, window)
         for layer_idx, inputs in attention_inputs(model, torch.cat([ids, replayed], 1), *masks).items():
             o_proj = text_decoder(model).layers[layer_idx].self_attn.o_proj.weight if plus else None
-            scores.setdefault(layer_idx, torch.zeros(1, 2, n))[:, :, start:end] = formula(inputs, n, start, end, o_proj)
+            of_rows = weights_of_rows(architecture, ids, replayed, start, end) if weighted else None
+            found = formula(inputs, n, start, end, o_proj, of_rows)
+            scores.setdefault(layer_idx, torch.zeros(1, 2, n))[:, :, start:end] = found
     return scores
 
 
@@ -128,6 +146,16 @@ def test_kvzip_plus_equals_the_formula() -> None:
     ids = token_ids(1, 45)
     scores = KVzipPress(0.5, kvzip_plus=True, chunk_size=16).score(prefilled(tiny_model(initializer_range=0.2), ids))
     for layer_idx, expected in oracle("llama", ids, 16, plus=True).items():
+        torch.testing.assert_close(scores.layers[layer_idx], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("replay", "plus"), [("full", False), ("local", False), ("local", True)])
+def test_weighted_scores_equal_the_formula(replay, plus) -> None:
+    """Each row's probabilities count by the surprisal of what it predicts, before the maximum; also in KVzip+."""
+    ids = token_ids(1, 45)
+    press = KVzipPress(0.5, replay=replay, chunk_size=16, kvzip_plus=plus, weighting="surprisal")
+    scores = press.score(prefilled(tiny_model(initializer_range=0.2), ids))
+    for layer_idx, expected in oracle("llama", ids, 16, local=replay == "local", plus=plus, weighted=True).items():
         torch.testing.assert_close(scores.layers[layer_idx], expected, atol=1e-5, rtol=1e-4)
 
 
@@ -252,7 +280,14 @@ def test_embeddings_without_ids_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"replay": "half"}, {"chunk_size": 0}, {"allocation": "heads"}, {"n_sink": -1}, {"compression_ratio": 1.0}],
+    [
+        {"replay": "half"},
+        {"weighting": "entropy"},
+        {"chunk_size": 0},
+        {"allocation": "heads"},
+        {"n_sink": -1},
+        {"compression_ratio": 1.0},
+    ],
 )
 def test_bad_options_are_refused(options) -> None:
     """Options out of range raise at construction, naming what was expected."""

@@ -113,6 +113,7 @@ def test_chunks_turns_and_evicted_pairs_that_come_back_follow_the_same_borders()
     [
         RandomPress(0.5),
         KVzipPress(0.5, kvzip_plus=True),
+        KVzipPress(0.5, weighting="surprisal"),
         get_press("knorm", 0.5),
         ComposedPress([get_press("tova", 0.5)]),
     ],

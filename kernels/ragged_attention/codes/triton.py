@@ -5,7 +5,8 @@ read as words of 16 bits, and a plane of a word's bits (its low byte, its second
 of its own: with the query's channels of that plane, or into the accumulator of that plane. One or two logical
 operations on two words at once make a plane: what remains is a subnormal number of fp16, ``code * 2**-24``, which
 tensor cores multiply exactly. Scales are folded into logits and probabilities, and what is added to codes to make them
-unsigned is taken off in sums. DESIGN.md of kernels gives the reasons.
+unsigned is taken off in sums. Products have pairs (or channels) as their rows and queries as their columns, of which
+tensor cores take 8 where they take 16 rows. DESIGN.md of kernels gives the reasons.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
 from kvzip_press.kernels.ragged_attention.split import gdc_launch_dependents, gdc_wait, items_of, tail_length_of
 from kvzip_press.kernels.ragged_attention.tuning import Config
 from kvzip_press.kernels.row_codec import CODECS, Codes
-from kvzip_press.kernels.triton_ops import INTERPRETED, dot, tanh
+from kvzip_press.kernels.triton_ops import HAS_NARROW_DOT, INTERPRETED, dot, tanh
 
 LOG2E = 1.4426950408889634
 TINY = tl.constexpr(1e-30)  # in place of a scale of 0, whose logarithm and inverse are asked for
@@ -41,6 +42,7 @@ LOW_FLOAT = tl.constexpr(
 HIGH_FLOAT = tl.constexpr(
     "{ .reg .b32 u; shr.u32 u, $1, 1; and.b32 u, u, 0x3F803F80; lop3.b32 $0, $1, 0x80008000, u, 0xEA; }"
 )
+COLUMNS = 8 if HAS_NARROW_DOT else 16
 HEADROOM = tl.constexpr(15.0)  # weights reach 2**15, so that those far below the largest keep their bits in fp16
 
 
@@ -61,9 +63,9 @@ def ragged_attention(
     groups, n_segments = num_attention_heads // n_heads, batch_size * n_heads
     n_rows = groups * query_length
     key_bits, value_bits = CODECS[keys.codec].bits, CODECS[values.codec].bits
-    config = config or choose(n_rows, head_dim, key_bits + value_bits, keys.shape[0])
+    config = config or choose(n_rows, head_dim, key_bits + value_bits, keys.shape[0], n_segments, COLUMNS)
     n_row_blocks = triton.cdiv(n_rows, config.block_m)
-    n_programs = split.n_programs(query.device, config.programs_per_sm, n_row_blocks, n_segments)
+    n_programs = split.n_programs(inputs, config.programs_per_sm, n_row_blocks)
     partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
     partial_sums = torch.empty(n_programs, n_rows, 2, dtype=torch.float32, device=query.device)
     begins, starts = split.segments_of(inputs)
@@ -183,15 +185,6 @@ def _log2(x):
 
 
 @triton.jit
-def _inverse(x):
-    """The hardware's 1 / x, off by a rounding."""
-    if INTERPRETED:
-        return 1.0 / x
-    else:
-        return tl.inline_asm_elementwise("rcp.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
 def _channel(offs_w, PLANE: tl.constexpr, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Returns which number of a row is in a plane of a word; see CODECS."""
     A_BYTE: tl.constexpr = 8 // BITS
@@ -209,9 +202,9 @@ def _query_plane(
     FACTOR: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Returns the query's channels of a plane [BLOCK_M, words], in the dtype of the dot."""
-    mask = mask_m[:, None] & (offs_w < HEAD_DIM * BITS // 16)[None, :]
-    query = tl.load(rows_ptr[:, None] + _channel(offs_w, PLANE, BITS, HEAD_DIM)[None, :], mask, other=0.0)
+    """Returns the query's channels of a plane [words, BLOCK_M], in the dtype of the dot."""
+    mask = (offs_w < HEAD_DIM * BITS // 16)[:, None] & mask_m[None, :]
+    query = tl.load(rows_ptr[None, :] + _channel(offs_w, PLANE, BITS, HEAD_DIM)[:, None], mask, other=0.0)
     return (query.to(tl.float32) * FACTOR).to(DOT)
 
 
@@ -228,15 +221,15 @@ def _zero_of(meta):
 
 @triton.jit
 def _tail_plane(rows_ptr, offs_w, mask_n, PLANE: tl.constexpr, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Returns the channels of a plane of rows of the tail, [words, rows]."""
-    mask = (offs_w < HEAD_DIM * BITS // 16)[:, None] & mask_n[None, :]
-    return tl.load(rows_ptr[None, :] + _channel(offs_w, PLANE, BITS, HEAD_DIM)[:, None], mask, other=0.0)
+    """Returns the channels of a plane of rows of the tail, [rows, words]."""
+    mask = mask_n[:, None] & (offs_w < HEAD_DIM * BITS // 16)[None, :]
+    return tl.load(rows_ptr[:, None] + _channel(offs_w, PLANE, BITS, HEAD_DIM)[None, :], mask, other=0.0)
 
 
 @triton.jit
 def _store_plane(rows_ptr, out, mask_m, offs_w, PLANE: tl.constexpr, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    mask = mask_m[:, None] & (offs_w < HEAD_DIM * BITS // 16)[None, :]
-    tl.store(rows_ptr[:, None] + _channel(offs_w, PLANE, BITS, HEAD_DIM)[None, :], out, mask)
+    mask = (offs_w < HEAD_DIM * BITS // 16)[:, None] & mask_m[None, :]
+    tl.store(rows_ptr[None, :] + _channel(offs_w, PLANE, BITS, HEAD_DIM)[:, None], out, mask)
 
 
 @triton.jit(do_not_specialize=["tail_length", "n_segments", "query_length"])
@@ -344,10 +337,10 @@ def _attend_codes_kernel(
     if K_BITS == 4:
         q2 = _query_plane(q_rows, mask_m, offs_k, 2, K_BITS, HEAD_DIM, 1.0, DOT)
         q3 = _query_plane(q_rows, mask_m, offs_k, 3, K_BITS, HEAD_DIM, 0.0625, DOT)
-        q_sum = tl.sum(q0.to(tl.float32) + q2.to(tl.float32), 1)
-        q_sum += 16.0 * tl.sum(q1.to(tl.float32) + q3.to(tl.float32), 1)
+        q_sum = tl.sum(q0.to(tl.float32) + q2.to(tl.float32), 0)
+        q_sum += 16.0 * tl.sum(q1.to(tl.float32) + q3.to(tl.float32), 0)
     else:
-        q_sum = tl.sum(q0.to(tl.float32) + q1.to(tl.float32), 1)
+        q_sum = tl.sum(q0.to(tl.float32) + q1.to(tl.float32), 0)
     # The logit of a pair: scale * (dot of codes) + zero * (sum of the query) + bias.
     K_FACTOR: tl.constexpr = 256.0 if K_FLOAT else 16777216.0
     K_OFFSET: tl.constexpr = 0.0 if K_FLOAT else (128.0 if K_BITS == 8 else 8.0)
@@ -359,36 +352,36 @@ def _attend_codes_kernel(
     context_row = (begin + low).to(tl.int64)
     keys_ptr, values_ptr = k_ptr + context_row * K_WORDS, v_ptr + context_row * V_WORDS
     keys_meta_ptr, values_meta_ptr = k_meta_ptr + context_row + offs_n, v_meta_ptr + context_row + offs_n
-    key_offsets = offs_n[None, :] * K_WORDS + offs_k[:, None]
-    value_offsets = offs_n[:, None] * V_WORDS + offs_v[None, :]
+    key_offsets = offs_n[:, None] * K_WORDS + offs_k[None, :]
+    value_offsets = offs_n[None, :] * V_WORDS + offs_v[:, None]
     n_left = tl.minimum(high, n_context) - low
-    acc0 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
-    acc1 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
+    acc0 = tl.zeros([V_BLOCK, BLOCK_M], tl.float32)
+    acc1 = tl.zeros([V_BLOCK, BLOCK_M], tl.float32)
     if V_BITS <= 4:
-        acc2 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
-        acc3 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
+        acc2 = tl.zeros([V_BLOCK, BLOCK_M], tl.float32)
+        acc3 = tl.zeros([V_BLOCK, BLOCK_M], tl.float32)
     if V_BITS == 2:
-        acc4 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
-        acc5 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
-        acc6 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
-        acc7 = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
+        acc4 = tl.zeros([V_BLOCK, BLOCK_M], tl.float32)
+        acc5 = tl.zeros([V_BLOCK, BLOCK_M], tl.float32)
+        acc6 = tl.zeros([V_BLOCK, BLOCK_M], tl.float32)
+        acc7 = tl.zeros([V_BLOCK, BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     # Sums over pairs stay apart, pair by pair of a tile, until the loop is done: each would cost an exchange of warps.
-    totals = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    offsets = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    totals = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    offsets = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     key_meta = tl.load(keys_meta_ptr, offs_n < n_left, other=0)
     value_meta = tl.load(values_meta_ptr, offs_n < n_left, other=0)
     for row in range(0, n_left, BLOCK_N):
         mask_n = row + offs_n < n_left
-        mask_k = mask_n[None, :] if K_BLOCK == K_WORDS else mask_n[None, :] & (offs_k < K_WORDS)[:, None]
-        mask_v = mask_n[:, None] if V_BLOCK == V_WORDS else mask_n[:, None] & (offs_v < V_WORDS)[None, :]
+        mask_k = mask_n[:, None] if K_BLOCK == K_WORDS else mask_n[:, None] & (offs_k < K_WORDS)[None, :]
+        mask_v = mask_n[None, :] if V_BLOCK == V_WORDS else mask_n[None, :] & (offs_v < V_WORDS)[:, None]
         tile = tl.cast(row, tl.int64)
         keys = tl.load(keys_ptr + tile * K_WORDS + key_offsets, mask_k, other=0)
         values = tl.load(values_ptr + tile * V_WORDS + value_offsets, mask_v, other=0)
         key_scale, value_scale = _scale_of(key_meta), tl.maximum(_scale_of(value_meta), TINY)
         # A pair's weight times its value's scale is what the dot takes; the peak is that of these products.
-        shift = tl.where(mask_n, _log2(value_scale), -float("inf"))
-        inverse = _inverse(value_scale)
+        shift = _log2(value_scale)
+        inverse = tl.exp2(-shift)
         key_zero = -K_OFFSET * key_scale
         if K_BITS == 4:
             key_zero += _zero_of(key_meta)
@@ -398,42 +391,42 @@ def _attend_codes_kernel(
         mask_next = row + BLOCK_N + offs_n < n_left
         key_meta = tl.load(keys_meta_ptr + tile + BLOCK_N, mask_next, other=0)
         value_meta = tl.load(values_meta_ptr + tile + BLOCK_N, mask_next, other=0)
-        logits = dot(q0, _plane(keys, 0, K_BITS, K_FLOAT, DOT), PRECISION)
-        logits += dot(q1, _plane(keys, 1, K_BITS, K_FLOAT, DOT), PRECISION)
+        logits = dot(_plane(keys, 0, K_BITS, K_FLOAT, DOT), q0, PRECISION)
+        logits += dot(_plane(keys, 1, K_BITS, K_FLOAT, DOT), q1, PRECISION)
         if K_BITS == 4:
-            logits += dot(q2, _plane(keys, 2, K_BITS, K_FLOAT, DOT), PRECISION)
-            logits += dot(q3, _plane(keys, 3, K_BITS, K_FLOAT, DOT), PRECISION)
-        logits = logits * (key_scale * (K_FACTOR * logit_scale))[None, :]
+            logits += dot(_plane(keys, 2, K_BITS, K_FLOAT, DOT), q2, PRECISION)
+            logits += dot(_plane(keys, 3, K_BITS, K_FLOAT, DOT), q3, PRECISION)
+        logits = logits * (key_scale * (K_FACTOR * logit_scale))[:, None]
         if not K_FLOAT:
-            logits += q_sum[:, None] * (key_zero * logit_scale)[None, :]
+            logits += q_sum[None, :] * (key_zero * logit_scale)[:, None]
         if HAS_BIAS:
-            logits += bias[:, None]
+            logits += bias[None, :]
         if HAS_SOFTCAP:
             logits = softcap * tanh(logits)
-        logits += shift[None, :]
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        weights = tl.exp2(logits - (new_peak - HEADROOM)[:, None])
+        logits = tl.where(mask_n[:, None], logits + shift[:, None], -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(logits, 0))
+        weights = tl.exp2(logits - (new_peak - HEADROOM)[None, :])
         decay = tl.exp2(peak - new_peak)
         peak = new_peak
         rounded = weights.to(DOT)
-        weights = weights * inverse[None, :]
-        totals = totals * decay[:, None] + weights
+        weights = weights * inverse[:, None]
+        totals = totals * decay[None, :] + weights
         if not V_FLOAT:
-            offsets = offsets * decay[:, None] - V_OFFSET * rounded.to(tl.float32)
+            offsets = offsets * decay[None, :] - V_OFFSET * rounded.to(tl.float32)
         if V_BITS <= 4:
-            offsets += weights * value_zero[None, :]
-        acc0 = acc0 * decay[:, None] + dot(rounded, _plane(values, 0, V_BITS, V_FLOAT, DOT), PRECISION)
-        acc1 = acc1 * decay[:, None] + dot(rounded, _plane(values, 1, V_BITS, V_FLOAT, DOT), PRECISION)
+            offsets += weights * value_zero[:, None]
+        acc0 = acc0 * decay[None, :] + dot(_plane(values, 0, V_BITS, V_FLOAT, DOT), rounded, PRECISION)
+        acc1 = acc1 * decay[None, :] + dot(_plane(values, 1, V_BITS, V_FLOAT, DOT), rounded, PRECISION)
         if V_BITS <= 4:
-            acc2 = acc2 * decay[:, None] + dot(rounded, _plane(values, 2, V_BITS, V_FLOAT, DOT), PRECISION)
-            acc3 = acc3 * decay[:, None] + dot(rounded, _plane(values, 3, V_BITS, V_FLOAT, DOT), PRECISION)
+            acc2 = acc2 * decay[None, :] + dot(_plane(values, 2, V_BITS, V_FLOAT, DOT), rounded, PRECISION)
+            acc3 = acc3 * decay[None, :] + dot(_plane(values, 3, V_BITS, V_FLOAT, DOT), rounded, PRECISION)
         if V_BITS == 2:
-            acc4 = acc4 * decay[:, None] + dot(rounded, _plane(values, 4, V_BITS, V_FLOAT, DOT), PRECISION)
-            acc5 = acc5 * decay[:, None] + dot(rounded, _plane(values, 5, V_BITS, V_FLOAT, DOT), PRECISION)
-            acc6 = acc6 * decay[:, None] + dot(rounded, _plane(values, 6, V_BITS, V_FLOAT, DOT), PRECISION)
-            acc7 = acc7 * decay[:, None] + dot(rounded, _plane(values, 7, V_BITS, V_FLOAT, DOT), PRECISION)
-    total = tl.sum(totals, 1)
-    offset = tl.sum(offsets, 1)[:, None]
+            acc4 = acc4 * decay[None, :] + dot(_plane(values, 4, V_BITS, V_FLOAT, DOT), rounded, PRECISION)
+            acc5 = acc5 * decay[None, :] + dot(_plane(values, 5, V_BITS, V_FLOAT, DOT), rounded, PRECISION)
+            acc6 = acc6 * decay[None, :] + dot(_plane(values, 6, V_BITS, V_FLOAT, DOT), rounded, PRECISION)
+            acc7 = acc7 * decay[None, :] + dot(_plane(values, 7, V_BITS, V_FLOAT, DOT), rounded, PRECISION)
+    total = tl.sum(totals, 0)
+    offset = tl.sum(offsets, 0)[None, :]
     acc0 = acc0 * V_FACTOR + offset
     acc1 = acc1 * (V_FACTOR if V_BITS == 8 else (V_FACTOR / 16 if V_BITS == 4 else V_FACTOR / 4)) + offset
     if V_BITS <= 4:
@@ -460,46 +453,46 @@ def _attend_codes_kernel(
             mask_n = row + offs_t < n_left_tail
             tokens = (tail_low + row + offs_t).to(tl.int64)
             rows_ptr = tail_keys_ptr + tokens * HEAD_DIM
-            logits = tl.zeros([BLOCK_M, TAIL_N], tl.float32)
+            logits = tl.zeros([TAIL_N, BLOCK_M], tl.float32)
             for plane in tl.static_range(16 // K_BITS):
                 query = _query_plane(q_rows, mask_m, offs_k, plane, K_BITS, HEAD_DIM, 1.0, TAIL)
-                logits += dot(query, _tail_plane(rows_ptr, offs_k, mask_n, plane, K_BITS, HEAD_DIM), PRECISION)
+                logits += dot(_tail_plane(rows_ptr, offs_k, mask_n, plane, K_BITS, HEAD_DIM), query, PRECISION)
             logits = logits * logit_scale
             if HAS_SOFTCAP:
                 logits = softcap * tanh(logits)
-            visible = mask_n[None, :]
+            visible = mask_n[:, None]
             if HAS_MASK:
-                allowed_ptr = mask_ptr + mask_rows[:, None] + tokens[None, :] * stride_mt
-                visible = tl.load(allowed_ptr, mask_m[:, None] & mask_n[None, :], other=0) != 0
+                allowed_ptr = mask_ptr + mask_rows[None, :] + tokens[:, None] * stride_mt
+                visible = tl.load(allowed_ptr, mask_n[:, None] & mask_m[None, :], other=0) != 0
             elif not SINGLE_TOKEN:
-                visible = mask_n[None, :] & ((row + offs_t)[None, :] < n_seen_tail[:, None])
+                visible = mask_n[:, None] & ((row + offs_t)[:, None] < n_seen_tail[None, :])
             logits = tl.where(visible, logits, -float("inf"))
-            new_peak = tl.maximum(peak, tl.max(logits, 1))
+            new_peak = tl.maximum(peak, tl.max(logits, 0))
             base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-            weights = tl.exp2(logits - (base - HEADROOM)[:, None])
+            weights = tl.exp2(logits - (base - HEADROOM)[None, :])
             decay = tl.exp2(peak - base)
             peak = new_peak
-            total = total * decay + tl.sum(weights, 1)
+            total = total * decay + tl.sum(weights, 0)
             weights = weights.to(TAIL)
             rows_ptr = tail_values_ptr + tokens * HEAD_DIM
             plane0 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 0, V_BITS, HEAD_DIM))
-            acc0 = acc0 * decay[:, None] + dot(weights, plane0, PRECISION)
+            acc0 = acc0 * decay[None, :] + dot(plane0, weights, PRECISION)
             plane1 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 1, V_BITS, HEAD_DIM))
-            acc1 = acc1 * decay[:, None] + dot(weights, plane1, PRECISION)
+            acc1 = acc1 * decay[None, :] + dot(plane1, weights, PRECISION)
             if V_BITS <= 4:
                 plane2 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 2, V_BITS, HEAD_DIM))
-                acc2 = acc2 * decay[:, None] + dot(weights, plane2, PRECISION)
+                acc2 = acc2 * decay[None, :] + dot(plane2, weights, PRECISION)
                 plane3 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 3, V_BITS, HEAD_DIM))
-                acc3 = acc3 * decay[:, None] + dot(weights, plane3, PRECISION)
+                acc3 = acc3 * decay[None, :] + dot(plane3, weights, PRECISION)
             if V_BITS == 2:
                 plane4 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 4, V_BITS, HEAD_DIM))
-                acc4 = acc4 * decay[:, None] + dot(weights, plane4, PRECISION)
+                acc4 = acc4 * decay[None, :] + dot(plane4, weights, PRECISION)
                 plane5 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 5, V_BITS, HEAD_DIM))
-                acc5 = acc5 * decay[:, None] + dot(weights, plane5, PRECISION)
+                acc5 = acc5 * decay[None, :] + dot(plane5, weights, PRECISION)
                 plane6 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 6, V_BITS, HEAD_DIM))
-                acc6 = acc6 * decay[:, None] + dot(weights, plane6, PRECISION)
+                acc6 = acc6 * decay[None, :] + dot(plane6, weights, PRECISION)
                 plane7 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 7, V_BITS, HEAD_DIM))
-                acc7 = acc7 * decay[:, None] + dot(weights, plane7, PRECISION)
+                acc7 = acc7 * decay[None, :] + dot(plane7, weights, PRECISION)
     rows = program.to(tl.int64) * n_rows + offs_m
     out_rows = partial_out_ptr + rows * HEAD_DIM
     _store_plane(out_rows, acc0, mask_m, offs_v, 0, V_BITS, HEAD_DIM)

@@ -1,9 +1,9 @@
 """Block sizes of the kernel that reads codes, chosen by shape: nothing is tuned at run time."""
 
-from kvzip_press.kernels.ragged_attention.tuning import SHORT_CONTEXT, Config
+from kvzip_press.kernels.ragged_attention.tuning import MANY_SEGMENTS, MIDDLE_CONTEXT, SHORT_CONTEXT, Config
 
 
-def choose(n_rows: int, head_dim: int, bits: int, n_pairs: int) -> Config:
+def choose(n_rows: int, head_dim: int, bits: int, n_pairs: int, n_segments: int, columns: int) -> Config:
     """Returns the configuration for a shape; measured on an H200 (DESIGN.md of ``kernels``, "Codes").
 
     Args:
@@ -11,11 +11,18 @@ def choose(n_rows: int, head_dim: int, bits: int, n_pairs: int) -> Config:
         head_dim: Size of a head.
         bits: Bits of a number of a key and of one of a value, added.
         n_pairs: Pairs of the packed context, all segments together; the tail does not count, as it grows.
+        n_segments: Batch rows x KV heads.
+        columns: Fewest query rows that a product may have as its columns.
     """
     if n_rows > 16:
         return Config(32, 32, 4, 2, 1)
+    block_m = columns if n_rows <= columns else 16
     if head_dim > 128:
-        return Config(16, 64, 4, 3, 1)
+        return Config(block_m, 64, 4, 3, 1)
     if n_pairs <= SHORT_CONTEXT:
-        return Config(16, 32, 4, 3, 3)
-    return Config(16, 128, 4, 3, 3 if bits == 8 else 2)  # as many as registers allow
+        return Config(block_m, 32, 4, 3, 3)
+    if n_pairs <= MIDDLE_CONTEXT:
+        return Config(block_m, 64, 4, 3, 1)
+    if bits > 8 and n_segments < MANY_SEGMENTS:
+        return Config(block_m, 128, 4, 3, 2)
+    return Config(block_m, 64, 4, 3, 3 if bits == 16 else 4)  # as many as registers allow

@@ -14,7 +14,7 @@ from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
 from kvzip_press.prefilling.whole import prefill
 from kvzip_press.press import Press
-from kvzip_press.presses.fastkvzip.training.features import layer_indices, teacher_scores
+from kvzip_press.presses.fastkvzip.training.features import layer_indices, teacher
 from kvzip_press.presses.fastkvzip.training.optimise import agreement, soft_bce
 from kvzip_press.presses.fastkvzip.training.recipe import Progress
 
@@ -54,7 +54,12 @@ class Agreement:
 
 @torch.no_grad()
 def evaluate(
-    press: Press, model: nn.Module, tokenizer: Any, documents: Sequence[list[int]], progress: Progress | None = None
+    press: Press,
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Sequence[list[int]],
+    progress: Progress | None = None,
+    weighting: str | None = None,
 ) -> Agreement:
     """Reads documents, scores each with the press and with KVzip, and compares the scores.
 
@@ -64,20 +69,22 @@ def evaluate(
         tokenizer: Its tokenizer.
         documents: Token ids, at least one document.
         progress: Called after each document.
+        weighting: How KVzip weighs its rows; see :class:`kvzip_press.KVzipPress`.
     """
+    taught_by = teacher(weighting)
     rows, overlaps, weights = [], [], torch.tensor([len(ids) for ids in documents], dtype=torch.float64)
     for number, ids in enumerate(documents):
-        done = prefill(model, tokenizer, ids, observers=[press])
+        done = prefill(model, tokenizer, ids, observers=[press, taught_by])
         scores = press.score(done)
-        teacher = Scores(teacher_scores(done), scores.protected, Policy())
+        target = Scores(taught_by.score(done).layers, scores.protected, Policy())
         free = ~scores.protected[0]
         ours, theirs = (
             torch.stack([layer[0, :, free.to(layer.device)].cpu() for layer in one.layers.values()])
-            for one in (scores, teacher)
+            for one in (scores, target)
         )
         measures = (soft_bce(ours, theirs), agreement(ours, theirs), _spearman(ours, theirs))
         rows.append(torch.stack([measure.double() for measure in measures]))
-        overlaps.append([_overlap(scores, teacher, done.valid, kept) for kept in KEPT])
+        overlaps.append([_overlap(scores, target, done.valid, kept) for kept in KEPT])
         if progress is not None:
             progress("evaluating", number + 1, len(documents), "")
     weights = weights / weights.sum()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.presses.fastkvzip.training.features import teacher
 
 #: Called with the name of the current work, how much of it is done, how much there is, and a remark.
 Progress = Callable[[str, int, int, str], None]
@@ -29,6 +30,8 @@ class Recipe:
         seed: Seed of everything that is drawn.
         piece_tokens: The most tokens of a document that are read at a time.
         disk_bytes: The most bytes of features on disk; if not all fit, training takes several rounds.
+        weighting: How the teacher, KVzip, weighs the rows of its replay; None as published. See
+            :class:`kvzip_press.KVzipPress`.
 
     Raises:
         InvalidArgumentError: A value out of range.
@@ -44,6 +47,7 @@ class Recipe:
     seed: int = 0
     piece_tokens: int = 16384
     disk_bytes: int = 20 * 10**9
+    weighting: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in {
@@ -57,6 +61,8 @@ class Recipe:
                 raise InvalidArgumentError(f"expected {name} >= {least}, got {getattr(self, name)}")
         if min(self.steps, self.batch_size, self.dim, self.n_sink) < 1 or not self.lr > 0:
             raise InvalidArgumentError(f"expected steps, batch_size, dim, n_sink and lr above 0, got {self}")
+
+        teacher(self.weighting)  # raises for a weighting that there is not
 
     def rate(self, step: int) -> float:
         """Returns the learning rate of a step."""

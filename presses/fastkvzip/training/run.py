@@ -93,7 +93,7 @@ class Training:
         gates = self._gates(parameters, self.provenance)
         documents = [piece.ids for piece in self.held_out]
         press = FastKVzipPress(gate=gates, window_size=0)
-        found = evaluate(press, self.model, self.tokenizer, documents, self.progress)
+        found = evaluate(press, self.model, self.tokenizer, documents, self.progress, self.recipe.weighting)
         said = {**self.provenance, "held_out": json.dumps({**found.summary, "tokens": found.tokens})}
         return self._gates(parameters, said), found
 
@@ -135,7 +135,7 @@ class Training:
         n_done = shards.recover([len(piece.ids) for piece in pieces])
         before = sum(len(one) for one in self.rounds[:number])
         for i, piece in enumerate(pieces[n_done:], start=n_done + 1):
-            features = features_of(self.model, self.tokenizer, piece.ids)
+            features = features_of(self.model, self.tokenizer, piece.ids, self.recipe.weighting)
             self.work.check()
             try:
                 shards.append(*features)

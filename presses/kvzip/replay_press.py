@@ -1,4 +1,4 @@
-"""KVzip (https://arxiv.org/abs/2505.23416): the pairs to keep are those that the model needs to repeat the context."""
+"""Scores a context by replaying it, chunk by chunk, against its own cache."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from kvzip_press.model.chat import chat_frame, encode, find_tokenizer
 from kvzip_press.model.hidden_states import watching_hidden_states
 from kvzip_press.model.structure import dense_weight, full_attention_layers, output_projection
 from kvzip_press.prefilling.replay import Replay, ReplayedAttention
+from kvzip_press.prefilling.surprisal import Surprisals
 from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import AllocatingPress
+from kvzip_press.presses.kvzip.weighting import WEIGHTINGS, RowWeights
 
 FIRST_PROMPT = "\n\nRepeat the previous context exactly."
 NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with "
@@ -49,6 +51,13 @@ class KVzipPress(AllocatingPress):
             on SmolLM2.
         kvzip_plus: Whether to score as KVzip+ does (kvpress): by probabilities times ``||W_o v||`` over ``||x||``,
             where x is the row's hidden state.
+        weighting: What each replayed row's probabilities are multiplied by before the maximum. None (the paper):
+            nothing. "surprisal" (ours): by how surprising the token that the row predicts was to the model when it read
+            the context, ``-log p`` in nats, at most 6, plus 0.02; "probability": by ``1 - p``, plus 0.02. Both are
+            divided by their largest value, so that scores stay in [0, 1]. A row that predicts a token of the replay's
+            prompt, or what follows the context, has the least weight; a token that nothing stood before has the most.
+            The prefill is watched for it, and its tokens go through the model's head; see
+            :class:`kvzip_press.prefilling.surprisal.Surprisals`.
         n_sink: Number of first tokens that are protected if the chat-template prefix is not known
             (``with press(model)``).
         tokenizer: The tokenizer for the replay's prompt. ``compress`` has one; under ``with press(model)`` this one is
@@ -61,6 +70,7 @@ class KVzipPress(AllocatingPress):
     chunk_size: int = 2048
     replay: str = "full"
     kvzip_plus: bool = False
+    weighting: str | None = None
     n_sink: int = 4
     tokenizer: Any = field(default=None, compare=False, repr=False)
 
@@ -68,37 +78,58 @@ class KVzipPress(AllocatingPress):
         super().__post_init__()
         if self.replay not in ("full", "local"):
             raise InvalidArgumentError(f'expected replay to be "full" or "local", got {self.replay!r}')
+        if self.weighting not in (None, *WEIGHTINGS):
+            raise InvalidArgumentError(
+                f'expected weighting to be None, "surprisal" or "probability", got {self.weighting!r}'
+            )
         if self.chunk_size < 1 or self.n_sink < 0:
             raise InvalidArgumentError(
                 f"expected chunk_size >= 1 and n_sink >= 0, got {self.chunk_size} and {self.n_sink}"
             )
 
-    def observer(self, model: nn.Module) -> None:
-        """Returns None, after a look at what the scores will need.
+    def observer(self, model: nn.Module) -> SurprisalObserver | None:
+        """Returns what notes surprisals, if rows are weighted; None otherwise, after a look at what else is needed.
 
         Raises:
-            UnsupportedModelError: ``kvzip_plus`` finds no output projection in a layer.
+            UnsupportedModelError: ``kvzip_plus`` finds no output projection in a layer, or ``weighting`` no head.
         """
         if self.kvzip_plus:
             for layer in full_attention_layers(model):
                 output_projection(layer.module)
+        return None if self.weighting is None else SurprisalObserver(self, model)
 
     @torch.no_grad()
     def score(self, prefill: Prefill) -> Scores:
         """Scores every pair of the span by replaying it, row by row; the cache is only read.
 
         Raises:
-            InvalidArgumentError: The prefill has no token ids (``inputs_embeds``), which a replay needs.
+            InvalidArgumentError: The prefill has no token ids (``inputs_embeds``), which a replay needs; or rows are
+                weighted, nobody watched it, and it cannot be run once more, since it is not a whole context.
         """
         if prefill.input_ids is None:
             raise InvalidArgumentError("expected input_ids: KVzip repeats the context's tokens, got inputs_embeds only")
         prompts = _Prompts.of(prefill.tokenizer or self.tokenizer or find_tokenizer(prefill.model))
         protected = prefill.protected(self.n_sink)
-        layers = prefill.blank_scores()
+        weights, layers = self._weights(prefill), prefill.blank_scores()
         with _hidden_norms(prefill.model, self.kvzip_plus) as norms:
             for row in range(prefill.valid.shape[0]):
-                self._score_row(prefill, row, int(protected[row].sum()), prompts, norms, layers)
-        return Scores(layers, protected, self.policy, uniform=None if self.kvzip_plus else prefill.uniform_attention())
+                n_sink = int(protected[row].sum())
+                self._score_row(prefill, row, n_sink, prompts, norms, None if weights is None else weights[row], layers)
+        plain = not self.kvzip_plus and self.weighting is None  # else scores are no weights of attention
+        return Scores(layers, protected, self.policy, uniform=prefill.uniform_attention() if plain else None)
+
+    def _weights(self, prefill: Prefill) -> list[RowWeights] | None:
+        """Returns the weights of the replays of each row; None if all are 1.
+
+        They follow from the model and the context alone, so the surprisals that any press watched will do.
+        """
+        if self.weighting is None:
+            return None
+        watched = (one for one in prefill.observers.values() if isinstance(one, Surprisals))
+        found = next(watched, None) or prefill.observed(self)
+        assert isinstance(found, Surprisals)
+        valid = prefill.valid.to(found.values.device)
+        return [RowWeights.of(self.weighting, nats[tokens]) for nats, tokens in zip(found.values, valid, strict=True)]
 
     def _score_row(
         self,
@@ -107,20 +138,23 @@ class KVzipPress(AllocatingPress):
         n_sink: int,
         prompts: _Prompts,
         norms: dict[int, torch.Tensor],
+        weights: RowWeights | None,
         layers: dict[int, torch.Tensor],
     ) -> None:
         assert prefill.input_ids is not None
         first = int(prefill.valid[row].nonzero()[0, 0])
         tokens = prefill.input_ids[row][prefill.valid[row]].tolist()
         batch: Sequence[slice] = ()
+        of_rows: torch.Tensor | None = None
 
         def look(layer_idx: int, attention: ReplayedAttention) -> None:
-            scores = _score_chunk(attention, norms.get(layer_idx))
+            scores = _score_chunk(attention, norms.get(layer_idx), of_rows)
             for chunk, chunk_scores in zip(batch, scores, strict=True):
                 layers[layer_idx][row, :, first + chunk.start : first + chunk.stop] = chunk_scores
 
         replay = Replay(prefill, row, n_sink, look)
         for batch, input_ids in self._batches(tokens, n_sink, prompts):
+            of_rows = None if weights is None else weights.of_replays(batch, len(input_ids[0]))
             replay.run(input_ids, batch, local=self.replay == "local")
 
     def _batches(
@@ -159,12 +193,31 @@ class _Prompts:
         return [*self.following, *before, *self.suffix, *tokens[chunk]]
 
 
-def _score_chunk(attention: ReplayedAttention, norms: torch.Tensor | None) -> torch.Tensor:
+class SurprisalObserver(Surprisals):
+    """Notes the surprisal of the tokens of one prefill for a press that weights rows with them.
+
+    Args:
+        press: The press.
+        model: The model to watch.
+    """
+
+    def __init__(self, press: KVzipPress, model: nn.Module) -> None:
+        super().__init__(model)
+        self._press = press
+
+    def scores(self, prefill: Prefill) -> Scores:
+        """Returns the press's scores of the prefill that was watched."""
+        return self._press.score(prefill)
+
+
+def _score_chunk(
+    attention: ReplayedAttention, norms: torch.Tensor | None, weights: torch.Tensor | None
+) -> torch.Tensor:
     """Returns the scores ``[batch, heads, chunk]``, fp32, of the chunk that was replayed."""
-    key_weight = query_weight = None
+    key_weight, query_weight = None, None if weights is None else weights.to(attention.query.device)
     if norms is not None:
         key_weight = _output_norms(attention.module, attention.chunk_values, attention.query.shape[1])
-        query_weight = norms.to(attention.query.device).reciprocal()
+        query_weight = norms.to(attention.query.device).reciprocal() * (1 if query_weight is None else query_weight)
     return kv_scoring(
         attention.query,
         attention.sink_keys,
