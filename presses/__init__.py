@@ -82,6 +82,13 @@ PRESSES = (
         "2406.02069",
     ),
     PressInfo(
+        "leankv",
+        "kvzip_press.presses.snapkv:leankv_press",
+        "more bits, fewer bits or none, by attention in units of uniform attention",
+        "2412.03131",
+        takes_ratio=False,
+    ),
+    PressInfo(
         "expected_attention",
         "kvzip_press.presses.expected_attention:ExpectedAttentionPress",
         "the attention that future queries are expected to pay",

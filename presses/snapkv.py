@@ -1,19 +1,22 @@
 """SnapKV (https://arxiv.org/abs/2404.14469): pairs are kept that the last tokens of the context attend to.
 
 ``S_j = mean over the group of (pool of (mean over the window's queries i of softmax_j(q_i . k_j / sqrt(d))))``.
-PyramidKV (https://arxiv.org/abs/2406.02069) is the same scorer with the allocation "pyramid".
+PyramidKV (https://arxiv.org/abs/2406.02069) is the same scorer with the allocation "pyramid". LeanKV
+(https://arxiv.org/abs/2412.03131, in later versions DiffKV) takes no pool, and the largest of the group: with n tokens
+read, a pair of ``high / n`` or more is stored with keys in 8 bits and values in 4, one of ``low / n`` or more in 4 and
+2, and the others are dropped.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from torch.nn import functional
 
-from kvzip_press.budget.allocators import AllocationLike, Pyramid
+from kvzip_press.budget.allocators import AboveUniform, AllocationLike, Pyramid
 from kvzip_press.budget.amount import is_int
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
@@ -41,6 +44,7 @@ class SnapKVPress(AllocatingPress, ObservingPress):
             explained in :class:`kvzip_press.press.AllocatingPress`.
         window_size: Number of last tokens whose attention counts; a shorter context is not compressed.
         kernel_size: Number of neighbours that attention is averaged over, an odd number; 1 for no pooling.
+        group: What the query heads of a KV head are reduced by: "mean", or "max" (LeanKV).
 
     Raises:
         InvalidArgumentError: A value is out of range.
@@ -49,6 +53,7 @@ class SnapKVPress(AllocatingPress, ObservingPress):
     allocation: AllocationLike = "head"
     window_size: int = 64
     kernel_size: int = 5
+    group: str = field(default="mean", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +62,8 @@ class SnapKVPress(AllocatingPress, ObservingPress):
                 raise InvalidArgumentError(f"expected {name} to be an int of at least 1, got {getattr(self, name)!r}")
         if self.kernel_size % 2 == 0:
             raise InvalidArgumentError(f"expected kernel_size to be odd, got {self.kernel_size}")
+        if self.group not in ("mean", "max"):
+            raise InvalidArgumentError(f'expected group to be "mean" or "max", got {self.group!r:.80}')
 
     def observer(self, model: nn.Module) -> WindowObserver:
         """Returns an observer that keeps the window's queries of one prefill."""
@@ -72,9 +79,10 @@ class SnapKVPress(AllocatingPress, ObservingPress):
                 if first < end:
                     paid = attention.mean(dim=2)[..., : end - first]
                     pooled = functional.avg_pool1d(paid, self.kernel_size, stride=1, padding=self.kernel_size // 2)
-                    scores[row, heads, first:end] = pooled.mean(dim=1)
+                    scores[row, heads, first:end] = pooled.amax(dim=1) if self.group == "max" else pooled.mean(dim=1)
             scores.masked_fill_(protected[:, None].to(scores.device), 1)
-        return Scores(layers, protected, self.policy, protected_count=True)
+        uniform = prefill.uniform_attention()
+        return Scores(layers, protected, self.policy, protected_count=True, uniform=uniform)
 
 
 def pyramidkv_press(
@@ -92,6 +100,31 @@ def pyramidkv_press(
         InvalidArgumentError: An option is unknown, or a value is out of range.
     """
     return SnapKVPress(compression_ratio, Pyramid(beta=beta) if allocation is None else allocation, **options)
+
+
+def leankv_press(
+    compression_ratio: float = 0.0, *, low: float = 0.02, high: float = 1.0, window_size: int = 64, **options: Any
+) -> SnapKVPress:
+    """Returns LeanKV: SnapKV's window without pooling, both borders by uniform attention.
+
+    Storage "tiers" and allocation "above_uniform" are the two borders, and both work with every press whose scores are
+    weights of attention (TOVA, KVzip). The authors calibrate the borders for each model: 0.02 and 1 for Llama 3 8B,
+    0.04 and 0.04 for Qwen 2.5 7B (no low tier), 0 and 1 for Llama 3 70B, 0 and 3 for Qwen 2.5 32B. What differs: the
+    first four tokens stay exact, keys of the low tier are centred and rotated, and what the model writes stays as it
+    is; theirs goes on to judge pairs at every step.
+
+    Args:
+        compression_ratio: Nothing but 0: how much goes is an outcome.
+        low: What a pair has at least that stays, in units of uniform attention; 0 or more.
+        high: What a pair has at least that is stored in more bits; 0 or more.
+        window_size: Number of last tokens whose attention counts; they are always high.
+        options: Further arguments of :class:`kvzip_press.presses.snapkv.SnapKVPress`.
+
+    Raises:
+        InvalidArgumentError: An option is unknown, or a value is out of range.
+    """
+    chosen = {"kernel_size": 1, "group": "max", "storage": f"tiers:{high:g}/n", **options}
+    return SnapKVPress(compression_ratio, AboveUniform(factor=low), window_size=window_size, **chosen)
 
 
 class WindowObserver:

@@ -37,4 +37,5 @@ class TOVAPress(AllocatingPress):
                 scores[row, heads, valid] = attention[:, :, 0].mean(dim=1)
             scores.copy_(scores.mean(dim=1, keepdim=True).expand_as(scores))
             scores.masked_fill_(last[:, None].to(scores.device), 1)
-        return Scores(layers, last, self.policy, protected_count=True)
+        uniform = prefill.uniform_attention()
+        return Scores(layers, last, self.policy, protected_count=True, uniform=uniform)

@@ -21,7 +21,7 @@ from kvzip_press.kernels.checks import (
 from kvzip_press.kernels.numerics import accumulation_dtype
 from kvzip_press.kernels.row_codec import Codes
 
-_Pair = TypeVar("_Pair")
+_Segment = TypeVar("_Segment")
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,13 @@ class RaggedInputs:
         return self.keys, self.values
 
     @property
+    def codes(self) -> tuple[Codes, Codes]:
+        """Packed keys and values, for implementations that refuse all but codes."""
+        assert isinstance(self.keys, Codes)
+        assert isinstance(self.values, Codes)
+        return self.keys, self.values
+
+    @property
     def query_of_context(self) -> Tensor:
         """The queries as they meet the packed keys."""
         return self.query if self.context_query is None else self.context_query
@@ -91,13 +98,14 @@ class RaggedInputs:
 
     def segment_codes(self) -> list[tuple[Codes, Codes]]:
         """Yields packed codes of keys and values for every (batch row, key-value head) in order."""
-        keys, values = self.keys, self.values
-        assert isinstance(keys, Codes)
-        assert isinstance(values, Codes)
-        slices = [slice(start, stop) for start, stop in pairwise(self.cu_seqlens.tolist())]
-        return self._of_batch([(keys[rows], values[rows]) for rows in slices])
+        keys, values = self.codes
+        return [(keys[rows], values[rows]) for rows in self.segment_rows()]
 
-    def _of_batch(self, pairs: list[_Pair]) -> list[_Pair]:
+    def segment_rows(self) -> list[slice]:
+        """Returns where the packed pairs of every (batch row, key-value head) lie, in order."""
+        return self._of_batch([slice(start, stop) for start, stop in pairwise(self.cu_seqlens.tolist())])
+
+    def _of_batch(self, pairs: list[_Segment]) -> list[_Segment]:
         """Returns the segments that the batch rows read, of those that there are."""
         if self.row_index is None:
             return pairs

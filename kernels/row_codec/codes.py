@@ -36,6 +36,14 @@ class Codec:
         """Numbers that share a byte."""
         return 8 // self.bits
 
+    @property
+    def factors(self) -> list[float]:
+        """What makes codes of each plane of a byte's bits, read where they lie: 1, and a power of two for higher bits.
+
+        A plane is a stretch of a row, see :data:`CODECS`.
+        """
+        return [0.5 ** (self.bits * plane) for plane in range(self.numbers_a_byte)]
+
 
 CODECS = {
     "int8": Codec(torch.int8, 8, has_zero=False),

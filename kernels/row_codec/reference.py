@@ -5,22 +5,28 @@ from torch import Tensor
 
 from kvzip_press.kernels.numerics import accumulation_dtype
 from kvzip_press.kernels.row_codec.codes import CODECS, SCALE_DTYPE, Codec, Codes
+from kvzip_press.kernels.row_codec.rotation import rotate
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}  # e4m3 has no infinity; what lies beyond would become NaN
 
 
-def encode_rows(rows: Tensor, name: str) -> Codes:
+def encode_rows(rows: Tensor, name: str, rotated: bool, centres: Tensor | None) -> Codes:
     """See :func:`kvzip_press.kernels.row_codec.encode_rows`."""
     kind = CODECS[name]
     exact = rows.to(accumulation_dtype(rows.dtype))
+    if rotated:
+        exact = rotate(exact)
+    if centres is not None:
+        exact = exact - centres.unsqueeze(-2)
     if kind.has_zero:
         low, high = exact.aminmax(dim=-1)
         scales = ranges(low, high, kind)
         steps = _steps(exact, scales.unsqueeze(-2), kind)
         return Codes(packed(steps, kind), scales, name)
-    scales = (exact.abs().amax(-1) / _LARGEST[name]).to(SCALE_DTYPE)
-    units = exact / _divisor(scales, exact.dtype).unsqueeze(-1)
     limit = _LARGEST[name]
+    # Times 1 / limit, as PyTorch divides by a number on a GPU: so codes are the same on all devices.
+    scales = (exact.abs().amax(-1) * (1 / limit)).to(SCALE_DTYPE)
+    units = exact / _divisor(scales, exact.dtype).unsqueeze(-1)
     codes = units.round_().clamp_(-limit, limit) if name == "int8" else units.clamp_(-limit, limit)
     return Codes(codes.to(kind.dtype), scales, name)
 
@@ -49,18 +55,31 @@ def encode_groups(rows: Tensor, groups: Tensor, num_groups: int, name: str) -> C
     return Codes(packed(_steps(exact, scales[groups], kind), kind), scales, name, groups)
 
 
-def write_numbers(codes: Codes, out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def write_numbers(codes: Codes, out: Tensor) -> Tensor:
     """See :func:`kvzip_press.kernels.row_codec.write_numbers`."""
     kind = CODECS[codes.codec]
-    if codes.groups is not None:
-        return out.copy_(decode_rows(codes, out.dtype)), None, None
     if codes.codec == "fp8":
-        return out.copy_(_fp8_as_fp16(codes.codes)), codes.scales.to(out.dtype) * 256.0, None
+        out[0].copy_(_fp8_as_fp16(codes.codes))
+    elif not kind.has_zero:
+        out[0].copy_(codes.codes)
+    else:
+        words, mask = _words(codes.codes), (1 << kind.bits) - 1
+        masks = torch.full((), mask, dtype=torch.uint8).expand(words.element_size()).contiguous().view(words.dtype)
+        for plane, numbers in enumerate(out):
+            numbers.copy_((words & (masks << (kind.bits * plane))).view(torch.uint8))
+    return out if codes.groups is None else _of_groups(codes, kind, out)
+
+
+def row_scales(codes: Codes, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """See :func:`kvzip_press.kernels.row_codec.row_scales`."""
+    kind = CODECS[codes.codec]
+    if codes.groups is not None:
+        return None, None
     if not kind.has_zero:
-        return out.copy_(codes.codes), codes.scales.to(out.dtype), None
-    out.copy_(unpacked(codes.codes, kind))
-    scale, zero = codes.scales.to(out.dtype).unbind(-1)
-    return out, scale, torch.add(zero, scale, alpha=-(1 << (kind.bits - 1)))
+        scale = codes.scales.to(dtype)
+        return scale.mul_(256.0) if codes.codec == "fp8" else scale, None
+    scale, zero = codes.scales.to(dtype).T.contiguous()
+    return scale, zero.sub_(scale, alpha=1 << (kind.bits - 1))
 
 
 def ranges(low: Tensor, high: Tensor, kind: Codec) -> Tensor:
@@ -72,7 +91,7 @@ def ranges(low: Tensor, high: Tensor, kind: Codec) -> Tensor:
     above = below - 1
     zero = (low + (high - low) * (below / (below + above))).to(SCALE_DTYPE)
     exact = zero.to(low.dtype)
-    scale = torch.maximum((high - exact) / above, (exact - low) / below).to(SCALE_DTYPE)
+    scale = torch.maximum((high - exact) * (1 / above), (exact - low) * (1 / below)).to(SCALE_DTYPE)
     return torch.stack([scale, zero], -1)
 
 
@@ -103,6 +122,26 @@ def _affine(codes: Tensor, scales: Tensor, kind: Codec, exact: torch.dtype) -> T
     half = 1 << (kind.bits - 1)
     numbers = unpacked(codes, kind).to(exact).sub_(half)
     return numbers.mul_(scales[..., 0]).add_(scales[..., 1])
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Returns bytes as words of 64 bits, of which a CPU masks eight at a time, if rows consist of whole words."""
+    whole = codes.shape[-1] % 8 == 0 and codes.is_contiguous() and codes.storage_offset() % 8 == 0
+    return codes.view(torch.int64) if whole else codes
+
+
+def _of_groups(codes: Codes, kind: Codec, out: Tensor) -> Tensor:
+    """Multiplies numbers [planes, n, width] with the scales of their groups' channels and adds the zeros."""
+    assert codes.groups is not None
+    if not len(codes.groups):
+        return out
+    low, high = (int(x) for x in codes.groups.aminmax())
+    scale, zero = codes.scales[low : high + 1].to(out.dtype).unbind(-1)
+    zero = torch.sub(zero, scale, alpha=1 << (kind.bits - 1))
+    scale, zero = (x.unflatten(-1, (len(out), -1)).transpose(0, 1) for x in (scale, zero))
+    scale = scale * scale.new_tensor(kind.factors)[:, None, None]
+    groups = codes.groups - low
+    return torch.addcmul(zero.index_select(1, groups), out, scale.index_select(1, groups), out=out)
 
 
 def _fp8_as_fp16(codes: Tensor) -> Tensor:

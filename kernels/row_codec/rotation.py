@@ -21,13 +21,18 @@ def rotate(rows: Tensor) -> Tensor:
         ValueError: head_dim is no power of two: there is no such matrix of Sylvester's kind.
     """
     width = rows.shape[-1]
+    check_rotates(width)
+    matrix = hadamard(width, rows.device)
+    exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return (rows.to(exact) @ matrix.to(exact)).to(rows.dtype)
+
+
+def check_rotates(width: int) -> None:
+    """Raises ValueError unless rows of ``width`` numbers can be rotated."""
     if width < 1 or width & (width - 1):
         raise ValueError(
             f"rotate: expected a head_dim that is a power of two, got {width}; use a codec that needs no rotation"
         )
-    matrix = hadamard(width, rows.device)
-    exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return (rows.to(exact) @ matrix.to(exact)).to(rows.dtype)
 
 
 @cache

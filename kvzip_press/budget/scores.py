@@ -34,6 +34,9 @@ class Scores:
         storage: The name of how the press stores what stays; ``press.score`` notes it.
         attention: ``layer_idx -> [batch, num_key_value_heads, span]``, fp32, what the last token pays to each pair, for
             allocations that look at it; None otherwise. The core fills it in.
+        uniform: ``[batch, span]``, fp32, above 0, for scores that are weights of attention: what each pair's score
+            would be if attention were spread evenly (``Prefill.uniform_attention()``); None for scores of another kind.
+            Rules that compare scores with it refuse those that do not say it.
 
     Raises:
         InvalidArgumentError: A field is of another type, dtype or shape; the scores are not finite or not of one span;
@@ -48,6 +51,7 @@ class Scores:
     press: str = ""
     storage: str = "model"
     attention: Mapping[int, torch.Tensor] | None = None
+    uniform: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
@@ -57,6 +61,7 @@ class Scores:
         shape = self._check_positions()
         for layer_idx, values in self.layers.items():
             _check_values(layer_idx, values, shape)
+        self._check_uniform(shape)
         self.policy.amount.check_layers(self.layers)
         if isinstance(self.policy.allocation, Decided):
             self._check_decided(self.policy.allocation)
@@ -132,6 +137,41 @@ class Scores:
         """
         policy = self.policy.asked(compression_ratio, allocation, budget)
         return self if policy == self.policy else replace(self, policy=policy)
+
+    def relative(self) -> Scores:
+        """Returns the scores in units of uniform attention: 1 for a pair that gets as much as all would on average.
+
+        Raises:
+            InvalidArgumentError: They are no weights of attention.
+        """
+        self.check_weights()
+        layers = {i: self.of_uniform(i) for i in self.layers}
+        assert self.uniform is not None
+        return replace(self, layers=layers, uniform=torch.ones_like(self.uniform))
+
+    def of_uniform(self, layer_idx: int) -> torch.Tensor:
+        """Returns a layer's scores in units of uniform attention, or as they are if they are no weights of it."""
+        values = self.layers[layer_idx]
+        return values if self.uniform is None else values / self.uniform.to(values.device).unsqueeze(1)
+
+    def check_weights(self) -> None:
+        """Raises InvalidArgumentError unless the scores are weights of attention."""
+        if self.uniform is None:
+            raise InvalidArgumentError(
+                f"expected scores that are weights of attention, to compare them with uniform attention, got those of "
+                f"{self.press or 'a press that does not say so'}: take snapkv, tova or kvzip, say, or a rule without "
+                "uniform attention"
+            )
+
+    def _check_uniform(self, shape: tuple[int, int]) -> None:
+        given = self.uniform
+        if given is None:
+            return
+        fits = isinstance(given, torch.Tensor) and given.dtype == torch.float32 and tuple(given.shape) == shape
+        if not fits or not bool((given.isfinite() & (given > 0)).all()):
+            raise InvalidArgumentError(
+                f"expected uniform as None or a float32 tensor {shape} of numbers above 0, got {_described(given)}"
+            )
 
     def _check_decided(self, allocation: Decided) -> None:
         expected = {i: tuple(values.shape[:2]) for i, values in self.layers.items()}

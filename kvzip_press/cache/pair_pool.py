@@ -16,6 +16,7 @@ import torch
 from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
+from kvzip_press.cache.codecs.by_name import name_of
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.tail import is_writable
@@ -339,6 +340,11 @@ def _check(layers: Sequence[RaggedLayer]) -> None:
         raise CacheMismatchError(
             "expected pairs that carry scores, to be evicted while the model writes: a cache that a press with "
             "decoding=True has compressed, got one without scores"
+        )
+    if any(layer.packed.storage.needs_weights for layer in layers):
+        raise UnsupportedCacheError(
+            "expected a storage without uniform attention to evict while the model writes, whose scores are none of a "
+            f"context, got {name_of(type(layers[0].packed.storage))!r}: take storage='tiers:0.333', say"
         )
     if len({shape(layer) for layer in layers}) > 1 or any(layer.row_index is not None for layer in layers):
         raise UnsupportedCacheError(

@@ -192,7 +192,7 @@ class _Reading:
         }
         keep = {i: alive[:, :, start:] for i, alive in self.alive.items()}
         span = Span(done.valid, done.positions, self.sink[:, start:])
-        options: dict[str, Any] = {"scores": new.to_carry, "importance": new.layers, "storage": self.storage}
+        options: dict[str, Any] = {"scores": new.to_carry, "importance": new, "storage": self.storage}
         for layer_idx, layer in evicted_layers(self.model, self.cache, span, keep, earlier=earlier, **options):
             self.cache.layers[layer_idx] = layer
 

@@ -26,6 +26,7 @@ from kvzip_press.model.weights import weights_fingerprint
 if TYPE_CHECKING:
     from torch import nn
 
+    from kvzip_press.budget.scores import Scores
     from kvzip_press.cache.codecs.storage import Storage
 
 
@@ -72,7 +73,7 @@ def evicted_layers(
     *,
     earlier: Mapping[int, torch.Tensor] | None = None,
     scores: Mapping[int, torch.Tensor] | None = None,
-    importance: Mapping[int, torch.Tensor] | None = None,
+    importance: Scores | None = None,
     weights: str | None = None,
     storage: str = "model",
     cold: ColdSpan | None = None,
@@ -89,7 +90,7 @@ def evicted_layers(
         earlier: ``layer_idx -> [total]``, bool: which packed pairs of earlier spans stay; None for all of them.
         scores: ``layer_idx -> [batch, num_heads, span]``, fp32, for the pairs to carry; None for none. After an earlier
             context they are only carried if its pairs carry scores, and the span follows it directly.
-        importance: ``layer_idx -> [batch, num_heads, span]``, fp32, for storages that give important pairs more bits;
+        importance: Scores of the span, for storages that give important pairs more bits (others do not look at them);
             what is protected is as important as can be, and so is everything if it is None.
         weights: Fingerprint of the decoder that read the span; None for that of the decoder as it is now.
         storage: The name of how pairs are stored; a later span is stored as the layers already are.
@@ -101,6 +102,9 @@ def evicted_layers(
     """
     kind = storage_named(storage)
     check_can_be_stored(cache, keep, storage)
+    stored = {i: _storage_of(cache.layers[i], kind) for i in keep}
+    if importance is not None and any(one.needs_weights for one in stored.values()):
+        importance.check_weights()
     weights = weights_fingerprint(text_decoder(model)) if weights is None else weights
     by_idx = {layer.layer_idx: layer for layer in attention_layers(model)}
     for layer_idx, layer in enumerate(cache.layers):
@@ -110,7 +114,9 @@ def evicted_layers(
         kept, module = keep[layer_idx], by_idx[layer_idx].module
         part = () if cold is None else (ColdPart(cold, layer_idx, tuple(range(kept.shape[0]))),)
         carried = None if scores is None else scores[layer_idx]
-        ranks = None if importance is None else span.protected_first(importance[layer_idx])
+        ranks = None
+        if importance is not None and stored[layer_idx].reads_importance:
+            ranks = span.protected_first(importance.of_uniform(layer_idx))
         if isinstance(layer, RaggedLayer):
             survivors = None if earlier is None else earlier[layer_idx]
             yield layer_idx, _merged(layer, span, kept, survivors, carried, ranks, module, weights, part)
@@ -230,8 +236,7 @@ def _check_can_be_stored(
     These are the columns from ``first`` on, by default the last ones. A ragged layer has its own storage, and what lies
     between its context and the span is kept whole.
     """
-    if isinstance(layer, RaggedLayer):
-        kind = type(layer.packed.storage)
+    kind = _storage_of(layer, kind)
     if kind.is_exact:
         return  # it holds any number, in rows of any width
     if isinstance(layer, RaggedLayer):
@@ -243,6 +248,11 @@ def _check_can_be_stored(
     with _in_layer(layer_idx):
         kind.check_widths(keys.shape[-1], values.shape[-1])
         check_finite(keys, values, keep)
+
+
+def _storage_of(layer: Any, kind: type[Storage]) -> type[Storage]:
+    """Returns how pairs are stored that are packed into a layer: as it stores its own, if it does."""
+    return type(layer.packed.storage) if isinstance(layer, RaggedLayer) else kind
 
 
 def _merged(

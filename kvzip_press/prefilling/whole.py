@@ -241,8 +241,21 @@ class Prefill:
             )
         return self.last_queries
 
+    def uniform_attention(self) -> torch.Tensor:
+        """Returns what each pair of the span would get if attention to the span were uniform, ``[batch, span]``, fp32.
+
+        For ``Scores.uniform`` of presses whose scores are weights of attention.
+        """
+        return self.valid.sum(dim=1, keepdim=True).clamp(min=1).float().reciprocal().expand(self.valid.shape)
+
     def attended(self, scores: Scores) -> Scores:
-        """Returns the scores with what the last token pays to each pair, if their allocation looks at that."""
+        """Returns the scores as their allocation looks at them: with the last token's attention, or in other units.
+
+        Raises:
+            InvalidArgumentError: It compares with uniform attention, and the scores are no weights of attention.
+        """
+        if scores.policy.allocation.needs_weights:
+            return scores.relative()
         if scores.attention is not None or not scores.policy.allocation.needs_attention:
             return scores
         return replace(scores, attention=self.last_attention())
@@ -332,7 +345,7 @@ class Prefill:
         span = Span(self.valid, self.positions, scores.protected)
         carried = scores.to_carry
         storage = scores.storage if storage is None else storage
-        options: dict[str, Any] = {"importance": scores.layers, "weights": self.weights, "storage": storage}
+        options: dict[str, Any] = {"importance": scores, "weights": self.weights, "storage": storage}
         gone = None if cold is None else self._cold(scores, keep, storage, cold)
         return evicted_layers(self.model, self.cache, span, keep, scores=carried, cold=gone, **options)
 

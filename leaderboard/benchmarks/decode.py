@@ -2,7 +2,8 @@
 
 ``python -m kvzip_press.leaderboard.benchmarks.decode --tokens 4096 --removed 0.7`` first checks that nothing changes
 when nothing is removed. It then alternates blocks of steps with either cache and with none (the cost of the rest of the
-model), and prints the medians and their ratio.
+model), and prints the medians and their ratio. ``--storage int8 --storage k8v4`` adds caches of the same pairs that are
+stored so, each with its ratio to the one in the model's dtype.
 """
 
 import statistics
@@ -32,6 +33,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Decode steps timed on each side.")] = 40,
     press: Annotated[str, typer.Option(help="Press that chooses the pairs.")] = "random",
     model: Annotated[str, typer.Option(help="Path or hub id of a model, or smollm2.")] = "smollm2",
+    storage: Annotated[list[str] | None, typer.Option(help="Also time the same pairs stored so.")] = None,
 ) -> None:
     """Times decode steps behind one context."""
     loaded, _ = load_model(model)
@@ -39,21 +41,24 @@ def main(
     ids = torch.randint(3, text_config(loaded).vocab_size, (1, tokens), generator=generator).to(loaded.device)
     done = run_prefill(loaded, ids, torch.ones_like(ids, dtype=torch.bool))
     _check_equal(loaded, done)
-    chosen = get_press(press, removed)
-    ragged = done.evict(chosen.score(done))
-    seconds: dict[str, list[float]] = {"dense": [], "ragged": [], "no context": []}
+    scores = get_press(press, removed).score(done)
+    caches = {name: done.evict(scores, storage=name) for name in ("model", *(storage or ()))}
+    seconds: dict[str, list[float]] = {name: [] for name in ("dense", "no context", *caches)}
     for _ in range(-(-steps // BLOCK)):
         detach(loaded)
         seconds["dense"] += _block(loaded, done.cache)
         attach(loaded)
-        seconds["ragged"] += _block(loaded, ragged)
+        for name, cache in caches.items():
+            seconds[name] += _block(loaded, cache)
         seconds["no context"] += _block(loaded, None)
-    dense, fast, rest = (statistics.median(times) * 1e3 for times in seconds.values())
+    dense, rest, fast, *others = (statistics.median(times) * 1e3 for times in seconds.values())
     typer.echo(
         f"{model}, {tokens} tokens, {removed:.0%} removed by {press}, {loaded.device.type}, {loaded.dtype}, "
         f"{torch.get_num_threads()} threads: dense {dense:.1f} ms, ragged {fast:.1f} ms, ratio {dense / fast:.2f}; "
         f"no context {rest:.1f} ms, so the context's share: {dense - rest:.1f} ms and {fast - rest:.1f} ms"
     )
+    for name, milliseconds in zip(storage or (), others, strict=True):
+        typer.echo(f"{name} {milliseconds:.1f} ms, {milliseconds / fast:.2f} of {fast:.1f} ms")
 
 
 def _block(model: Any, cache: Any) -> list[float]:

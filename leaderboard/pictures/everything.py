@@ -12,7 +12,7 @@ from kvzip_press.leaderboard.analysis.summary import split, split_tables, summar
 from kvzip_press.leaderboard.analysis.times import times
 from kvzip_press.leaderboard.file_names import file_name
 from kvzip_press.leaderboard.pictures.heat import save_depth_map, save_head_map, save_needle_map, save_task_map
-from kvzip_press.leaderboard.pictures.pareto import TIME, save_pareto
+from kvzip_press.leaderboard.pictures.pareto import BYTES, TIME, save_pareto
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
 
@@ -22,11 +22,12 @@ Map = TypeVar("Map", HeadMap, NeedleMap)
 def save_all(rows: Iterable[Row], heads: Iterable[HeadBudgets], folder: str | os.PathLike[str]) -> list[Path]:
     """Saves every picture of every table of the rows.
 
-    For one table the files are ``pareto-kept.png``, ``pareto-time.png`` (only where times differ by more than they
-    spread, see `times`), ``tasks.png``, ``heads.png`` and ``needles-<task>.png``; with several tables each has a
-    folder, named after model and run. A picture that shows a single press shows KVzip (else the first that removes
-    anything), and one that shows a single ratio shows the middle one; the page shows the others. Needles are shown by
-    depth and length of one press, or by press and depth where a task has one length.
+    For one table the files are ``pareto-bytes.png`` (only where pairs are stored in several ways, so that bytes are no
+    matter of pairs alone; it is then the main one), ``pareto-kept.png``, ``pareto-time.png`` (only where times differ
+    by more than they spread, see `times`), ``tasks.png``, ``heads.png`` and ``needles-<task>.png``; with several tables
+    each has a folder, named after model and run. A picture that shows a single press shows KVzip (else the first that
+    removes anything), and one that shows a single ratio shows the middle one; the page shows the others. Needles are
+    shown by depth and length of one press, or by press and depth where a task has one length.
 
     Args:
         rows: May be empty: the axes are then empty too.
@@ -66,7 +67,11 @@ def _save_table(rows: Sequence[Row], heads: Sequence[HeadBudgets], folder: Path)
     title = f"{rows[0].model}, {tasks[0] if len(tasks) == 1 else f'{len(tasks)} tasks'}" if rows else ""
     ratios = sorted({cell.compression_ratio for cell in cells if cell.compression_ratio > 0})
     ratio = ratios[len(ratios) // 2] if ratios else 0.0
-    paths = [folder / "pareto-kept.png"]
+    paths = []
+    if len({row.storage for row in rows}) > 1:
+        paths.append(folder / "pareto-bytes.png")
+        save_pareto(cells, paths[-1], title, cost=BYTES)
+    paths.append(folder / "pareto-kept.png")
     save_pareto(cells, paths[-1], title)
     if (measured := times(rows)) is not None and measured.differ:
         paths.append(folder / "pareto-time.png")

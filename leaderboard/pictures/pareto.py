@@ -32,7 +32,12 @@ class Cost:
     halves: bool = False
 
 
+def _share_of_bytes(cell: Cell) -> float | None:
+    return 1 / cell.compression if cell.compression else None
+
+
 KEPT = Cost("kept fraction of key/value pairs (measured)", lambda cell: cell.kept_fraction, halves=True)
+BYTES = Cost("bytes of the cache, of those of the full one (measured)", _share_of_bytes, halves=True)
 TIME = Cost("ms a token of an answer, reading the question included", lambda cell: cell.ms_per_token)
 
 

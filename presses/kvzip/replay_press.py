@@ -115,7 +115,8 @@ class KVzipPress(AllocatingPress):
             for row in range(prefill.valid.shape[0]):
                 n_sink = int(protected[row].sum())
                 self._score_row(prefill, row, n_sink, prompts, norms, None if weights is None else weights[row], layers)
-        return Scores(layers, protected, self.policy)
+        plain = not self.kvzip_plus and self.weighting is None  # else scores are no weights of attention
+        return Scores(layers, protected, self.policy, uniform=prefill.uniform_attention() if plain else None)
 
     def _weights(self, prefill: Prefill) -> list[RowWeights] | None:
         """Returns the weights of the replays of each row; None if all are 1.

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ from kvzip_press.kernels.benchmarks import (
     ragged_attention,
     ragged_pack,
     replay_attention,
+    row_codec,
 )
 from kvzip_press.kernels.benchmarks.cases import DECODE_CASES, DecodeCase, DecodeInputs, uneven_lengths
 from kvzip_press.kernels.benchmarks.harness import Bench, WrongResultError, check_error, relative_error
@@ -52,6 +54,7 @@ SCRIPTS = [
     "ragged_attention",
     "ragged_pack",
     "replay_attention",
+    "row_codec",
 ]
 
 
@@ -81,7 +84,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CallingBench:
 
 @pytest.fixture(autouse=True)
 def _few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for script in (codecs, context_attention, gathered_attention, kv_scoring, ragged_attention):
+    for script in (codecs, context_attention, gathered_attention, kv_scoring, ragged_attention, row_codec):
         monkeypatch.setattr(script, "copies_for", lambda n_bytes: 2)
 
 
@@ -456,6 +459,21 @@ def test_packing_that_differs_is_refused(bench: CallingBench, monkeypatch: pytes
     monkeypatch.setattr(ragged_pack, "calls_of", lambda *_: {"reference": right, "other": lambda: wrong})
     with pytest.raises(WrongResultError, match="other: expected the bits of the reference"):
         ragged_pack.run(bench, case)
+
+
+@pytest.mark.parametrize("case", row_codec.CASES, ids=str)
+def test_encoding_and_decoding_run(
+    case: row_codec.CodecCase, bench: CallingBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(case, num_key_value_heads=2, length=9, head_dim=16)
+    row_codec.run(bench, small)
+    assert {"ours reference", "memcpy"} <= impls_of(bench)
+    bits, extra = {"int8": (8, 2), "fp8": (8, 2), "int4": (4, 4), "int2": (2, 4)}[case.codec]
+    assert {row.bytes for row in bench.rows} == {2 * 9 * (16 * 2 + 16 * bits // 8 + extra)}
+    wrong = row_codec.encode_rows(torch.ones(2, 16), case.codec), row_codec.encode_rows(-torch.ones(2, 16), case.codec)
+    pair = wrong if case.op == "encode" else [row_codec.decode_rows(one) for one in wrong]
+    with pytest.raises(WrongResultError, match="expected"):
+        row_codec.check("impl", small, *pair)
 
 
 def test_a_replay_runs(bench: CallingBench) -> None:

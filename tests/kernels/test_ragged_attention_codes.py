@@ -183,8 +183,21 @@ def test_no_more_than_a_tile_is_ever_decoded(n_rows: int, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(tiles, "write_numbers", recorded)
     assert_equals_decoded(arguments([500, 3], n_rows=n_rows, n_tail=n_rows), "tiles")
-    assert len(sizes) == 2 * (8 + 1)
+    assert len(sizes) == 2 * 8  # 503 pairs in tiles of 64: the short segment shares one
     assert max(sizes) == tiles.TILE_BYTES
+
+
+def test_rows_that_share_a_context_read_it_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in another order than in memory, some rows not at all, and in a part of a larger storage."""
+    monkeypatch.setattr(tiles, "MAX_LOGITS", 600)
+    given = arguments([33, 5, 0, 70, 9, 64], ("int8", "int4"), n_rows=2, n_tail=2)
+    for rows in ([2, 1, 2], [1, 1, 1], [0, 1, 2], [1, 2, 0]):
+        assert_equals_decoded(given, "tiles", row_index=torch.tensor(rows))
+
+
+def test_queries_without_rows_give_nothing() -> None:
+    out, lse = ragged_attention(**arguments([4, 3], n_rows=0), return_lse=True, impl="tiles")
+    assert (out.shape, lse.shape) == ((1, 6, 0, 32), (1, 6, 0))
 
 
 @pytest.mark.parametrize("n_rows", [3, 40])

@@ -16,7 +16,9 @@ from kvzip_press.kernels.row_codec import (
     encode_groups,
     encode_rows,
     groups_of,
+    plane_factors,
     rotate,
+    row_scales,
     write_numbers,
 )
 
@@ -128,13 +130,29 @@ def test_a_stretch_of_rows_is_a_view_and_decodes_to_the_same(codec: str) -> None
     assert torch.equal(decode_rows(part), decode_rows(codes)[3:9])
 
 
+@pytest.mark.parametrize("head_dim", [64, 36])
 @pytest.mark.parametrize("codec", CODECS)
-def test_numbers_with_scale_and_zero_are_the_rows(codec: str) -> None:
-    codes = encode_rows(torch.randn(20, 64), codec)
-    numbers, scale, zero = write_numbers(codes, torch.empty(20, 64, dtype=torch.float64))
+def test_numbers_with_factor_scale_and_zero_are_the_rows(codec: str, head_dim: int) -> None:
+    """Whether a row's bytes are whole words of 64 bits or not; a plane is a stretch of the row."""
+    codes = encode_rows(torch.randn(20, head_dim), codec)[3:]
+    factors = plane_factors(codes)
+    numbers = write_numbers(codes, torch.full((len(factors), 17, head_dim // len(factors)), torch.nan).double())
+    scale, zero = row_scales(codes, torch.float64)
     assert scale is not None
-    rows = numbers * scale.unsqueeze(-1) + (0 if zero is None else zero.unsqueeze(-1))
+    split = numbers * torch.tensor(factors)[:, None, None] * scale.unsqueeze(-1)
+    rows = split.transpose(0, 1).flatten(1) + (0 if zero is None else zero.unsqueeze(-1))
     torch.testing.assert_close(rows, decode_rows(codes, torch.float64))
+
+
+@pytest.mark.parametrize("codec", ["int4", "int2"])
+def test_numbers_of_groups_are_the_rows(codec: str) -> None:
+    groups, count = groups_of(torch.tensor([0, 40, 73], dtype=torch.int32), 73, 32)
+    codes = encode_groups(rows_of("outlier channel", 73), groups, count, codec)[35:70]
+    assert row_scales(codes, torch.float64) == (None, None) and set(plane_factors(codes)) == {1.0}
+    n_planes = CODECS[codec].numbers_a_byte
+    numbers = write_numbers(codes, torch.full((n_planes, 35, 64 // n_planes), torch.nan).double())
+    torch.testing.assert_close(numbers.transpose(0, 1).flatten(1), decode_rows(codes, torch.float64))
+    write_numbers(codes[:0], numbers[:, :0])
 
 
 @LAW

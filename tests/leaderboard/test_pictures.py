@@ -32,6 +32,23 @@ def test_a_table_has_all_pictures(make_table: MakeTable, make_heads: MakeHeads, 
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in paths)
 
 
+def test_storages_are_lines_over_bytes(make_row: Callable[..., Row], tmp_path: Path, figures: list[Any]) -> None:
+    """The first picture, where there are several: the same pairs, at another place for each storage."""
+    times = {"model": 1.0, "int8": 2.0, "int4": 4.0}
+    rows = [
+        make_row(press=f"kvzip, {name}", storage=name, compression_ratio=ratio, kept_fraction=1 - ratio,
+                 dense_bytes=1000, resident_bytes=round(1000 * (1 - ratio) / smaller))
+        for name, smaller in times.items()
+        for ratio in (0.0, 0.5)
+    ]  # fmt: skip
+    assert save_all(rows, [], tmp_path)[0] == tmp_path / "pareto-bytes.png"
+    ((axes,), *_) = (figure.axes for figure in figures)
+    places = sorted(tuple(sorted(one[0].get_xdata())) for one in axes.containers)
+    assert places == [(0.125, 0.25), (0.25, 0.5), (0.5, 1.0)]
+    names = [path.name for path in save_all([row for row in rows if row.storage == "int8"], [], tmp_path)]
+    assert "pareto-bytes.png" not in names
+
+
 @pytest.mark.parametrize("n_rows", [0, 1])
 def test_few_rows_give_pictures_too(n_rows: int, make_table: MakeTable, tmp_path: Path) -> None:
     paths = save_all(make_table(1)[:n_rows], [], tmp_path)

@@ -5,7 +5,7 @@ from kvzip_press.budget.allocators.by_name import ALLOCATIONS, AllocationLike, a
 from kvzip_press.budget.allocators.competing import AdaKV, Global, PerHead, PerLayer
 from kvzip_press.budget.allocators.decided import Decided
 from kvzip_press.budget.allocators.levels import Levelled
-from kvzip_press.budget.allocators.outcome import Outcome, Threshold, Tolerance
+from kvzip_press.budget.allocators.outcome import AboveUniform, Outcome, Threshold, Tolerance
 from kvzip_press.budget.allocators.pages import Pages
 from kvzip_press.budget.allocators.pyramid import Pyramid
 from kvzip_press.budget.allocators.skipping import SkippingLayers
@@ -14,6 +14,7 @@ from kvzip_press.budget.allocators.table import Table
 __all__ = [
     "ALLOCATIONS",
     "SAFEGUARD",
+    "AboveUniform",
     "AdaKV",
     "Allocation",
     "AllocationLike",

@@ -45,6 +45,8 @@ class Allocation:
     is_outcome: ClassVar[bool] = False
     #: Whether the rule looks at the attention of the last token (``Candidates.attention``).
     needs_attention: ClassVar[bool] = False
+    #: Whether the rule is about scores in units of uniform attention, so that they must be weights of attention.
+    needs_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         safeguard, floor = self.safeguard, self.min_kept_per_head

@@ -9,7 +9,7 @@ from typing import Any
 from kvzip_press.budget.allocators.base import SAFEGUARD, Allocation
 from kvzip_press.budget.allocators.competing import AdaKV, Global, PerHead, PerLayer
 from kvzip_press.budget.allocators.decided import Decided
-from kvzip_press.budget.allocators.outcome import Threshold, Tolerance
+from kvzip_press.budget.allocators.outcome import AboveUniform, Threshold, Tolerance
 from kvzip_press.budget.allocators.pages import Pages
 from kvzip_press.budget.allocators.pyramid import Pyramid
 from kvzip_press.budget.allocators.table import Table
@@ -17,7 +17,8 @@ from kvzip_press.errors import InvalidArgumentError, did_you_mean
 
 #: The allocations that have a short name.
 ALLOCATIONS: dict[str, type[Allocation]] = {
-    cls.name: cls for cls in (Global, PerLayer, PerHead, AdaKV, Pyramid, Table, Pages, Tolerance, Threshold)
+    cls.name: cls
+    for cls in (Global, PerLayer, PerHead, AdaKV, Pyramid, Table, Pages, Tolerance, Threshold, AboveUniform)
 }
 
 #: What a caller may hand in: a name, an object, or (in files) a mapping with the name and the object's arguments.

@@ -77,6 +77,44 @@ class Threshold(Outcome):
 
 
 @dataclass(frozen=True)
+class AboveUniform(Outcome):
+    """Pairs stay that get at least ``factor`` times as much attention as each would on average: "above_uniform".
+
+    LeanKV (https://arxiv.org/abs/2412.03131, in later versions DiffKV) drops pairs so: those with less than
+    ``factor / n``, n being the number of pairs that the attention is shared among. Storage "tiers:1/n" has the rule for
+    the other border, between pairs in many and in few bits. Scores must be weights of attention; others are refused. A
+    smaller factor keeps a superset.
+
+    Args:
+        factor: The least score that stays, in units of uniform attention, 0 or more. LeanKV's authors calibrate it for
+            each model: 0.02 for Llama 3 8B, 0.04 for Qwen 2.5 7B, 0 (all stay) for larger models.
+        min_kept_per_head: Pairs that every head keeps in any case, the best ones.
+        safeguard: See :class:`Allocation`.
+
+    Raises:
+        InvalidArgumentError: The factor is not such a number.
+    """
+
+    factor: float = 0.02
+
+    name: ClassVar[str] = "above_uniform"
+    needs_weights: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.factor
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given < math.inf:
+            raise InvalidArgumentError(
+                f"expected factor (of uniform attention, what stays has at least) to be a number of 0 or more, got "
+                f"{given!r:.80}"
+            )
+
+    def kept(self, row: Candidates, layer_idx: int) -> torch.Tensor:
+        """Returns the number of scores, which are in units of uniform attention, at or above the factor."""
+        return (row.values[layer_idx] >= self.factor).sum(dim=1)
+
+
+@dataclass(frozen=True)
 class Tolerance(Outcome):
     """The shortest set of best pairs stays that keeps nearly all of what the last token looks at: "tolerance".
 

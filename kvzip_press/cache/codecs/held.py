@@ -27,7 +27,8 @@ class NewPairs:
         values: ``[batch, num_heads, n, v_head_dim]``.
         keep: ``[batch, num_heads, n]``, bool.
         positions: ``[batch, n]``, int32.
-        importance: ``[batch, num_heads, n]``, fp32, higher is more important; None if all pairs are the most important.
+        importance: ``[batch, num_heads, n]``, fp32, higher is more important, in units of uniform attention if it is
+            attention; None if all pairs are the most important.
     """
 
     keys: torch.Tensor

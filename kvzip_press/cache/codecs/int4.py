@@ -52,9 +52,9 @@ class Int4Rows(RowStorage):
         mean = total / kept.sum(dim=2).clamp(min=1)
         return {CENTRES: rotate(mean).to(self.dtype).flatten(0, 1)}
 
-    def before_encoding(self, keys: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Returns keys rotated and centred."""
-        return rotate(keys.to(self.exact_dtype)) - tables[CENTRES].view(*keys.shape[:2], 1, -1)
+    def key_options(self, tables: Mapping[str, torch.Tensor], batch_size: int) -> dict[str, Any]:
+        """Returns that keys are rotated and centred."""
+        return {"rotated": True, "centres": tables[CENTRES].unflatten(0, (batch_size, -1))}
 
     def decode(self, held: Held) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns keys, rotated back, and values."""

@@ -56,7 +56,7 @@ class Kivi4(RowStorage):
         scales[there] = torch.cat([part.scales for part in encoded]).flatten(1)
         members = torch.zeros(there.shape, dtype=torch.uint8, device=keep.device)
         members[there] = torch.bincount(groups, minlength=n_groups).to(torch.uint8)
-        values = encoded_rows("value", self.value_format, iter(new.values.split(BLOCK, dim=2)))
+        values = encoded_rows("value", self.value_format, new.values)
         parts = {GROUPS: Encoded({SCALES: scales, MEMBERS: members}, there)}
         return Encoded({"key_codes": key_codes, **values}, keep, parts=parts)
 

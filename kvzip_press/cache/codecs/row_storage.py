@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,16 +50,15 @@ class RowStorage(Storage):
     def encode(self, new: NewPairs, before: Held | None = None) -> Encoded:
         """Returns codes and scales of keys and values."""
         tables = self.tables(new) if before is None else before.tables
-        keys = (self.before_encoding(block, tables) for block in new.keys.split(BLOCK, dim=2))
         columns = {
-            **encoded_rows("key", self.key_format, keys),
-            **encoded_rows("value", self.value_format, iter(new.values.split(BLOCK, dim=2))),
+            **encoded_rows("key", self.key_format, new.keys, **self.key_options(tables, new.keys.shape[0])),
+            **encoded_rows("value", self.value_format, new.values),
         }
         return Encoded(columns, new.keep, tables)
 
-    def before_encoding(self, keys: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Returns keys ``[batch, num_heads, n, head_dim]`` as they are encoded: as they are, in most storages."""
-        return keys
+    def key_options(self, tables: Mapping[str, torch.Tensor], batch_size: int) -> Mapping[str, Any]:
+        """Returns what is done to keys before they are encoded, as options of ``encode_rows``; most need nothing."""
+        return {}
 
     def decode(self, held: Held) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns keys and values, each number within half a step of what it was."""
@@ -91,9 +90,9 @@ def row_shapes(name: str, form: str, width: int) -> Shapes:
     }
 
 
-def encoded_rows(name: str, form: str, blocks: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the columns of keys or values ``[batch, num_heads, n, width]``, given a block of tokens at a time."""
-    encoded = [encode_rows(block, form) for block in blocks]
+def encoded_rows(name: str, form: str, rows: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
+    """Returns the columns of keys or values ``[batch, num_heads, n, width]``, made from a block of tokens at a time."""
+    encoded = [encode_rows(block, form, **options) for block in rows.split(BLOCK, dim=2)]
     codes = torch.cat([part.codes.view(STORED.get(part.codes.dtype, part.codes.dtype)) for part in encoded], dim=2)
     return {f"{name}_codes": codes, f"{name}_scales": torch.cat([part.scales for part in encoded], dim=2)}
 

@@ -57,6 +57,10 @@ class Storage(ABC):
     is_exact: ClassVar[bool] = False
     #: Whether attention reads listed pairs where they lie (``pair_index``); if not, these are copied first.
     reads_lists: ClassVar[bool] = False
+    #: Whether it looks at the importance of pairs; what makes that needs not do so for another.
+    reads_importance: ClassVar[bool] = False
+    #: Whether it compares that with uniform attention, so that it must be in weights of attention.
+    needs_weights: ClassVar[bool] = False
     #: What follows the storage's name and a colon; empty for a storage without parameters.
     parameters: ClassVar[str] = ""
 

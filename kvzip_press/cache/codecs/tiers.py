@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,15 +32,17 @@ class Tiers(Parted):
     """Stores the most important of the pairs as k8v4, and the others with keys in 4 bits and values in 2.
 
     LeanKV (arXiv 2412.03131, in later versions DiffKV) has these two tiers and a third, of pairs that are dropped: here
-    a press's ratio says how many are. Which pairs are important is said by the press's scores. "tiers:0.25" stores a
-    quarter of a row's kept pairs high, in each layer, however they are spread over heads, and "tiers" a third.
-    "tiers:1/n" compares scores with uniform attention, as the paper does: high are pairs with at least 1 / n, for a row
-    that has seen n tokens, and "tiers:3/n" asks three times as much. It is for presses whose scores are weights of
-    attention. What a press protects is always high; pairs that were packed stay in their tier.
+    a press's ratio says how many are, or its allocation: "above_uniform" is the paper's. Which pairs are important is
+    said by the press's scores. "tiers:0.25" stores a quarter of a row's kept pairs high, in each layer, however they
+    are spread over heads, and "tiers" a third. "tiers:1/n" compares scores with uniform attention, as the paper does:
+    high are pairs with at least 1 / n, where n pairs share the attention, and "tiers:3/n" asks three times as much. It
+    is for presses whose scores are weights of attention, and others are refused; so is eviction while the model writes.
+    What a press protects is always high; pairs that were packed stay in their tier.
     """
 
+    reads_importance: ClassVar[bool] = True
     share: ClassVar[float] = 1 / 3  # of a row's kept pairs in a layer
-    uniform: ClassVar[float | None] = None  # if given, the least score of a high pair, times the tokens seen
+    uniform: ClassVar[float | None] = None  # if given, the least score of a high pair, in units of uniform attention
 
     @classmethod
     def with_parameters(cls, text: str) -> type[Storage]:
@@ -88,8 +90,7 @@ class Tiers(Parted):
         if new.importance is None:
             return new.keep
         if self.uniform is not None:
-            n_seen = new.positions.amax(dim=1).add(1) if new.positions.shape[1] else new.positions.sum(dim=1)
-            return new.keep & (new.importance * n_seen[:, None, None] >= self.uniform)
+            return new.keep & (new.importance >= self.uniform)
         ranked = new.importance.masked_fill(~new.keep, -torch.inf).flatten(1)
         counts = (new.keep.flatten(1).sum(dim=1) * self.share).round().long()
         order = ranked.argsort(dim=1, descending=True, stable=True)
@@ -100,5 +101,6 @@ class Tiers(Parted):
 
 @lru_cache(maxsize=64)
 def _with_rule(kind: type[Tiers], number: str, unit: str) -> type[Tiers]:
-    rule = {"uniform" if unit else "share": float(number), "parameters": f"{number}{unit}"}
+    rule: dict[str, Any] = {"uniform" if unit else "share": float(number), "parameters": f"{number}{unit}"}
+    rule["needs_weights"] = bool(unit)
     return type(kind.__name__, (kind,), rule)

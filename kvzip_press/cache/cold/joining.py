@@ -100,5 +100,5 @@ def packed_again(packed: PackedPairs, part: ColdPart, places: Places, keep: torc
     scores = dense(cold.columns[SCORES]) if SCORES in packed.columns else None
     positions = places.positions.to(packed.device)
     keys, values = dense(cold.columns["keys"]), dense(cold.columns["values"])
-    importance = part.importance().to(packed.device)
+    importance = part.importance().to(packed.device) if packed.storage.reads_importance else None
     return PackedPairs.pack(keys, values, keep, positions, scores, storage=type(packed.storage), importance=importance)

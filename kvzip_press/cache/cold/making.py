@@ -71,6 +71,7 @@ def evicted_span(
         _copied(scores.protected),
         counted if isinstance(counted, bool) else _copied(counted),
         scores.policy,
+        None if scores.uniform is None else _copied(scores.uniform),
         storages={i: pairs.storage for i, pairs in packed.items()},
         columns={i: tuple(pairs.columns) for i, pairs in packed.items()},
         place=put(cold, tensors, described),

@@ -27,6 +27,7 @@ class ColdSpan:
         protected: ``[batch, span]``, bool: positions that no head loses.
         protected_count: Whether these count towards the budget; or a mask of those that do.
         policy: The policy under which it was evicted.
+        uniform: ``[batch, span]``, fp32, as in :class:`~kvzip_press.budget.scores.Scores`; None for other scores.
         storages: ``layer_idx ->`` how the evicted pairs are stored.
         columns: ``layer_idx ->`` names of the columns of these pairs.
         place: Where pairs and the scores of all pairs lie.
@@ -37,6 +38,7 @@ class ColdSpan:
     protected: torch.Tensor
     protected_count: bool | torch.Tensor
     policy: Policy
+    uniform: torch.Tensor | None
     storages: Mapping[int, Storage]
     columns: Mapping[int, Sequence[str]]
     place: Place
@@ -65,9 +67,10 @@ class ColdPart:
         return self.span.place.read(self.layer_idx, [EVERY_SCORE])[EVERY_SCORE][list(self.rows)]
 
     def importance(self) -> torch.Tensor:
-        """Returns these scores with infinity where pairs are protected, as an eviction hands them to storages."""
-        protected = self.span.protected[list(self.rows)]
-        return self.scores().masked_fill(protected.unsqueeze(1), torch.inf)
+        """Returns these scores as an eviction hands them to storages, with infinity where pairs are protected."""
+        protected, uniform = self.span.protected[list(self.rows)], self.span.uniform
+        scores = self.scores() if uniform is None else self.scores() / uniform[list(self.rows)].unsqueeze(1)
+        return scores.masked_fill(protected.unsqueeze(1), torch.inf)
 
     def pairs(self, *, only_positions: bool = False) -> PackedPairs:
         """Returns the evicted pairs on the CPU, or their positions alone; they must not be written into."""

@@ -13,9 +13,11 @@ from kvzip_press.cache.codecs.by_name import name_of, storage_named
 from kvzip_press.cache.codecs.held import NewPairs
 from kvzip_press.cache.codecs.k8v4 import K8V4Rows
 from kvzip_press.cache.codecs.tiers import K4V2Rows
+from kvzip_press.cache.cold.span import ColdPart
 from kvzip_press.cache.file.checks import check_storage
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.errors import CacheFileError, InvalidArgumentError
+from kvzip_press.prefilling.eviction import Span
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,10 +54,11 @@ def test_a_share_of_the_kept_pairs_of_a_row_is_high(name, share) -> None:
 
 @pytest.mark.parametrize(("name", "factor"), [("tiers:1/n", 1), ("tiers:12.5/n", 12.5)])
 def test_a_threshold_is_one_of_uniform_attention(name, factor) -> None:
-    """High is what has at least so many times the weight that each of the tokens seen would have."""
+    """High is what has at least so many times the weight that uniform attention would give, the unit of importance."""
     new = new_pairs()
+    new = replace(new, importance=new.importance * TOKENS)
     high = storage_named(name)(DIM, DIM, torch.float64).high(new)
-    assert torch.equal(high, new.keep & (new.importance >= factor / TOKENS))
+    assert torch.equal(high, new.keep & (new.importance >= factor))
     assert 0 < int(high.sum()) < int(new.keep.sum())
 
 
@@ -101,6 +104,21 @@ def test_a_press_says_what_is_important() -> None:
     )
     assert all(len(x.packed.columns["is_high"].unique()) == 2 for _, x in chunks.ragged_layers())
     assert cache.compression > done.evict(scores, storage="k8v4").compression
+
+
+def test_only_tiers_ask_how_important_pairs_are(monkeypatch) -> None:
+    """Others have nothing made of the scores for them: neither in an eviction nor when evicted pairs come back."""
+    done = prefill(tiny_model(num_layers=1), TOKENIZER, TEXT)
+    scores = RandomPress(0.7).score(done)
+    cold = [done.evict(scores, storage=name, cold="cpu") for name in ("int8", "tiers")]
+    monkeypatch.setattr(Span, "protected_first", lambda *_: 1 / 0)
+    monkeypatch.setattr(ColdPart, "importance", lambda _: 1 / 0)
+    assert done.evict(scores, storage="int8").storage == "int8"
+    cold[0].restore(0.3)
+    with pytest.raises(ZeroDivisionError):
+        done.evict(scores, storage="tiers")
+    with pytest.raises(ZeroDivisionError):
+        cold[1].restore(0.3)
 
 
 def test_pairs_stay_in_their_tier(tmp_path) -> None:
