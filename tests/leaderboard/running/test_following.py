@@ -16,6 +16,7 @@ from kvzip_press.model.structure import text_config
 from kvzip_press.registry import get_press
 from kvzip_press.testing import tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = (3 + torch.randperm(250, generator=torch.Generator().manual_seed(0))[:40]).tolist()
 
 
