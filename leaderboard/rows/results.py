@@ -17,6 +17,10 @@ _BOUNDS = {  # seconds, tokens and bytes that nobody measures; sums of such valu
 }
 
 
+KL = "kl_nats"
+"""The tag of rows that compare a cache with the full one: the mean KL divergence from its probabilities, in nats."""
+
+
 class RowKey(NamedTuple):
     """The fields that tell the rows of one run apart."""
 
@@ -106,6 +110,11 @@ class Row(SealedLine):
     def key(self) -> RowKey:
         """Identifies the row within its run."""
         return RowKey(*(getattr(self, name) for name in RowKey._fields))
+
+    @property
+    def follows_full_cache(self) -> bool:
+        """Whether the score says how closely the full cache was followed, and not how good an answer is."""
+        return KL in self.tags
 
     def check(self) -> None:
         """Raises InvalidArgumentError for fractions outside 0..1, and for negative or absurd times and sizes."""

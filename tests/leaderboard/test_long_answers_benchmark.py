@@ -15,7 +15,6 @@ from kvzip_press.leaderboard.benchmarks.periods import Period
 from kvzip_press.registry import get_press
 from kvzip_press.testing import tiny_model
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
