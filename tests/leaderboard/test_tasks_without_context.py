@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvzip_press.errors import DataNotFoundError, InvalidArgumentError, MissingDependencyError
+from kvzip_press.leaderboard.benchmarks.last_copy import parts_of_copies
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, plan
 from kvzip_press.leaderboard.samples.task import Sample, Task
 from kvzip_press.leaderboard.tasks import WITHOUT_CONTEXT, get_task
@@ -140,3 +142,9 @@ def test_agreement_is_measured_where_there_is_no_context() -> None:
         plan(run_of(get_task("hidden_facts"), "agreement"), ByteTokenizer())
     with pytest.raises(InvalidArgumentError, match="expected a measure out of agreement, answer, got 'agreemnt'"):
         run_of(task, "agreemnt")
+
+
+def test_the_parts_of_copies_are_counted_by_position() -> None:
+    """Three copies of four tokens behind two: positions 0 and 1 are in none, and neither is 14."""
+    positions = torch.tensor([0, 1, 2, 5, 6, 7, 10, 11, 12, 14], dtype=torch.int32)
+    assert parts_of_copies(positions, 2, 4, 3) == pytest.approx((0.2, 0.2, 0.3))
