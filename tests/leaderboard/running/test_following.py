@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from kvzip_press import compat
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.compat import DynamicCache
 from kvzip_press.leaderboard.running.agreement import Agreement
+from kvzip_press.leaderboard.running.decode_phase import generate_evicting
 from kvzip_press.leaderboard.running.following import FullAnswer, follow, full_answer
 from kvzip_press.model.structure import text_config
 from kvzip_press.registry import get_press
@@ -22,7 +24,9 @@ PROMPT = (3 + torch.randperm(250, generator=torch.Generator().manual_seed(0))[:4
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return tiny_model(num_layers=1, vocab_size=256)
+    made = tiny_model(num_layers=1, vocab_size=256)
+    made.generation_config.eos_token_id = None
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +74,11 @@ def test_the_full_answer_is_what_the_model_writes_and_no_token_ends_it(model: An
     with torch.no_grad():
         whole = model(torch.cat([ids, full.tokens[:, :-1]], dim=1)).logits[0, 39:]
     torch.testing.assert_close(full.logits, whole, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_written_holds_as_much_as_what_is_followed(model: Any, full: FullAnswer) -> None:
+    """At most, to the byte: sizes do not depend on the tokens. Behind the last eviction the cache is smaller."""
+    press = get_press("rkv", budget=24, buffer=9)
+    ids, cache, most_bytes = generate_evicting(model, SimpleNamespace(eos_token_id=None), press, PROMPT, 44)
+    assert len(ids) == 44
+    assert most_bytes == follow(model, press, full).most_bytes >= cache.resident_bytes
