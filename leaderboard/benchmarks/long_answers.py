@@ -135,6 +135,7 @@ def _written(
     """Times a full cache at several lengths, with the most rows up to ``rows`` that the longest leaves room for."""
     tried, ms = [], {}
     while True:
+        empty(model.device)
         try:
             ms[filled[-1]] = timed(model, rows, filled[-1], steps)
             break
@@ -143,11 +144,10 @@ def _written(
             if not shrinks or rows == 1:
                 raise
             rows = max(int(rows * SHRINK), 1)
-        finally:
-            empty(model.device)
     for length in filled[:-1]:
-        ms[length] = timed(model, rows, length, steps)
         empty(model.device)
+        ms[length] = timed(model, rows, length, steps)
+    empty(model.device)
     ms = dict(sorted(ms.items()))
     seconds = sum((after - before) * (ms[before] + ms[after]) / 2e3 for before, after in pairwise(filled))
     return Result(rows, ms, seconds, filled[-1] - filled[0], _about(tried))
@@ -197,6 +197,7 @@ def _most_that_run(model: Any, run: Callable[[int], Period], tried: list[int]) -
     rows = TRIED[1] + int(MARGIN * (_free_bytes(model.device) - large) / a_row)
     best: tuple[int, Period] | None = None
     while True:
+        empty(model.device)  # an error holds what it ran out with, until it is dealt with
         try:
             best = rows, run(rows)
         except torch.OutOfMemoryError:

@@ -63,7 +63,7 @@ def test_the_most_rows_are_found_from_below_and_from_above(
         return Period(1.0, 2.0, rows * 10)
 
     tried: list[int] = []
-    rows, _ = long_answers._most_that_run(SimpleNamespace(device="cpu"), run, tried)
+    rows, _ = long_answers._most_that_run(SimpleNamespace(device=torch.device("cpu")), run, tried)
     assert rows == expected and min(tried) > rows
 
 
