@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.analysis.checks import check_row
-from kvzip_press.leaderboard.rows.results import Row
+from kvzip_press.leaderboard.rows.results import KL, Row
 
 T = TypeVar("T")
 
@@ -39,6 +39,8 @@ class Cell:
         compress_seconds: Scoring and evicting.
         answer_seconds: Reading a question and writing its answer.
         ms_per_token: All answer seconds over all answer tokens, in milliseconds.
+        kl: Mean KL divergence from the full cache's probabilities, in nats, of rows that follow it, whose accuracy is
+            the share of next tokens that are the same; None of other rows.
     """
 
     run_id: str
@@ -58,10 +60,13 @@ class Cell:
     compress_seconds: float | None
     answer_seconds: float | None
     ms_per_token: float | None
+    kl: float | None = None
 
 
 def split_tables(rows: Iterable[Row]) -> list[list[Row]]:
     """Splits rows into tables: one per run and model, with query-aware and query-agnostic rows apart.
+
+    Rows that follow the full cache have a table of their own.
 
     Raises:
         InvalidArgumentError: A row has a value that no table can be made of, see `check_row`.
@@ -86,7 +91,10 @@ def one_table(rows: Iterable[Row]) -> list[Row]:
     if len(runs := {row.run_id for row in rows}) > 1:
         raise InvalidArgumentError(f"expected rows of one run, got {len(runs)}: {', '.join(sorted(runs))}")
     if len(tables := {_table_of(row) for row in rows}) > 1:
-        raise InvalidArgumentError(f"expected rows of one model, all query-aware or none, got {sorted(tables)}")
+        raise InvalidArgumentError(
+            "expected rows of one model, all query-aware or none, and all or none following the full cache, got "
+            f"{sorted(tables)}"
+        )
     seen: set[Hashable] = set()
     for row in rows:
         if (key := (row.press, row.compression_ratio, *context_key(row), row.question_id)) in seen:
@@ -172,8 +180,8 @@ def mean_of_known(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _table_of(row: Row) -> tuple[str, str, bool]:
-    return row.run_id, row.model, row.query_aware
+def _table_of(row: Row) -> tuple[str, str, bool, bool]:
+    return row.run_id, row.model, row.query_aware, row.follows_full_cache
 
 
 def _cell(rows: Sequence[Row], task: str | None) -> Cell:
@@ -201,7 +209,17 @@ def _cell(rows: Sequence[Row], task: str | None) -> Cell:
         compress_seconds=mean_of_known(_sum(row.score_seconds, row.evict_seconds) for row in heads),
         answer_seconds=mean_of_known(row.answer_seconds for row in rows),
         ms_per_token=ms_per_token(rows),
+        kl=_kl(tasks),
     )
+
+
+def _kl(tasks: Sequence[Sequence[Sequence[Row]]]) -> float | None:
+    if not tasks[0][0][0].follows_full_cache:
+        return None
+    found, _ = stratified_mean(
+        [[statistics.fmean(float(row.tags[KL]) for row in context) for context in contexts] for contexts in tasks]
+    )
+    return found
 
 
 def _compression(rows: Sequence[Row]) -> float | None:

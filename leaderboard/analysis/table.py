@@ -1,6 +1,7 @@
 """The table on the terminal: one row per press and removed fraction."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table
@@ -13,6 +14,14 @@ _CAPTION = (
     "Means over contexts. Prefill is one forward that all presses share, those that watch it included; compress is "
     "scoring and evicting; answer is one question read and answered. Times smaller: than an uncompressed cache."
 )
+_WRITTEN = (
+    "Means over samples without a context. Cache is the most that it held while the answer was written, room for the "
+    "next tokens included; ms is of a token, prompt and evictions included."
+)
+_FOLLOWED = (
+    "Means over samples along what the full cache wrote. Same: next tokens whose most likely one is the full cache's; "
+    "KL is from its probabilities. Cache is the most that it held, room for the next tokens included."
+)
 
 
 def results_table(cells: Sequence[Cell], title: str = "", marks: Mapping[CellKey, str] | None = None) -> Table:
@@ -23,8 +32,8 @@ def results_table(cells: Sequence[Cell], title: str = "", marks: Mapping[CellKey
         title: Shown above the table.
         marks: Shown behind a cell's accuracy, by press and ratio, such as "†".
     """
-    marks = marks or {}
-    caption = f"{_CAPTION} {MARKS_CAPTION}" if any(marks.values()) else _CAPTION
+    marks, form = marks or {}, _form_of(cells)
+    caption = f"{form.caption} {MARKS_CAPTION}" if any(marks.values()) else form.caption
     table = Table(
         title=plain(title, "table.title") if title else None,
         caption=caption if cells else "no rows",
@@ -33,8 +42,7 @@ def results_table(cells: Sequence[Cell], title: str = "", marks: Mapping[CellKey
         padding=0,  # the box has a space between columns; with more, figures are cut off at 80 columns
     )
     table.add_column("press", min_width=10, overflow="fold")
-    names = ["removed", "accuracy", "kept", "cache\nMB", "times\nsmaller", "prefill\ns", "compress\ns", "answer\ns"]
-    for name in names:
+    for name in ("removed", form.score, "kept", "cache\nMB", "times\nsmaller", *form.columns):
         table.add_column(name, justify="right", no_wrap=True)
     above = None
     for cell in cells:
@@ -43,9 +51,32 @@ def results_table(cells: Sequence[Cell], title: str = "", marks: Mapping[CellKey
         table.add_row(
             "" if above == cell.press else plain(cell.press),
             *_figures(cell, marks.get((cell.press, cell.compression_ratio), "")),
+            *(_figure(get(cell), decimals) for get, decimals in form.columns.values()),
         )
         above = cell.press
     return table
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a table shows besides sizes: the name of the score, the last columns with their decimals, the caption."""
+
+    score: str
+    columns: dict[str, tuple[Callable[[Cell], float | None], int]]
+    caption: str
+
+
+def _form_of(cells: Sequence[Cell]) -> _Form:
+    if any(cell.kl is not None for cell in cells):
+        return _Form("same", {"KL\nnats": (lambda cell: cell.kl, 3)}, _FOLLOWED)
+    if cells and all(cell.prefill_seconds == 0 for cell in cells):
+        return _Form("accuracy", {"ms a\ntoken": (lambda cell: cell.ms_per_token, 1)}, _WRITTEN)
+    seconds: dict[str, tuple[Callable[[Cell], float | None], int]] = {
+        "prefill\ns": (lambda cell: cell.prefill_seconds, 2),
+        "compress\ns": (lambda cell: cell.compress_seconds, 2),
+        "answer\ns": (lambda cell: cell.answer_seconds, 2),
+    }
+    return _Form("accuracy", seconds, _CAPTION)
 
 
 def _figures(cell: Cell, marks: str) -> tuple[str, ...]:
@@ -57,7 +88,6 @@ def _figures(cell: Cell, marks: str) -> tuple[str, ...]:
         _figure(cell.kept_fraction),
         _figure(megabytes, 1),
         _figure(cell.compression, 1),
-        *(_figure(seconds) for seconds in (cell.prefill_seconds, cell.compress_seconds, cell.answer_seconds)),
     )
 
 

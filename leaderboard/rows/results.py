@@ -17,6 +17,10 @@ _BOUNDS = {  # seconds, tokens and bytes that nobody measures; sums of such valu
 }
 
 
+KL = "kl_nats"
+"""The tag of rows that compare a cache with the full one: the mean KL divergence from its probabilities, in nats."""
+
+
 class RowKey(NamedTuple):
     """The fields that tell the rows of one run apart."""
 
@@ -32,7 +36,10 @@ class RowKey(NamedTuple):
 class Row(SealedLine):
     """One answer, with everything needed to judge it. Times are wall seconds, sizes bytes of keys and values.
 
-    Sizes, times and token counts are None in rows that were read from another program's results, which have none.
+    Sizes, times and token counts are None in rows that were read from another program's results, which have none. In
+    rows that compare a cache with the full one (``measure: agreement`` of a task), the prediction is each next token
+    that the cache held for most likely along what the full cache wrote, which is the reference, and the score is the
+    share of those that are the same.
 
     Attributes:
         run_id: Identifies the configuration that made it, see `run_id`.
@@ -50,12 +57,14 @@ class Row(SealedLine):
         query_aware: Whether the question was known when the context was compressed; tables never mix the two.
         n_context_tokens: Tokens of the context, chat template included.
         n_answer_tokens: Tokens that were generated.
-        resident_bytes: What the compressed cache holds.
+        resident_bytes: What the compressed cache holds; of a sample without a context, the most that it held between
+            two tokens of the answer, queries and room for tokens included.
         dense_bytes: What the uncompressed cache holds.
         prefill_seconds: The one forward pass over the context, shared by all presses, including those that observe it.
         score_seconds: Scoring, shared by all ratios of a press.
         evict_seconds: Making the compressed cache from the scores.
-        answer_seconds: Reading the question and writing the answer; its share if several were asked at once.
+        answer_seconds: Reading the question and writing the answer; its share if several were asked at once. None where
+            the full cache's answer was read instead.
         tags: What the task records about this question besides the metric, such as its depth in the context.
         provenance: Versions, device, dtype and the like.
         task_version: The version of the task that asked; 1 in rows that older versions of this package wrote, None if
@@ -101,6 +110,11 @@ class Row(SealedLine):
     def key(self) -> RowKey:
         """Identifies the row within its run."""
         return RowKey(*(getattr(self, name) for name in RowKey._fields))
+
+    @property
+    def follows_full_cache(self) -> bool:
+        """Whether the score says how closely the full cache was followed, and not how good an answer is."""
+        return KL in self.tags
 
     def check(self) -> None:
         """Raises InvalidArgumentError for fractions outside 0..1, and for negative or absurd times and sizes."""

@@ -13,7 +13,7 @@ from kvzip_press.budget.amount import check_compression_ratio
 from kvzip_press.cache.codecs.by_name import storage_named
 from kvzip_press.cache.codecs.model_dtype import ModelDtype
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, did_you_mean
-from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec
+from kvzip_press.leaderboard.running.plan import ANSWER, PressSpec, Run, TaskSpec
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.leaderboard.yaml_files import read_yaml
 
@@ -86,21 +86,47 @@ def _grid(name: str, values: Any) -> Grid:
 def _task(node: "_Node") -> TaskSpec:
     name, options = node.take("task", str), node.options("name")
     task: Any = node.checked("options" if options else "task", lambda: get_task(name, **options))
-    spec = TaskSpec(
-        replace(task, name=node.take("name", str, task.name)),
-        n_contexts=node.take("contexts", int),
-        length_tokens=node.take("tokens", int, 0),
+    measure = node.take("measure", str, ANSWER)
+    named = task.name if measure == ANSWER else f"{task.name}, {measure}"  # a task may be there with both
+    spec: TaskSpec = node.checked(
+        "measure",
+        lambda: TaskSpec(
+            replace(task, name=node.take("name", str, named)),
+            n_contexts=node.take("contexts", int),
+            length_tokens=node.take("tokens", int, 0),
+            measure=measure,
+        ),
     )
     node.finish()
     return spec
 
 
 def _presses(node: "_Node") -> list[PressSpec]:
-    """Returns a press, or one for each of its ``storages``."""
-    storages, spec = node.take("storages", list, []), _press(node)
-    if "storages" not in node.values:
-        return [spec]
-    found: list[PressSpec] = node.checked("storages", lambda: _stored(spec, storages))
+    """Returns a press, or one for each of its ``storages`` and ``budgets``."""
+    storages, budgets, spec = node.take("storages", list, []), node.take("budgets", list, []), _press(node)
+    specs = [spec]
+    if "storages" in node.values:
+        specs = node.checked("storages", lambda: _stored(spec, storages))
+    if "budgets" in node.values:
+        specs = node.checked("budgets", lambda: [one for given in specs for one in _budgeted(given, budgets)])
+    return specs
+
+
+def _budgeted(spec: PressSpec, budgets: Sequence[Any]) -> list[PressSpec]:
+    """Returns a press with each budget of tokens, which is part of its label, at no ratio."""
+    if not budgets or not all(isinstance(one, int) and not isinstance(one, bool) for one in budgets):
+        raise InvalidArgumentError(f"expected numbers of tokens, at least one, got {budgets!r:.80}")
+    found = [
+        replace(
+            spec,
+            label=f"{spec.label}, {one} tokens",
+            options={**spec.options, "budget": one},
+            compression_ratios=(0.0,),
+        )
+        for one in budgets
+    ]
+    for one in found:
+        _make(one)
     return found
 
 
@@ -127,17 +153,20 @@ def _press(node: "_Node") -> PressSpec:
         compression_ratios=_ratios(node) if "compression_ratios" in node.values else None,
     )
 
-    def make() -> None:
-        try:
-            get_press(name, **options)
-        except MissingDependencyError:  # the run reports this, or leaves the press out
-            pass
-        except TypeError as error:
-            raise InvalidArgumentError(str(error)) from error
-
-    node.checked("options" if options else "press", make)
+    if "budgets" not in node.values:  # each is made with its budget, without which it may not be one
+        node.checked("options" if options else "press", lambda: _make(spec))
     node.finish()
     return spec
+
+
+def _make(spec: PressSpec) -> None:
+    """Makes a press, so that what is wrong with its options is said now."""
+    try:
+        get_press(spec.name, **spec.options)
+    except MissingDependencyError:  # the run reports this, or leaves the press out
+        pass
+    except TypeError as error:
+        raise InvalidArgumentError(str(error)) from error
 
 
 def _ratios(node: "_Node") -> tuple[float, ...]:

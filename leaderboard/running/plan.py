@@ -8,11 +8,15 @@ from typing import Any, TypeVar
 
 from kvzip_press.budget.amount import check_compression_ratio
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.options import check_name
 from kvzip_press.leaderboard.rows.results import run_id
 from kvzip_press.leaderboard.samples.task import Sample, Task, version_of
 from kvzip_press.version import __version__
 
 T = TypeVar("T")
+
+ANSWER, AGREEMENT = "answer", "agreement"
+"""What is measured of a task: its own metric of the answer, or how closely each cache follows the full one."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,29 @@ class PressSpec:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task of a run, with the number of contexts and their length in tokens."""
+    """A task of a run.
+
+    Attributes:
+        task: The task.
+        n_contexts: Number of contexts.
+        length_tokens: Their length in tokens.
+        measure: "answer" scores answers by the task's metric. "agreement", for samples without a context, lets the full
+            cache write ``max_new_tokens`` tokens and each press read them: the score is the share of next tokens whose
+            most likely one is the same, and the rows' tags have ``kl_nats``, the mean KL divergence from the full
+            cache's probabilities, and ``until_first``, the tokens until the first other. So small models, which solve
+            nothing, compare presses too.
+
+    Raises:
+        InvalidArgumentError: No such measure.
+    """
 
     task: Task
     n_contexts: int
     length_tokens: int
+    measure: str = ANSWER
+
+    def __post_init__(self) -> None:
+        check_name("a measure", self.measure, (AGREEMENT, ANSWER))
 
 
 @dataclass(frozen=True)
@@ -85,10 +107,11 @@ class Run:
         """Returns all attributes and this package's version, as plain JSON values."""
         tasks = [
             {
-                **asdict(spec),
+                **{key: value for key, value in asdict(spec).items() if key != "measure"},
                 "kind": type(spec.task).__name__,
                 "data_revision": spec.task.data_revision,
                 **({"version": version} if (version := version_of(spec.task)) != 1 else {}),  # runs of before had none
+                **({"measure": spec.measure} if spec.measure != ANSWER else {}),  # the same
             }
             for spec in self.tasks
         ]
@@ -108,10 +131,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Work:
-    """One context of a run."""
+    """One context of a run, and what is measured of it; see `TaskSpec`."""
 
     task: Task
     sample: Sample
+    measure: str = ANSWER
 
 
 def plan(run: Run, tokenizer: Any) -> list[Work]:
@@ -120,7 +144,8 @@ def plan(run: Run, tokenizer: Any) -> list[Work]:
     The tasks are mixed evenly, so that a run that is stopped has done about the same part of each.
 
     Raises:
-        InvalidArgumentError: A task without samples, a sample without questions, or two with the same name.
+        InvalidArgumentError: A task without samples, a sample without questions, two with the same name, or a sample
+            with a context whose agreement is to be measured.
     """
 
     def count_tokens(text: str) -> int:
@@ -133,8 +158,11 @@ def plan(run: Run, tokenizer: Any) -> list[Work]:
                 seed=run.seed, n=spec.n_contexts, length_tokens=spec.length_tokens, count_tokens=count_tokens
             )
         )
-        _check_samples(spec.task, samples)
-        placed += [((index + 0.5) / len(samples), Work(spec.task, sample)) for index, sample in enumerate(samples)]
+        _check_samples(spec, samples)
+        placed += [
+            ((index + 0.5) / len(samples), Work(spec.task, sample, spec.measure))
+            for index, sample in enumerate(samples)
+        ]
     _check_unique("samples of different names (give a task that is there twice a `name` of its own)", _names(placed))
     return [work for _, work in sorted(placed, key=lambda item: item[0])]
 
@@ -160,10 +188,16 @@ def _names(placed: Iterable[tuple[float, Work]]) -> Iterable[str]:
     return (f"{work.task.name}/{work.sample.sample_id}" for _, work in placed)
 
 
-def _check_samples(task: Task, samples: Sequence[Sample]) -> None:
+def _check_samples(spec: TaskSpec, samples: Sequence[Sample]) -> None:
+    task = spec.task
     if not samples:
         raise InvalidArgumentError(f"expected samples of the task {task.name!r}, got none: is its data set empty?")
     for sample in samples:
+        if spec.measure == AGREEMENT and sample.context:
+            raise InvalidArgumentError(
+                f"expected measure: {AGREEMENT} of tasks without a context, such as repeated_paragraph, got "
+                f"{task.name}/{sample.sample_id}"
+            )
         if not sample.questions:
             raise InvalidArgumentError(f"expected questions in {task.name}/{sample.sample_id}, got none")
         where = f"questions of different names in {task.name}/{sample.sample_id}"

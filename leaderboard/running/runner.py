@@ -15,8 +15,8 @@ from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.answering import ASKED_AT_ONCE, answer_ids, decoded
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row, RowKey
-from kvzip_press.leaderboard.running.contexts import Context, batches, contexts_of, prompt_ids
-from kvzip_press.leaderboard.running.decode_phase import check_decodes, generate_evicting, measure_grown
+from kvzip_press.leaderboard.running.contexts import Context, batches, contexts_of
+from kvzip_press.leaderboard.running.decode_phase import Writing, Written, check_decodes
 from kvzip_press.leaderboard.running.measured import Measured, check_kept, measure
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, Work
 from kvzip_press.leaderboard.running.provenance import provenance
@@ -240,22 +240,24 @@ class _Loop:
 
     def _written(self, context: Context, wanted: Sequence[tuple[PressSpec, float]]) -> Iterator[Row]:
         """Asks the questions of a sample without a context."""
+        writing = Writing(self.model, self.tokenizer, context)
         for spec, ratio in wanted:
             press = self.presses[spec.label, ratio]
             check_decodes(spec.label, press, keeps_all=ratio == 0 and isinstance(press.amount, Ratio))
             for asked in self._missing([context], spec, ratio):
-                question = context.questions[asked.number]
-                prompt = prompt_ids(self.tokenizer, question)
-                (ids, cache), seconds = self._timed(
-                    generate_evicting, self.model, self.tokenizer, press, prompt, question.max_new_tokens
-                )
-                measured = measure_grown(spec.label, press, cache)
-                cell = _Cell(spec, ratio, cache, [measured], 0.0, 0.0, 0.0)
-                row = self._row(context, asked.number, cell, measured, ids, seconds)
-                yield replace(row, n_context_tokens=len(prompt))
+                found = writing.under(spec.label, press, asked.number)
+                cell = _Cell(spec, ratio, found.cache, [found.measured], 0.0, 0.0, 0.0)
+                row = self._row(context, asked.number, cell, found.measured, found.ids, found.seconds)
+                row = replace(row, n_context_tokens=found.n_prompt, tags={**row.tags, **found.tags})
+                yield row if found.score is None else self._agreeing(row, found)
+
+    def _agreeing(self, row: Row, found: Written) -> Row:
+        """Returns a row whose answer is compared with the full cache's."""
+        assert found.score is not None and found.references is not None
+        return replace(row, score=found.score, references=(decoded(self.tokenizer, found.references),))
 
     def _row(
-        self, context: Context, number: int, cell: _Cell, measured: Measured, ids: Sequence[int], seconds: float
+        self, context: Context, number: int, cell: _Cell, measured: Measured, ids: Sequence[int], seconds: float | None
     ) -> Row:
         question, work = context.questions[number], context.work
         prediction = decoded(self.tokenizer, ids)

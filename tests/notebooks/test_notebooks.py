@@ -12,7 +12,7 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat")
 
-NAMES = ("01_quickstart", "02_compare_presses", "03_memory_and_speed", "04_write_your_own_press")
+NAMES = ("01_quickstart", "02_compare_presses", "03_memory_and_speed", "04_write_your_own_press", "05_long_answers")
 MAX_PAGE_BYTES = 1_000_000
 
 

@@ -178,3 +178,22 @@ def test_rows_of_two_versions_of_a_task_make_no_table(make_row: Callable[..., Ro
     for version, said in ((2, "1 and 2"), (None, "1 and unknown")):
         with pytest.raises(InvalidArgumentError, match=rf"one version of the task 'hidden_facts', got {said}"):
             summarise([*rows, make_row(question_id="third", task_version=version)])
+
+
+def test_rows_that_follow_the_full_cache_are_a_table_of_their_own(make_row: MakeRow) -> None:
+    """With the divergence, the mean over tasks; rows that were written without a context show milliseconds."""
+    written = [make_row(task="a", prefill_seconds=0.0, answer_seconds=0.5, n_answer_tokens=10)]
+    following = [
+        make_row(task=task, sample_id=str(i), answer_seconds=None, prefill_seconds=0.0, score=0.5, tags={"kl_nats": kl})
+        for task, i, kl in (("b", 0, 0.1), ("b", 1, 0.3), ("c", 0, 0.6))
+    ]
+    assert split_tables([*following, *written]) == [following, written]
+    with pytest.raises(InvalidArgumentError, match="all or none following the full cache"):
+        summarise([*following, *written])
+    (cell,) = summarise(following)
+    assert (cell.kl, cell.accuracy, cell.ms_per_token) == (pytest.approx(0.4), 0.5, None)
+    assert summarise(written)[0].kl is None
+    shown, of_written = drawn([cell]), drawn(summarise(written))
+    assert "KL" in shown and "0.400" in shown and "same" in shown and "prefill" not in shown.split("Means")[0]
+    assert "ms a" in of_written and "50.0" in of_written and "prefill" not in of_written.split("Means")[0]
+    assert "ms a" not in drawn(summarise([make_row()]))

@@ -70,6 +70,36 @@ def test_storages_of_a_press_are_presses_of_their_own(tmp_path: Path) -> None:
         load_grid(grid_file(tmp_path, presses=[{**press, "options": {"storage": "int8"}}]))
 
 
+def test_budgets_of_a_press_are_presses_of_their_own(tmp_path: Path) -> None:
+    """At no ratio, and with each storage; a press that needs a budget is not asked for one besides."""
+    press = {"press": "rkv", "label": "R-KV", "budgets": [64, 128], "options": {"buffer": 16}}
+    found = load_grid(grid_file(tmp_path, presses=[GRID["presses"][0], press])).run.presses[1:]
+    assert [(spec.label, spec.options, spec.compression_ratios) for spec in found] == [
+        ("R-KV, 64 tokens", {"buffer": 16, "budget": 64}, (0.0,)),
+        ("R-KV, 128 tokens", {"buffer": 16, "budget": 128}, (0.0,)),
+    ]
+    both = load_grid(grid_file(tmp_path, presses=[{**press, "storages": ["model", "int8"]}])).run.presses
+    assert [spec.label for spec in both][2:] == ["R-KV, int8, 64 tokens", "R-KV, int8, 128 tokens"]
+    for budgets, message in (
+        ([], r"presses\[0\]\.budgets: expected numbers of tokens, at least one, got \[\]"),
+        (["64"], r"presses\[0\]\.budgets: expected numbers of tokens"),
+        ([8], r"presses\[0\]\.budgets: expected a buffer of 1 or more tokens and a budget of more than"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            load_grid(grid_file(tmp_path, presses=[{**press, "budgets": budgets}]))
+
+
+def test_a_task_may_be_asked_and_followed_in_one_grid(tmp_path: Path) -> None:
+    task = {"task": "repeated_paragraph", "contexts": 2, "tokens": 300}
+    specs = load_grid(grid_file(tmp_path, tasks=[task, {**task, "measure": "agreement"}])).run.tasks
+    assert [(spec.task.name, spec.measure) for spec in specs] == [
+        ("repeated_paragraph", "answer"),
+        ("repeated_paragraph, agreement", "agreement"),
+    ]
+    with pytest.raises(InvalidArgumentError, match=r"tasks\[0\]\.measure: expected a measure out of agreement, answer"):
+        load_grid(grid_file(tmp_path, tasks=[{**task, "measure": "kl"}]))
+
+
 @pytest.mark.parametrize("name", grid_names())
 def test_every_grid_of_the_package_loads_and_has_its_baselines(name: str) -> None:
     grid = load_grid(name)

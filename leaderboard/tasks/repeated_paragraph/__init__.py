@@ -1,0 +1,1 @@
+"""Say a paragraph once more that was said many times."""
