@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         SnapKVDecodePress,
         StreamingLLMDecodePress,
         TOVADecodePress,
+        TriAttentionPress,
         TrimKVPress,
     )
     from kvzip_press.presses.duo_attention import DuoAttentionPress
@@ -58,6 +59,7 @@ _EXPORTS = {
             "SnapKVDecodePress",
             "StreamingLLMDecodePress",
             "TOVADecodePress",
+            "TriAttentionPress",
             "TrimKVPress",
         ),
         "kvzip_press.presses.decoding",
@@ -118,6 +120,7 @@ __all__ = [
     "SnapKVDecodePress",
     "StreamingLLMDecodePress",
     "TOVADecodePress",
+    "TriAttentionPress",
     "TrimKVPress",
     "answer",
     "answer_restoring",

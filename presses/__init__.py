@@ -157,6 +157,13 @@ PRESSES = (
         "2401.06104",
     ),
     _while_decoding(
+        "triattention",
+        "triattention.tri_press:TriAttentionPress",
+        "while the model writes: what the model's mean queries look at",
+        "2604.04921",
+        "means of the model's queries (`kvzip-press queries calibrate`)",
+    ),
+    _while_decoding(
         "trimkv",
         "trimkv:TrimKVPress",
         "while the model writes: what gates foresee to be worth keeping longest",

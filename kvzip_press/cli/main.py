@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvzip_press.cli import budgets, heads
+from kvzip_press.cli import budgets, heads, queries
 from kvzip_press.cli.inputs import text_of
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 from kvzip_press.loading.command_options import ModelOption
@@ -54,6 +54,7 @@ app = typer.Typer(
 
 app.add_typer(budgets.app, name="budgets")
 app.add_typer(heads.app, name="heads")
+app.add_typer(queries.app, name="queries")
 
 # For commands that hand their arguments on to a group of their own, so that no other command waits for its imports.
 _HANDED_ON: dict[str, Any] = {

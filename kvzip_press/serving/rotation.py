@@ -47,7 +47,7 @@ class Rotation:
             UnsupportedModelError: Its frequencies are not fixed, positions have several axes, its keys are turned in a
                 way that is not known here, or more than its keys depends on where a text stands.
         """
-        frequencies = _fixed_frequencies(model)
+        frequencies = fixed_frequencies(model)
         n = min(_PROBED, max_positions(model) or _PROBED)
         shift = min(_SHIFT, (max_positions(model) or 2 * _SHIFT) - n)
         (keys, logits), (moved, moved_logits) = (_probe(model, n, start) for start in (0, shift))
@@ -81,7 +81,12 @@ def _turned(keys: torch.Tensor, frequencies: torch.Tensor, layout: str, by: int)
     return turned
 
 
-def _fixed_frequencies(model: nn.Module) -> torch.Tensor:
+def fixed_frequencies(model: nn.Module) -> torch.Tensor:
+    """Returns the angle a position, in radians, for each pair of channels that a model turns, fp64 ``[n]``.
+
+    Raises:
+        UnsupportedModelError: They are not fixed, not the same in all layers, or positions have several axes.
+    """
     decoder = text_decoder(model)
     modules = list(rotary_modules(decoder))
     kinds = sorted({str(vars(module)["rope_type"]) for module in modules})

@@ -9,6 +9,7 @@ from kvzip_press.presses.decoding.rkv import RKVPress
 from kvzip_press.presses.decoding.snapkv import SnapKVDecodePress
 from kvzip_press.presses.decoding.streaming_llm import StreamingLLMDecodePress
 from kvzip_press.presses.decoding.tova import TOVADecodePress
+from kvzip_press.presses.decoding.triattention import QueryStatistics, TriAttentionPress, calibrate_queries
 from kvzip_press.presses.decoding.trimkv import TrimKVPress
 from kvzip_press.presses.decoding.trimkv_gates import TrimKVGates
 
@@ -17,12 +18,15 @@ __all__ = [
     "H2OPress",
     "KVCompressPress",
     "KnormDecodePress",
+    "QueryStatistics",
     "RKVPress",
     "RandomDecodePress",
     "SnapKVDecodePress",
     "StreamingLLMDecodePress",
     "TOVADecodePress",
+    "TriAttentionPress",
     "TrimKVGates",
     "TrimKVPress",
     "WholePages",
+    "calibrate_queries",
 ]

@@ -124,7 +124,7 @@ def test_a_model_that_turns_keys_in_another_way_is_refused(monkeypatch: pytest.M
     model = tiny_model("llama")
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.flip(0)
     assert Rotation.of(model).layouts == ("halves",) * 3, "whatever the frequencies are"
-    monkeypatch.setattr(rotation, "_fixed_frequencies", lambda _: torch.linspace(1, 0.1, 8, dtype=torch.float64))
+    monkeypatch.setattr(rotation, "fixed_frequencies", lambda _: torch.linspace(1, 0.1, 8, dtype=torch.float64))
     with pytest.raises(UnsupportedModelError, match="layer 0, whose keys 4096 positions later were turned in none"):
         Rotation.of(model)
 
@@ -147,4 +147,4 @@ def test_a_model_without_one_rotary_embedding_is_refused() -> None:
     model = tiny_model("llama")
     del model.model.rotary_emb.rope_type
     with pytest.raises(UnsupportedModelError, match="expected a model with one rotary embedding"):
-        rotation._fixed_frequencies(model)
+        rotation.fixed_frequencies(model)
