@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache as once
 from typing import Any
 
 import pytest
@@ -18,10 +19,16 @@ from kvzip_press.presses.decoding import (
     H2OPress,
     KnormDecodePress,
     KVCompressPress,
+    QueryStatistics,
+    RandomDecodePress,
     RKVPress,
     SnapKVDecodePress,
     StreamingLLMDecodePress,
     TOVADecodePress,
+    TriAttentionPress,
+    TrimKVGates,
+    TrimKVPress,
+    calibrate_queries,
 )
 from kvzip_press.presses.decoding.kv_compress import WholePages
 from kvzip_press.presses.kvzip import KVzipPress
@@ -37,7 +44,11 @@ PRESSES = (
     (H2OPress, {}),
     (KVCompressPress, {"window_size": 6, "allocation": "global"}),
     (RKVPress, {}),
+    (TriAttentionPress, {}),
+    (TrimKVPress, {}),
+    (RandomDecodePress, {}),
 )
+pytestmark = pytest.mark.usefixtures("one_thread")
 # The allocations that spend a budget and need no argument.
 SPENDING = sorted(name for name, kind in ALLOCATIONS.items() if not kind.is_outcome and kind is not Table)
 every_press = pytest.mark.parametrize("kind_and_options", PRESSES, ids=lambda pair: pair[0].__name__)
@@ -45,7 +56,25 @@ every_press = pytest.mark.parametrize("kind_and_options", PRESSES, ids=lambda pa
 
 def made(kind_and_options: tuple[type[DecodePress], dict[str, Any]], **options: Any) -> DecodePress:
     kind, own = kind_and_options
+    if kind is TriAttentionPress:
+        own = own | {"queries": statistics()}
+    if kind is TrimKVPress:
+        own = own | {"gate": gates()}
     return kind(**{"budget": 24, "buffer": 8} | own | options)
+
+
+@once
+def statistics() -> QueryStatistics:
+    return calibrate_queries(small_model(), TOKENIZER, ["a text whose queries are taken"])
+
+
+@once
+def gates() -> TrimKVGates:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"linear1.weight": (8, 64), "linear1.bias": (8,), "linear2.weight": (2, 8), "bias": (2,)}
+    return TrimKVGates(
+        {i: {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for i in (0, 1)}
+    )
 
 
 def distinct_ids(length: int, batch: int = 1) -> torch.Tensor:

@@ -30,6 +30,8 @@ from kvzip_press.presses.decoding import (
 from kvzip_press.presses.decoding.kv_compress import WholePages
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def distinct_ids(length: int) -> torch.Tensor:
     """No token twice: equal tokens would tie."""

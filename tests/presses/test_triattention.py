@@ -19,6 +19,8 @@ from kvzip_press.testing import ByteTokenizer, tiny_model
 
 TEXTS = ["a first text, of which the model's queries are taken", "and another one that is shorter"]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def distinct_ids(length: int) -> torch.Tensor:
     """No token twice: equal tokens would tie."""

@@ -19,6 +19,7 @@ from kvzip_press.presses.kvzip import KVzipPress
 from kvzip_press.testing import tiny_model
 
 HIDDEN, HEADS, WIDTH = 64, 2, 32
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def state_dict(kind: str, layers: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:
