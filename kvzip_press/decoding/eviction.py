@@ -8,9 +8,9 @@ layers; the state here is that of the running forwards, for one cache at a time.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,18 @@ class Schedule:
     def limit(self) -> int:
         """Tokens' worth of pairs at which a row is cut."""
         return self.budget + self.buffer
+
+    def tokens_left(self, layers: Sequence[RaggedLayer]) -> int:
+        """Returns how many tokens can be read until a row is due."""
+        return self.limit - int(held_tokens(layers).max())
+
+    def due(self, layers: Sequence[RaggedLayer]) -> torch.Tensor:
+        """Returns which rows are cut now, bool ``[batch]``."""
+        return held_tokens(layers) >= self.limit
+
+    def budgets(self, layers: Sequence[RaggedLayer]) -> list[int]:
+        """Returns to how many tokens' worth of pairs each row is cut."""
+        return [self.budget] * layers[0].batch_size
 
     def window(self, n_protected: int) -> int:
         """Returns how many last tokens every head keeps if the first ``n_protected`` stay in any case.
@@ -204,7 +216,7 @@ class DecodeEviction:
         if is_same and self._length == self._n_columns:
             return
         self.scorer.cut_to(layers)
-        self._n_left = max(self.schedule.limit - int(held_tokens(list(layers.values())).max()), 1)
+        self._n_left = max(self.schedule.tokens_left(list(layers.values())), 1)
 
     def _is_followed(self, layers: Layers) -> bool:
         return bool(self._layers) and all(layers.get(i) is layer for i, layer in self._layers.items())
@@ -215,14 +227,17 @@ class DecodeEviction:
             return False
         self.scorer.settle(self._layers)
         layers = list(self._layers.values())
-        due = held_tokens(layers) >= self.schedule.limit
-        worth = self.scorer.worth(self._layers)
+        due, budgets = self.schedule.due(layers), torch.tensor(self.schedule.budgets(layers))
         n_protected = 0 if self.schedule.protect_prompt else max(layers[0].n_protected)
         window_size = self.schedule.window(n_protected)
-        PairPool.of(layers).evict(self._layers, due, policy=self.policy, window_size=window_size, worth=worth)
+        for budget in budgets.unique().tolist():  # one for all rows, but where it depends on their length
+            worth = self.scorer.worth(self._layers)
+            policy = replace(self.policy, amount=Tokens(budget))
+            mine = due & (budgets == budget).to(due.device)
+            PairPool.of(layers).evict(self._layers, mine, policy=policy, window_size=window_size, worth=worth)
         for layer in layers:
             layer.tail.give_back_room(self.schedule.buffer)
-        self._n_columns, self._n_left = 0, self.schedule.limit - int(held_tokens(layers).max())
+        self._n_columns, self._n_left = 0, self.schedule.tokens_left(layers)
         return True
 
 

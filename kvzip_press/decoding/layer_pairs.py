@@ -34,6 +34,8 @@ class LayerPairs:
         scaling: Factor of the logits; None means ``head_dim ** -0.5``.
         softcap: Bound of the logits; None means no bound.
         of_prompt: Whether they are those of a prompt, which is scored once.
+        first_row: Index of the first of these rows in the batch.
+        values: ``[batch, num_key_value_heads, n, v_head_dim]``; None unless they were asked for.
     """
 
     layer_idx: int
@@ -47,6 +49,8 @@ class LayerPairs:
     scaling: float | None = None
     softcap: float | None = None
     of_prompt: bool = False
+    first_row: int = 0
+    values: torch.Tensor | None = None
 
     @property
     def query_positions(self) -> torch.Tensor:
@@ -103,13 +107,16 @@ class LayerPairs:
             yield logits.masked_fill(~sees & ~blind, -torch.inf), sees
 
 
-def pairs_of(layer_idx: int, layer: RaggedLayer, rows: slice) -> tuple[LayerPairs, torch.Tensor]:
+def pairs_of(
+    layer_idx: int, layer: RaggedLayer, rows: slice, *, at_values: bool = False
+) -> tuple[LayerPairs, torch.Tensor]:
     """Returns the pairs of some rows of a ragged layer, packed ones and those of its tail.
 
     Args:
         layer_idx: Its index.
         layer: The layer; none of its rows share pairs.
         rows: The rows.
+        at_values: Whether values are asked for.
 
     Returns:
         The pairs, and the column of each of the tail's tokens among them, int64 ``[batch, num_key_value_heads, t]``;
@@ -127,13 +134,14 @@ def pairs_of(layer_idx: int, layer: RaggedLayer, rows: slice) -> tuple[LayerPair
     rank = torch.arange(n, device=device) - (n - sizes)[..., None]  # of each column among its head's pairs
     in_tail = rank >= n_packed[..., None]
     column = (rank - n_packed[..., None] + padding[:, None, None]).clamp(min=0)
-    own = _Packed.of(packed, rows, rank)
-    keys, positions, scores = own.keys, own.positions, own.scores
+    own = _Packed.of(packed, rows, rank, at_values=at_values)
+    keys, values, positions, scores = own.keys, own.values, own.positions, own.scores
     ends = layer.next_positions[rows]
     if tail.keys is not None and tail.length:
         column = column.clamp(max=tail.length - 1)
-        written = tail.keys[rows].gather(2, column[..., None].expand(-1, -1, -1, tail.keys.shape[3]))
-        keys = torch.where(in_tail[..., None], written, keys)
+        keys = _with_tail(keys, tail.keys[rows], column, in_tail)
+        if values is not None and tail.values is not None:
+            values = _with_tail(values, tail.values[rows], column, in_tail)
         scores = scores.masked_fill(in_tail, 0)
         positions = torch.where(in_tail, (ends - tail.length)[:, None, None] + column, positions)
     window = tail.window
@@ -148,6 +156,8 @@ def pairs_of(layer_idx: int, layer: RaggedLayer, rows: slice) -> tuple[LayerPair
         queries,
         ~queries[:, 0, :, 0].isnan(),
         *layer.logits,
+        first_row=rows.indices(layer.batch_size)[0],
+        values=values,
     )
     back = torch.arange(tail.length, device=device) + (n - tail.length)
     return pairs, back.expand(batch, heads, -1).where(_is_token(padding, tail.length, heads), -1)
@@ -196,6 +206,12 @@ def dense_pairs(
     )
 
 
+def _with_tail(vectors: torch.Tensor, tail: torch.Tensor, column: torch.Tensor, in_tail: torch.Tensor) -> torch.Tensor:
+    """Returns keys or values of packed pairs with those of the tail in their columns."""
+    written = tail.gather(2, column[..., None].expand(-1, -1, -1, tail.shape[3]))
+    return torch.where(in_tail[..., None], written, vectors)
+
+
 def _is_token(padding: torch.Tensor, length: int, heads: int) -> torch.Tensor:
     columns = torch.arange(length, device=padding.device)
     return (columns >= padding[:, None])[:, None].expand(-1, heads, -1)
@@ -206,24 +222,29 @@ class _Packed:
     """The packed pairs of some rows, laid out by column; columns without one hold any pair of the layer, or zeros."""
 
     keys: torch.Tensor
+    values: torch.Tensor | None
     positions: torch.Tensor
     scores: torch.Tensor
 
     @classmethod
-    def of(cls, packed: PackedPairs, rows: slice, rank: torch.Tensor) -> _Packed:
+    def of(cls, packed: PackedPairs, rows: slice, rank: torch.Tensor, *, at_values: bool) -> _Packed:
         storage: Storage = packed.storage
         first, last, _ = rows.indices(packed.num_rows)
         alone = packed.within(slice(first * packed.num_heads, last * packed.num_heads), whole=False)
         if not alone.total:
-            return cls.none(storage, rank)
+            return cls.none(storage, rank, at_values=at_values)
         index = (alone.cu_seqlens[:-1].long().view(-1, packed.num_heads, 1) + rank).clamp(0, alone.total - 1)
-        keys, _ = storage.decode(alone)
+        keys, values = storage.decode(alone)
         positions, scores = alone.columns[POSITIONS], alone.columns.get(SCORES)
         scores = torch.zeros_like(rank, dtype=torch.float32) if scores is None else scores[index]
-        return cls(keys[index], positions[index].long(), scores)
+        return cls(keys[index], values[index] if at_values else None, positions[index].long(), scores)
 
     @classmethod
-    def none(cls, storage: Storage, rank: torch.Tensor) -> _Packed:
+    def none(cls, storage: Storage, rank: torch.Tensor, *, at_values: bool) -> _Packed:
         """Returns columns without any pair."""
-        keys = torch.zeros(*rank.shape, storage.head_dim, dtype=storage.dtype, device=rank.device)
-        return cls(keys, rank.long(), torch.zeros_like(rank, dtype=torch.float32))
+
+        def zeros(width: int) -> torch.Tensor:
+            return torch.zeros(*rank.shape, width, dtype=storage.dtype, device=rank.device)
+
+        values = zeros(storage.v_head_dim) if at_values else None
+        return cls(zeros(storage.head_dim), values, rank.long(), torch.zeros_like(rank, dtype=torch.float32))

@@ -28,10 +28,12 @@ class Look:
             kept. Pairs that stay carry it to the next eviction.
         n_queries: Number of last queries that it looks at. None for all since the last eviction, if it adds what they
             say to what pairs carry.
+        at_values: Whether it looks at values.
     """
 
     worth: Callable[[LayerPairs], torch.Tensor]
     n_queries: int | None = 0
+    at_values: bool = False
 
     @property
     def sees_queries(self) -> bool:
@@ -97,7 +99,7 @@ class PairScorer(DecodeScorer):
     def _of_layer(self, layer_idx: int, layer: RaggedLayer) -> Worth:
         packed, tails = [], []
         for first in range(0, layer.batch_size, ROWS_AT_ONCE):
-            pairs, back = pairs_of(layer_idx, layer, slice(first, first + ROWS_AT_ONCE))
+            pairs, back = pairs_of(layer_idx, layer, slice(first, first + ROWS_AT_ONCE), at_values=self.look.at_values)
             worth = self.look.worth(pairs)
             worth = torch.where(pairs.scores == STAYS, STAYS, worth)
             tails.append(worth.gather(2, back.clamp(min=0)))

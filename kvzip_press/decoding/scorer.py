@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -33,6 +34,9 @@ class DecodeScorer(ABC):
     does not decide when to evict: see :class:`kvzip_press.decoding.eviction.DecodeEviction`, which calls these methods,
     for one cache at a time.
     """
+
+    #: Whether what it does in a decode step can be captured in a CUDA graph.
+    can_be_captured: ClassVar[bool] = True
 
     def adopt(self, layers: Layers, *, stays: bool) -> None:
         """Called when the eviction meets a cache, before anything else is asked about it.

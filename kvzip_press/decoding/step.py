@@ -79,6 +79,8 @@ class DecodeStep:
         if compile and self._eviction is not None:
             raise InvalidArgumentError("expected compile=False with a press that evicts while the model writes")
         self.reason = "graph=False was asked for" if graph is False else _reason_against(model, cache, self._device)
+        if self.reason is None and self._eviction is not None and not self._eviction.scorer.can_be_captured:
+            self.reason = "the press that evicts looks at each step in a way that no graph holds"
         if self.reason is None:
             self._capture(max_new_tokens, compile)
         if graph and self.reason is not None:

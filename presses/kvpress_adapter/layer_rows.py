@@ -57,9 +57,9 @@ class LayerRow:
         call = {**kwargs, "hidden_states": hidden_states}
         rows = []
         for row in range(batch):
-            own = {**_row_of(call, row, batch), "cache_position": torch.arange(n, device=hidden_states.device)}
+            own = {**row_of(call, row, batch), "cache_position": torch.arange(n, device=hidden_states.device)}
             keys, values = (x[row : row + 1] for x in every)
-            rows.append(cls(module, keys, values, own, _row_of(output, row, batch)))
+            rows.append(cls(module, keys, values, own, row_of(output, row, batch)))
         return rows
 
     def score(self, press: Any, rotary_emb: nn.Module | None) -> torch.Tensor:
@@ -68,9 +68,12 @@ class LayerRow:
         Raises:
             InvalidArgumentError: The press returned scores of another shape.
         """
-        hidden_states, attentions = self.kwargs["hidden_states"], self.output[1]
+        return self.score_with(press, rotary_emb, self.kwargs["hidden_states"])
+
+    def score_with(self, press: Any, rotary_emb: nn.Module | None, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns the press's scores, as :meth:`score` does, for other hidden states than those of the call."""
         module = self._prepared(rotary_emb)
-        scores = press.score(module, hidden_states, self.keys, self.values, attentions, self.kwargs)
+        scores = press.score(module, hidden_states, self.keys, self.values, self.output[1], self.kwargs)
         if scores.shape != self.keys.shape[:3]:
             raise InvalidArgumentError(f"expected scores {tuple(self.keys.shape[:3])}, got {tuple(scores.shape)}")
         bound = torch.finfo(torch.float32).max  # some presses protect or doom by infinity, or by float64's largest
@@ -95,14 +98,14 @@ class LayerRow:
         return module
 
 
-def _row_of(value: Any, row: int, batch: int) -> Any:
+def row_of(value: Any, row: int, batch: int) -> Any:
     """Returns one row of everything that has rows, as a batch of one."""
     if batch == 1:
         return value
     if isinstance(value, torch.Tensor):
         return value[row : row + 1] if value.dim() > 1 and value.shape[0] == batch else value
     if isinstance(value, dict):
-        return {key: _row_of(item, row, batch) for key, item in value.items()}
+        return {key: row_of(item, row, batch) for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_row_of(item, row, batch) for item in value)
+        return type(value)(row_of(item, row, batch) for item in value)
     return value

@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from kvzip_press.budget.amount import Amount, Ratio, check_compression_ratio
+from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
 from kvzip_press.cache.codecs.by_name import storage_named
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.prefilling.whole import Prefill, run_prefill
+from kvzip_press.prefilling.whole import Observer, Prefill, run_prefill
 from kvzip_press.press import Press
 from kvzip_press.presses.kvpress_adapter.copies import fresh_copy
 from kvzip_press.presses.kvpress_adapter.importing import kvpress
 from kvzip_press.presses.kvpress_adapter.kvpress_scores import keep_scores, ratio_scores
 from kvzip_press.presses.kvpress_adapter.observing import KvpressObserver
 from kvzip_press.presses.kvpress_adapter.own_context import run_native
-from kvzip_press.presses.kvpress_adapter.refused import REFUSALS, as_ours, check_supported, later_turn, scores_any_span
+from kvzip_press.presses.kvpress_adapter.refused import (
+    REFUSALS,
+    as_ours,
+    check_supported,
+    decoding_press_in,
+    later_turn,
+    prefilling_press_in,
+    scores_any_span,
+)
+from kvzip_press.presses.kvpress_adapter.while_decoding import eviction_of, schedule_of
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from kvzip_press.decoding.eviction import DecodeEviction, Schedule
 
 
 class RaggedPress(Press):
@@ -36,9 +49,13 @@ class RaggedPress(Press):
     forward of its own without padding. Nothing of a run stays on the model or on the press. The pairs that kvpress
     keeps are kept; only among pairs of exactly equal score may kvpress keep any, and the core those at lower positions.
 
+    ``DecodingPress`` and ``CompressionRatioDecodingPress`` evict while the model writes, every ``compression_interval``
+    tokens, down to their target in each head; the prompt is left whole, or compressed by the prefilling press of a
+    ``PrefillDecodingPress``. They count tokens where kvpress counts forwards, and no graph is captured with them.
+
     Args:
-        press: Any kvpress press that evicts pairs once the context was read. It is copied here: later changes to it
-            have no effect, and it is never changed.
+        press: Any kvpress press that evicts pairs. It is copied here: later changes to it have no effect, and it is
+            never changed.
         storage: How kept pairs are stored: see :class:`kvzip_press.press.Press`.
 
     Raises:
@@ -58,6 +75,9 @@ class RaggedPress(Press):
             raise InvalidArgumentError(f"expected a press of kvpress, got {_described(press)}")
         check_supported(press, base)
         self.press = fresh_copy(press)
+        self._decoding, prefilling = decoding_press_in(press), prefilling_press_in(press)
+        self._of_prompt = None if prefilling in (None, press) else RaggedPress(prefilling, storage=storage)
+        self._leaves_prompt = prefilling is None
         self.is_native = not _inherits(press, "__call__", base)
         self.is_scorer = _inherits(press, "compress", scorer) and all(
             _inherits(press, name, base) for name in ("forward_hook", "__call__")
@@ -101,13 +121,26 @@ class RaggedPress(Press):
         return RaggedPress(press, storage=self.storage if storage is None else storage)
 
     @property
+    def schedule(self) -> Schedule | None:
+        """When pairs are evicted while the model writes; None for a press that does that to a prompt only."""
+        return None if self._decoding is None else schedule_of(self._decoding)
+
+    def decode_eviction(self, model: nn.Module) -> DecodeEviction | None:
+        """Returns what evicts while the model writes, as kvpress's DecodingPress says; None for any other press."""
+        if self._decoding is None:
+            return None
+        return eviction_of(decoding_press_in(self.prepared(model)), repr(self), model)
+
+    @property
     def scores_any_span(self) -> bool:
         """Whether the press can score tokens after a context: a later turn, or a chunk of a long context."""
         return scores_any_span(self.press)
 
-    def observer(self, model: nn.Module) -> KvpressObserver:
-        """Returns an observer that runs the press during a prefill."""
-        return KvpressObserver(self, model)
+    def observer(self, model: nn.Module) -> Observer | None:
+        """Returns an observer that runs the press during a prefill; None if it leaves a prompt whole."""
+        if self._of_prompt is not None:
+            return self._of_prompt.observer(model)
+        return None if self._leaves_prompt else KvpressObserver(self, model)
 
     def score(self, prefill: Prefill) -> Scores:
         """Returns the press's scores, or the pairs that it kept, of a context that was read in one forward.
@@ -117,6 +150,13 @@ class RaggedPress(Press):
                 to be run again without token ids, or the press refuses the input (too short a context, no weights for
                 the model).
         """
+        if self._of_prompt is not None:
+            if self in prefill.observers:
+                prefill.observers[self._of_prompt] = prefill.observers[self]
+            return replace(self._of_prompt.score(prefill), carried=True)
+        if self._leaves_prompt:
+            none = torch.zeros_like(prefill.valid)
+            return Scores(prefill.blank_scores(), none, Policy(Ratio(0.0)), carried=True)
         if prefill.start and not self.scores_any_span:
             raise InvalidArgumentError(later_turn(repr(self), prefill.start))
         if self.is_native:

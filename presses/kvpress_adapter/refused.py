@@ -17,11 +17,16 @@ REFUSED = {
     "CAMPress": f"it merges values, and {_WHILE_DECODING}",
     "KeyRerotationPress": "it moves keys to new positions, and a ragged cache keeps the original ones; wrap its press",
     "FinchPress": "it takes a token out of the prompt and moves keys to new positions, and a ragged cache keeps both",
-    "DecodingPress": _WHILE_DECODING,
-    "PrefillDecodingPress": f"{_WHILE_DECODING}; wrap its prefilling_press",
     "RestoreKVPress": "it adds learned pairs to the cache that no token of the context has",
 }
 
+
+#: Base presses of a DecodingPress, by class name -> why their scores cannot be had while the model writes.
+_NOT_A_BASE = {
+    "AdaKVPress": "it lets heads keep different numbers of pairs, and scores heads of one length only: kvpress itself "
+    "only masks pairs there, which frees none; a press of ours has allocation='adakv'",
+    "ObservedAttentionPress": "it needs the attention of every query, which is not kept; H2OPress is the same, real",
+}
 
 #: What presses raise for a model or an input that they do not take (OSError: tokenizer or weights cannot be loaded).
 REFUSALS = (
@@ -48,6 +53,8 @@ def check_supported(press: Any, base: Any) -> None:
         press: A kvpress press.
         base: kvpress's BasePress.
     """
+    for decoding in filter(None, [decoding_press_in(press)]):
+        _check_base(decoding.base_press)
     for inner in presses_in(press):
         name = type(inner).__name__
         for ancestor in type(inner).__mro__:
@@ -55,10 +62,46 @@ def check_supported(press: Any, base: Any) -> None:
                 raise InvalidArgumentError(f"{name} cannot be made real: {REFUSED[ancestor.__name__]}")
         if getattr(inner, "decoding", False):
             raise InvalidArgumentError(f"{name}(decoding=True) cannot be made real: {_WHILE_DECODING}")
-        if inner is not press and type(inner).__call__ is not base.__call__:
+        if inner is not press and type(inner).__call__ is not base.__call__ and not _acts_while_decoding(press):
             raise InvalidArgumentError(
                 f"{name} inside {type(press).__name__} would do nothing: it acts in its own context, never entered"
             )
+
+
+def decoding_press_in(press: Any) -> Any:
+    """Returns kvpress's DecodingPress that a press is or has for what the model writes; None if there is none."""
+    if _is_a(press, "PrefillDecodingPress"):
+        return press.decoding_press
+    return press if _is_a(press, "DecodingPress") else None
+
+
+def prefilling_press_in(press: Any) -> Any:
+    """Returns what a press of kvpress does to a prompt: itself, a press inside it, or None for nothing."""
+    if _is_a(press, "PrefillDecodingPress"):
+        return press.prefilling_press
+    return None if _is_a(press, "DecodingPress") else press
+
+
+def _acts_while_decoding(press: Any) -> bool:
+    return _is_a(press, "DecodingPress") or _is_a(press, "PrefillDecodingPress")
+
+
+def _is_a(press: Any, name: str) -> bool:
+    return any(cls.__name__ == name for cls in type(press).__mro__)
+
+
+def _check_base(base: Any) -> None:
+    """Raises InvalidArgumentError if a base press cannot score what is in the cache while the model writes."""
+    name = type(base).__name__
+    why = next((_NOT_A_BASE[cls.__name__] for cls in type(base).__mro__ if cls.__name__ in _NOT_A_BASE), None)
+    if why is None and getattr(type(base), "compress", None) is not _scorer_compress(base):
+        why = "it does not only score, and what it keeps of a cache that grows cannot be told from its scores"
+    if why is not None:
+        raise InvalidArgumentError(f"{name} inside a DecodingPress cannot be made real: {why}")
+
+
+def _scorer_compress(base: Any) -> Any:
+    return next((vars(cls)["compress"] for cls in type(base).__mro__ if cls.__name__ == "ScorerPress"), None)
 
 
 # What torch says, in a RuntimeError, where a press's arithmetic does not fit what it is given: the empty tensors that a

@@ -45,24 +45,22 @@ GATHERING = [
 ]
 MASKING = ["AdaKVPress", "CriticalAdaKVPress", "DMSPress", "DuoAttentionPress", "LUKVPress"]
 IN_THEIR_OWN_CONTEXT = ["FastKVzipPress", "KVComposePress", "KVComposePress structured", "KVgradPress", "KVzipPress"]
+WHILE_DECODING = ["CompressionRatioDecodingPress", "DecodingPress", "PrefillDecodingPress"]  # test_while_decoding.py
 SHOWN = [*SCORERS, *SCORERS_OF_ONE_RATIO, *GATHERING, *MASKING, *IN_THEIR_OWN_CONTEXT]
 REFUSED = {
     "BasePress": "NotImplementedError",
     "ScorerPress": "NotImplementedError",
     "CAMPress": "while tokens are generated",
-    "CompressionRatioDecodingPress": "while tokens are generated",
-    "DecodingPress": "while tokens are generated",
     "FinchPress": "takes a token out of the prompt",
     "KeyRerotationPress": "moves keys to new positions",
     "MergingPress": "merges",
-    "PrefillDecodingPress": "wrap its prefilling_press",
     "RestoreKVPress": "adds learned pairs",
     "ThinKPress": "zeroes channels",
 }
 
 
 def test_no_press_of_kvpress_is_forgotten(kvpress: Any) -> None:
-    known = {name.split()[0] for name in SHOWN} | set(REFUSED)
+    known = {name.split()[0] for name in SHOWN} | set(WHILE_DECODING) | set(REFUSED)
     assert set(kvpress.__all__) - known == {"KVPressTextGenerationPipeline"}
 
 
@@ -94,11 +92,8 @@ def test_what_is_not_eviction_is_refused_with_its_reason(
     scorer = kvpress.KnormPress(0.5)
     arguments = {
         "CAMPress": {"base_press": scorer},
-        "CompressionRatioDecodingPress": {"base_press": scorer},
-        "DecodingPress": {"base_press": scorer},
         "KeyRerotationPress": {"press": scorer},
         "MergingPress": {"press": scorer},
-        "PrefillDecodingPress": {"prefilling_press": scorer},
     }
     press = getattr(kvpress, name)(**arguments.get(name, {}))
     ids = context()
