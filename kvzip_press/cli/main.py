@@ -128,8 +128,8 @@ def leaderboard(context: typer.Context) -> None:
 
 @app.command(**_HANDED_ON)
 def gates(context: typer.Context) -> None:
-    """Gates of a model's layers, for the press fastkvzip."""
-    from kvzip_press.presses.fastkvzip.command import app as commands
+    """Gates of a model's layers, for the presses fastkvzip and trimkv."""
+    from kvzip_press.cli.gates import app as commands
 
     _hand_on(context, commands)
 

@@ -16,9 +16,8 @@ from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.decoding.scorer import HiddenStateScorer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.hidden_states import watching_hidden_states
-from kvzip_press.model.structure import text_config
 from kvzip_press.prefilling.whole import Observer, Prefill
-from kvzip_press.presses.decoding.trimkv_gates import TrimKVGates
+from kvzip_press.presses.decoding.trimkv_gates import TrimKVGates, activation_of
 from kvzip_press.presses.decoding.windows import RecentPress
 
 
@@ -82,11 +81,7 @@ class TrimKVPress(RecentPress):
 
     def log_beta(self, model: nn.Module) -> Any:
         """Returns the function ``(layer_idx, hidden_states) -> log beta`` of a model."""
-        from transformers.activations import ACT2FN
-
-        config: Any = text_config(model)
-        gates = self.gates(model)
-        act = ACT2FN[getattr(config, "hidden_act", None) or config.hidden_activation]
+        gates, act = self.gates(model), activation_of(model)
         return lambda layer_idx, hidden_states: gates.log_beta(hidden_states, layer_idx, act)
 
     def decode_eviction(self, model: nn.Module) -> DecodeEviction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch.nn.functional import linear, logsigmoid
 
 from kvzip_press import torch_file, untrusted
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.files import FLOATS
+from kvzip_press.files import FLOATS, replacing
 from kvzip_press.model.identity import num_kv_heads
 from kvzip_press.model.structure import full_attention_layers, text_config
 
@@ -89,6 +90,35 @@ class TrimKVGates:
             raise InvalidArgumentError(f"expected the tensors of {said!r}, as config.json says, got those of {gates!r}")
         return gates
 
+    def save(self, folder: str | PathLike[str], **said: Any) -> None:
+        """Writes a folder as gates are released: `trimkv_weights.pth`, a state dict, and `config.json`.
+
+        Args:
+            folder: Made if it does not exist; each file is written whole or not at all.
+            said: What `config.json` says besides: ``base_model``, ``memory_size``.
+
+        Raises:
+            CacheFileError: A file cannot be written.
+        """
+        state = {
+            f"model.layers.{layer_idx}.self_attn.retention_gate.{name}": tensor.detach().cpu().contiguous()
+            for layer_idx, tensors in self.layers.items()
+            for name, tensor in tensors.items()
+        }
+        first = next(iter(self.layers.values()))
+        config = {
+            "trainable_params": "retention_gate",
+            "retention_gate": self.kind,
+            "retention_gate_intermediate_size": first["linear1.weight"].shape[0],
+            "global_capacity": False,
+            "tie_retention_gate_layers": False,
+            **said,
+        }
+        with replacing(Path(folder) / WEIGHTS, parents=True) as temporary:
+            torch.save(state, temporary)
+        with replacing(Path(folder) / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
     def check(self, model: Any) -> TrimKVGates:
         """Returns these gates, if they fit a model's full-attention layers, its hidden size and its heads.
 
@@ -107,19 +137,37 @@ class TrimKVGates:
     @torch.no_grad()
     def log_beta(self, hidden_states: torch.Tensor, layer_idx: int, act: Any) -> torch.Tensor:
         """Returns ``log beta``, fp32 ``[batch, num_key_value_heads, n]``, of states ``[batch, n, hidden_size]``."""
-        gate = self._on(layer_idx, hidden_states.device)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            hidden = act(linear(hidden_states.float(), gate["linear1.weight"], gate["linear1.bias"]))
-            if "linear3.weight" in gate:
-                hidden = act(linear(hidden, gate["linear2.weight"], gate["linear2.bias"]))
-            last = gate.get("linear3.weight", gate["linear2.weight"])
-            return logsigmoid(linear(hidden, last, gate["bias"])).transpose(1, 2).contiguous()
+            return log_beta(self._on(layer_idx, hidden_states.device), hidden_states, act)
 
     def _on(self, layer_idx: int, device: torch.device) -> dict[str, torch.Tensor]:
         key = (layer_idx, device)
         if key not in self._placed:
             self._placed[key] = {name: x.to(device, torch.float32) for name, x in self.layers[layer_idx].items()}
         return self._placed[key]
+
+
+def log_beta(gate: Mapping[str, torch.Tensor], hidden_states: torch.Tensor, act: Any) -> torch.Tensor:
+    """Returns ``log beta``, fp32 ``[batch, num_key_value_heads, n]``, of states ``[batch, n, hidden_size]``.
+
+    Args:
+        gate: Tensors of one layer, by name, in fp32 on the states' device.
+        hidden_states: As they enter attention.
+        act: The model's activation.
+    """
+    hidden = act(linear(hidden_states.float(), gate["linear1.weight"], gate["linear1.bias"]))
+    if "linear3.weight" in gate:
+        hidden = act(linear(hidden, gate["linear2.weight"], gate["linear2.bias"]))
+    last = gate.get("linear3.weight", gate["linear2.weight"])
+    return logsigmoid(linear(hidden, last, gate["bias"])).transpose(1, 2).contiguous()
+
+
+def activation_of(model: Any) -> Any:
+    """Returns a model's activation, which is that of its gates."""
+    from transformers.activations import ACT2FN
+
+    config: Any = text_config(model)
+    return ACT2FN[getattr(config, "hidden_act", None) or config.hidden_activation]
 
 
 def _config_beside(file: Path) -> dict[str, Any]:

@@ -154,9 +154,9 @@ def check_command(words: list[str]) -> None:
 @cache
 def commands() -> Any:
     """The command with the groups that it hands over to."""
+    from kvzip_press.cli.gates import app as gates
     from kvzip_press.cli.main import app
     from kvzip_press.leaderboard.cli import app as leaderboard
-    from kvzip_press.presses.fastkvzip.command import app as gates
 
     group: Any = typer.main.get_command(app)
     group.commands = {

@@ -1,4 +1,4 @@
-"""``kvzip-press gates``: trains gates that predict KVzip's scores."""
+"""``kvzip-press gates``: trains gates that predict KVzip's scores, or how long TrimKV keeps a pair."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ from kvzip_press.loading.command_options import DeviceOption, DtypeOption, Model
 from kvzip_press.locks import Lock
 from kvzip_press.terminal import printable, progress
 
+METHODS = ("fastkvzip", "trimkv")
+
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Gates of a model's layers, for the press fastkvzip."
+    add_completion=False, no_args_is_help=True, help="Gates of a model's layers, for the presses fastkvzip and trimkv."
 )
 
 
 @app.callback()
 def _commands() -> None:
-    """Gates of a model's layers, for the press fastkvzip."""
+    """Gates of a model's layers, for the presses fastkvzip and trimkv."""
 
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option("--out", help="The safetensors file to write.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="The safetensors file to write; of trimkv the folder, laid out as released.")
+    ],
     model: ModelOption,
+    method: Annotated[
+        str, typer.Option("--method", help="fastkvzip, or trimkv: gates for presses that evict while the model writes.")
+    ] = "fastkvzip",
     data: Annotated[
         list[str] | None,
         typer.Option("--data", help="A text file, a .jsonl file with a text a line, or a hub data set; several times."),
@@ -41,8 +48,11 @@ def train(
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to train on.")] = 1_000_000,
     held_out_tokens: Annotated[int, typer.Option("--held-out-tokens", help="Tokens to evaluate with.")] = 20_000,
     steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.")] = 5000,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 0.2,
-    dim: Annotated[int, typer.Option("--dim", help="Dimensions of a gate.")] = 16,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate; default 0.2, of trimkv 0.001.")] = None,
+    dim: Annotated[int | None, typer.Option("--dim", help="Dimensions of a gate; default 16, of trimkv 512.")] = None,
+    memory_size: Annotated[
+        int, typer.Option("--memory-size", help="Of trimkv: pairs of a head that are worth keeping.")
+    ] = 512,
     seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
     piece_tokens: Annotated[int, typer.Option("--piece-tokens", help="Most tokens that are read at a time.")] = 16384,
     batch_size: Annotated[
@@ -63,23 +73,30 @@ def train(
 
     A run that was killed continues where it was when the same command is given again. The model itself is not changed.
     Only what the run made is removed; another run that writes the same file at the same time is refused.
+
+    With --method trimkv the teacher is what the full cache still looks at, later in the text; a killed run then begins
+    anew, but for sampled texts.
     """
+    if method not in METHODS:
+        raise InvalidArgumentError(f"expected --method to be one of {METHODS}, got {method!r}")
     if bool(data) == self_generated:
         raise InvalidArgumentError("expected one of --data and --self-generated, got both or none")
+    from kvzip_press.presses.decoding.trimkv_training import TrimKVRecipe
     from kvzip_press.presses.fastkvzip import training
 
     parent = work if work is not None else out.with_name(out.name + ".work")
-    _check_places(out, parent, data or [])
+    _check_places(out, parent, data or [], is_folder=method == "trimkv")
     recipe = training.Recipe(
         tokens=tokens,
         held_out_tokens=held_out_tokens,
         steps=steps,
-        lr=lr,
-        dim=dim,
+        lr=0.2 if lr is None else lr,
+        dim=16 if dim is None else dim,
         seed=seed,
         piece_tokens=piece_tokens,
         disk_bytes=int(disk_gb * 1e9),
     )
+    trimkv = TrimKVRecipe(memory_size, dim or 512, steps, 1e-3 if lr is None else lr, seed=seed)
     loaded, tokenizer = load(model, device, dtype)
     with _alone(out) as lock, _shown() as (on_progress, seconds):
         folder = training.WorkFolder.inside(parent, out)
@@ -88,18 +105,62 @@ def train(
             found = found or training.self_generated(
                 loaded, tokenizer, recipe, folder.path / "sampled", batch_size=batch_size, progress=on_progress
             )
-            gates, agreement = training.Training(loaded, tokenizer, recipe, *found, folder, on_progress).run()
+            if method == "trimkv":
+                save, report = _trained_trimkv(loaded, trimkv, found[0], out, model, on_progress)
+            else:
+                save, report = _trained_fastkvzip(
+                    training.Training(loaded, tokenizer, recipe, *found, folder, on_progress), out
+                )
             lock.check()
             folder.check()
-            gates.save(out)
+            save()
             if not keep_work:
                 folder.remove()
-    _report(agreement, seconds)
-    typer.echo(printable(f"{out}: {gates!r}, {out.stat().st_size / 1e6:.1f} MB"))
+    report(seconds)
 
 
-def _check_places(out: Path, parent: Path, data: list[str]) -> None:
+Trained = tuple[Callable[[], None], Callable[[dict[str, float]], None]]
+"""What saves gates, and what then tells about them, given the seconds that each stage took."""
+
+
+def _trained_fastkvzip(training: Any, out: Path) -> Trained:
+    gates, agreement = training.run()
+
+    def report(seconds: dict[str, float]) -> None:
+        _report(agreement, seconds)
+        typer.echo(printable(f"{out}: {gates!r}, {out.stat().st_size / 1e6:.1f} MB"))
+
+    return lambda: gates.save(out), report
+
+
+def _trained_trimkv(
+    model: Any,
+    recipe: Any,
+    data: tuple[Any, Any],
+    out: Path,
+    name: str,
+    on_progress: Callable[[str, int, int, str], None],
+) -> Trained:
+    from kvzip_press.presses.decoding.trimkv_training import train as train_trimkv
+
+    texts, held_out = ([piece.ids for piece in some] for some in data)
+    gates, found = train_trimkv(model, recipe, texts, held_out, on_progress)
+
+    def report(_: dict[str, float]) -> None:
+        typer.echo(
+            printable(f"{out}: {gates!r}; ") + f"of the pairs worth keeping in held-out texts the gates keep "
+            f"{found.gates:.1%}, and the newest pairs are {found.newest:.1%} of them; loss {found.loss:.3f}"
+        )
+
+    return lambda: gates.save(out, base_model=name, memory_size=recipe.memory_size), report
+
+
+def _check_places(out: Path, parent: Path, data: list[str], *, is_folder: bool) -> None:
     """Raises at once for what would fail, or destroy a text, hours later."""
+    if is_folder and out.exists() and not out.is_dir():
+        raise InvalidArgumentError(f"expected --out to be a folder to write, got the file {out}")
+    if is_folder:
+        return
     if out.is_dir() or out.absolute() == parent.absolute():
         raise InvalidArgumentError(f"expected --out to be a file to write, got the folder {out}")
     if out.exists() and any(Path(one).exists() and out.samefile(one) for one in data):

@@ -1,0 +1,105 @@
+"""Gates of TrimKV learn which pairs a full cache still looks at, and are read back as released ones."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import decode_oracles as oracles
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvzip_press.cli.main import app
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.presses.decoding import TrimKVGates, TrimKVPress
+from kvzip_press.presses.decoding.trimkv_teacher import lessons
+from kvzip_press.presses.decoding.trimkv_training import TrimKVRecipe, cross_entropy, train
+from kvzip_press.testing import tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MEMORY = 12
+
+
+def rows_of(n: int, length: int = 48) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [(3 + torch.randperm(120, generator=generator)[:length]).tolist() for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model(num_layers=1)
+
+
+def test_what_was_worth_keeping_is_what_later_queries_look_at_most(model, monkeypatch) -> None:
+    """Pair by pair in fp64, also if the queries are looked at in parts."""
+    ids, moments = rows_of(1)[0], [13, 30, 47]
+    text = oracles.Text.read_by(model, torch.tensor([ids]))
+    monkeypatch.setattr("kvzip_press.presses.decoding.trimkv_teacher._QUERIES", 7)
+    lesson = lessons(model, ids, moments, MEMORY)[0]
+    for head in range(2):
+        attention = torch.stack([text.attention(head, query, list(range(48))).amax(dim=0) for query in range(48)])
+        for number, moment in enumerate(moments):
+            most = attention[moment:].amax(dim=0)[:moment]
+            expected = set(most.topk(MEMORY).indices.tolist())
+            assert set(lesson.kept[head, number].nonzero()[:, 0].tolist()) == expected
+
+
+def test_the_loss_is_the_cross_entropy_of_what_stays(model) -> None:
+    lesson = lessons(model, rows_of(1)[0], [20, 40], MEMORY)[0]
+    log_beta = -torch.rand(2, 48, generator=torch.Generator().manual_seed(0)) / 20
+    nats = []
+    for head in range(2):
+        for number, moment in enumerate((20, 40)):
+            for i in range(moment):
+                stays = float(log_beta[head, i].double().exp()) ** (moment + 1 - i)
+                is_kept = bool(lesson.kept[head, number, i])
+                nats.append(-torch.tensor(stays if is_kept else 1 - stays, dtype=torch.float64).log())
+    torch.testing.assert_close(cross_entropy(log_beta, lesson).double(), torch.stack(nats).mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_gates_learn_on_other_texts_than_those_they_are_measured_on(model) -> None:
+    """More of what is worth keeping is found than among the newest pairs, and more than at the beginning; the same
+    again with the same seed, and the model is as it was."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows, recipe = rows_of(40), TrimKVRecipe(memory_size=MEMORY, width=32, steps=240, lr=0.01)
+    gates, found = train(model, recipe, rows[:32], rows[32:])
+    begun = train(model, TrimKVRecipe(memory_size=MEMORY, width=32, steps=1, lr=1e-9), rows[:32], rows[32:])[1]
+    assert found.gates > found.newest + 0.05 and found.gates > begun.gates + 0.05 and found.loss < begun.loss - 0.02
+    again = train(model, recipe, rows[:32], rows[32:])[0]
+    assert all(torch.equal(x, again.layers[0][name]) for name, x in gates.layers[0].items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_folder_as_released_is_written_and_read_back(tmp_path) -> None:
+    """By the command, for a hybrid model too: layers without full attention have no gate."""
+    model = tiny_model("gemma3_text", vocab_size=256)
+    rows = rows_of(10)
+    gates, _ = train(model, TrimKVRecipe(memory_size=MEMORY, width=8, steps=8), rows[:8], rows[8:])
+    gates.save(tmp_path / "gates", base_model="some/model", memory_size=MEMORY)
+    read = TrimKVGates.load(tmp_path / "gates")
+    assert read.kind == "rg" and set(read.layers) == set(gates.layers) == {1, 3}
+    assert all(torch.equal(x, read.layers[i][name]) for i in (1, 3) for name, x in gates.layers[i].items())
+    said = json.loads((tmp_path / "gates" / "config.json").read_text(encoding="utf-8"))
+    assert said["retention_gate"] == "rg" and said["retention_gate_intermediate_size"] == 8
+    assert said["base_model"] == "some/model" and said["memory_size"] == MEMORY
+    TrimKVPress(budget=16, buffer=4, gate=tmp_path / "gates").requires(model)
+
+
+def test_values_out_of_range_are_refused(model) -> None:
+    with pytest.raises(InvalidArgumentError, match="memory_size"):
+        TrimKVRecipe(memory_size=0)
+    with pytest.raises(InvalidArgumentError, match="more than memory_size=48 tokens"):
+        train(model, TrimKVRecipe(memory_size=48, steps=1), rows_of(2), rows_of(2))
+
+
+def test_the_command_refuses_what_cannot_be_trained(tmp_path) -> None:
+    (tmp_path / "file").write_text("a text", encoding="utf-8")
+    given = ["gates", "train", "--model", "smollm2", "--data", str(tmp_path / "file")]
+    for more, reason in (
+        (["--out", str(tmp_path / "new"), "--method", "kvzap"], "--method"),
+        (["--out", str(tmp_path / "file"), "--method", "trimkv"], "a folder to write"),
+    ):
+        done = CliRunner().invoke(app, given + more)
+        assert done.exit_code and reason in str(done.exception)
