@@ -38,7 +38,7 @@ class KVCompressPress(WindowPress):
 
     least_window: ClassVar[int] = 0
 
-    allocation: str | Allocation = Pages()
+    allocation: str | Allocation = Pages()  # noqa: RUF009  # frozen
     window_size: int = field(default=64, kw_only=True)
     kernel_size: int = field(default=7, kw_only=True)
     prompt_queries: int = field(default=32, kw_only=True)
