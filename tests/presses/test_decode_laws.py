@@ -14,6 +14,8 @@ from kvzip_press.budget.allocators import ALLOCATIONS, Pages, Table, allocation_
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding import step as decoding
 from kvzip_press.decoding.generation import generate
+from kvzip_press.decoding.pair_scorer import PairScorer
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.decoding import (
     DecodePress,
     H2OPress,
@@ -157,6 +159,25 @@ def check_static_steps(press: DecodePress, device: str) -> None:
 def test_static_steps_evict_as_eager_steps_do(kind_and_options, static_steps) -> None:
     """From below the budget on, with a question of several tokens between."""
     check_static_steps(made(kind_and_options), "cpu")
+
+
+def test_steps_are_eager_where_no_graph_can_hold_what_a_press_looks_at(static_steps, monkeypatch) -> None:
+    """And evict as they do in one; whoever insists on a graph is told why there is none."""
+    model, ids = small_model(), distinct_ids(60)
+    expected, cache = steps_written(model, RKVPress(budget=24, buffer=8), ids, graph=False)
+    monkeypatch.setattr(PairScorer, "can_be_captured", False)
+    with RKVPress(budget=24, buffer=8)(model):
+        other, logits = DynamicCache(config=model.config), []
+        step(model, other, ids[:, :20])
+        for begin, end in ((20, 40), (40, 60)):
+            step(model, other, ids[:, begin : begin + 3])
+            with decoding.DecodeStep(model, other, max_new_tokens=end - begin - 3) as decode:
+                assert not decode.captured and "no graph holds" in str(decode.reason)
+                logits += [decode(ids[:, i]).clone() for i in range(begin + 3, end)]
+        with pytest.raises(InvalidArgumentError, match="no graph holds"):
+            decoding.DecodeStep(model, other, max_new_tokens=1, graph=True)
+    torch.testing.assert_close(torch.stack(logits), expected, atol=1e-5, rtol=1e-5)
+    assert held(other) == held(cache)
 
 
 @pytest.mark.gpu
