@@ -10,9 +10,11 @@ import decode_oracles as oracles
 import pytest
 import torch
 from transformers import DynamicCache
+from typer.testing import CliRunner
 
 from kvzip_press import get_press
 from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cli.main import app
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
 from kvzip_press.presses.decoding import QueryStatistics, TriAttentionPress, calibrate_queries
 from kvzip_press.testing import ByteTokenizer, tiny_model
@@ -216,6 +218,17 @@ def test_statistics_that_do_not_fit_each_other_are_refused(statistics) -> None:
     ):
         with pytest.raises(InvalidArgumentError):
             replace(statistics, **wrong)
+
+
+def test_the_command_writes_what_the_function_returns(model, statistics, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("kvzip_press.loading.by_name.load_model", lambda name, **_: (model, ByteTokenizer()))
+    words = ["--model", "tiny", "--out", str(tmp_path / "queries.safetensors")]
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+        words += ["--text", str(tmp_path / f"{number}.txt")]
+    done = CliRunner().invoke(app, ["queries", "calibrate", *words], catch_exceptions=False)
+    assert done.exit_code == 0 and "as long as queries are on average" in done.output
+    assert torch.equal(QueryStatistics.load(tmp_path / "queries.safetensors").centres, statistics.centres)
 
 
 @pytest.mark.embedded
