@@ -3,7 +3,7 @@
 from kvzip_press.presses.decoding.decode_press import DecodePress
 from kvzip_press.presses.decoding.h2o import H2OPress
 from kvzip_press.presses.decoding.knorm import KnormDecodePress
-from kvzip_press.presses.decoding.kv_compress import KVCompressPress, WholePages
+from kvzip_press.presses.decoding.kv_compress import KVCompressPress
 from kvzip_press.presses.decoding.random import RandomDecodePress
 from kvzip_press.presses.decoding.rkv import RKVPress
 from kvzip_press.presses.decoding.snapkv import SnapKVDecodePress
@@ -27,6 +27,5 @@ __all__ = [
     "TriAttentionPress",
     "TrimKVGates",
     "TrimKVPress",
-    "WholePages",
     "calibrate_queries",
 ]

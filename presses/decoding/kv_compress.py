@@ -8,53 +8,10 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import max_pool1d
 
-from kvzip_press.budget.allocators import Allocation, Global
-from kvzip_press.budget.amount import Amount
-from kvzip_press.budget.candidates import Candidates, Counts
+from kvzip_press.budget.allocators import Allocation, Pages
 from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.decoding.windows import WindowPress
-
-
-@dataclass(frozen=True)
-class WholePages(Global):
-    """All heads of all layers compete for pages: each keeps whole pages of its best pairs, but for its last one.
-
-    A page of a head is worth as much as its best pair, which is the last that has to go before the page is free. The
-    worst pages go first, until the rest fits the budget. Pages with protected pairs stay.
-
-    Args:
-        page_size: Pairs of a page, at least 1.
-
-    Raises:
-        InvalidArgumentError: A value is out of range.
-    """
-
-    page_size: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.page_size, int) or self.page_size < 1:
-            raise InvalidArgumentError(f"expected page_size to be an int of at least 1, got {self.page_size!r}")
-
-    def counts(self, row: Candidates, amount: Amount) -> Counts:
-        """Returns ``layer_idx -> [heads]``, int64: how many unprotected pairs each head of a row keeps."""
-        pool = self.pools(row.heads)[0]
-        heads = [(i, head) for i, n_heads in row.heads.items() for head in range(n_heads)]
-        asked = self.asked(amount, list(row.heads), row.n_counted(pool), len(heads), row.n_held(pool))
-        device = row.values[heads[0][0]].device
-        values = torch.cat([row.values[i].to(device) for i in row.heads]).sort(dim=1, descending=True, stable=True)[0]
-        paid = torch.tensor([row.charged[i][head] for i, head in heads], device=device)
-        free = torch.tensor([row.free[i][head] for i, head in heads], device=device)
-        first = torch.arange(0, values.shape[1] + int(paid.max()), self.page_size, device=device)  # of each page
-        best = values.gather(1, (first - paid[:, None]).clamp(0, values.shape[1] - 1))
-        best = best.where(first >= paid[:, None], torch.inf).where(first < (paid + free)[:, None], -torch.inf)
-        n_pages = min(max(asked // self.page_size, int(best.isposinf().sum())), int((best > -torch.inf).sum()))
-        stays = torch.zeros(best.numel(), dtype=torch.int64, device=device)
-        stays[best.flatten().argsort(descending=True, stable=True)[:n_pages]] = 1
-        kept = torch.minimum(stays.view_as(best).sum(dim=1) * self.page_size, paid + free)
-        parts = (kept - paid).clamp(min=0).split(list(row.heads.values()))
-        return {i: part.to(row.values[i].device) for i, part in zip(row.heads, parts, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -67,8 +24,8 @@ class KVCompressPress(WindowPress):
     a matter of the budget here: heads lie one after another in memory, without holes.
 
     Args:
-        allocation: :class:`WholePages` of 16 pairs; ``WholePages(page_size=64)`` or the allocations of
-            :class:`DecodePress`.
+        allocation: :class:`kvzip_press.budget.allocators.Pages` of 16 pairs; ``Pages(page_size=64)`` or the allocations
+            of :class:`DecodePress`.
         window_size: Number of last tokens that no eviction takes (64).
         kernel_size: Width of the maximum over neighbours in a prompt, an odd number (7).
         prompt_queries: Number of a prompt's last queries (32), at least 1.
@@ -81,7 +38,7 @@ class KVCompressPress(WindowPress):
 
     least_window: ClassVar[int] = 0
 
-    allocation: str | Allocation = WholePages()
+    allocation: str | Allocation = Pages()  # noqa: RUF009  # frozen
     window_size: int = field(default=64, kw_only=True)
     kernel_size: int = field(default=7, kw_only=True)
     prompt_queries: int = field(default=32, kw_only=True)

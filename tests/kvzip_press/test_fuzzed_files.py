@@ -26,6 +26,7 @@ from kvzip_press.files import DIGEST
 from kvzip_press.heads.file import SEALED
 from kvzip_press.heads.scores import HeadScores
 from kvzip_press.loading.gguf_conversion import convert_gguf
+from kvzip_press.presses.decoding import QueryStatistics, TrimKVGates
 from kvzip_press.presses.duo_attention.pattern import CONFIG, HEADS, export_duo, import_duo
 from kvzip_press.presses.fastkvzip.gate import LayerGate
 from kvzip_press.presses.fastkvzip.gates import Gates
@@ -120,6 +121,27 @@ def read_config(path: Path) -> list[torch.Tensor]:
     return [torch.tensor(import_duo(path.parent / "pattern")[1:])]
 
 
+def queries(path: Path) -> None:
+    means = torch.rand(2, 2, 4, generator=torch.Generator().manual_seed(0))
+    said = {"model": "m", "k_proj_norms": "[1.5, 2.5]"}
+    QueryStatistics(torch.stack([means, means], -1), means, means[0, 0], ("halves",) * 2, (0, 3), said).save(path)
+
+
+def read_queries(path: Path) -> list[torch.Tensor]:
+    read = QueryStatistics.load(path)
+    return [read.centres, read.magnitudes, read.frequencies, torch.tensor(read.layer_indices)]
+
+
+def trimkv_pth(path: Path) -> None:
+    torch.manual_seed(0)
+    shapes = {"linear1.weight": (4, 8), "linear1.bias": (4,), "linear2.weight": (2, 4), "bias": (2,)}
+    TrimKVGates({0: {name: torch.randn(shape) for name, shape in shapes.items()}}).save(path.parent)
+
+
+def read_trimkv(path: Path) -> list[torch.Tensor]:
+    return list(TrimKVGates.load(path).layers[0].values())
+
+
 def gguf_file(path: Path) -> None:
     writer = pytest.importorskip("gguf").GGUFWriter(str(path), "llama")
     counts = {
@@ -162,6 +184,8 @@ FORMATS: dict[str, tuple[str, Callable[[Path], None], Callable[[Path], list[torc
     "head scores without a checksum": ("a.safetensors", unsealed(SCORES.save), read_heads, 220, False),
     "KVzip's head scores": ("a.pt", lambda path: torch.save(SCORES.values, path), read_heads, 330, True),
     "Fast KVzip's gates": ("a.pt", gate_pt, read_gates, 330, True),
+    "means of queries": ("a.safetensors", queries, read_queries, 220, True),
+    "TrimKV's gates": ("trimkv_weights.pth", trimkv_pth, read_trimkv, 220, True),
     "DuoAttention's table": ("a.tsv", pattern, read_pattern, 220, False),
     "a model's GGUF": ("a.gguf", gguf_file, read_gguf, 220, False),
     "DuoAttention's sizes": ("a.json", config, read_config, 220, False),

@@ -10,10 +10,12 @@ import torch
 from transformers import DynamicCache
 
 from kvzip_press import RaggedCache, compress
-from kvzip_press.budget.allocators import ALLOCATIONS, Table, allocation_of
+from kvzip_press.budget.allocators import ALLOCATIONS, Pages, Table, allocation_of
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding import step as decoding
 from kvzip_press.decoding.generation import generate
+from kvzip_press.decoding.pair_scorer import PairScorer
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.decoding import (
     DecodePress,
     H2OPress,
@@ -30,7 +32,6 @@ from kvzip_press.presses.decoding import (
     TrimKVPress,
     calibrate_queries,
 )
-from kvzip_press.presses.decoding.kv_compress import WholePages
 from kvzip_press.presses.kvzip import KVzipPress
 from kvzip_press.presses.random import RandomPress
 from kvzip_press.testing import ByteTokenizer, tiny_model
@@ -158,6 +159,25 @@ def check_static_steps(press: DecodePress, device: str) -> None:
 def test_static_steps_evict_as_eager_steps_do(kind_and_options, static_steps) -> None:
     """From below the budget on, with a question of several tokens between."""
     check_static_steps(made(kind_and_options), "cpu")
+
+
+def test_steps_are_eager_where_no_graph_can_hold_what_a_press_looks_at(static_steps, monkeypatch) -> None:
+    """And evict as they do in one; whoever insists on a graph is told why there is none."""
+    model, ids = small_model(), distinct_ids(60)
+    expected, cache = steps_written(model, RKVPress(budget=24, buffer=8), ids, graph=False)
+    monkeypatch.setattr(PairScorer, "can_be_captured", False)
+    with RKVPress(budget=24, buffer=8)(model):
+        other, logits = DynamicCache(config=model.config), []
+        step(model, other, ids[:, :20])
+        for begin, end in ((20, 40), (40, 60)):
+            step(model, other, ids[:, begin : begin + 3])
+            with decoding.DecodeStep(model, other, max_new_tokens=end - begin - 3) as decode:
+                assert not decode.captured and "no graph holds" in str(decode.reason)
+                logits += [decode(ids[:, i]).clone() for i in range(begin + 3, end)]
+        with pytest.raises(InvalidArgumentError, match="no graph holds"):
+            decoding.DecodeStep(model, other, max_new_tokens=1, graph=True)
+    torch.testing.assert_close(torch.stack(logits), expected, atol=1e-5, rtol=1e-5)
+    assert held(other) == held(cache)
 
 
 @pytest.mark.gpu
@@ -305,14 +325,20 @@ def test_chunks_and_questions_count_as_written(kind_and_options) -> None:
 
 @pytest.mark.parametrize("page_size", [4, 16])
 def test_heads_keep_whole_pages_within_the_budget(page_size) -> None:
-    """While the model writes; a head's last page may be partly filled."""
+    """While the model writes: a head that lost a pair holds a multiple, and all of them the budget or less than a page
+    below it."""
     model, ids = small_model(), distinct_ids(90)
     cache = DynamicCache(config=model.config)
-    with KVCompressPress(budget=24, buffer=8, window_size=4, allocation=WholePages(page_size=page_size))(model):
+    with KVCompressPress(budget=24, buffer=8, window_size=4, allocation=Pages(page_size=page_size))(model):
+        held_before: list[int] = []
         for token in range(40, 80):
             step(model, cache, ids[:, :41] if token == 40 else ids[:, token : token + 1])
             sizes = [n for layer in cache.layers for n in layer.packed.seqlens.flatten().tolist()]
-            assert sum(-(-n // page_size) for n in sizes) * page_size <= 24 * 2 * HEADS
+            if sizes != held_before and held_before:  # behind an eviction
+                lost = [n for n, before in zip(sizes, held_before, strict=True) if n < before + 8]
+                assert lost and all(n % page_size == 0 for n in lost)
+                assert 24 * 2 * HEADS - page_size < sum(sizes) <= 24 * 2 * HEADS
+            held_before = sizes
             assert n_pairs(cache) < (24 + 8) * 2 * HEADS
     assert len(set(sizes)) > 1
 

@@ -11,10 +11,6 @@ import torch
 from transformers import DynamicCache
 
 from kvzip_press import compress_in_chunks, get_press
-from kvzip_press.budget.amount import Tokens
-from kvzip_press.budget.policy import Policy
-from kvzip_press.budget.scores import Scores
-from kvzip_press.budget.selection import select
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.errors import InvalidArgumentError
@@ -27,7 +23,6 @@ from kvzip_press.presses.decoding import (
     StreamingLLMDecodePress,
     TOVADecodePress,
 )
-from kvzip_press.presses.decoding.kv_compress import WholePages
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,35 +112,6 @@ def test_kv_compress_pools_over_neighbours_in_a_prompt() -> None:
     with KVCompressPress(budget=24, buffer=8, window_size=10, allocation="head")(model):
         step(model, cache, ids)
     assert held_by(cache) == oracle.keep(60, 60)[0]
-
-
-def freed_page_by_page(values: list[list[float]], protected: list[int], page: int, budget: int) -> list[int]:
-    """What heads keep if the cheapest page goes, again and again: its price is the best pair that has to go with it."""
-    heads = [[float("inf")] * n + sorted(own, reverse=True) for own, n in zip(values, protected, strict=True)]
-    while sum(-(-len(head) // page) for head in heads) > budget // page:
-        prices = [head[(len(head) - 1) // page * page] if head else float("inf") for head in heads]
-        cheapest = min(prices)
-        if cheapest == float("inf"):
-            break
-        which = max(i for i, price in enumerate(prices) if price == cheapest)
-        heads[which] = heads[which][: (len(heads[which]) - 1) // page * page]
-    return [len(head) for head in heads]
-
-
-@pytest.mark.parametrize("page", [1, 4, 16])
-@pytest.mark.parametrize("budget", [5, 12, 23])
-@pytest.mark.parametrize("n_protected", [0, 3])
-def test_pages_go_by_their_price(page, budget, n_protected) -> None:
-    """Over all heads of all layers, never above the budget unless protected pairs are."""
-    generator = torch.Generator().manual_seed(page + budget)
-    layers = {i: torch.randn(1, 2, 30, generator=generator) for i in (0, 3)}
-    protected = torch.arange(30)[None] < n_protected
-    scores = Scores(layers, protected, Policy(Tokens(budget), WholePages(page_size=page)), protected_count=True)
-    keep = select(scores, torch.ones(1, 30, dtype=torch.bool))
-    values = [layers[i][0, head, n_protected:].tolist() for i in layers for head in range(2)]
-    expected = freed_page_by_page(values, [n_protected] * 4, page, 4 * budget)
-    assert [int(keep[i][0, head].sum()) for i in layers for head in range(2)] == expected
-    assert sum(expected) <= max(4 * budget, 4 * page)
 
 
 def repeated_paragraph(copies: int, length: int, window: int) -> LayerPairs:

@@ -10,11 +10,16 @@ import decode_oracles as oracles
 import pytest
 import torch
 from transformers import DynamicCache
+from typer.testing import CliRunner
 
 from kvzip_press import get_press
+from kvzip_press.cache.pair_pool import STAYS
 from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.cli.main import app
+from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
 from kvzip_press.presses.decoding import QueryStatistics, TriAttentionPress, calibrate_queries
+from kvzip_press.presses.decoding.triattention.tri_press import tri_scores
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 TEXTS = ["a first text, of which the model's queries are taken", "and another one that is shorter"]
@@ -115,20 +120,28 @@ def test_what_is_kept_is_what_the_formula_keeps(model, statistics, normalize, bu
     assert all(layer.tail.window is None for layer in cache.layers), "no query is kept"
 
 
-def test_a_prompt_that_stays_is_left_out_of_what_is_made_comparable(model, statistics) -> None:
-    """Centre and deviation are those of the pairs that compete."""
-    ids = distinct_ids(60)
-    whole, worth = oracles.Text.read_by(model, ids), formula(*means_of(model), True)
+def pairs_of(keys: torch.Tensor, end: int, scores: torch.Tensor | None = None) -> LayerPairs:
+    n = keys.shape[2]
+    return LayerPairs(
+        0,
+        keys,
+        torch.ones(1, 2, n, dtype=torch.bool),
+        torch.arange(n).expand(1, 2, n),
+        torch.zeros(1, 2, n) if scores is None else scores,
+        torch.tensor([end]),
+        torch.empty(1, 4, 0, 16),
+        torch.empty(1, 0, dtype=torch.bool),
+    )
 
-    def of_the_answer(oracle: oracles.Oracle, head: int, alive: list[int], queries: range) -> list[float]:
-        return [float("inf")] * 20 + (worth(oracle, head, alive[20:], queries) if alive[20:] else [])
 
-    expected = oracles.Oracle(whole, of_the_answer, budget=20 + 12, buffer=4).keep(prompt=20, length=60)
-    cache = DynamicCache(config=model.config)
-    with TriAttentionPress(budget=12, buffer=4, queries=statistics, protect_prompt=True)(model):
-        for token in range(19, 60):
-            step(model, cache, ids[:, :20] if token == 19 else ids[:, token : token + 1])
-    assert held_by(cache) == expected[-1]
+def test_pairs_that_stay_are_left_out_of_what_is_made_comparable(statistics) -> None:
+    """Centre and deviation are those of the pairs that compete, whatever a protected prompt holds."""
+    press, generator = TriAttentionPress(budget=24, buffer=4, queries=statistics), torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 2, 30, 16, generator=generator)
+    stays = torch.cat([torch.full((1, 2, 10), STAYS), torch.zeros(1, 2, 20)], dim=2)
+    alone = press.worth(pairs_of(keys[:, :, 10:], 30))
+    beside = press.worth(pairs_of(torch.cat([9 * keys[:, :, :10], keys[:, :, 10:]], dim=2), 30, stays))
+    torch.testing.assert_close(beside[:, :, 10:], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("architecture", "options"), [("phi3", {"partial_rotary_factor": 0.5}), ("qwen3", {})])
@@ -136,19 +149,12 @@ def test_the_mean_query_s_logit_is_that_of_a_query(architecture, options) -> Non
     """Of one token that is read alone, the mean query is its query: its score is the logit, also in channels that RoPE
     leaves, and with norms of queries; nothing is added, since the mean is as long as the query.
     """
-    from kvzip_press.decoding.layer_pairs import LayerPairs
-    from kvzip_press.presses.decoding.triattention.tri_press import tri_scores
-
     model = tiny_model(architecture, num_layers=1, vocab_size=256, **options)
     found = calibrate_queries(model, ByteTokenizer(), ["e"])
     ids = torch.tensor([[*range(5, 25), *ByteTokenizer().encode("e")]])
     text = oracles.Text.read_by(model, ids)
-    keys = text.keys[None].float()
-    n = keys.shape[2]
-    pairs = LayerPairs(
-        0, keys, torch.ones(1, 2, n, dtype=torch.bool), torch.arange(n).expand(1, 2, n), torch.zeros(1, 2, n),
-        torch.tensor([n - 2]), torch.empty(1, 4, 0, 16), torch.empty(1, 0, dtype=torch.bool),
-    )  # fmt: skip
+    n = ids.shape[1]
+    pairs = pairs_of(text.keys[None].float(), n - 2)
     got = tri_scores(pairs, found, max_offset=1)[0]  # of the query one position behind the end: the last token's
     logits = [text.logits(head, n - 1, list(range(n))) * 16**0.5 for head in range(2)]
     torch.testing.assert_close(got.double(), torch.stack(logits), atol=1e-3, rtol=1e-3)
@@ -216,6 +222,17 @@ def test_statistics_that_do_not_fit_each_other_are_refused(statistics) -> None:
     ):
         with pytest.raises(InvalidArgumentError):
             replace(statistics, **wrong)
+
+
+def test_the_command_writes_what_the_function_returns(model, statistics, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("kvzip_press.loading.by_name.load_model", lambda name, **_: (model, ByteTokenizer()))
+    words = ["--model", "tiny", "--out", str(tmp_path / "queries.safetensors")]
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+        words += ["--text", str(tmp_path / f"{number}.txt")]
+    done = CliRunner().invoke(app, ["queries", "calibrate", *words], catch_exceptions=False)
+    assert done.exit_code == 0 and "as long as queries are on average" in done.output
+    assert torch.equal(QueryStatistics.load(tmp_path / "queries.safetensors").centres, statistics.centres)
 
 
 @pytest.mark.embedded

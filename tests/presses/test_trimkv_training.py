@@ -15,7 +15,7 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.decoding import TrimKVGates, TrimKVPress
 from kvzip_press.presses.decoding.trimkv_teacher import lessons
 from kvzip_press.presses.decoding.trimkv_training import TrimKVRecipe, cross_entropy, train
-from kvzip_press.testing import tiny_model
+from kvzip_press.testing import ByteTokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEMORY = 12
@@ -92,6 +92,31 @@ def test_values_out_of_range_are_refused(model) -> None:
         TrimKVRecipe(memory_size=0)
     with pytest.raises(InvalidArgumentError, match="more than memory_size=48 tokens"):
         train(model, TrimKVRecipe(memory_size=48, steps=1), rows_of(2), rows_of(2))
+
+
+def test_the_command_trains_from_texts(tmp_path, monkeypatch) -> None:
+    """The same command as for Fast KVzip's gates; what it writes is a press's gate."""
+    loaded = tiny_model(num_layers=2)
+    monkeypatch.setattr("kvzip_press.loading.by_name.load_model", lambda name, **_: (loaded, ByteTokenizer()))
+    texts = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": "".join(chr(97 + (7 * i + j * j) % 26) for j in range(60))}) for i in range(20)]
+    texts.write_text("\n".join(lines), encoding="utf-8")
+    words = {
+        "--model": "tiny",
+        "--method": "trimkv",
+        "--data": texts,
+        "--tokens": 600,
+        "--held-out-tokens": 100,
+        "--steps": 12,
+        "--dim": 8,
+        "--memory-size": MEMORY,
+        "--out": tmp_path / "gates",
+    }
+    given = [str(word) for pair in words.items() for word in pair]
+    done = CliRunner().invoke(app, ["gates", "train", *given], catch_exceptions=False)
+    assert done.exit_code == 0 and "of the pairs worth keeping in held-out texts" in done.output
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["gates", "texts.jsonl"]
+    TrimKVPress(budget=16, buffer=4, gate=tmp_path / "gates").requires(loaded)
 
 
 def test_the_command_refuses_what_cannot_be_trained(tmp_path) -> None:
