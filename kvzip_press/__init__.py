@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from kvzip_press.presses.random import RandomPress
     from kvzip_press.registry import get_press, presses_table, register_press
     from kvzip_press.serving.session import Session
+    from kvzip_press.sharing.context import share_layers
 
 _EXPORTS = {
     "ComposedPress": "kvzip_press.presses.composed",
@@ -91,6 +92,7 @@ _EXPORTS = {
     "presses_table": "kvzip_press.registry",
     "question_ids": "kvzip_press.decoding.answering",
     "register_press": "kvzip_press.registry",
+    "share_layers": "kvzip_press.sharing.context",
 }
 
 __all__ = [
@@ -133,6 +135,7 @@ __all__ = [
     "presses_table",
     "question_ids",
     "register_press",
+    "share_layers",
 ]
 
 

@@ -31,6 +31,7 @@ from kvzip_press.cache.rows import TurnLock, Turns, batch_rows
 from kvzip_press.cache.sliding_windows import own_window
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.devices import reachable
+from kvzip_press.sharing.layer import SharedLayer, holding
 from kvzip_press.terminal import counted
 
 
@@ -175,10 +176,11 @@ class RaggedCache(CopiedByFork, compat.Cache):
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes that the same tokens would take without compression (sliding layers count what they hold)."""
-        dense = [layer for layer in self.layers if not isinstance(layer, RaggedLayer)]
-        held = sum(tensor.nbytes for layer in dense for tensor in tensors_of(layer))
-        return held + sum(layer.dense_bytes for _, layer in self.ragged_layers())
+        """Bytes that the same tokens would take without compression (sliding layers count what they hold).
+
+        A layer that reads another's pairs (:func:`kvzip_press.share_layers`) counts as if it had its own.
+        """
+        return sum(map(self._dense_bytes_of, self.layers))
 
     @property
     def compression(self) -> float:
@@ -253,7 +255,7 @@ class RaggedCache(CopiedByFork, compat.Cache):
         """Drops columns from the end of every layer, as transformers asks for it; see :meth:`truncate` for rows."""
         with all_or_nothing(self):
             super().crop(max_length)
-            for layer in self.layers:
+            for layer in holding(self.layers):
                 own_window(layer)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -387,6 +389,11 @@ class RaggedCache(CopiedByFork, compat.Cache):
         See :func:`kvzip_press.cache.file.kept_export.export_kept`.
         """
         kept_export.export_kept(Path(path), self.layers)
+
+    def _dense_bytes_of(self, layer: Any) -> int:
+        if isinstance(layer, SharedLayer):
+            layer = self.layers[layer.shares_with]
+        return layer.dense_bytes if isinstance(layer, RaggedLayer) else sum(t.nbytes for t in tensors_of(layer))
 
     def _go_to(self, compression_ratio: float, *, grows: bool) -> None:
         with self.turn_lock:

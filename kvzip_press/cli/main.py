@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvzip_press.cli import budgets, heads
+from kvzip_press.cli import budgets, heads, layers
 from kvzip_press.cli.inputs import text_of
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 from kvzip_press.loading.command_options import ModelOption
@@ -53,6 +53,7 @@ app = typer.Typer(
 )
 
 app.add_typer(budgets.app, name="budgets")
+app.add_typer(layers.app, name="layers")
 app.add_typer(heads.app, name="heads")
 
 # For commands that hand their arguments on to a group of their own, so that no other command waits for its imports.

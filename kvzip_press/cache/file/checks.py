@@ -28,11 +28,12 @@ def check_record(record: CacheRecord) -> None:
         raise CacheFileError(f"expected at most {MAX_LAYERS} layers, got {len(record.layers)}")
     _check_turns(record)
     checked: set[tuple[str, int]] = set()  # lists that layers share are read once
-    for layer in record.layers:
+    for index, layer in enumerate(record.layers):
         check_storage(layer.storage)
         _check_rows(layer, record, checked)
         of_pairs = (layer.has_row_index, layer.has_scores, layer.storage != "model")
         ragged_only = any((layer.fingerprint, layer.n_protected, *of_pairs))
+        _check_sharing(layer, index, record)
         if (layer.sliding_window > 1) != (layer.kind == "sliding") or (ragged_only and layer.kind != "ragged"):
             raise CacheFileError(f"expected entries that go with a {layer.kind} layer, got {reprlib.repr(layer)}")
 
@@ -89,6 +90,19 @@ def check_numbers(tensor: torch.Tensor, name: str) -> None:
         low, high = tensor.aminmax()  # NaN if any is; takes no memory
         if not bool(torch.isfinite(low)) or not bool(torch.isfinite(high)):
             raise CacheFileError(f"expected finite numbers in {name!r}, got NaN or infinity")
+
+
+def _check_sharing(layer: LayerRecord, index: int, record: CacheRecord) -> None:
+    """Raises CacheFileError unless a shared layer reads an earlier one of its shape, with pairs of its own."""
+    is_shared, source = layer.kind == "shared", layer.shares_with
+    read = record.layers[source] if source < index else None
+    shape = (layer.num_heads, layer.head_dim, layer.v_head_dim)
+    fits = read is not None and read.kind != "shared" and (read.num_heads, read.head_dim, read.v_head_dim) == shape
+    if (is_shared and not fits) or (source and not is_shared):
+        raise CacheFileError(
+            f"expected layers that share to read an earlier one of their shape, with pairs of its own, got layer "
+            f"{index}, which is {layer.kind}, with {source}"
+        )
 
 
 def _check_turns(record: CacheRecord) -> None:

@@ -18,7 +18,7 @@ from kvzip_press.untrusted import JSON_BYTES
 SHARED = "rows"  # lists of numbers, one for each row, that several layers share
 _ROWS = ("n_protected", "n_padding", "context_ends")
 _MANY = 300_000  # numbers of rows; with fewer, each layer has its own, as in the files of the first versions
-_SINCE = {"has_scores": False, "storage": "model"}  # what files of earlier versions do not say
+_SINCE = {"has_scores": False, "storage": "model", "shares_with": 0}  # what files of earlier versions do not say
 _EXPECTED = "expected a cache that kvzip-press saved, whole"
 
 
@@ -96,10 +96,12 @@ def _layer_record(data: Any, shared: Sequence[tuple[int, ...]]) -> LayerRecord:
     rows = {name: _rows(data, name, shared) for name in _ROWS}
     record: LayerRecord = _checked(LayerRecord, {**_SINCE, **data, **rows})
     if (
-        record.kind not in ("ragged", "sliding", "dense")
+        record.kind not in ("ragged", "sliding", "dense", "shared")
         or min(record.num_heads, record.head_dim, record.v_head_dim) < 1
     ):
-        raise CacheFileError(f"expected a ragged, sliding or dense layer with heads, got {reprlib.repr(record)}")
+        raise CacheFileError(
+            f"expected a ragged, sliding, dense or shared layer with heads, got {reprlib.repr(record)}"
+        )
     return record
 
 

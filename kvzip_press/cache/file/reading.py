@@ -25,6 +25,7 @@ from kvzip_press.model.devices import execution_device
 from kvzip_press.model.identity import check_fingerprint
 from kvzip_press.model.structure import AttentionLayer, attention_layers, text_config, text_decoder
 from kvzip_press.model.weights import weights_fingerprint
+from kvzip_press.sharing.layer import SharedLayer
 
 
 def load_layers(
@@ -51,10 +52,12 @@ def load_layers(
         record = record_in(file)
         modules, weights = check_model(record, model)
         tensors = _Tensors(file, record, verify=verify)
-        layers = []
+        layers: list[Any] = []
         for index, (layer, module) in enumerate(zip(record.layers, modules, strict=True)):
             target = execution_device(module) if device is None else torch.device(device)
-            if layer.kind == "ragged":
+            if layer.kind == "shared":
+                layers.append(SharedLayer(layer.shares_with))
+            elif layer.kind == "ragged":
                 layers.append(_ragged(index, record, tensors, module, target, weights))
             else:
                 layers.append(_dense(index, record, tensors, target))
@@ -143,15 +146,24 @@ def check_model(record: CacheRecord, model: nn.Module) -> tuple[list[nn.Module],
         raise CacheMismatchError(
             f"expected a model with attention in each of {len(record.layers)} layers, got layers {sorted(attention)}"
         )
+    shared = {i: layer.shares_with for i, layer in enumerate(record.layers) if layer.kind == "shared"}
+    if shared != (sharing := {i: one.shares_with for i, one in attention.items() if one.shares_with is not None}):
+        raise CacheMismatchError(
+            f"expected a model whose layers share as in this cache, {_sharing(shared)}, got one {_sharing(sharing)}"
+        )
     weights = weights_fingerprint(text_decoder(model))
     for index, layer in enumerate(record.layers):
         _check_layer(layer, attention[index], weights)
     return [attention[index].module for index in range(len(record.layers))], weights
 
 
+def _sharing(sources: dict[int, int]) -> str:
+    return f"inside share_layers(model, {reprlib.repr(sources)})" if sources else "outside of share_layers(...)"
+
+
 def _check_layer(layer: LayerRecord, attention: AttentionLayer, weights: str) -> None:
     module, where = attention.module, f"layer {attention.layer_idx}"
-    kinds = ("ragged", "dense") if attention.is_full else ("sliding",)
+    kinds = ("ragged", "dense", "shared") if attention.is_full else ("sliding",)
     if layer.kind not in kinds or (not attention.is_full and layer.sliding_window != attention.sliding_window):
         raise CacheMismatchError(
             f"{where}: expected a {layer.kind} layer with window {layer.sliding_window or None}, got a model whose "
@@ -197,6 +209,8 @@ class _Tensors:
 
 
 def _part_names(layer: LayerRecord, record: CacheRecord) -> list[str]:
+    if layer.kind == "shared":
+        return []
     if layer.kind != "ragged":
         return ["keys", "values"]
     storage, scores = _storage(layer, record), ["scores"] if layer.has_scores else []

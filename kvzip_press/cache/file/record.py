@@ -37,7 +37,7 @@ class LayerRecord:
     """The metadata of one layer.
 
     Attributes:
-        kind: "ragged", "sliding" or "dense".
+        kind: "ragged", "sliding", "dense" or "shared".
         num_heads: Number of KV heads.
         head_dim: Width of a key.
         v_head_dim: Width of a value.
@@ -51,6 +51,7 @@ class LayerRecord:
         has_scores: Whether the pairs of a ragged layer carry scores; False for files that do not say.
         storage: The name of how the pairs of a ragged layer are stored; "model" for other layers, and for files that do
             not say.
+        shares_with: Index of the layer whose pairs a shared layer reads; 0 for other layers.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class LayerRecord:
     sliding_window: int = 0
     has_scores: bool = False
     storage: str = "model"
+    shares_with: int = 0
 
 
 @dataclass(frozen=True)
