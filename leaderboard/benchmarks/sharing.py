@@ -19,7 +19,6 @@ from rich.table import Table
 from kvzip_press import compress, get_press, load_model, prefill, share_layers
 from kvzip_press.leaderboard.benchmarks.following import COLUMNS, Asked, Followed, samples_of
 from kvzip_press.model.devices import get_device
-from kvzip_press.presses.kvzip_head import builtin_pages
 from kvzip_press.sharing.search import ORDERS, find_shared_layers
 from kvzip_press.terminal import plain
 
@@ -63,10 +62,11 @@ def main(
             rows.append({"layers": name, "sources": read, "cosine": cosine, "removed": ratio, **found.figures()})
 
     add("none", 1.0, {})
+    texts = [one.context for one in samples_of(tokenizer, "hidden_facts", pieces, tokens, seed + 1, n_keys=keys)]
     for n_shared in shared or [1, 2, 4, 8]:
         for order in ORDERS:
-            texts, options = list(builtin_pages().values()), {"n_pieces": pieces, "min_cosine": min_cosine}
-            found = find_shared_layers(loaded, tokenizer, texts, n_shared=n_shared, order=order, **options)  # type: ignore[arg-type]
+            options: dict[str, Any] = {"n_pieces": pieces, "min_cosine": min_cosine}
+            found = find_shared_layers(loaded, tokenizer, texts, n_shared=n_shared, order=order, **options)
             if len(found.sources) < n_shared:
                 table.add_row(f"{n_shared}, {order} first", f"only {len(found.sources)} passed")
                 continue

@@ -29,6 +29,7 @@ from kvzip_press.loading.gguf_conversion import convert_gguf
 from kvzip_press.presses.duo_attention.pattern import CONFIG, HEADS, export_duo, import_duo
 from kvzip_press.presses.fastkvzip.gate import LayerGate
 from kvzip_press.presses.fastkvzip.gates import Gates
+from kvzip_press.sharing.file import read_sources, write_sources
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 MODEL = tiny_model("gemma3_text")
@@ -120,6 +121,14 @@ def read_config(path: Path) -> list[torch.Tensor]:
     return [torch.tensor(import_duo(path.parent / "pattern")[1:])]
 
 
+def shared_layers(path: Path) -> None:
+    write_sources(path, {7: 2, 9: 2, 12: 3}, {"model": "m", "k_proj_norms": "[1.5, 2.5]"}, {"order": "dissimilar"})
+
+
+def read_shared_layers(path: Path) -> list[torch.Tensor]:
+    return [torch.tensor([*read_sources(path)[0].items()])]
+
+
 def gguf_file(path: Path) -> None:
     writer = pytest.importorskip("gguf").GGUFWriter(str(path), "llama")
     counts = {
@@ -164,6 +173,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path], None], Callable[[Path], list[torc
     "Fast KVzip's gates": ("a.pt", gate_pt, read_gates, 330, True),
     "DuoAttention's table": ("a.tsv", pattern, read_pattern, 220, False),
     "a model's GGUF": ("a.gguf", gguf_file, read_gguf, 220, False),
+    "shared layers": ("a.json", shared_layers, read_shared_layers, 110, False),
     "DuoAttention's sizes": ("a.json", config, read_config, 220, False),
 }
 
