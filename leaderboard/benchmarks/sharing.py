@@ -18,6 +18,8 @@ from rich.table import Table
 
 from kvzip_press import compress, get_press, load_model, prefill, share_layers
 from kvzip_press.leaderboard.benchmarks.following import COLUMNS, Asked, Followed, samples_of
+from kvzip_press.leaderboard.samples.task import Task
+from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.model.devices import get_device
 from kvzip_press.sharing.search import ORDERS, find_shared_layers
 from kvzip_press.terminal import plain
@@ -41,9 +43,17 @@ def main(
     """Runs the comparison and prints it."""
     loaded, tokenizer = load_model(model)
     loaded.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
-    samples = samples_of(tokenizer, "hidden_facts", contexts, tokens, seed, n_keys=keys)
+    task: Task = get_task("hidden_facts", n_keys=keys)
+    samples = samples_of(tokenizer, task, contexts, tokens, seed)
     asked = [
-        Asked.of(loaded, tokenizer, compress(loaded, tokenizer, sample.context, "none"), sample, answer_tokens)
+        Asked.of(
+            loaded,
+            tokenizer,
+            compress(loaded, tokenizer, sample.context, get_press("none")),
+            task,
+            sample,
+            answer_tokens,
+        )
         for sample in track(samples, description="full cache", transient=True)
     ]
     table = Table("layers that share", "cosine", "removed", *COLUMNS, box=None, pad_edge=False)
@@ -62,7 +72,7 @@ def main(
             rows.append({"layers": name, "sources": read, "cosine": cosine, "removed": ratio, **found.figures()})
 
     add("none", 1.0, {})
-    texts = [one.context for one in samples_of(tokenizer, "hidden_facts", pieces, tokens, seed + 1, n_keys=keys)]
+    texts = [one.context for one in samples_of(tokenizer, task, pieces, tokens, seed + 1)]
     for n_shared in shared or [1, 2, 4, 8]:
         for order in ORDERS:
             options: dict[str, Any] = {"n_pieces": pieces, "min_cosine": min_cosine}
