@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from kvzip_press.heads.scores import HeadScores
     from kvzip_press.loading.by_name import load_model
     from kvzip_press.prefilling.chunked import compress_in_chunks
-    from kvzip_press.prefilling.whole import Prefill, compress, prefill
+    from kvzip_press.prefilling.compressed import compress
+    from kvzip_press.prefilling.contexts import prefill
+    from kvzip_press.prefilling.whole import Prefill
     from kvzip_press.press import Press
     from kvzip_press.presses.composed import ComposedPress
     from kvzip_press.presses.decoding import (
@@ -82,13 +84,13 @@ _EXPORTS = {
     "answer_restoring": "kvzip_press.decoding.monitor",
     "attach": "kvzip_press.attention.implementation",
     "calibrate": "kvzip_press.calibration.on_prompts",
-    "compress": "kvzip_press.prefilling.whole",
+    "compress": "kvzip_press.prefilling.compressed",
     "compress_in_chunks": "kvzip_press.prefilling.chunked",
     "detach": "kvzip_press.attention.implementation",
     "generate": "kvzip_press.decoding.generation",
     "get_press": "kvzip_press.registry",
     "load_model": "kvzip_press.loading.by_name",
-    "prefill": "kvzip_press.prefilling.whole",
+    "prefill": "kvzip_press.prefilling.contexts",
     "presses_table": "kvzip_press.registry",
     "question_ids": "kvzip_press.decoding.answering",
     "register_press": "kvzip_press.registry",

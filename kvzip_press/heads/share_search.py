@@ -21,7 +21,8 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.heads.importance import head_importance
 from kvzip_press.model.chat import encode
 from kvzip_press.model.watching import computing
-from kvzip_press.prefilling.whole import Prefill, prefill
+from kvzip_press.prefilling.contexts import prefill
+from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import Press
 
 EXPONENTS, AT_LEAST, AT_MOST = (0.25, 0.5, 1.0, 2.0), (0.1, 0.25, 0.5), (2.0, 4.0)

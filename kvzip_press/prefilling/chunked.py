@@ -26,8 +26,9 @@ from kvzip_press.model.chat import Context, chat_frame, check_ids, context_rows
 from kvzip_press.model.devices import input_device
 from kvzip_press.model.structure import check_length, text_config
 from kvzip_press.model.watching import computing
+from kvzip_press.prefilling.compressed import compress
 from kvzip_press.prefilling.eviction import Span, check_storage, evicted_layers, storage_of
-from kvzip_press.prefilling.whole import Prefill, Scorer, compress, run_prefill
+from kvzip_press.prefilling.whole import Prefill, Scorer, run_prefill
 
 CHUNK_SIZE, WINDOW_SIZE = 16384, 4096
 

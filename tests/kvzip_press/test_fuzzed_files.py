@@ -46,6 +46,16 @@ def cache_file(path: Path) -> None:
     RaggedCache.of(cache).save(path)
 
 
+def cache_file_with_evicted(path: Path) -> None:
+    compress(MODEL, ByteTokenizer(), "The key is under the mat.", RandomPress(0.6), cold="cpu").save(path)
+
+
+def read_restored(path: Path) -> list[torch.Tensor]:
+    cache = RaggedCache.load(path, MODEL)
+    cache.restore()
+    return [tensor for _, layer in cache.ragged_layers() for tensor in layer.tensors]
+
+
 def read_cache(path: Path) -> list[torch.Tensor]:
     layers = RaggedCache.load(path, MODEL).layers
     ragged = [tensor for layer in layers for tensor in getattr(layer, "tensors", ())]
@@ -164,6 +174,7 @@ def read_gguf(path: Path) -> list[torch.Tensor]:
 # Name of the file, how it is written and read, how many mutations, and whether it notices all that matters.
 FORMATS: dict[str, tuple[str, Callable[[Path], None], Callable[[Path], list[torch.Tensor]], int, bool]] = {
     "a cache": ("a.safetensors", cache_file, read_cache, 330, True),
+    "a cache with evicted pairs": ("a.safetensors", cache_file_with_evicted, read_restored, 220, True),
     "evicted pairs": ("evicted", evicted_pairs, read_evicted, 110, True),
     "gates": ("a.safetensors", lambda path: gates().save(path), read_gates, 330, True),
     "gates without a checksum": ("a.safetensors", unsealed(lambda path: gates().save(path)), read_gates, 220, False),

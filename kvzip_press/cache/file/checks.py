@@ -8,7 +8,8 @@ from itertools import pairwise
 import torch
 
 from kvzip_press.cache.codecs.by_name import STORAGES, storage_named
-from kvzip_press.cache.file.record import LIMIT, CacheRecord, LayerRecord
+from kvzip_press.cache.codecs.storage import Storage
+from kvzip_press.cache.file.record import DTYPES, LIMIT, CacheRecord, LayerRecord
 from kvzip_press.errors import CacheFileError, InvalidArgumentError
 from kvzip_press.files import digest_of, to_json
 
@@ -48,6 +49,20 @@ def check_storage(name: str) -> None:
         raise CacheFileError(
             f"expected a storage out of {', '.join(STORAGES)}, got {name!r:.80}: of a later version?"
         ) from error
+
+
+def storage_of(layer: LayerRecord, record: CacheRecord) -> Storage:
+    """Returns the storage of a layer.
+
+    Raises:
+        CacheFileError: It cannot hold pairs of these widths.
+    """
+    kind = storage_named(layer.storage)
+    try:
+        kind.check_widths(layer.head_dim, layer.v_head_dim)
+    except InvalidArgumentError as error:
+        raise CacheFileError(f"expected pairs that the storage {layer.storage!r} can hold: {error}") from error
+    return kind(layer.head_dim, layer.v_head_dim, DTYPES[record.dtype])
 
 
 def check_pairs(

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
-from kvzip_press.cache.codecs.by_name import storage_named
 from kvzip_press.cache.codecs.held import CU_SEQLENS, POSITIONS, Held
-from kvzip_press.cache.codecs.storage import Layout, Shapes, Storage
-from kvzip_press.cache.file.checks import check_numbers, check_pairs
+from kvzip_press.cache.codecs.storage import Layout, Shapes
+from kvzip_press.cache.file.checks import check_numbers, check_pairs, storage_of
+from kvzip_press.cache.file.cold_parts import cold_names, cold_parts
 from kvzip_press.cache.file.metadata import opened_cache, record_in
-from kvzip_press.cache.file.record import DTYPES, NAMES, CacheRecord, LayerRecord, live_tokens, settings_of
+from kvzip_press.cache.file.record import DTYPES, NAMES, TEXT, CacheRecord, LayerRecord, live_tokens, settings_of
 from kvzip_press.cache.packed_pairs import SCORES, PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheFileError, CacheMismatchError, InvalidArgumentError
@@ -61,6 +61,8 @@ def load_layers(
                 layers.append(_ragged(index, record, tensors, module, target, weights))
             else:
                 layers.append(_dense(index, record, tensors, target))
+        for index, parts in cold_parts(record, tensors.on_host, path, file.metadata()[TEXT]).items():
+            layers[index].cold = parts
         return layers, record
 
 
@@ -188,6 +190,7 @@ class _Tensors:
     def __init__(self, file: Any, record: CacheRecord, *, verify: bool) -> None:
         self._file, self._digests, self._verify = file, record.tensors, verify
         names = {f"{i}.{part}" for i, layer in enumerate(record.layers) for part in _part_names(layer, record)}
+        names |= set(cold_names(record))
         if set(file.keys()) != names or set(record.tensors) != names:
             differing = sorted((set(file.keys()) | set(record.tensors)) ^ names) or sorted(set(file.keys()) ^ names)
             raise CacheFileError(f"expected {len(names)} tensors, got others: {reprlib.repr(differing)}")
@@ -197,6 +200,9 @@ class _Tensors:
         if (held.get_dtype(), tuple(held.get_shape())) != (dtype, shape):
             raise CacheFileError(f"expected {name!r} as {dtype} {shape}, got {held.get_dtype()} {held.get_shape()}")
         return self.verified(name).to(device)
+
+    def on_host(self, name: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.read(name, dtype, shape, torch.device("cpu"))
 
     def verified(self, name: str) -> torch.Tensor:
         # A copy: mapped memory would change or vanish with the file, and its alignment depends on the header's length.
@@ -213,7 +219,7 @@ def _part_names(layer: LayerRecord, record: CacheRecord) -> list[str]:
         return []
     if layer.kind != "ragged":
         return ["keys", "values"]
-    storage, scores = _storage(layer, record), ["scores"] if layer.has_scores else []
+    storage, scores = storage_of(layer, record), ["scores"] if layer.has_scores else []
     tail = ["tail_keys", "tail_values", *(f"tail_{name}" for name in scores)]
     names = [*_names(storage.layout()), *scores, POSITIONS]
     names += tail if record.n_seen > record.n_context else []
@@ -223,20 +229,6 @@ def _part_names(layer: LayerRecord, record: CacheRecord) -> list[str]:
 def _names(layout: Layout) -> list[str]:
     parts = (f"{part}.{name}" for part, of_part in layout.parts.items() for name in _names(of_part))
     return [*layout.columns, *layout.tables, CU_SEQLENS, *parts]
-
-
-def _storage(layer: LayerRecord, record: CacheRecord) -> Storage:
-    """Returns the storage of a layer.
-
-    Raises:
-        CacheFileError: It cannot hold pairs of these widths.
-    """
-    kind = storage_named(layer.storage)
-    try:
-        kind.check_widths(layer.head_dim, layer.v_head_dim)
-    except InvalidArgumentError as error:
-        raise CacheFileError(f"expected pairs that the storage {layer.storage!r} can hold: {error}") from error
-    return kind(layer.head_dim, layer.v_head_dim, DTYPES[record.dtype])
 
 
 def _ragged(
@@ -280,7 +272,7 @@ def _tail(
 
 def _packed(index: int, record: CacheRecord, tensors: _Tensors, device: torch.device) -> PackedPairs:
     layer = record.layers[index]
-    storage, segments = _storage(layer, record), len(layer.n_protected) * layer.num_heads
+    storage, segments = storage_of(layer, record), len(layer.n_protected) * layer.num_heads
     layout = storage.layout()
     columns: Shapes = {**layout.columns, POSITIONS: (torch.int32, ())}
     if layer.has_scores:

@@ -70,6 +70,27 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class ColdRecord:
+    """The metadata of a span whose evicted pairs are in the file.
+
+    Attributes:
+        amount: How much was asked for: the one argument of :func:`kvzip_press.budget.amount.amount_of`.
+        allocation: Under which allocation: its name and arguments.
+        counted: Which protected positions count towards the budget: "all", "none" or "some".
+        rows: For each packed row of the cache, the row of the span that it is.
+        n_rows: Number of rows of the span.
+        n_tokens: Number of its columns.
+    """
+
+    amount: dict[str, Any]
+    allocation: dict[str, Any]
+    counted: str
+    rows: tuple[int, ...]
+    n_rows: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
 class CacheRecord:
     """The metadata of a cache.
 
@@ -90,6 +111,7 @@ class CacheRecord:
         turn_starts: Tokens seen before each kept turn: one number, or one for each batch row.
         layers: One record per layer.
         tensors: SHA-256 of each tensor's bytes.
+        cold: One record for each span whose evicted pairs can come back.
     """
 
     format: int
@@ -108,6 +130,7 @@ class CacheRecord:
     turn_starts: tuple[int | list[int], ...]
     layers: tuple[LayerRecord, ...]
     tensors: dict[str, str]
+    cold: tuple[ColdRecord, ...] = ()
 
 
 def settings_of(config: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Tensors are named ``<layer>.<part>``. A ragged layer has the columns and tables of its storage (keys and values, or
 codes and scales), positions, cu_seqlens, tail_keys and tail_values (live tokens only), row_index, and scores and
 tail_scores if its pairs carry them; a layer that stayed dense has keys and values; one that reads another's pairs has
-nothing, and its entry says which. Everything else is one JSON text in
+nothing, and its entry says which. For evicted pairs see ``cold_parts.py``. Everything else is one JSON text in
 the metadata, with the SHA-256 of every tensor's bytes; the SHA-256 of that text is stored beside it. So any changed
 byte is noticed, and the shapes that the file must have are known before a tensor is read.
 """
@@ -19,6 +19,7 @@ import torch
 from kvzip_press import compat
 from kvzip_press.cache.codecs.by_name import name_of
 from kvzip_press.cache.file.checks import check_numbers, check_pairs, check_record
+from kvzip_press.cache.file.cold_parts import check_cold, cold_in
 from kvzip_press.cache.file.metadata import text_of
 from kvzip_press.cache.file.reading import load_layers, read_record
 from kvzip_press.cache.file.record import (
@@ -58,10 +59,13 @@ def save_layers(
         InvalidArgumentError: The layers have not seen the same tokens, because a forward failed half-way, or none is
             ragged, or :func:`load_layers` would refuse the file: a head's positions do not ascend within the context,
             a key, value or score is NaN or infinite, or some rows, but not all, have forgotten a turn.
-        UnsupportedCacheError: A layer is of another kind, or of another dtype than bf16, fp16 and fp32.
+        UnsupportedCacheError: A layer is of another kind, or of another dtype than bf16, fp16 and fp32, or evicted
+            pairs that are kept went under an allocation without a short name.
     """
     records = [_record_of(layer, layers) for layer in layers]
     tensors = {f"{i}.{part}": tensor for i, layer in enumerate(layers) for part, tensor in _parts_of(layer).items()}
+    cold, cold_tensors = cold_in({i: layer for i, layer in enumerate(layers) if isinstance(layer, RaggedLayer)})
+    tensors |= cold_tensors
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     ragged = [layer for layer in layers if isinstance(layer, RaggedLayer)]
     held = holding(layers)
@@ -83,6 +87,7 @@ def save_layers(
         turn_starts=tuple(turn_starts),
         layers=tuple(records),
         tensors={name: digest_of_tensor(tensor) for name, tensor in tensors.items()},
+        cold=cold,
     )
     if record.dtype not in ("BF16", "F16", "F32"):
         raise UnsupportedCacheError(f"expected a cache in bf16, fp16 or fp32, got {record.dtype}")
@@ -96,6 +101,7 @@ def _check(record: CacheRecord, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises InvalidArgumentError if the file would not be read again: nothing is written then."""
     try:
         check_record(record)
+        check_cold(record)
         for index, layer in enumerate(record.layers):
             if layer.kind == "ragged":
                 cu_seqlens, positions = tensors[f"{index}.cu_seqlens"], tensors[f"{index}.positions"]
