@@ -33,7 +33,7 @@ from kvzip_press.errors import CacheFileError, InvalidArgumentError, Unsupported
 Read = Callable[[str, str, tuple[int, ...]], torch.Tensor]
 
 _MASKS = ("valid", "protected", "counted")
-_SPARE = 2**20  # entries of the table of positions beyond 64 times those of a span: a file says how large it is
+_SPARE = 2**16  # entries of the table of positions beyond 8 times those of a span: a file says how large it is
 
 
 def cold_in(layers: Mapping[int, RaggedLayer]) -> tuple[tuple[ColdRecord, ...], dict[str, torch.Tensor]]:
@@ -82,6 +82,7 @@ def _record_of(part: ColdPart) -> ColdRecord:
         rows=part.rows,
         n_rows=span.valid.shape[0],
         n_tokens=span.valid.shape[1],
+        in_chunks=span.in_chunks,
     )
 
 
@@ -131,14 +132,14 @@ def _policy(one: ColdRecord) -> Policy:
         raise CacheFileError(f"expected the policy of an eviction, got {type(error).__name__}: {error}") from error
 
 
-def cold_parts(record: CacheRecord, read: Read, path: Path, text: str) -> dict[int, tuple[ColdPart, ...]]:
+def cold_parts(record: CacheRecord, read: Read, path: Path, text: str = "") -> dict[int, tuple[ColdPart, ...]]:
     """Returns the evicted pairs of each layer of a file, as they lie there.
 
     Args:
         record: The metadata of the file.
         read: Reads its tensors, and compares them with the digests if that is asked for.
         path: The file, from which they are read again when they come back.
-        text: Its metadata as text.
+        text: Its metadata as text; a writer who only checks has neither yet.
 
     Raises:
         CacheFileError: They are not the evicted pairs of such a cache.
@@ -176,6 +177,7 @@ def _span(number: int, record: CacheRecord, read: Read, path: Path, text: str) -
         storages=storages,
         columns={i: tuple(_columns(record, i, storage)) for i, storage in storages.items()},
         place=InFile(path.absolute(), text, record.tensors, expected, key=TEXT, prefix=f"{name}."),
+        in_chunks=one.in_chunks,
     )
 
 
@@ -200,7 +202,7 @@ def _check_positions(valid: torch.Tensor, positions: torch.Tensor, name: str) ->
     known = positions.masked_fill(~valid, -1)
     before = torch.nn.functional.pad(known.cummax(dim=1).values[:, :-1], (1, 0), value=-1)
     ascending = bool(((known > before) | ~valid).all()) and bool((positions[valid] >= 0).all())
-    room = 64 * valid.numel() + _SPARE
+    room = 8 * valid.numel() + _SPARE
     if not bool(valid.any(dim=1).all()) or not ascending or (int(known.max()) + 1) * len(valid) > room:
         raise CacheFileError(f"expected '{name}.{POSITIONS}' to ascend over the tokens of each row")
 

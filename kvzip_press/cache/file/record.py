@@ -80,6 +80,7 @@ class ColdRecord:
         rows: For each packed row of the cache, the row of the span that it is.
         n_rows: Number of rows of the span.
         n_tokens: Number of its columns.
+        in_chunks: Whether it was read in chunks.
     """
 
     amount: dict[str, Any]
@@ -88,6 +89,7 @@ class ColdRecord:
     rows: tuple[int, ...]
     n_rows: int
     n_tokens: int
+    in_chunks: bool
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from kvzip_press import compat
 from kvzip_press.cache.codecs.by_name import name_of
 from kvzip_press.cache.file.checks import check_numbers, check_pairs, check_record
-from kvzip_press.cache.file.cold_parts import check_cold, cold_in
+from kvzip_press.cache.file.cold_parts import check_cold, cold_in, cold_parts
 from kvzip_press.cache.file.metadata import text_of
 from kvzip_press.cache.file.reading import load_layers, read_record
 from kvzip_press.cache.file.record import (
@@ -102,6 +102,7 @@ def _check(record: CacheRecord, tensors: Mapping[str, torch.Tensor]) -> None:
     try:
         check_record(record)
         check_cold(record)
+        cold_parts(record, lambda name, *_: tensors[name], Path())
         for index, layer in enumerate(record.layers):
             if layer.kind == "ragged":
                 cu_seqlens, positions = tensors[f"{index}.cu_seqlens"], tensors[f"{index}.positions"]

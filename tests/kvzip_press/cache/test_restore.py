@@ -402,6 +402,9 @@ def test_evicted_pairs_that_contradict_their_file_are_refused(tmp_path: Path, mo
         return cold_in
 
     _, tensors = own(dict(cache.ragged_layers()))
+    monkeypatch.setattr(writing, "cold_in", spoilt("cold.0.positions", tensors["cold.0.positions"] + 2**30))
+    with pytest.raises(InvalidArgumentError, match=r"this cache would not be read again: .* to ascend over the tokens"):
+        cache.save(tmp_path / "spoilt")
     for name, value in {
         "cold.0.positions": tensors["cold.0.positions"].flip(1),
         "cold.0.valid": torch.zeros_like(tensors["cold.0.valid"]),
@@ -412,6 +415,7 @@ def test_evicted_pairs_that_contradict_their_file_are_refused(tmp_path: Path, mo
         "cold.0.1.every_score": tensors["cold.0.1.every_score"][..., 1:],
     }.items():
         monkeypatch.setattr(writing, "cold_in", spoilt(name, value))
+        monkeypatch.setattr(writing, "cold_parts", lambda *_: None)  # a writer of ours would refuse most of them
         cache.save(tmp_path / "spoilt")
         with pytest.raises(CacheFileError):
             RaggedCache.load(tmp_path / "spoilt", MODEL)
