@@ -315,6 +315,29 @@ def test_a_cache_is_refused_where_layers_do_not_share_as_when_it_was_made(model:
         read(model, dense_inside, question)
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_transformers_own_generate_works_inside(model: Any, num_beams: int) -> None:
+    """Its caches are made and reordered by itself, and it may use none."""
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": num_beams}
+    with share_layers(model, SOURCES):
+        cached, without = (model.generate(ids_of(TEXT[:30]), use_cache=use, **options) for use in (True, False))
+    assert cached.shape[1] == 36
+    assert torch.equal(cached, without)
+
+
+@pytest.mark.kvpress
+@pytest.mark.parametrize(("name", "is_refused"), [("kvpress_knorm", False), ("kvpress_kvzip", True)])
+def test_presses_of_kvpress_that_evict_every_layer_are_refused(model: Any, name: str, is_refused: bool) -> None:
+    pytest.importorskip("kvpress")
+    with share_layers(model, SOURCES):
+        if is_refused:
+            with pytest.raises(UnsupportedModelError, match=r"outside of share_layers\(...\)"):
+                kvzip_press.compress(model, TOKENIZER, TEXT, get_press(name, 0.5))
+        else:
+            cache = kvzip_press.compress(model, TOKENIZER, TEXT, get_press(name, 0.5))
+            assert [layer for layer, _ in cache.ragged_layers()] == [0, 1]
+
+
 def test_what_would_attend_to_projections_that_were_left_out_gives_nan(model: Any) -> None:
     with share_layers(model, SOURCES), torch.no_grad():
         assert bool(model.model.layers[2].self_attn.k_proj(torch.ones(1, 2, 64)).isnan().all())
