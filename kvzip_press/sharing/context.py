@@ -145,7 +145,8 @@ def _before(sources: Mapping[int, int]) -> Any:
         named = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
         cache = compat.cache_given(named)
         if cache is None:  # also with use_cache=False: layers read each other's keys and values through one
-            cache = compat.DynamicCache(config=decoder.config)  # type: ignore[arg-type]
+            config: Any = decoder.config
+            cache = (compat.DynamicCache if _keeps(named, decoder) else _PassingCache)(config=config)
             named |= compat.cache_argument(decoder, cache)
         place_shared_layers(cache, sources)
         bind_shared_layers(cache)
@@ -154,6 +155,22 @@ def _before(sources: Mapping[int, int]) -> Any:
     return bind
 
 
-def _after(_decoder: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-    """Lets go of the layers that were read, also after a forward that raised."""
-    release_shared_layers(compat.cache_given(kwargs))
+class _PassingCache(compat.DynamicCache):
+    """The cache of one forward that was to have none."""
+
+
+def _keeps(named: Mapping[str, Any], decoder: Any) -> bool:
+    """Whether a forward shall return the cache that it fills."""
+    use_cache = named.get("use_cache")
+    return bool(getattr(decoder.config, "use_cache", True) if use_cache is None else use_cache)
+
+
+def _after(_decoder: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Lets go of the layers that were read, also after a forward that raised, and of a cache that nobody asked for."""
+    cache = compat.cache_given(kwargs)
+    release_shared_layers(cache)
+    if not isinstance(cache, _PassingCache) or output is None:
+        return None
+    if isinstance(output, tuple):
+        return tuple(one for one in output if one is not cache)
+    return type(output)(**{name: one for name, one in output.items() if one is not cache})
