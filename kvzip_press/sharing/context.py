@@ -18,6 +18,7 @@ from torch import nn
 from kvzip_press import compat
 from kvzip_press.arguments.model import check_model
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
+from kvzip_press.model.devices import execution_device
 from kvzip_press.model.identity import check_facts
 from kvzip_press.model.structure import (
     AttentionLayer,
@@ -52,7 +53,8 @@ def share_layers(model: nn.Module, sources: str | Path | Mapping[int, int]) -> I
     Raises:
         InvalidArgumentError: The file cannot be read or is of another model, or the layers are not such.
         UnsupportedModelError: Layers of the model share already, some use a sliding window, or the projections to keys
-            and values cannot be left out: they are fused with that to queries, or have other widths.
+            and values cannot be left out: they are fused with that to queries, or have other widths. Or a layer lies
+            on another device than the one that it reads.
     """
     check_model(model, "share_layers(model, ...)")
     chosen, facts = ({}, {}) if isinstance(sources, Mapping) else read_sources(Path(sources))
@@ -68,6 +70,12 @@ def share_layers(model: nn.Module, sources: str | Path | Mapping[int, int]) -> I
             raise UnsupportedModelError(
                 f"expected layers of one shape to share, got layer {layer_idx} with keys and values of "
                 f"{_widths(modules[layer_idx])} numbers and layer {source} with {_widths(modules[source])}"
+            )
+        devices = execution_device(modules[layer_idx]), execution_device(modules[source])
+        if devices[0] != devices[1]:
+            raise UnsupportedModelError(
+                f"expected layers that share on one device, got layer {layer_idx} on {devices[0]} and layer {source} "
+                f"on {devices[1]}"
             )
     decoder = text_decoder(model)
     with ExitStack() as stack:

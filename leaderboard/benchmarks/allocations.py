@@ -11,7 +11,7 @@ The last two columns are what an engine with pages of 16 or of 64 pairs a head w
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -119,33 +119,48 @@ def _cells(model: Any, tokenizer: Any, name: str, texts: Sequence[str], ratios: 
         yield from (Cell(f"pages of {size}", ratio, Pages(page_size=size)) for size in PAGE_SIZES)
         shares = find_shares(model, tokenizer, texts, get_press(name, ratio, allocation="head")).shares
         yield Cell("table", ratio, Table(shares=shares.tolist()))
-        for per in ("head", "layer"):
-            found = _tolerance(scored, 1 - ratio, per)
-            yield Cell(f"tolerance a {per}, kept about {1 - ratio:.1f}", 0.0, Tolerance(tolerance=found, per=per))
-        threshold = Threshold(threshold=_threshold(scored, ratio))
-        yield Cell(f"threshold, kept about {1 - ratio:.1f}", 0.0, threshold)
+        kept = _mean([_kept(one, scores.asked_for(ratio)) for one, scores in scored])
+        for label, made in _outcomes(scored).items():
+            yield Cell(f"{label}, kept about {1 - ratio:.1f}", 0.0, _that_keeps(kept, scored, made))
 
 
-def _tolerance(scored: Sequence[tuple[Prefill, Scores]], kept: float, per: str) -> float:
-    """Returns the tolerance under which contexts keep about this fraction of their pairs, on average."""
+def _outcomes(scored: Sequence[tuple[Prefill, Scores]]) -> dict[str, Callable[[float], Allocation]]:
+    """Returns the allocations that take no amount, each made of a number in [0, 1), the stricter the larger it is."""
+    free = torch.cat([_free_values(one, scores) for one, scores in scored]).sort().values.tolist()
+
+    def per_head(part: float) -> Allocation:
+        return Tolerance(tolerance=part)
+
+    def per_layer(part: float) -> Allocation:
+        return Tolerance(tolerance=part, per="layer")
+
+    def threshold(part: float) -> Allocation:
+        return Threshold(threshold=free[int(part * len(free))])
+
+    return {"tolerance a head": per_head, "tolerance a layer": per_layer, "threshold": threshold}
+
+
+def _that_keeps(
+    kept: float, scored: Sequence[tuple[Prefill, Scores]], allocation: Callable[[float], Allocation]
+) -> Allocation:
+    """Returns the allocation under which contexts keep about this fraction of their pairs, on average."""
     low, high = 0.0, 1.0
-    for _ in range(12):
+    for _ in range(14):
         middle = (low + high) / 2
-        allocation = Tolerance(tolerance=middle, per=per)
-        fractions = [_kept(one, scores.asked_for(0.0, allocation)) for one, scores in scored]
+        fractions = [_kept(one, scores.asked_for(0.0, allocation(middle))) for one, scores in scored]
         low, high = (middle, high) if _mean(fractions) > kept else (low, middle)
-    return low
+    return allocation(low)
+
+
+def _free_values(done: Prefill, scores: Scores) -> torch.Tensor:
+    """Returns the scores of all pairs that may be evicted, on the CPU."""
+    free = (done.valid & ~scores.protected).cpu()[:, None]
+    return torch.cat([values.cpu()[free.expand_as(values)] for values in scores.layers.values()])
 
 
 def _kept(done: Prefill, scores: Scores) -> float:
     masks = select(done.attended(scores), done.valid).values()
     return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-
-
-def _threshold(scored: Sequence[tuple[Prefill, Scores]], ratio: float) -> float:
-    """Returns the score below which this fraction of the pairs of contexts lies."""
-    values = torch.cat([layer.flatten().cpu() for _, scores in scored for layer in scores.layers.values()])
-    return float(values.sort().values[min(int(ratio * len(values)), len(values) - 1)])
 
 
 def _add(found: dict[Any, Any], key: tuple[str, str, float], followed: Followed, cache: RaggedCache) -> None:

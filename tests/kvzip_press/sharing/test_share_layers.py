@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import silu, softmax
@@ -184,7 +185,7 @@ def test_rows_of_different_length_answer_as_alone(model: Any) -> None:
             assert got[row] == kvzip_press.answer(model, TOKENIZER, alone, question, max_new_tokens=5)
 
 
-def test_a_cache_takes_the_bytes_of_the_layers_that_keep_their_own(model: Any) -> None:
+def test_a_cache_takes_the_bytes_of_the_layers_that_keep_their_own(model: Any, tmp_path: Path) -> None:
     context = TEXT[:60]
     whole = kvzip_press.compress(model, TOKENIZER, context, RandomPress(0.5))
     with share_layers(model, SOURCES):
@@ -193,6 +194,11 @@ def test_a_cache_takes_the_bytes_of_the_layers_that_keep_their_own(model: Any) -
     assert shared.dense_bytes == whole.dense_bytes
     assert shared.kept_fraction == whole.kept_fraction
     assert shared.compression == pytest.approx(whole.compression * 2.5)
+    shared.export_kept(tmp_path / "kept.npz")
+    with np.load(tmp_path / "kept.npz") as exported:
+        assert {name for name in exported if name.startswith("layer")} == {
+            f"layer{layer}_{name}" for layer in (0, 1) for name in ("positions", "cu_seqlens")
+        }
 
 
 def test_operations_on_a_cache_follow_the_layers_that_are_read(model: Any) -> None:
@@ -356,9 +362,12 @@ def test_models_whose_layers_cannot_share_are_refused(architecture: str, message
     refused(UnsupportedModelError, message, tiny_model(architecture), {1: 0})
 
 
-def test_layers_that_share_already_or_differ_in_shape_are_refused(model: Any) -> None:
+def test_layers_that_share_already_or_differ_in_shape_or_place_are_refused(model: Any) -> None:
     with share_layers(model, SOURCES):
         refused(UnsupportedModelError, "leave that context first", model, {1: 0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvzip_press.sharing.context.execution_device", lambda module: f"cuda:{module.layer_idx}")
+        refused(UnsupportedModelError, "got layer 1 on cuda:1 and layer 0 on cuda:0", model, {1: 0})
     model.model.layers[1].self_attn.v_proj = torch.nn.Linear(64, 16)
     refused(UnsupportedModelError, "expected layers of one shape to share, got layer 1", model, {1: 0})
 
