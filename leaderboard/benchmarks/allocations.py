@@ -87,8 +87,10 @@ def main(
                 for cell in cells[name]:
                     cache = done.evict(scores, cell.removed, cell.allocation)
                     _add(found, (name, cell.label, cell.removed), asked.follow(loaded, cache), cache)
+        made = {(name, cell.label, cell.removed): repr(cell.allocation) for name in names for cell in cells[name]}
         rows += [
             {"task": task_name, "scorer": name, "allocation": label, "removed": ratio}
+            | {"made": made.get((name, label, ratio), "")}
             | followed.figures()
             | {
                 f"in_pages_of_{size}": _mean(part)
