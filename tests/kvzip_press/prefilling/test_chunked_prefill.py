@@ -180,9 +180,30 @@ def test_what_chunks_lost_comes_back_as_it_was_read(architecture, storage, tmp_p
             one.shrink(ratio)
             expected = kept_of_whole(one, ratio)
             assert all(torch.equal(mask, expected[i]) for i, mask in keep_masks(one, seen).items())
-    back = before.fork()
-    back.restore(0.5)
-    assert all(torch.equal(mask, kept_of_whole(back, 0.5)[i]) for i, mask in keep_masks(back, seen).items())
+
+
+class EarlyPress(NormPress):
+    """The earlier, the better: chunks lose pairs that are better than what stays of later ones."""
+
+    def score(self, prefill) -> Scores:
+        scores = super().score(prefill)
+        for values in scores.layers.values():
+            values.copy_(-prefill.positions[:, None].expand_as(values))
+        return scores
+
+
+def test_a_smaller_ratio_takes_away_what_is_worse_than_what_chunks_lost(keep_masks) -> None:
+    cache = compress_in_chunks(
+        MODEL, TOKENIZER, context(150), EarlyPress(0.7), chunk_size=40, window_size=10, cold="cpu"
+    )
+    seen = torch.ones(1, cache.get_seq_length(), dtype=torch.bool)
+    before = keep_masks(cache, seen)
+    cache.restore(0.65)
+    after = keep_masks(cache, seen)
+    assert any(bool((before[i] & ~after[i]).any()) for i in before)
+    assert all(torch.equal(mask, kept_of_whole(cache, 0.65)[i]) for i, mask in after.items())
+    with pytest.raises(InvalidArgumentError, match="restore does"):
+        cache.shrink(0.6)
 
 
 def test_what_chunks_lost_is_kept_only_where_it_can_come_back() -> None:
