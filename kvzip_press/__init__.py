@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from kvzip_press.heads.scores import HeadScores
     from kvzip_press.loading.by_name import load_model
     from kvzip_press.prefilling.chunked import compress_in_chunks
-    from kvzip_press.prefilling.whole import Prefill, compress, prefill
+    from kvzip_press.prefilling.compressed import compress
+    from kvzip_press.prefilling.contexts import prefill
+    from kvzip_press.prefilling.whole import Prefill
     from kvzip_press.press import Press
     from kvzip_press.presses.composed import ComposedPress
     from kvzip_press.presses.decoding import (
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from kvzip_press.presses.random import RandomPress
     from kvzip_press.registry import get_press, presses_table, register_press
     from kvzip_press.serving.session import Session
+    from kvzip_press.sharing.context import share_layers
 
 _EXPORTS = {
     "ClusterRecall": "kvzip_press.cache.recall.clusters",
@@ -88,16 +91,17 @@ _EXPORTS = {
     "answer_restoring": "kvzip_press.decoding.monitor",
     "attach": "kvzip_press.attention.implementation",
     "calibrate": "kvzip_press.calibration.on_prompts",
-    "compress": "kvzip_press.prefilling.whole",
+    "compress": "kvzip_press.prefilling.compressed",
     "compress_in_chunks": "kvzip_press.prefilling.chunked",
     "detach": "kvzip_press.attention.implementation",
     "generate": "kvzip_press.decoding.generation",
     "get_press": "kvzip_press.registry",
     "load_model": "kvzip_press.loading.by_name",
-    "prefill": "kvzip_press.prefilling.whole",
+    "prefill": "kvzip_press.prefilling.contexts",
     "presses_table": "kvzip_press.registry",
     "question_ids": "kvzip_press.decoding.answering",
     "register_press": "kvzip_press.registry",
+    "share_layers": "kvzip_press.sharing.context",
     "with_recall": "kvzip_press.cache.recall.making",
     "without_recall": "kvzip_press.cache.recall.making",
 }
@@ -145,6 +149,7 @@ __all__ = [
     "presses_table",
     "question_ids",
     "register_press",
+    "share_layers",
     "with_recall",
     "without_recall",
 ]

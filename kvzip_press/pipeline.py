@@ -23,7 +23,7 @@ from kvzip_press.arguments.press import ForeignPress, as_press
 from kvzip_press.decoding.answering import ASKED_AT_ONCE, answer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import encode
-from kvzip_press.prefilling.whole import compress
+from kvzip_press.prefilling.compressed import compress
 from kvzip_press.press import Press
 
 logger = logging.getLogger(__name__)

@@ -37,6 +37,7 @@ ROOMS = (
         "budget",
         "loading",
         "attention",
+        "sharing",
         "cache",
         "prefilling",
         "decoding",

@@ -21,6 +21,7 @@ from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, Unsuppo
 from kvzip_press.model.devices import execution_device, reachable
 from kvzip_press.model.structure import attention_layers, text_decoder
 from kvzip_press.model.weights import weights_fingerprint
+from kvzip_press.sharing.layer import SharedLayer, holding
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def truncate_columns(cache: Any, n_columns: int) -> None:
         InvalidArgumentError: Fewer were seen, the cut reaches into the compressed context, or a sliding layer has lost
             what it would need.
     """
-    n_seen, layers = cache.get_seq_length(), list(cache.layers)
+    n_seen, layers = cache.get_seq_length(), holding(cache.layers)
     if n_columns > n_seen:
         raise InvalidArgumentError(f"expected at most the {n_seen} tokens seen, got {n_columns}")
     surplus = [layer.get_seq_length() - n_columns for layer in layers]
@@ -88,19 +89,20 @@ def truncate_rows(cache: Any, ragged: RaggedLayer, n_seen: Sequence[int]) -> Non
     """
     if len(n_seen) != ragged.batch_size:
         raise InvalidArgumentError(f"expected a number for each of {ragged.batch_size} rows, got {len(n_seen)}")
-    if len({layer.get_seq_length() for layer in cache.layers}) > 1:
+    layers = holding(cache.layers)
+    if len({layer.get_seq_length() for layer in layers}) > 1:
         raise InvalidArgumentError("expected layers that have seen the same tokens, but a forward failed half-way")
     seen = ragged.n_context + ragged.n_tail_tokens
     counts = seen - torch.tensor(n_seen, device=seen.device)
     if bool((counts < 0).any()):
         raise InvalidArgumentError(f"expected at most the {seen.tolist()} tokens seen, got {list(n_seen)}")
     with all_or_nothing(cache):
-        for layer in cache.layers if bool(counts.any()) else ():
+        for layer in layers if bool(counts.any()) else ():
             _check_holds_all(layer)
-        for layer in cache.layers:
+        for layer in layers:
             if isinstance(layer, RaggedLayer):
                 layer.drop_ends(counts)
-        for layer in cache.layers:
+        for layer in layers:
             if not isinstance(layer, RaggedLayer):
                 drop_ends_of_sliding(layer, counts, n_columns=ragged.get_seq_length())
 
@@ -128,7 +130,7 @@ def move_layers(cache: Any, target: torch.device | str | nn.Module) -> None:
     """
     layers: list[Any] = cache.layers
     devices = _devices(layers, target)
-    for layer in layers:
+    for layer in holding(layers):
         if not isinstance(layer, RaggedLayer) and not isinstance(getattr(layer, "keys", None), torch.Tensor):
             raise UnsupportedCacheError(f"expected layers that hold keys and values, got {type(layer).__name__}")
     with all_or_nothing(cache):
@@ -150,7 +152,7 @@ def _devices(layers: Sequence[Any], target: torch.device | str | nn.Module) -> l
 def _move(layer: Any, device: torch.device) -> None:
     if isinstance(layer, RaggedLayer):
         layer.move_to(device)
-    else:
+    elif not isinstance(layer, SharedLayer):
         layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
         layer.device = device
 

@@ -10,6 +10,7 @@ from kvzip_press import compat
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import UnsupportedCacheError
 from kvzip_press.model.structure import AttentionLayer, full_attention_layers
+from kvzip_press.sharing.layer import SharedLayer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,7 +46,7 @@ def check_cache(cache: Any) -> None:
         raise UnsupportedCacheError(f"expected a DynamicCache, got {type(cache).__name__}")
     if getattr(cache, "offloading", False):
         raise UnsupportedCacheError("expected a DynamicCache without offloading")
-    supported = (compat.DynamicLayer, compat.DynamicSlidingWindowLayer, RaggedLayer)
+    supported = (compat.DynamicLayer, compat.DynamicSlidingWindowLayer, RaggedLayer, SharedLayer)
     for layer in cache.layers:
         if isinstance(layer, compat.CacheLayerMixin) and type(layer) not in supported:
             raise UnsupportedCacheError(

@@ -15,6 +15,7 @@ from kvzip_press import compat
 from kvzip_press.cache.padding import ends_dropped, moved_over_padding
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import UnsupportedCacheError
+from kvzip_press.sharing.layer import SharedLayer
 
 
 class BlockLayer(compat.CacheLayerMixin):
@@ -44,6 +45,11 @@ class BlockLayer(compat.CacheLayerMixin):
         self.layer.keys, self.layer.values = keys[:, :, first:], values[:, :, first:]
         return keys, values
 
+    def attend_for_another(self, query: torch.Tensor, attention_mask: Any, **options: Any) -> torch.Tensor:
+        """Returns what the layer, a ragged one, returns to another that shares its pairs."""
+        output: torch.Tensor = self.layer.attend_for_another(query, attention_mask, **options)
+        return output
+
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: there is nothing to initialise."""
 
@@ -71,16 +77,18 @@ def block_cache(cache: Any, padding: torch.Tensor) -> Any:
         padding: int64 ``[batch]``, columns of padding on the left of the block.
 
     Raises:
-        UnsupportedCacheError: No layer is ragged, or a layer is neither ragged nor sliding.
+        UnsupportedCacheError: No layer is ragged, or a layer is neither ragged nor sliding, nor reads another.
     """
     kinds = {type(layer) for layer in cache.layers}
-    if RaggedLayer not in kinds or kinds - {RaggedLayer, compat.DynamicSlidingWindowLayer}:
+    if RaggedLayer not in kinds or kinds - {RaggedLayer, SharedLayer, compat.DynamicSlidingWindowLayer}:
         names = sorted(kind.__name__ for kind in kinds)
         raise UnsupportedCacheError(
             f"expected a compressed cache for rows of different length, got layers {names}: transformers' own generate "
             "takes padded rows with other caches"
         )
-    return compat.Cache(layers=[BlockLayer(layer, padding) for layer in cache.layers])
+    return compat.Cache(
+        layers=[layer if isinstance(layer, SharedLayer) else BlockLayer(layer, padding) for layer in cache.layers]
+    )
 
 
 def drop_ends_of_sliding(layer: Any, counts: torch.Tensor, *, n_columns: int) -> None:

@@ -22,7 +22,7 @@ from kvzip_press.cache.all_layers import (
     truncate_rows,
 )
 from kvzip_press.cache.codecs.by_name import name_of
-from kvzip_press.cache.cold.place import Place
+from kvzip_press.cache.cold.place import InFile, Place
 from kvzip_press.cache.cold.restoring import at_ratio
 from kvzip_press.cache.file import kept_export
 from kvzip_press.cache.file import writing as cache_file
@@ -33,6 +33,7 @@ from kvzip_press.cache.rows import TurnLock, Turns, batch_rows
 from kvzip_press.cache.sliding_windows import own_window
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.devices import reachable
+from kvzip_press.sharing.layer import SharedLayer, holding
 from kvzip_press.terminal import counted
 
 
@@ -189,10 +190,11 @@ class RaggedCache(CopiedByFork, compat.Cache):
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes that the same tokens would take without compression (sliding layers count what they hold)."""
-        dense = [layer for layer in self.layers if not isinstance(layer, RaggedLayer)]
-        held = sum(tensor.nbytes for layer in dense for tensor in tensors_of(layer))
-        return held + sum(layer.dense_bytes for _, layer in self.ragged_layers())
+        """Bytes that the same tokens would take without compression (sliding layers count what they hold).
+
+        A layer that reads another's pairs (:func:`kvzip_press.share_layers`) counts as if it had its own.
+        """
+        return sum(map(self._dense_bytes_of, self.layers))
 
     @property
     def compression(self) -> float:
@@ -267,7 +269,7 @@ class RaggedCache(CopiedByFork, compat.Cache):
         """Drops columns from the end of every layer, as transformers asks for it; see :meth:`truncate` for rows."""
         with all_or_nothing(self):
             super().crop(max_length)
-            for layer in self.layers:
+            for layer in holding(self.layers):
                 own_window(layer)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -346,6 +348,8 @@ class RaggedCache(CopiedByFork, compat.Cache):
     def save(self, path: str | Path, *, press: Any = None, model: nn.Module | None = None) -> None:
         """Writes the cache as a safetensors file of about ``resident_bytes``, replacing an existing file atomically.
 
+        What was evicted and can come back is written, too (``cold_bytes``).
+
         Args:
             path: The file. Its folder must exist.
             press: What compressed the cache, stored as a description: a text, or a press, whose ``repr`` is taken.
@@ -354,16 +358,17 @@ class RaggedCache(CopiedByFork, compat.Cache):
         Raises:
             CacheFileError: The file cannot be written; an existing one stays as it was.
             CacheMismatchError: ``model`` did not make the cache.
-            InvalidArgumentError: The original model object is gone and none was given, a forward failed half-way, or
-                some rows, but not all, have forgotten a turn.
+            InvalidArgumentError: The original model object is gone and none was given, a forward failed half-way, some
+                rows, but not all, have forgotten a turn, or the file is the one that this cache's evicted pairs lie in.
             UnsupportedCacheError: No layer is ragged, a layer is of a kind or dtype that cannot be saved, or evicted
-                pairs are kept, or pairs are recalled, which a file has no place for.
+                pairs that are kept went under an allocation of a user's own, or pairs are recalled, which a file has no
+                place for.
         """
         self._refuse_recall("save")
-        if self._places():
-            raise UnsupportedCacheError(
-                "expected a cache without evicted pairs to save, got one that keeps them for restore(): call "
-                "forget_evicted() first, on a fork() if they are still needed here"
+        if any(isinstance(place, InFile) and place.is_in(Path(path)) for place in self._places()):
+            raise InvalidArgumentError(
+                f"expected another file than {path}, in which the evicted pairs of this cache lie: writing over it "
+                "would lose them for this cache and its forks"
             )
         starts, config = self.turn_starts, config_of(dict(self.ragged_layers()), model)
         cache_file.save_layers(Path(path), self.layers, config=config, press=press, turn_starts=starts)
@@ -373,6 +378,8 @@ class RaggedCache(CopiedByFork, compat.Cache):
         cls, path: str | Path, model: nn.Module, *, device: torch.device | str | None = None, verify: bool = True
     ) -> RaggedCache:
         """Reads a cache that :meth:`save` wrote, which answers bit for bit as the saved one did. Attaches the model.
+
+        Evicted pairs that can come back stay in the file, which must remain as it is, until :meth:`restore` reads them.
 
         Args:
             path: The file.
@@ -402,6 +409,11 @@ class RaggedCache(CopiedByFork, compat.Cache):
         See :func:`kvzip_press.cache.file.kept_export.export_kept`.
         """
         kept_export.export_kept(Path(path), self.layers)
+
+    def _dense_bytes_of(self, layer: Any) -> int:
+        if isinstance(layer, SharedLayer):
+            layer = self.layers[layer.shares_with]
+        return layer.dense_bytes if isinstance(layer, RaggedLayer) else sum(t.nbytes for t in tensors_of(layer))
 
     def _go_to(self, compression_ratio: float, *, grows: bool) -> None:
         self._refuse_recall("restore or shrink")

@@ -222,12 +222,23 @@ class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
         # Once a forward that reads more than one token, or the first after the context, all weights are looked at.
         reads = query.shape[2] > 1 or self.tail.length <= query.shape[2]
         self.check_module(module, again=reads and is_first_full(module))
-        mask = tail_mask(
-            attention_mask, query_length=query.shape[2], tail_length=self.tail.length, padding=self.tail.padding
-        )
         if self.tail.window is not None:
             self.tail.put_queries(query)
             self.logits = scaling, softcap
+        return self._attend(query, attention_mask, scaling, softcap)
+
+    def attend_for_another(
+        self, query: torch.Tensor, attention_mask: Any, *, scaling: float | None, softcap: float | None
+    ) -> torch.Tensor:
+        """Does what :meth:`attend` does for a layer that shares this one's pairs, whose queries count for nothing."""
+        return self._attend(query, attention_mask, scaling, softcap)
+
+    def _attend(
+        self, query: torch.Tensor, attention_mask: Any, scaling: float | None, softcap: float | None
+    ) -> torch.Tensor:
+        mask = tail_mask(
+            attention_mask, query_length=query.shape[2], tail_length=self.tail.length, padding=self.tail.padding
+        )
         output = self.packed.attend(
             query,
             self.tail.keys,

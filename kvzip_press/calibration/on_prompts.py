@@ -22,8 +22,9 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat import Context
 from kvzip_press.model.structure import text_decoder
 from kvzip_press.model.weights import weights_fingerprint
+from kvzip_press.prefilling.contexts import prefill
 from kvzip_press.prefilling.eviction import check_storage
-from kvzip_press.prefilling.whole import Prefill, prefill
+from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import Press
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

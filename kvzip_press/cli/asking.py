@@ -17,7 +17,7 @@ from transformers import TextStreamer
 from kvzip_press.cache.file.writing import read_record
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.answering import answer
-from kvzip_press.prefilling.whole import prefill
+from kvzip_press.prefilling.contexts import prefill
 from kvzip_press.press import Press
 from kvzip_press.registry import get_press
 from kvzip_press.terminal import counted, plain, progress

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvzip_press.cli import budgets, heads, queries
+from kvzip_press.cli import budgets, heads, layers, queries
 from kvzip_press.cli.inputs import text_of
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 from kvzip_press.loading.command_options import ModelOption
@@ -53,6 +53,7 @@ app = typer.Typer(
 )
 
 app.add_typer(budgets.app, name="budgets")
+app.add_typer(layers.app, name="layers")
 app.add_typer(heads.app, name="heads")
 app.add_typer(queries.app, name="queries")
 

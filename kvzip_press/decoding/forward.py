@@ -14,6 +14,7 @@ from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheMismatchError
 from kvzip_press.model.rope import check_frequencies, depends_on_length, with_own_rotation
 from kvzip_press.model.watching import computing
+from kvzip_press.sharing.layer import holding
 
 
 def next_positions(cache: Any, batch_size: int, device: torch.device) -> torch.Tensor:
@@ -92,7 +93,7 @@ def _mask_of_dense_layers(cache: Any, n: int, padding: torch.Tensor | None) -> t
     Ragged layers know their own padding.
     """
     ragged = _first_ragged(cache)
-    if ragged is None or all(isinstance(layer, RaggedLayer) for layer in cache.layers):
+    if ragged is None or all(isinstance(layer, RaggedLayer) for layer in holding(cache.layers)):
         return None
     hidden = ragged.left_padding if padding is None else ragged.left_padding + padding
     return visible_columns(hidden, cache.get_seq_length() + n).long() if bool(hidden.any()) else None

@@ -19,6 +19,7 @@ from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.padding import visible_columns
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.kernels.tail_append import tail_append
+from kvzip_press.sharing.layer import SharedLayer, holding
 
 
 class Place:
@@ -116,6 +117,12 @@ class StaticLayer(StandInLayer):
             assert layer.tail.window is not None
             layer.tail.window.buffer.index_copy_(2, place.index, query.to(layer.tail.window.buffer.dtype))
             layer.logits = scaling, softcap
+        return self.attend_for_another(query, attention_mask, scaling=scaling, softcap=softcap)
+
+    def attend_for_another(
+        self, query: torch.Tensor, attention_mask: Any, *, scaling: float | None, softcap: float | None
+    ) -> torch.Tensor:
+        """Does what :meth:`attend` does for a layer that shares this one's pairs, whose queries count for nothing."""
         output = self.packed.attend(
             query,
             self.keys,
@@ -192,7 +199,9 @@ class StaticCache:
         layer: Any = self.layers.layers[0]
         return int(layer.keys.shape[0])
 
-    def _static(self, layer: Any, n_tokens: int) -> StaticLayer:
+    def _static(self, layer: Any, n_tokens: int) -> StaticLayer | SharedLayer:
+        if isinstance(layer, SharedLayer):
+            return SharedLayer(layer.shares_with)
         if not isinstance(layer, RaggedLayer):
             ring = SlidingRing(layer, self._ragged[0].left_padding)
             self._rings.append(ring)
@@ -284,6 +293,6 @@ def reason_against(cache: Any) -> str | None:
         return "the ragged layers of the cache lie on several devices or differ in length"
     if any(layer.packed.offloaded for layer in ragged):
         return "pairs lie in host memory, and a step waits for those that it reads"
-    others = [layer for layer in layers if not isinstance(layer, RaggedLayer)]
+    others = [layer for layer in holding(layers) if not isinstance(layer, RaggedLayer)]
     odd = next((layer for layer in others if type(layer) is not compat.DynamicSlidingWindowLayer), None)
     return None if odd is None else f"the cache has a layer of type {type(odd).__name__}"

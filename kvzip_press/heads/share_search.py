@@ -5,6 +5,7 @@ BaKlaVa (https://arxiv.org/abs/2502.13176) searches so; exponents and limits of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -20,7 +21,8 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.heads.importance import head_importance
 from kvzip_press.model.chat import encode
 from kvzip_press.model.watching import computing
-from kvzip_press.prefilling.whole import Prefill, prefill
+from kvzip_press.prefilling.contexts import prefill
+from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import Press
 
 EXPONENTS, AT_LEAST, AT_MOST = (0.25, 0.5, 1.0, 2.0), (0.1, 0.25, 0.5), (2.0, 4.0)
@@ -122,14 +124,30 @@ def _read(model: Any, tokenizer: Any, row: Sequence[int], press: Press) -> _Halv
     return _Halves(done, press.score(done), rest)
 
 
-@computing()
-@torch.no_grad()
+def nats_per_token(model: Any, tokenizer: Any, text: str, press: Press, tables: Sequence[torch.Tensor]) -> list[float]:
+    """Returns how surprising the second half of a text is after a press on the first, under each table of shares.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        text: The text.
+        press: Scores the first half; its amount is what is kept of it.
+        tables: Shares, each ``[layers, heads]``.
+    """
+    halves = _read(model, tokenizer, encode(tokenizer, text), press)
+    return [_nats(model, halves, shares) / (halves.rest.shape[1] - 1) for shares in tables]
+
+
 def _perplexity(model: Any, texts: Sequence[_Halves], shares: torch.Tensor) -> float:
     """Returns the perplexity of the second halves after the first ones, compressed."""
-    table, loss, n_tokens = Table(shares=shares.tolist()), 0.0, 0
-    for text in texts:
-        cache = text.done.evict(text.scores, allocation=table)
-        logits = model(input_ids=text.rest, use_cache=True, **compat.cache_argument(model, cache)).logits
-        loss += float(functional.cross_entropy(logits[0, :-1].float(), text.rest[0, 1:], reduction="sum"))
-        n_tokens += text.rest.shape[1] - 1
-    return float(torch.tensor(loss / n_tokens, dtype=torch.float64).exp())
+    nats = sum(_nats(model, text, shares) for text in texts)
+    return math.exp(nats / sum(text.rest.shape[1] - 1 for text in texts))
+
+
+@computing()
+@torch.no_grad()
+def _nats(model: Any, text: _Halves, shares: torch.Tensor) -> float:
+    """Returns how surprising all tokens of a second half but its first are together."""
+    cache = text.done.evict(text.scores, allocation=Table(shares=shares.tolist()))
+    logits = model(input_ids=text.rest, use_cache=True, **compat.cache_argument(model, cache)).logits
+    return float(functional.cross_entropy(logits[0, :-1].float(), text.rest[0, 1:], reduction="sum"))

@@ -25,11 +25,13 @@ class AttentionLayer:
         layer_idx: Its index in the cache.
         module: The attention module, whose config names the attention implementation.
         sliding_window: Number of tokens that it can see; None if it sees all (only such layers are compressed).
+        shares_with: Index of the layer whose keys and values it reads, inside ``share_layers``; None if it has its own.
     """
 
     layer_idx: int
     module: nn.Module
     sliding_window: int | None
+    shares_with: int | None = None
 
     @property
     def is_full(self) -> bool:
@@ -57,7 +59,7 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """Returns all softmax-attention layers of the text decoder, in order (linear-attention layers are left out)."""
     decoder: Any = text_decoder(model)
     modules = [_attention_of(layer) for layer in decoder.layers]
-    layers = [AttentionLayer(layer_index(m), m, _sliding_window(m)) for m in modules if m is not None]
+    layers = [AttentionLayer(layer_index(m), m, _sliding_window(m), _shares_with(m)) for m in modules if m is not None]
     first = next((layer.module for layer in layers if layer.is_full), None)
     for layer in layers:
         _OWNERS[layer.module] = (weakref.ref(decoder), layer.module is first)
@@ -84,6 +86,8 @@ def layer_index(module: nn.Module) -> int:
 def full_attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """Returns the layers that can be compressed, in order: those that attend to the whole context.
 
+    Layers that read the keys and values of others (``share_layers``) have nothing to compress, and are left out.
+
     Raises:
         UnsupportedModelError: No layer of the model sees the whole context; or some keep a state instead of keys and
             values (linear attention, convolution, state spaces). Such a state is written in place: a replay or a
@@ -97,7 +101,7 @@ def full_attention_layers(model: nn.Module) -> list[AttentionLayer]:
         raise UnsupportedModelError(
             f"expected attention to keys and values in every layer, got {type(model).__name__} with {', '.join(others)}"
         )
-    full = [layer for layer in attention_layers(model) if layer.is_full]
+    full = [layer for layer in attention_layers(model) if layer.is_full and layer.shares_with is None]
     if not full:
         raise UnsupportedModelError(
             f"expected at least one full-attention layer, but every attention layer of {type(model).__name__} "
@@ -207,6 +211,12 @@ def _sliding_window(module: nn.Module) -> int | None:
     if window is None or window >= config.max_position_embeddings:
         return None
     return int(window)
+
+
+def _shares_with(module: nn.Module) -> int | None:
+    """Returns the index of the layer whose keys and values a layer reads: its projection to keys says so."""
+    index: int | None = getattr(getattr(module, "k_proj", None), "shares_with", None)
+    return index
 
 
 def max_positions(model: nn.Module) -> int | None:

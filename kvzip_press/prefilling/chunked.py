@@ -9,6 +9,7 @@ and one chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from kvzip_press.arguments.model import takes_model
 from kvzip_press.arguments.press import ForeignPress, as_press
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
+from kvzip_press.cache.cold.chunks import ChunksKept
+from kvzip_press.cache.cold.place import check_place
+from kvzip_press.cache.cold.span import ColdPart
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError
@@ -26,8 +30,9 @@ from kvzip_press.model.chat import Context, chat_frame, check_ids, context_rows
 from kvzip_press.model.devices import input_device
 from kvzip_press.model.structure import check_length, text_config
 from kvzip_press.model.watching import computing
+from kvzip_press.prefilling.compressed import compress
 from kvzip_press.prefilling.eviction import Span, check_storage, evicted_layers, storage_of
-from kvzip_press.prefilling.whole import Prefill, Scorer, compress, run_prefill
+from kvzip_press.prefilling.whole import Prefill, Scorer, run_prefill
 
 CHUNK_SIZE, WINDOW_SIZE = 16384, 4096
 
@@ -47,6 +52,7 @@ def compress_in_chunks(
     rerank: bool = True,
     split_special_tokens: bool = False,
     storage: str | None = None,
+    cold: str | Path | None = None,
 ) -> RaggedCache:
     """Reads and compresses a context that is too long to be held uncompressed.
 
@@ -70,20 +76,33 @@ def compress_in_chunks(
             authors.
         split_special_tokens: See :func:`kvzip_press.compress`.
         storage: See :func:`kvzip_press.compress`. A pair is encoded once, with its chunk.
+        cold: See :func:`kvzip_press.compress`. Of a context in several chunks all pairs are kept there, in host memory
+            until the last chunk was read. What :meth:`kvzip_press.RaggedCache.restore` brings back is what the whole
+            context would keep by the scores that its pairs got, of the pairs as they were read: later chunks attended
+            to what was left of the earlier ones then.
 
     Returns:
         The compressed cache, ready for questions (see :func:`kvzip_press.answer`).
 
     Raises:
+        CacheFileError: The file for the evicted pairs cannot be written.
         InvalidArgumentError: A size is out of range, there are several contexts, the context is longer than the model's
             positions, the press is none, decides its own counts or cannot score a chunk, or the storage is unknown or
-            cannot hold the model's keys and values.
+            cannot hold the model's keys and values. Or ``cold`` is no place, or is given without ``rerank`` or with a
+            storage that encodes a pair by what else is kept.
     """
     chosen: Scorer = as_press(press, compression_ratio)
     storage = storage_of(chosen) if storage is None else storage
     check_storage(model, storage)
     if chunk_size < 1 or window_size < 0:
         raise InvalidArgumentError(f"expected chunk_size >= 1 and window_size >= 0, got {chunk_size} and {window_size}")
+    if cold is not None:
+        check_place(cold)
+        if not rerank:
+            raise InvalidArgumentError(
+                "expected cold=None with rerank=False, where each chunk keeps its own share for good, got "
+                f"cold={str(cold)!r:.80}"
+            )
     frame, rows = chat_frame(tokenizer), context_rows(tokenizer, context, split_special_tokens=split_special_tokens)
     if len(rows) != 1:
         raise InvalidArgumentError(f"expected one context to read in chunks, got {len(rows)}")
@@ -91,10 +110,12 @@ def compress_in_chunks(
     ids = torch.tensor([[*frame.prefix, *rows[0]]], device=input_device(model))
     check_length(model, ids.shape[1])
     if ids.shape[1] <= chunk_size:
-        return compress(model, tokenizer, rows[0], chosen, storage=storage)
+        return compress(model, tokenizer, rows[0], chosen, storage=storage, cold=cold)
     cache = compat.DynamicCache(config=text_config(model))
     length = ids.shape[1]
-    reading = _Reading(model, chosen, window_size, rerank=rerank, cache=cache, length=length, storage=storage)
+    kept = None if cold is None else ChunksKept(storage, cold)
+    options: dict[str, Any] = {"rerank": rerank, "storage": storage, "kept": kept}
+    reading = _Reading(model, chosen, window_size, cache=cache, length=length, **options)
     for chunk in ids.split(chunk_size, dim=1):
         is_last = reading.n_seen + chunk.shape[1] == ids.shape[1]
         reading.read(chunk, is_last=is_last, prefix_length=len(frame.prefix), tokenizer=tokenizer)
@@ -111,6 +132,7 @@ class _Reading:
         cache: What is left of it.
         length: Number of tokens of the whole.
         storage: The name of how pairs are stored.
+        kept: Where pairs are kept that are evicted; None for nowhere.
         n_seen: Number of its tokens.
         scores: ``layer_idx -> [1, heads, n_seen]``, fp32, the score that each pair got when its chunk was read.
         alive: ``layer_idx -> [1, heads, n_seen]``, bool, the pairs that each head still has.
@@ -126,6 +148,7 @@ class _Reading:
     cache: Any
     length: int
     storage: str
+    kept: ChunksKept | None = None
     n_seen: int = 0
     scores: dict[int, torch.Tensor] = field(default_factory=dict)
     alive: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -144,11 +167,18 @@ class _Reading:
                 "which decides its own counts"
             )
         self.scored_by = new.press
+        if self.kept is not None:
+            self.kept.add(self.cache, new, done.positions)
         self._add(new)
         asked = self._asked(new, is_last=is_last)
         seen = torch.ones_like(asked.protected)
         self.alive = select(asked, seen, among=self.alive, of_all=True)
         self._evict(done, new)
+        if is_last and self.kept is not None:
+            span = self.kept.span(asked.made_by(new.press, self.storage))
+            for i, layer in enumerate(self.cache.layers):
+                if isinstance(layer, RaggedLayer):
+                    layer.cold = (ColdPart(span, i, (0,)),)
 
     def _add(self, new: Scores) -> None:
         n = new.protected.shape[1]

@@ -22,6 +22,7 @@ from kvzip_press.cache.sliding_windows import own_window
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import AttentionLayer, attention_layers, full_attention_layers, text_decoder
 from kvzip_press.model.weights import weights_fingerprint
+from kvzip_press.sharing.layer import SharedLayer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -302,9 +303,12 @@ def _merged(
 def sliding_copy(layer: Any, attention: AttentionLayer | None) -> Any:
     """Returns a separate object for a layer that stays dense; its tensors are replaced on update, never written into.
 
+    A layer that reads another has none, and is only copied.
     In a cache that was made without the model's config, a sliding layer holds every token. Only the last window - 1 can
     still be seen, and its mask would not fit a cache with ragged layers, so it becomes a proper sliding layer.
     """
+    if isinstance(layer, SharedLayer):
+        return SharedLayer(layer.shares_with)
     if attention is None or attention.sliding_window is None or type(layer) is not compat.DynamicLayer:
         sliding = copy.copy(layer)
     else:

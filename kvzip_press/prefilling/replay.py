@@ -27,6 +27,7 @@ from kvzip_press.model.structure import attention_layers, max_positions, text_de
 from kvzip_press.model.twin import twin_of
 from kvzip_press.prefilling.eviction import sliding_copy
 from kvzip_press.prefilling.mlp_slices import mlps_of, slice_mlps
+from kvzip_press.sharing.layer import sources_in
 
 if TYPE_CHECKING:
     from kvzip_press.prefilling.whole import Prefill
@@ -134,6 +135,7 @@ class ReplayLayer(StandInLayer):
         local: Whether to attend to the sink and the chunk only, instead of everything.
         n_seen: Number of tokens that the frozen cache has seen.
         look: Called once per forward.
+        is_shared: Whether other layers read this one's pairs, those of the replayed tokens included.
     """
 
     def __init__(
@@ -144,9 +146,11 @@ class ReplayLayer(StandInLayer):
         local: bool,
         n_seen: int,
         look: Callable[[ReplayedAttention], None],
+        is_shared: bool = False,
     ) -> None:
         super().__init__()
         self.span, self.chunks, self.local, self.n_seen, self.look = span, chunks, local, n_seen, look
+        self.is_shared = is_shared
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Attended:
         """Keeps the replayed tokens' keys and values for the attention call that follows."""
@@ -163,10 +167,26 @@ class ReplayLayer(StandInLayer):
         softcap: float | None,
     ) -> torch.Tensor:
         """Attends to the frozen context unmasked and to the replayed tokens causally; merges both by log-sum-exp."""
-        replayed_keys, own_values = self.keys, self.values
-        assert replayed_keys is not None and own_values is not None
-        own_keys = replayed_keys
-        self.keys = self.values = None  # for this layer only: those of all layers together would be large
+        replayed_keys = self.keys
+        assert replayed_keys is not None
+        output, lse = self._attend(query, scaling, softcap)
+        if not self.is_shared:
+            self.keys = self.values = None  # for this layer only: those of all layers together would be large
+        chunk_keys, chunk_values = (self._chunks_of(x) for x in (self.span.keys, self.span.values))
+        sink_keys = self.span.sink_keys.expand(len(self.chunks), -1, -1, -1)
+        seen = (module, query, replayed_keys, chunk_keys, chunk_values, sink_keys, scaling, softcap)
+        self.look(ReplayedAttention(*seen, lse=lse if self.local else None))
+        return output
+
+    def attend_for_another(
+        self, query: torch.Tensor, attention_mask: Any, *, scaling: float | None, softcap: float | None
+    ) -> torch.Tensor:
+        """Does what :meth:`attend` does for a layer that shares this one's pairs, whose queries nobody looks at."""
+        return self._attend(query, scaling, softcap)[0]
+
+    def _attend(self, query: torch.Tensor, scaling: float | None, softcap: float | None) -> Attended:
+        own_keys, own_values = self.keys, self.values
+        assert own_keys is not None and own_values is not None
         chunk_keys, chunk_values = (self._chunks_of(x) for x in (self.span.keys, self.span.values))
         sink_keys, sink_values = (
             x.expand(len(self.chunks), -1, -1, -1) for x in (self.span.sink_keys, self.span.sink_values)
@@ -178,10 +198,7 @@ class ReplayLayer(StandInLayer):
         else:
             past = self.span.attend(query, scaling, softcap)
         own = attention_with_lse(query, own_keys, own_values, causal=True, scaling=scaling, softcap=softcap)
-        output, lse = merge_attention(*past, *own)
-        seen = (module, query, replayed_keys, chunk_keys, chunk_values, sink_keys, scaling, softcap)
-        self.look(ReplayedAttention(*seen, lse=lse if self.local else None))
-        return output
+        return merge_attention(*past, *own)
 
     def _chunks_of(self, span: torch.Tensor) -> torch.Tensor:
         """Returns ``[len(chunks), heads, chunk, dim]``, as a view: the chunks are adjacent and equally long."""
@@ -215,6 +232,7 @@ class Replay:
         layers = prefill.cache.layers
         compressible = compressible_layers(prefill.model, prefill.cache)
         self._spans = {idx: LayerSpan.of(idx, prefill, row, n_sink) for idx in compressible}
+        self._shared = set(sources_in(layers).values())
         by_idx = {layer.layer_idx: layer for layer in attention_layers(prefill.model)}
         self._dense = {
             idx: _row_of(sliding_copy(layer, by_idx.get(idx)), row, self._n_seen)
@@ -239,7 +257,8 @@ class Replay:
         layers: list[Any] = [None] * (len(self._spans) + len(self._dense))
         for idx, span in self._spans.items():
             look = _bind(self._look, idx, last=idx == max(self._spans))
-            layers[idx] = ReplayLayer(span, chunks, local=local, n_seen=self._n_seen, look=look)
+            is_shared = idx in self._shared
+            layers[idx] = ReplayLayer(span, chunks, local=local, n_seen=self._n_seen, look=look, is_shared=is_shared)
         for idx, layer in self._dense.items():
             layers[idx] = _repeated(layer, len(chunks))
         cache = compat.Cache(layers=layers)

@@ -14,24 +14,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from kvzip_press import compat
-from kvzip_press.arguments.model import takes_model
 from kvzip_press.arguments.named import is_press
-from kvzip_press.arguments.press import ForeignPress, as_press
 from kvzip_press.attention.implementation import attach, attention_watched
 from kvzip_press.budget.allocators import AllocationLike
 from kvzip_press.budget.amount import Tokens
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select, why_nothing_went
 from kvzip_press.cache.cold.making import check_can_be_cold, evicted_span
-from kvzip_press.cache.cold.place import check_place
 from kvzip_press.cache.compressible import check_not_evicted, compressible_layers, heads_and_device, last_pairs
-from kvzip_press.cache.padding import first_tokens, left_padded
+from kvzip_press.cache.padding import first_tokens
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.sliding_windows import windows_only
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model.chat import Context, chat_frame, check_ids, context_rows
-from kvzip_press.model.devices import input_device, synchronize
+from kvzip_press.model.devices import synchronize
 from kvzip_press.model.rope import check_context, depends_on_length, pinned
 from kvzip_press.model.structure import (
     check_keeps_cache,
@@ -42,7 +38,7 @@ from kvzip_press.model.structure import (
 )
 from kvzip_press.model.watching import computing
 from kvzip_press.model.weights import weights_fingerprint
-from kvzip_press.prefilling.eviction import Span, check_can_be_stored, check_storage, evicted_layers, storage_of
+from kvzip_press.prefilling.eviction import Span, check_can_be_stored, evicted_layers
 from kvzip_press.prefilling.query_window import READING, QueryWindow, Reading
 from kvzip_press.prefilling.self_check import SelfCheck
 from kvzip_press.terminal import counted
@@ -383,96 +379,6 @@ class Prefill:
 @functools.lru_cache(maxsize=64)
 def _warn_once(press: str, why: str) -> None:
     logger.warning("%s was asked to remove pairs and removed none: %s", press, why)
-
-
-@takes_model
-def prefill(
-    model: nn.Module,
-    tokenizer: Any,
-    context: Context | Sequence[Context],
-    *,
-    observers: Sequence[Scorer | ForeignPress] = (),
-    split_special_tokens: bool = False,
-) -> Prefill:
-    """Reads a context once, framed by the model's chat template, ready for a question to follow it.
-
-    Several contexts become the rows of one batch, padded on the left; each is scored and evicted as it would be alone.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        context: The text or its token ids (a list, or a tensor ``[n]`` or ``[1, n]``), without the chat template, which
-            is put around either; or a list of such contexts.
-        observers: Presses whose scorers watch the forward; each must be hashable. Scoring with them then needs no
-            further forward for watching. One of kvpress is wrapped in a :class:`kvzip_press.RaggedPress`, which scores
-            afterwards: it is a key of the prefill's ``observers``.
-        split_special_tokens: Whether control tokens that are spelled out in a text (``<|im_end|>``) are read as
-            ordinary text, as those of others should be; otherwise they become control tokens.
-
-    Raises:
-        InvalidArgumentError: A context is empty, longer than the model's positions, or neither text nor token ids of
-            the model's vocabulary; or an observer is no press.
-        UnsupportedModelError: The model has no layer that can be compressed, or its attention is not that of a ragged
-            cache.
-    """
-    if not isinstance(observers, list | tuple):
-        raise InvalidArgumentError(f"expected observers as a list of presses, got {type(observers).__name__}")
-    watching = [as_press(press) for press in observers]
-    frame = chat_frame(tokenizer)
-    rows = [
-        [*frame.prefix, *ids] for ids in context_rows(tokenizer, context, split_special_tokens=split_special_tokens)
-    ]
-    check_ids(model, rows)
-    input_ids, valid = left_padded(rows, input_device(model))
-    done = run_prefill(model, input_ids, valid, observers=watching)
-    done.prefix_length, done.tokenizer = len(frame.prefix), tokenizer
-    return done
-
-
-@takes_model
-@computing()
-def compress(
-    model: nn.Module,
-    tokenizer: Any,
-    context: Context | Sequence[Context],
-    press: Scorer | ForeignPress | str,
-    *,
-    compression_ratio: float | None = None,
-    split_special_tokens: bool = False,
-    storage: str | None = None,
-    cold: str | Path | None = None,
-) -> RaggedCache:
-    """Reads a context and compresses it into a cache that is ready for many questions (see :func:`kvzip_press.answer`).
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        context: The text or its token ids (a list, or a tensor ``[n]`` or ``[1, n]``); or a list of such contexts,
-            which become the rows of one cache.
-        press: The press, with its compression ratio; one of kvpress; or the name of one, with ``compression_ratio``.
-        compression_ratio: Fraction of pairs removed, in [0, 1), by a press that is given by its name.
-        split_special_tokens: Whether control tokens that are spelled out in a text (``<|im_end|>``) are read as
-            ordinary text, as those of others should be; otherwise they become control tokens.
-        storage: How kept pairs are stored (see :class:`kvzip_press.press.Press`); by default as the press says.
-        cold: Where evicted pairs are kept, so that :meth:`kvzip_press.RaggedCache.restore` can bring them back: "cpu"
-            (host memory) or the path of a file, which is replaced; None keeps none.
-
-    Raises:
-        CacheFileError: The file for the evicted pairs cannot be written.
-        InvalidArgumentError: A context is empty, longer than the model's positions, or neither text nor token ids of
-            the model's vocabulary; what is given as a press is none, or a name without a ratio; the press cannot score
-            the context; the storage is unknown or cannot hold the model's keys and values; or evicted pairs cannot be
-            kept there, or not of a press that decides its own counts.
-        UnsupportedModelError: The model has no layer that can be compressed, or its attention is not that of a ragged
-            cache.
-    """
-    chosen: Scorer = as_press(press, compression_ratio)
-    check_storage(model, storage_of(chosen) if storage is None else storage)
-    if cold is not None:
-        check_place(cold)
-    done = prefill(model, tokenizer, context, observers=[chosen], split_special_tokens=split_special_tokens)
-    done.evict_in_place(chosen.score(done), storage=storage, cold=cold)
-    return RaggedCache.of(done.cache)
 
 
 @computing()

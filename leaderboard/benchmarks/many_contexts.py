@@ -75,9 +75,9 @@ def main(
                     rows[-1] |= {"resident_bytes": cache.resident_bytes, "dense_bytes": cache.dense_bytes}
                     if bandwidth is not None:
                         rows[-1]["floor_ms"] = (weights + cache.resident_bytes) / bandwidth * 1e3
+                    del cache
                 except torch.OutOfMemoryError as error:
                     rows[-1]["error"] = str(error).splitlines()[0]
-                cache = None
                 _free(device)
                 print(json.dumps(rows[-1]), flush=True)
     finally:
@@ -106,7 +106,7 @@ def random_contexts(model: Any, tokens: int, removed: float, n_rows: int, storag
     weights = weights_fingerprint(model.model)
     layers = []
     for layer in full_attention_layers(model):
-        module = layer.module
+        module: Any = layer.module
         size = n_rows, module.config.num_key_value_heads, tokens
         shares = torch.rand(size[:2], generator=generator, device=device) + 0.2
         shares = (shares * ((1 - removed) / shares.mean())).clamp(max=1.0)

@@ -41,11 +41,14 @@ def run_native(
 
     Raises:
         InvalidArgumentError: The press refused the model or the input.
-        UnsupportedModelError: The model has sliding layers, which these presses would take for full ones.
+        UnsupportedModelError: The model has sliding layers, which these presses would take for full ones, or layers
+            that read others' pairs, which these presses would evict as well.
     """
-    if not all(layer.is_full for layer in attention_layers(model)):
+    layers = attention_layers(model)
+    if not all(layer.is_full and layer.shares_with is None for layer in layers):
         raise UnsupportedModelError(
-            f"{press!r} counts every layer as a full one: expected a model without sliding layers"
+            f"{press!r} counts every layer as a full one with pairs of its own: expected a model without sliding "
+            "layers, outside of share_layers(...)"
         )
     attach(model)
     twin = twin_of(model)  # kvpress leaves masks and hooks on modules

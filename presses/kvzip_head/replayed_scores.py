@@ -14,7 +14,7 @@ from kvzip_press.heads.scores import HeadScores, check_texts
 from kvzip_press.model.chat import encode
 from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.model.watching import after_forward
-from kvzip_press.prefilling.whole import prefill
+from kvzip_press.prefilling.contexts import prefill
 from kvzip_press.press import Press
 from kvzip_press.registry import get_press
 

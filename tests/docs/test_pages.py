@@ -94,7 +94,7 @@ def test_every_press_of_kvpress_with_a_name_has_its_formula_and_source() -> None
 
 
 @pytest.mark.parametrize(
-    "page", ["kvzip", "fastkvzip", "kvzip-head", "duo-attention", "decoding", "composed", "baselines"]
+    "page", ["kvzip", "fastkvzip", "kvzip-head", "duo-attention", "decoding", "kvsharer", "composed", "baselines"]
 )
 def test_a_method_of_ours_has_a_formula_and_an_example(page: str) -> None:
     text = text_of(METHODS / f"{page}.md")

@@ -30,6 +30,7 @@ from kvzip_press.presses.decoding import QueryStatistics, TrimKVGates
 from kvzip_press.presses.duo_attention.pattern import CONFIG, HEADS, export_duo, import_duo
 from kvzip_press.presses.fastkvzip.gate import LayerGate
 from kvzip_press.presses.fastkvzip.gates import Gates
+from kvzip_press.sharing.file import read_sources, write_sources
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 MODEL = tiny_model("gemma3_text")
@@ -44,6 +45,16 @@ def cache_file(path: Path) -> None:
         MODEL(ids, past_key_values=cache)
         MODEL(ids[:, :3], past_key_values=cache)
     RaggedCache.of(cache).save(path)
+
+
+def cache_file_with_evicted(path: Path) -> None:
+    compress(MODEL, ByteTokenizer(), "The key is under the mat.", RandomPress(0.6), cold="cpu").save(path)
+
+
+def read_restored(path: Path) -> list[torch.Tensor]:
+    cache = RaggedCache.load(path, MODEL)
+    cache.restore()
+    return [tensor for _, layer in cache.ragged_layers() for tensor in layer.tensors]
 
 
 def read_cache(path: Path) -> list[torch.Tensor]:
@@ -142,6 +153,14 @@ def read_trimkv(path: Path) -> list[torch.Tensor]:
     return list(TrimKVGates.load(path).layers[0].values())
 
 
+def shared_layers(path: Path) -> None:
+    write_sources(path, {7: 2, 9: 2, 12: 3}, {"model": "m", "k_proj_norms": "[1.5, 2.5]"}, {"order": "dissimilar"})
+
+
+def read_shared_layers(path: Path) -> list[torch.Tensor]:
+    return [torch.tensor([*read_sources(path)[0].items()])]
+
+
 def gguf_file(path: Path) -> None:
     writer = pytest.importorskip("gguf").GGUFWriter(str(path), "llama")
     counts = {
@@ -177,6 +196,7 @@ def read_gguf(path: Path) -> list[torch.Tensor]:
 # Name of the file, how it is written and read, how many mutations, and whether it notices all that matters.
 FORMATS: dict[str, tuple[str, Callable[[Path], None], Callable[[Path], list[torch.Tensor]], int, bool]] = {
     "a cache": ("a.safetensors", cache_file, read_cache, 330, True),
+    "a cache with evicted pairs": ("a.safetensors", cache_file_with_evicted, read_restored, 220, True),
     "evicted pairs": ("evicted", evicted_pairs, read_evicted, 110, True),
     "gates": ("a.safetensors", lambda path: gates().save(path), read_gates, 330, True),
     "gates without a checksum": ("a.safetensors", unsealed(lambda path: gates().save(path)), read_gates, 220, False),
@@ -188,6 +208,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path], None], Callable[[Path], list[torc
     "TrimKV's gates": ("trimkv_weights.pth", trimkv_pth, read_trimkv, 220, True),
     "DuoAttention's table": ("a.tsv", pattern, read_pattern, 220, False),
     "a model's GGUF": ("a.gguf", gguf_file, read_gguf, 220, False),
+    "shared layers": ("a.json", shared_layers, read_shared_layers, 110, False),
     "DuoAttention's sizes": ("a.json", config, read_config, 220, False),
 }
 

@@ -25,6 +25,17 @@ ALLOCATIONS: dict[str, type[Allocation]] = {
 AllocationLike = str | Allocation | Mapping[str, Any]
 
 
+def mapping_of(allocation: Allocation) -> dict[str, Any]:
+    """Returns the name and arguments of an allocation, as JSON has them; :func:`allocation_of` makes it again.
+
+    Raises:
+        InvalidArgumentError: It has no short name: a class of a user's own.
+    """
+    if ALLOCATIONS.get(allocation.name) is not type(allocation):
+        raise InvalidArgumentError(f"expected an allocation out of {', '.join(ALLOCATIONS)}, got {allocation!r:.80}")
+    return {"name": allocation.name, **{one.name: getattr(allocation, one.name) for one in fields(allocation)}}
+
+
 def allocation_of(given: AllocationLike, *, min_kept_per_head: int = 0, safeguard: float = SAFEGUARD) -> Allocation:
     """Returns the allocation with this short name and these floors, or ``given`` itself, which has floors of its own.
 

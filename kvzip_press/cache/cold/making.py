@@ -58,7 +58,24 @@ def evicted_span(
     packed = {}
     for i, kept in keep.items():  # each is moved to the host before the next one takes memory of the device
         carried = None if scores.to_carry is None else scores.to_carry[i]
-        packed[i] = _cold_pairs(cache.layers[i], kept, carried, valid, positions, storage).to(torch.device("cpu"))
+        packed[i] = pairs_away(cache.layers[i], kept, carried, valid, positions, storage).to(torch.device("cpu"))
+    return span_of(packed, scores, valid=valid, positions=positions, cold=cold)
+
+
+def span_of(
+    packed: Mapping[int, PackedPairs],
+    scores: Scores,
+    *,
+    valid: torch.Tensor,
+    positions: torch.Tensor,
+    cold: str | Path,
+    in_chunks: bool = False,
+) -> ColdSpan:
+    """Puts pairs, on the CPU, and all that decides which come back to their place, and returns the span.
+
+    Raises:
+        CacheFileError: The file cannot be written.
+    """
     tensors = {
         i: {**pairs.columns, BOUNDS: pairs.cu_seqlens, EVERY_SCORE: _copied(scores.layers[i])}
         for i, pairs in packed.items()
@@ -75,6 +92,7 @@ def evicted_span(
         storages={i: pairs.storage for i, pairs in packed.items()},
         columns={i: tuple(pairs.columns) for i, pairs in packed.items()},
         place=put(cold, tensors, described),
+        in_chunks=in_chunks,
     )
 
 
@@ -83,7 +101,7 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _cold_pairs(
+def pairs_away(
     layer: Any,
     keep: torch.Tensor,
     scores: torch.Tensor | None,

@@ -1,4 +1,4 @@
-"""Where evicted pairs lie: in host memory, or in a safetensors file that only the cache it belongs to reads."""
+"""Where evicted pairs lie: in host memory, in a safetensors file for them alone, or in the file of a saved cache."""
 
 from __future__ import annotations
 
@@ -88,13 +88,17 @@ class InFile:
         path: The file, an absolute path: the working directory may change.
         text: Its metadata.
         digests: The SHA-256 of each tensor by its name in the file.
-        expected: The dtype and shape of each.
+        expected: The dtype and shape of each that belongs here.
+        key: The name of the text in the metadata.
+        prefix: What stands before the names of these tensors, in a file that has others, too.
     """
 
     path: Path
     text: str = field(repr=False)
     digests: Mapping[str, str] = field(repr=False)
     expected: Mapping[str, tuple[torch.dtype, torch.Size]] = field(repr=False)
+    key: str = field(default=TEXT, repr=False)
+    prefix: str = field(default="", repr=False)
 
     @classmethod
     def written(cls, path: Path, tensors: LayerTensors, described: Mapping[str, object]) -> InFile:
@@ -113,15 +117,19 @@ class InFile:
         """Bytes of all tensors."""
         return sum(dtype.itemsize * shape.numel() for dtype, shape in self.expected.values())
 
+    def is_in(self, path: Path) -> bool:
+        """Whether this is the file of that path, however it is spelled."""
+        return path.exists() and self.path.exists() and self.path.samefile(path)
+
     def read(self, layer_idx: int, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Reads tensors into memory of their own, and compares every byte with what was written."""
         what = f"expected the evicted pairs of this cache in {self.path}, as they were written"
         if not self.path.is_file():
             raise CacheFileError(f"{what}, got no such file")
         with opened(self.path, CacheFileError, what) as file:
-            if (file.metadata() or {}).get(TEXT) != self.text:
+            if (file.metadata() or {}).get(self.key) != self.text:
                 raise CacheFileError(f"{what}, got a file of something else: it was replaced")
-            return {name: self._read(file, f"{layer_idx}.{name}", what) for name in names}
+            return {name: self._read(file, f"{self.prefix}{layer_idx}.{name}", what) for name in names}
 
     def _read(self, file: object, name: str, what: str) -> torch.Tensor:
         dtype, shape = self.expected[name]

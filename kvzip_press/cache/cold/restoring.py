@@ -13,7 +13,7 @@ from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
 from kvzip_press.cache.cold.joining import Places, joined, packed_again
-from kvzip_press.cache.cold.span import ColdPart
+from kvzip_press.cache.cold.span import ColdPart, ColdSpan
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
@@ -44,7 +44,7 @@ def at_ratio(layers: Mapping[int, RaggedLayer], compression_ratio: float, *, gro
         places = Places(span.valid[rows], span.positions[rows])
         held = {i: _Held.of(packed[i], part, places) for i, part in parts.items()}
         keep = _selected(parts, asked, {i: pairs.device for i, pairs in packed.items()})
-        _check(held, keep, f"{span.policy.amount}", compression_ratio, grows=grows)
+        _check(held, keep, span, compression_ratio, grows=grows)
         changes.append((held, keep))
     for held, keep in changes:  # all spans can go that way
         for i, of_layer in held.items():
@@ -81,12 +81,14 @@ def _selected(parts: Mapping[int, ColdPart], asked: Ratio, devices: Mapping[int,
     return select(scores, span.valid[rows])
 
 
-def _check(held: Mapping[int, _Held], keep: Masks, was: str, ratio: float, *, grows: bool) -> None:
-    """Raises an error unless a span, evicted at first under ``was``, can go the way that was asked for."""
+def _check(held: Mapping[int, _Held], keep: Masks, span: ColdSpan, ratio: float, *, grows: bool) -> None:
+    """Raises an error unless a span can go the way that was asked for."""
     lost, gone, back, for_good = (
         sum(int(mask.sum()) for mask in masks)
         for masks in zip(*(of_layer.differences(keep[i]) for i, of_layer in held.items()), strict=True)
     )
+    if span.in_chunks:  # some come and others go: what counts is how many there are then
+        gone, back = max(gone - back, 0), max(back - gone, 0)
     if lost:
         raise UnsupportedCacheError(
             "expected each pair of the context in the cache or among the evicted ones, got "
@@ -94,8 +96,8 @@ def _check(held: Mapping[int, _Held], keep: Masks, was: str, ratio: float, *, gr
         )
     if for_good:
         raise InvalidArgumentError(
-            f"expected a ratio under which everything stays that stayed at first, under {was}, got {ratio}, which "
-            f"would take {for_good} pairs away that nothing else holds"
+            f"expected a ratio under which everything stays that stayed at first, under {span.policy.amount}, got "
+            f"{ratio}, which would take {for_good} pairs away that nothing else holds"
         )
     if grows and gone:
         raise InvalidArgumentError(

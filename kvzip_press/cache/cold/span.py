@@ -31,6 +31,8 @@ class ColdSpan:
         storages: ``layer_idx ->`` how the evicted pairs are stored.
         columns: ``layer_idx ->`` names of the columns of these pairs.
         place: Where pairs and the scores of all pairs lie.
+        in_chunks: Whether the span was read in chunks: then all its pairs lie there, and those in the cache are not
+            the ones that an eviction of the whole at once would have left.
     """
 
     valid: torch.Tensor
@@ -42,6 +44,7 @@ class ColdSpan:
     storages: Mapping[int, Storage]
     columns: Mapping[int, Sequence[str]]
     place: Place
+    in_chunks: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,8 @@ from itertools import pairwise
 import torch
 
 from kvzip_press.cache.codecs.by_name import STORAGES, storage_named
-from kvzip_press.cache.file.record import LIMIT, CacheRecord, LayerRecord
+from kvzip_press.cache.codecs.storage import Storage
+from kvzip_press.cache.file.record import DTYPES, LIMIT, CacheRecord, LayerRecord
 from kvzip_press.errors import CacheFileError, InvalidArgumentError
 from kvzip_press.files import digest_of, to_json
 
@@ -28,11 +29,12 @@ def check_record(record: CacheRecord) -> None:
         raise CacheFileError(f"expected at most {MAX_LAYERS} layers, got {len(record.layers)}")
     _check_turns(record)
     checked: set[tuple[str, int]] = set()  # lists that layers share are read once
-    for layer in record.layers:
+    for index, layer in enumerate(record.layers):
         check_storage(layer.storage)
         _check_rows(layer, record, checked)
         of_pairs = (layer.has_row_index, layer.has_scores, layer.storage != "model")
         ragged_only = any((layer.fingerprint, layer.n_protected, *of_pairs))
+        _check_sharing(layer, index, record)
         if (layer.sliding_window > 1) != (layer.kind == "sliding") or (ragged_only and layer.kind != "ragged"):
             raise CacheFileError(f"expected entries that go with a {layer.kind} layer, got {reprlib.repr(layer)}")
 
@@ -47,6 +49,20 @@ def check_storage(name: str) -> None:
         raise CacheFileError(
             f"expected a storage out of {', '.join(STORAGES)}, got {name!r:.80}: of a later version?"
         ) from error
+
+
+def storage_of(layer: LayerRecord, record: CacheRecord) -> Storage:
+    """Returns the storage of a layer.
+
+    Raises:
+        CacheFileError: It cannot hold pairs of these widths.
+    """
+    kind = storage_named(layer.storage)
+    try:
+        kind.check_widths(layer.head_dim, layer.v_head_dim)
+    except InvalidArgumentError as error:
+        raise CacheFileError(f"expected pairs that the storage {layer.storage!r} can hold: {error}") from error
+    return kind(layer.head_dim, layer.v_head_dim, DTYPES[record.dtype])
 
 
 def check_pairs(
@@ -89,6 +105,19 @@ def check_numbers(tensor: torch.Tensor, name: str) -> None:
         low, high = tensor.aminmax()  # NaN if any is; takes no memory
         if not bool(torch.isfinite(low)) or not bool(torch.isfinite(high)):
             raise CacheFileError(f"expected finite numbers in {name!r}, got NaN or infinity")
+
+
+def _check_sharing(layer: LayerRecord, index: int, record: CacheRecord) -> None:
+    """Raises CacheFileError unless a shared layer reads an earlier one of its shape, with pairs of its own."""
+    is_shared, source = layer.kind == "shared", layer.shares_with
+    read = record.layers[source] if source < index else None
+    shape = (layer.num_heads, layer.head_dim, layer.v_head_dim)
+    fits = read is not None and read.kind != "shared" and (read.num_heads, read.head_dim, read.v_head_dim) == shape
+    if (is_shared and not fits) or (source and not is_shared):
+        raise CacheFileError(
+            f"expected layers that share to read an earlier one of their shape, with pairs of its own, got layer "
+            f"{index}, which is {layer.kind}, with {source}"
+        )
 
 
 def _check_turns(record: CacheRecord) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kvzip_press.cache.file.checks import check_record
-from kvzip_press.cache.file.record import FORMAT, LIMIT, TEXT, CacheRecord, LayerRecord
+from kvzip_press.cache.file.cold_parts import check_cold
+from kvzip_press.cache.file.record import FORMAT, LIMIT, TEXT, CacheRecord, ColdRecord, LayerRecord
 from kvzip_press.errors import CacheFileError
 from kvzip_press.files import check_seal, json_of, opened, to_json
 from kvzip_press.untrusted import JSON_BYTES
@@ -18,7 +19,7 @@ from kvzip_press.untrusted import JSON_BYTES
 SHARED = "rows"  # lists of numbers, one for each row, that several layers share
 _ROWS = ("n_protected", "n_padding", "context_ends")
 _MANY = 300_000  # numbers of rows; with fewer, each layer has its own, as in the files of the first versions
-_SINCE = {"has_scores": False, "storage": "model"}  # what files of earlier versions do not say
+_SINCE = {"has_scores": False, "storage": "model", "shares_with": 0}  # what files of earlier versions do not say
 _EXPECTED = "expected a cache that kvzip-press saved, whole"
 
 
@@ -29,6 +30,9 @@ def text_of(record: CacheRecord) -> str:
         CacheFileError: The text would be longer than :func:`record_in` reads, because there are too many rows.
     """
     data = {**vars(record), "layers": [dict(vars(layer)) for layer in record.layers]}
+    del data["cold"]
+    if record.cold:  # a file without is as those of earlier versions
+        data["cold"] = [dict(vars(one)) for one in record.cold]
     if sum(len(layer[name]) for layer in data["layers"] for name in _ROWS) > _MANY:
         shared: dict[tuple[int, ...], int] = {}
         for layer in data["layers"]:
@@ -82,8 +86,10 @@ def record_in(file: Any) -> CacheRecord:
     shared = _shared_rows(data)
     layers = tuple(_layer_record(layer, shared) for layer in _field(data, "layers", list))
     rows = {"turn_starts": _turn_starts(data), "tail_padding": _integers(data, "tail_padding")}
-    record: CacheRecord = _checked(CacheRecord, {**data, "layers": layers, **rows})
+    cold = tuple(map(_cold_record, _field(data, "cold", list) if "cold" in data else ()))
+    record: CacheRecord = _checked(CacheRecord, {**data, "layers": layers, "cold": cold, **rows})
     check_record(record)
+    check_cold(record)
     return record
 
 
@@ -96,10 +102,17 @@ def _layer_record(data: Any, shared: Sequence[tuple[int, ...]]) -> LayerRecord:
     rows = {name: _rows(data, name, shared) for name in _ROWS}
     record: LayerRecord = _checked(LayerRecord, {**_SINCE, **data, **rows})
     if (
-        record.kind not in ("ragged", "sliding", "dense")
+        record.kind not in ("ragged", "sliding", "dense", "shared")
         or min(record.num_heads, record.head_dim, record.v_head_dim) < 1
     ):
-        raise CacheFileError(f"expected a ragged, sliding or dense layer with heads, got {reprlib.repr(record)}")
+        raise CacheFileError(
+            f"expected a ragged, sliding, dense or shared layer with heads, got {reprlib.repr(record)}"
+        )
+    return record
+
+
+def _cold_record(data: Any) -> ColdRecord:
+    record: ColdRecord = _checked(ColdRecord, {**data, "rows": _integers(data, "rows")})
     return record
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
-from kvzip_press.cache.codecs.by_name import storage_named
 from kvzip_press.cache.codecs.held import CU_SEQLENS, POSITIONS, Held
-from kvzip_press.cache.codecs.storage import Layout, Shapes, Storage
-from kvzip_press.cache.file.checks import check_numbers, check_pairs
+from kvzip_press.cache.codecs.storage import Layout, Shapes
+from kvzip_press.cache.file.checks import check_numbers, check_pairs, storage_of
+from kvzip_press.cache.file.cold_parts import cold_names, cold_parts
 from kvzip_press.cache.file.metadata import opened_cache, record_in
-from kvzip_press.cache.file.record import DTYPES, NAMES, CacheRecord, LayerRecord, live_tokens, settings_of
+from kvzip_press.cache.file.record import DTYPES, NAMES, TEXT, CacheRecord, LayerRecord, live_tokens, settings_of
 from kvzip_press.cache.packed_pairs import SCORES, PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheFileError, CacheMismatchError, InvalidArgumentError
@@ -25,6 +25,7 @@ from kvzip_press.model.devices import execution_device
 from kvzip_press.model.identity import check_fingerprint
 from kvzip_press.model.structure import AttentionLayer, attention_layers, text_config, text_decoder
 from kvzip_press.model.weights import weights_fingerprint
+from kvzip_press.sharing.layer import SharedLayer
 
 
 def load_layers(
@@ -51,13 +52,17 @@ def load_layers(
         record = record_in(file)
         modules, weights = check_model(record, model)
         tensors = _Tensors(file, record, verify=verify)
-        layers = []
+        layers: list[Any] = []
         for index, (layer, module) in enumerate(zip(record.layers, modules, strict=True)):
             target = execution_device(module) if device is None else torch.device(device)
-            if layer.kind == "ragged":
+            if layer.kind == "shared":
+                layers.append(SharedLayer(layer.shares_with))
+            elif layer.kind == "ragged":
                 layers.append(_ragged(index, record, tensors, module, target, weights))
             else:
                 layers.append(_dense(index, record, tensors, target))
+        for index, parts in cold_parts(record, tensors.on_host, path, file.metadata()[TEXT]).items():
+            layers[index].cold = parts
         return layers, record
 
 
@@ -143,15 +148,24 @@ def check_model(record: CacheRecord, model: nn.Module) -> tuple[list[nn.Module],
         raise CacheMismatchError(
             f"expected a model with attention in each of {len(record.layers)} layers, got layers {sorted(attention)}"
         )
+    shared = {i: layer.shares_with for i, layer in enumerate(record.layers) if layer.kind == "shared"}
+    if shared != (sharing := {i: one.shares_with for i, one in attention.items() if one.shares_with is not None}):
+        raise CacheMismatchError(
+            f"expected a model whose layers share as in this cache, {_sharing(shared)}, got one {_sharing(sharing)}"
+        )
     weights = weights_fingerprint(text_decoder(model))
     for index, layer in enumerate(record.layers):
         _check_layer(layer, attention[index], weights)
     return [attention[index].module for index in range(len(record.layers))], weights
 
 
+def _sharing(sources: dict[int, int]) -> str:
+    return f"inside share_layers(model, {reprlib.repr(sources)})" if sources else "outside of share_layers(...)"
+
+
 def _check_layer(layer: LayerRecord, attention: AttentionLayer, weights: str) -> None:
     module, where = attention.module, f"layer {attention.layer_idx}"
-    kinds = ("ragged", "dense") if attention.is_full else ("sliding",)
+    kinds = ("ragged", "dense", "shared") if attention.is_full else ("sliding",)
     if layer.kind not in kinds or (not attention.is_full and layer.sliding_window != attention.sliding_window):
         raise CacheMismatchError(
             f"{where}: expected a {layer.kind} layer with window {layer.sliding_window or None}, got a model whose "
@@ -176,6 +190,7 @@ class _Tensors:
     def __init__(self, file: Any, record: CacheRecord, *, verify: bool) -> None:
         self._file, self._digests, self._verify = file, record.tensors, verify
         names = {f"{i}.{part}" for i, layer in enumerate(record.layers) for part in _part_names(layer, record)}
+        names |= set(cold_names(record))
         if set(file.keys()) != names or set(record.tensors) != names:
             differing = sorted((set(file.keys()) | set(record.tensors)) ^ names) or sorted(set(file.keys()) ^ names)
             raise CacheFileError(f"expected {len(names)} tensors, got others: {reprlib.repr(differing)}")
@@ -185,6 +200,9 @@ class _Tensors:
         if (held.get_dtype(), tuple(held.get_shape())) != (dtype, shape):
             raise CacheFileError(f"expected {name!r} as {dtype} {shape}, got {held.get_dtype()} {held.get_shape()}")
         return self.verified(name).to(device)
+
+    def on_host(self, name: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.read(name, dtype, shape, torch.device("cpu"))
 
     def verified(self, name: str) -> torch.Tensor:
         # A copy: mapped memory would change or vanish with the file, and its alignment depends on the header's length.
@@ -197,9 +215,11 @@ class _Tensors:
 
 
 def _part_names(layer: LayerRecord, record: CacheRecord) -> list[str]:
+    if layer.kind == "shared":
+        return []
     if layer.kind != "ragged":
         return ["keys", "values"]
-    storage, scores = _storage(layer, record), ["scores"] if layer.has_scores else []
+    storage, scores = storage_of(layer, record), ["scores"] if layer.has_scores else []
     tail = ["tail_keys", "tail_values", *(f"tail_{name}" for name in scores)]
     names = [*_names(storage.layout()), *scores, POSITIONS]
     names += tail if record.n_seen > record.n_context else []
@@ -209,20 +229,6 @@ def _part_names(layer: LayerRecord, record: CacheRecord) -> list[str]:
 def _names(layout: Layout) -> list[str]:
     parts = (f"{part}.{name}" for part, of_part in layout.parts.items() for name in _names(of_part))
     return [*layout.columns, *layout.tables, CU_SEQLENS, *parts]
-
-
-def _storage(layer: LayerRecord, record: CacheRecord) -> Storage:
-    """Returns the storage of a layer.
-
-    Raises:
-        CacheFileError: It cannot hold pairs of these widths.
-    """
-    kind = storage_named(layer.storage)
-    try:
-        kind.check_widths(layer.head_dim, layer.v_head_dim)
-    except InvalidArgumentError as error:
-        raise CacheFileError(f"expected pairs that the storage {layer.storage!r} can hold: {error}") from error
-    return kind(layer.head_dim, layer.v_head_dim, DTYPES[record.dtype])
 
 
 def _ragged(
@@ -266,7 +272,7 @@ def _tail(
 
 def _packed(index: int, record: CacheRecord, tensors: _Tensors, device: torch.device) -> PackedPairs:
     layer = record.layers[index]
-    storage, segments = _storage(layer, record), len(layer.n_protected) * layer.num_heads
+    storage, segments = storage_of(layer, record), len(layer.n_protected) * layer.num_heads
     layout = storage.layout()
     columns: Shapes = {**layout.columns, POSITIONS: (torch.int32, ())}
     if layer.has_scores:

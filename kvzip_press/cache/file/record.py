@@ -37,7 +37,7 @@ class LayerRecord:
     """The metadata of one layer.
 
     Attributes:
-        kind: "ragged", "sliding" or "dense".
+        kind: "ragged", "sliding", "dense" or "shared".
         num_heads: Number of KV heads.
         head_dim: Width of a key.
         v_head_dim: Width of a value.
@@ -51,6 +51,7 @@ class LayerRecord:
         has_scores: Whether the pairs of a ragged layer carry scores; False for files that do not say.
         storage: The name of how the pairs of a ragged layer are stored; "model" for other layers, and for files that do
             not say.
+        shares_with: Index of the layer whose pairs a shared layer reads; 0 for other layers.
     """
 
     kind: str
@@ -65,6 +66,30 @@ class LayerRecord:
     sliding_window: int = 0
     has_scores: bool = False
     storage: str = "model"
+    shares_with: int = 0
+
+
+@dataclass(frozen=True)
+class ColdRecord:
+    """The metadata of a span whose evicted pairs are in the file.
+
+    Attributes:
+        amount: How much was asked for: the one argument of :func:`kvzip_press.budget.amount.amount_of`.
+        allocation: Under which allocation: its name and arguments.
+        counted: Which protected positions count towards the budget: "all", "none" or "some".
+        rows: For each packed row of the cache, the row of the span that it is.
+        n_rows: Number of rows of the span.
+        n_tokens: Number of its columns.
+        in_chunks: Whether it was read in chunks.
+    """
+
+    amount: dict[str, Any]
+    allocation: dict[str, Any]
+    counted: str
+    rows: tuple[int, ...]
+    n_rows: int
+    n_tokens: int
+    in_chunks: bool
 
 
 @dataclass(frozen=True)
@@ -88,6 +113,7 @@ class CacheRecord:
         turn_starts: Tokens seen before each kept turn: one number, or one for each batch row.
         layers: One record per layer.
         tensors: SHA-256 of each tensor's bytes.
+        cold: One record for each span whose evicted pairs can come back.
     """
 
     format: int
@@ -106,6 +132,7 @@ class CacheRecord:
     turn_starts: tuple[int | list[int], ...]
     layers: tuple[LayerRecord, ...]
     tensors: dict[str, str]
+    cold: tuple[ColdRecord, ...] = ()
 
 
 def settings_of(config: Any) -> dict[str, Any]:

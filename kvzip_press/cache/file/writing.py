@@ -2,7 +2,8 @@
 
 Tensors are named ``<layer>.<part>``. A ragged layer has the columns and tables of its storage (keys and values, or
 codes and scales), positions, cu_seqlens, tail_keys and tail_values (live tokens only), row_index, and scores and
-tail_scores if its pairs carry them; a layer that stayed dense has keys and values. Everything else is one JSON text in
+tail_scores if its pairs carry them; a layer that stayed dense has keys and values; one that reads another's pairs has
+nothing, and its entry says which. For evicted pairs see ``cold_parts.py``. Everything else is one JSON text in
 the metadata, with the SHA-256 of every tensor's bytes; the SHA-256 of that text is stored beside it. So any changed
 byte is noticed, and the shapes that the file must have are known before a tensor is read.
 """
@@ -18,6 +19,7 @@ import torch
 from kvzip_press import compat
 from kvzip_press.cache.codecs.by_name import name_of
 from kvzip_press.cache.file.checks import check_numbers, check_pairs, check_record
+from kvzip_press.cache.file.cold_parts import check_cold, cold_in, cold_parts
 from kvzip_press.cache.file.metadata import text_of
 from kvzip_press.cache.file.reading import load_layers, read_record
 from kvzip_press.cache.file.record import (
@@ -32,6 +34,7 @@ from kvzip_press.cache.file.record import (
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import CacheFileError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.files import digest_of, digest_of_tensor, to_json, write_tensors
+from kvzip_press.sharing.layer import SharedLayer, holding
 from kvzip_press.version import __version__
 
 __all__ = ["load_layers", "read_record", "save_layers"]
@@ -56,12 +59,16 @@ def save_layers(
         InvalidArgumentError: The layers have not seen the same tokens, because a forward failed half-way, or none is
             ragged, or :func:`load_layers` would refuse the file: a head's positions do not ascend within the context,
             a key, value or score is NaN or infinite, or some rows, but not all, have forgotten a turn.
-        UnsupportedCacheError: A layer is of another kind, or of another dtype than bf16, fp16 and fp32.
+        UnsupportedCacheError: A layer is of another kind, or of another dtype than bf16, fp16 and fp32, or evicted
+            pairs that are kept went under an allocation without a short name.
     """
-    records = [_record_of(layer) for layer in layers]
+    records = [_record_of(layer, layers) for layer in layers]
     tensors = {f"{i}.{part}": tensor for i, layer in enumerate(layers) for part, tensor in _parts_of(layer).items()}
+    cold, cold_tensors = cold_in({i: layer for i, layer in enumerate(layers) if isinstance(layer, RaggedLayer)})
+    tensors |= cold_tensors
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     ragged = [layer for layer in layers if isinstance(layer, RaggedLayer)]
+    held = holding(layers)
     settings = settings_of(config)
     record = CacheRecord(
         format=FORMAT,
@@ -71,15 +78,16 @@ def save_layers(
         press="" if press is None else str(press if isinstance(press, str) else repr(press))[:1000],
         config=settings,
         config_hash=digest_of(to_json(settings).encode()),
-        dtype=_one({NAMES.get(dtype, str(dtype)) for dtype in map(_dtype, layers)}, "dtype"),
-        batch_size=_one({_batch_size(layer) for layer in layers}, "batch size"),
+        dtype=_one({NAMES.get(dtype, str(dtype)) for dtype in map(_dtype, held)}, "dtype"),
+        batch_size=_one({_batch_size(layer) for layer in held}, "batch size"),
         n_context=_one({layer.n_context for layer in ragged}, "context length"),
-        n_seen=_one({int(layer.get_seq_length()) for layer in layers}, "number of tokens seen"),
+        n_seen=_one({int(layer.get_seq_length()) for layer in held}, "number of tokens seen"),
         tail_padding=_tail_padding(ragged[0], turn_starts) if ragged else (),
         n_positions=_position_limit([layer.packed.positions for layer in ragged]),
         turn_starts=tuple(turn_starts),
         layers=tuple(records),
         tensors={name: digest_of_tensor(tensor) for name, tensor in tensors.items()},
+        cold=cold,
     )
     if record.dtype not in ("BF16", "F16", "F32"):
         raise UnsupportedCacheError(f"expected a cache in bf16, fp16 or fp32, got {record.dtype}")
@@ -93,6 +101,8 @@ def _check(record: CacheRecord, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises InvalidArgumentError if the file would not be read again: nothing is written then."""
     try:
         check_record(record)
+        check_cold(record)
+        cold_parts(record, lambda name, *_: tensors[name], Path())
         for index, layer in enumerate(record.layers):
             if layer.kind == "ragged":
                 cu_seqlens, positions = tensors[f"{index}.cu_seqlens"], tensors[f"{index}.positions"]
@@ -103,7 +113,10 @@ def _check(record: CacheRecord, tensors: Mapping[str, torch.Tensor]) -> None:
         raise InvalidArgumentError(f"this cache would not be read again: {error}") from error
 
 
-def _record_of(layer: Any) -> LayerRecord:
+def _record_of(layer: Any, layers: Sequence[Any]) -> LayerRecord:
+    if isinstance(layer, SharedLayer):
+        read = _record_of(layers[layer.shares_with], layers)
+        return LayerRecord("shared", read.num_heads, read.head_dim, read.v_head_dim, shares_with=layer.shares_with)
     if isinstance(layer, RaggedLayer):
         heads, storage = layer.packed.num_heads, layer.packed.storage
         rows = (layer.n_protected, layer.n_padding, layer.context_ends)
@@ -129,6 +142,8 @@ def _record_of(layer: Any) -> LayerRecord:
 
 
 def _parts_of(layer: Any) -> dict[str, torch.Tensor]:
+    if isinstance(layer, SharedLayer):
+        return {}
     if not isinstance(layer, RaggedLayer):
         live = live_tokens(int(layer.get_seq_length()), int(getattr(layer, "sliding_window", 0) or 0))
         return {"keys": layer.keys[:, :, -live:], "values": layer.values[:, :, -live:]}

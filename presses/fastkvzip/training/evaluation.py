@@ -12,7 +12,7 @@ from torch import nn
 from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
-from kvzip_press.prefilling.whole import prefill
+from kvzip_press.prefilling.contexts import prefill
 from kvzip_press.press import Press
 from kvzip_press.presses.fastkvzip.training.features import layer_indices, teacher
 from kvzip_press.presses.fastkvzip.training.optimise import agreement, soft_bce

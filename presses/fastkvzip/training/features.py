@@ -9,7 +9,7 @@ from torch import nn
 
 from kvzip_press.model.hidden_states import watching_hidden_states
 from kvzip_press.model.structure import full_attention_layers
-from kvzip_press.prefilling.whole import prefill
+from kvzip_press.prefilling.contexts import prefill
 from kvzip_press.press import Press
 from kvzip_press.registry import get_press
 

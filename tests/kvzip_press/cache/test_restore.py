@@ -13,8 +13,9 @@ from transformers import DynamicCache
 
 from kvzip_press import KVzipPress, RaggedCache, RandomPress, answer, compress, prefill
 from kvzip_press.attention.implementation import attach
-from kvzip_press.budget.allocators import ALLOCATIONS, Table
+from kvzip_press.budget.allocators import ALLOCATIONS, SkippingLayers, Table
 from kvzip_press.cache.codecs.by_name import STORAGES
+from kvzip_press.cache.file.reading import read_record
 from kvzip_press.decoding.forward import read
 from kvzip_press.errors import CacheFileError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.testing import ByteTokenizer, tiny_model
@@ -289,13 +290,132 @@ def test_a_press_that_decides_its_own_counts_and_a_file_for_several_prefills_are
         pass
 
 
-def test_a_cache_that_keeps_evicted_pairs_is_saved_only_when_they_are_forgotten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", ["model", "int8", "int4"])
+def test_a_saved_cache_keeps_what_was_evicted(storage: str, cold: Any, tmp_path: Path) -> None:
+    """With rows of padding, in any storage: what comes back after it was loaded is what would have come back before."""
+    done = prefill(MODEL, TOKENIZER, ROWS)
+    scores = PRESS.score(done)
+    cache = done.evict(scores, storage=storage, cold=cold)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.save(tmp_path / "cache")
+    loaded = RaggedCache.load(tmp_path / "cache", MODEL)
+    same(loaded, cache)
+    assert loaded.cold_bytes == cache.cold_bytes
+    for ratio in (0.5, 0.0):
+        loaded.restore(ratio)
+        cache.restore(ratio)
+        same(loaded, cache)
+    loaded.shrink(0.8)
+    loaded.save(tmp_path / "again")
+    again = RaggedCache.load(tmp_path / "again", MODEL)
+    again.restore()
+    same(again, cache)
+
+
+@pytest.mark.parametrize(
+    ("amount", "allocation"),
+    [
+        ({"budget": 12}, "layer"),
+        ({"compression_ratio": 0.8}, Table(shares=[[1.0, 3.0], [2.0, 2.0]])),
+        ({"compression_ratio": 0.8}, {"name": "pages", "page_size": 4}),
+    ],
+    ids=["budget", "table", "pages"],
+)
+def test_a_saved_cache_knows_how_it_was_evicted(amount: Any, allocation: Any, tmp_path: Path) -> None:
+    """Amount and allocation, and which of the protected pairs are inside the budget."""
+    done = prefill(MODEL, TOKENIZER, ROWS[0])
+    counted = done.first_tokens(2)
+    scores = replace(PRESS.score(done), protected=done.first_tokens(4), protected_count=counted)
+    cache = done.evict(scores, **amount, allocation=allocation, cold="cpu")
+    cache.save(tmp_path / "cache")
+    loaded = RaggedCache.load(tmp_path / "cache", MODEL)
+    loaded.restore(0.3)
+    cache.restore(0.3)
+    same(loaded, cache)
+
+
+def test_each_compressed_turn_of_a_saved_cache_comes_back(tmp_path: Path) -> None:
+    cache: Any = DynamicCache()
+    with RandomPress(0.7)(MODEL, cold="cpu"), torch.no_grad():
+        for text in ("The key of the red box is here", "and the mat is at the door"):
+            MODEL(torch.tensor([TOKENIZER.encode(text)]), past_key_values=cache)
+    whole = RaggedCache.of(cache)
+    whole.save(tmp_path / "cache")
+    loaded = RaggedCache.load(tmp_path / "cache", MODEL)
+    loaded.restore(0.2)
+    whole.restore(0.2)
+    same(loaded, whole)
+
+
+def test_a_cache_is_not_saved_over_the_file_of_its_evicted_pairs(tmp_path: Path) -> None:
     cache = compress(MODEL, TOKENIZER, TEXT, PRESS, cold="cpu")
-    with pytest.raises(UnsupportedCacheError, match="forget_evicted"):
+    cache.save(tmp_path / "cache")
+    loaded = RaggedCache.load(tmp_path / "cache", MODEL)
+    with pytest.raises(InvalidArgumentError, match="would lose them for this cache"):
+        loaded.save(tmp_path / ".." / tmp_path.name / "cache")
+    cache.save(tmp_path / "cache", press="another")
+    with pytest.raises(CacheFileError, match="it was replaced"):
+        loaded.restore()
+    loaded.forget_evicted()
+    loaded.save(tmp_path / "cache")
+    assert RaggedCache.load(tmp_path / "cache", MODEL).cold_bytes == 0
+
+
+def test_an_allocation_of_ones_own_is_not_saved_with_what_it_evicted(tmp_path: Path) -> None:
+    cache = compress(MODEL, TOKENIZER, TEXT, RandomPress(0.5, allocation=SkippingLayers(layers=(0,))), cold="cpu")
+    with pytest.raises(UnsupportedCacheError, match=r"expected an allocation out of global.*forget_evicted"):
         cache.save(tmp_path / "cache")
-    cache.restore(0.4)
-    saved = cache.fork()
-    saved.forget_evicted()
-    saved.save(tmp_path / "cache")
-    same(RaggedCache.load(tmp_path / "cache", MODEL), cache)
-    assert cache.cold_bytes
+    cache.forget_evicted()
+    cache.save(tmp_path / "cache")
+
+
+def _changed(record: Any, **values: Any) -> Any:
+    return replace(record, cold=(replace(record.cold[0], **values),))
+
+
+def test_evicted_pairs_that_contradict_their_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a stranger could write them: with digests that fit."""
+    from kvzip_press.cache.file import cold_parts, writing
+
+    cache = compress(MODEL, TOKENIZER, TEXT, PRESS, cold="cpu")
+    cache.save(tmp_path / "cache")
+    record = read_record(tmp_path / "cache")
+    for values in (
+        {"rows": (1,)},
+        {"rows": (0, 0)},
+        {"counted": "many"},
+        {"amount": {"compression_ratio": 7}},
+        {"amount": {"size": 1}},
+        {"allocation": {"name": "table", "shares": "/etc/passwd"}},
+        {"allocation": {"name": "nobody"}},
+    ):
+        with pytest.raises(CacheFileError):
+            cold_parts.check_cold(_changed(record, **values))
+    own = writing.cold_in
+
+    def spoilt(name: str, value: torch.Tensor) -> Any:
+        def cold_in(layers: Any) -> Any:
+            records, tensors = own(layers)
+            assert name in tensors and tensors[name].dtype == value.dtype
+            return records, {**tensors, name: value}
+
+        return cold_in
+
+    _, tensors = own(dict(cache.ragged_layers()))
+    monkeypatch.setattr(writing, "cold_in", spoilt("cold.0.positions", tensors["cold.0.positions"] + 2**30))
+    with pytest.raises(InvalidArgumentError, match=r"this cache would not be read again: .* to ascend over the tokens"):
+        cache.save(tmp_path / "spoilt")
+    for name, value in {
+        "cold.0.positions": tensors["cold.0.positions"].flip(1),
+        "cold.0.valid": torch.zeros_like(tensors["cold.0.valid"]),
+        "cold.0.1.positions": tensors["cold.0.1.positions"] + 1000,
+        "cold.0.0.positions": tensors["cold.0.0.positions"].flip(0),
+        "cold.0.0.cu_seqlens": tensors["cold.0.0.cu_seqlens"].flip(0),
+        "cold.0.0.keys": tensors["cold.0.0.keys"][:, :4],
+        "cold.0.1.every_score": tensors["cold.0.1.every_score"][..., 1:],
+    }.items():
+        monkeypatch.setattr(writing, "cold_in", spoilt(name, value))
+        monkeypatch.setattr(writing, "cold_parts", lambda *_: None)  # a writer of ours would refuse most of them
+        cache.save(tmp_path / "spoilt")
+        with pytest.raises(CacheFileError):
+            RaggedCache.load(tmp_path / "spoilt", MODEL)

@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvzip_press import ComposedPress, KVzipPress, RaggedCache, RandomPress, answer, compress, compress_in_chunks
+from kvzip_press.budget.amount import Ratio
+from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
+from kvzip_press.budget.selection import select
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.press import AllocatingPress
@@ -139,6 +142,81 @@ def test_presses_of_ours_read_in_chunks_and_answer(press) -> None:
         model, TOKENIZER, cache, "?", max_new_tokens=5
     )
     assert cache.resident_bytes == before
+
+
+def kept_of_whole(cache, ratio: float) -> dict[int, torch.Tensor]:
+    """What the scores that pairs got with their chunks would keep of all of them at a ratio, by layer."""
+    parts = {i: layer.cold[0] for i, layer in cache.ragged_layers()}
+    span = next(iter(parts.values())).span
+    scores = Scores(
+        {i: part.scores() for i, part in parts.items()},
+        span.protected,
+        Policy(Ratio(ratio), span.policy.allocation),
+        protected_count=span.protected_count,
+    )
+    return select(scores, span.valid)
+
+
+@pytest.mark.parametrize(("architecture", "storage"), [("llama", "int8"), ("gemma3_text", "model")])
+def test_what_chunks_lost_comes_back_as_it_was_read(architecture, storage, tmp_path, keep_masks) -> None:
+    """All of it, or what the whole keeps at a ratio by the scores that its pairs got; from memory and from a file."""
+    model, n = tiny_model(architecture), 90
+    options = {"chunk_size": 40, "window_size": 10, "storage": storage}
+    without = compress_in_chunks(model, TOKENIZER, context(n), NormPress(0.7), **options)
+    cache = compress_in_chunks(model, TOKENIZER, context(n), NormPress(0.7), **options, cold="cpu")
+    filed = compress_in_chunks(model, TOKENIZER, context(n), NormPress(0.7), **options, cold=tmp_path / "evicted")
+    for layer, (_, other) in zip(dict(cache.ragged_layers()).values(), without.ragged_layers(), strict=True):
+        assert all(map(torch.equal, layer.packed.tensors, other.packed.tensors))
+    seen, before = torch.ones(1, cache.get_seq_length(), dtype=torch.bool), cache.fork()
+    cache.save(tmp_path / "cache")
+    for one in (cache, filed, RaggedCache.load(tmp_path / "cache", model)):
+        one.restore()
+        assert kept(one) == sum(layer.packed.num_heads * seen.shape[1] for _, layer in one.ragged_layers())
+        for layer_idx, layer in before.ragged_layers():
+            again, keep = one._ragged(layer_idx).packed, keep_masks(before, seen)[layer_idx][0]
+            for name, column in layer.packed.columns.items():
+                assert torch.equal(again.columns[name].unflatten(0, keep.shape)[keep], column), name
+        for ratio in (0.3, 0.7):
+            one.shrink(ratio)
+            expected = kept_of_whole(one, ratio)
+            assert all(torch.equal(mask, expected[i]) for i, mask in keep_masks(one, seen).items())
+
+
+class EarlyPress(NormPress):
+    """The earlier, the better: chunks lose pairs that are better than what stays of later ones."""
+
+    def score(self, prefill) -> Scores:
+        scores = super().score(prefill)
+        for values in scores.layers.values():
+            values.copy_(-prefill.positions[:, None].expand_as(values))
+        return scores
+
+
+def test_a_smaller_ratio_takes_away_what_is_worse_than_what_chunks_lost(keep_masks) -> None:
+    cache = compress_in_chunks(
+        MODEL, TOKENIZER, context(150), EarlyPress(0.7), chunk_size=40, window_size=10, cold="cpu"
+    )
+    seen = torch.ones(1, cache.get_seq_length(), dtype=torch.bool)
+    before = keep_masks(cache, seen)
+    cache.restore(0.65)
+    after = keep_masks(cache, seen)
+    assert any(bool((before[i] & ~after[i]).any()) for i in before)
+    assert all(torch.equal(mask, kept_of_whole(cache, 0.65)[i]) for i, mask in after.items())
+    with pytest.raises(InvalidArgumentError, match="restore does"):
+        cache.shrink(0.6)
+
+
+def test_what_chunks_lost_is_kept_only_where_it_can_come_back() -> None:
+    options = {"chunk_size": 40, "cold": "cpu"}
+    for more, match in (
+        ({"rerank": False}, "expected cold=None with rerank=False"),
+        ({"storage": "int4"}, "expected cold=None in chunks with the storage 'int4'"),
+        ({"cold": "cuda"}, "expected cold='cpu'"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=match):
+            compress_in_chunks(MODEL, TOKENIZER, context(150), NormPress(0.5), **{**options, **more})
+    with pytest.raises(InvalidArgumentError, match="shrink does"):
+        compress_in_chunks(MODEL, TOKENIZER, context(150), NormPress(0.5), **options).restore(0.8)
 
 
 def test_a_budget_in_tokens_bounds_the_whole() -> None:

@@ -22,7 +22,7 @@ from kvzip_press.leaderboard.running import measured, runner
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, Work, plan
 from kvzip_press.leaderboard.samples.task import GeneratedTask, Question, Sample
 from kvzip_press.model.structure import full_attention_layers
-from kvzip_press.prefilling.whole import prefill
+from kvzip_press.prefilling.contexts import prefill
 from kvzip_press.presses.fastkvzip import Gates, LayerGate
 from kvzip_press.presses.random import RandomPress
 from kvzip_press.testing import ByteTokenizer, tiny_model

@@ -1,0 +1,1 @@
+"""Layers that read the keys and values of others (KVSharer), and how they are found."""

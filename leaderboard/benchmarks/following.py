@@ -1,0 +1,130 @@
+"""How closely compressed caches follow the full one over the same contexts: what several benchmarks here measure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvzip_press import RaggedCache, answer, generate, question_ids
+from kvzip_press.leaderboard.running.agreement import Agreement, log_probabilities
+from kvzip_press.leaderboard.samples.task import Sample, Task
+
+COLUMNS = ("kept", "bytes", "KL, nats", "same tokens", "same answers", "accuracy")
+
+
+@dataclass(frozen=True)
+class Followed:
+    """How a cache followed the full one.
+
+    Attributes:
+        kl: Divergence of each token's probabilities, in nats, over the answers that the full cache wrote.
+        same: Whether the likeliest token is the same, for each of them.
+        unchanged: Whether the cache itself gives the same answer, for each question.
+        scores: How right that answer is, in [0, 1].
+        kept: Fraction of pairs that it keeps, for each context.
+        size: Bytes that it holds, of those of the full cache, for each context.
+    """
+
+    kl: tuple[float, ...] = ()
+    same: tuple[bool, ...] = ()
+    unchanged: tuple[bool, ...] = ()
+    scores: tuple[float, ...] = ()
+    kept: tuple[float, ...] = ()
+    size: tuple[float, ...] = ()
+
+    def __add__(self, other: Followed) -> Followed:
+        return Followed(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
+
+    def cells(self) -> list[str]:
+        """Returns the cells of a table, under :data:`COLUMNS`, with standard errors over tokens and questions."""
+        return [
+            f"{statistics.mean(self.kept):.3f}",
+            f"{statistics.mean(self.size):.3f}",
+            _with_error(self.kl, digits=4),
+            f"{statistics.mean(self.same):.3f}",
+            _with_error(self.unchanged),
+            _with_error(self.scores),
+        ]
+
+    def figures(self) -> dict[str, float]:
+        """Returns means, and the least and the most that was kept of a context, by name, for a file."""
+        means = {name: statistics.mean(map(float, values)) for name, values in vars(self).items()}
+        errors = {f"{name}_error": _error(getattr(self, name)) for name in ("kl", "unchanged", "scores")}
+        kept = {"kept_least": min(self.kept), "kept_most": max(self.kept), "questions": float(len(self.scores))}
+        return means | errors | kept
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A context with its questions, and what the full cache answers.
+
+    Attributes:
+        task: The task, which says how right an answer is.
+        sample: Context and questions.
+        tokenizer: The model's tokenizer.
+        questions: The ids of each question.
+        written: The ids that the full cache wrote after each.
+        expected: Log probabilities of these ids, fp64 ``[tokens, vocabulary]``.
+        answers: The answers of the full cache.
+        nbytes: Bytes of the full cache.
+    """
+
+    task: Task
+    sample: Sample
+    tokenizer: Any
+    questions: list[list[int]]
+    written: list[list[int]]
+    expected: torch.Tensor
+    answers: list[str]
+    nbytes: int
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, full: RaggedCache, task: Task, sample: Sample, n_tokens: int) -> Asked:
+        """Asks the full cache of a sample's context, and lets it write ``n_tokens`` after each question."""
+        asked = [list(question_ids(tokenizer, q.text, answer_prefix=q.answer_prefix)) for q in sample.questions]
+        written = [generate(model, full.fork(), [ids], n_tokens)[0] for ids in asked]
+        expected = log_probabilities(model, full, asked, written)
+        answers = _answers(model, tokenizer, full, sample)
+        return cls(task, sample, tokenizer, asked, written, expected, answers, full.dense_bytes)
+
+    def follow(self, model: Any, cache: RaggedCache) -> Followed:
+        """Asks another cache of the same context."""
+        agreement = Agreement.of(self.expected, log_probabilities(model, cache, self.questions, self.written))
+        answers = _answers(model, self.tokenizer, cache, self.sample)
+        pairs = zip(answers, self.sample.questions, strict=True)
+        return Followed(
+            agreement.kl,
+            agreement.same,
+            tuple(one == other for one, other in zip(answers, self.answers, strict=True)),
+            tuple(self.task.score(said, question) for said, question in pairs),
+            (cache.kept_fraction,),
+            (cache.resident_bytes / self.nbytes,),
+        )
+
+
+def samples_of(tokenizer: Any, task: Task, n: int, length_tokens: int, seed: int) -> Sequence[Sample]:
+    """Returns samples of a task, with lengths counted by a tokenizer."""
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    return list(task.samples(seed=seed, n=n, length_tokens=length_tokens, count_tokens=count))
+
+
+def _answers(model: Any, tokenizer: Any, cache: RaggedCache, sample: Sample) -> list[str]:
+    questions = sample.questions
+    prefixes, most = [q.answer_prefix for q in questions], [q.max_new_tokens for q in questions]
+    return answer(model, tokenizer, cache, [q.text for q in questions], prefixes, most)
+
+
+def _error(values: Sequence[float]) -> float:
+    return statistics.stdev(map(float, values)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _with_error(values: Sequence[float], digits: int = 3) -> str:
+    return f"{statistics.mean(map(float, values)):.{digits}f} ± {_error(values):.{digits}f}"
