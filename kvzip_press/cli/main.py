@@ -301,12 +301,15 @@ def serve(
     context: typer.Context,
     contexts: Annotated[Path, typer.Option("--contexts", help="A folder of compressed caches, <name>.safetensors.")],
     model: ModelOption = "smollm2",
-    pool_gb: Annotated[float, typer.Option("--pool-gb", help="Memory for contexts, in 1e9 bytes.")] = 4.0,
+    pool_gb: Annotated[float, typer.Option("--pool-gb", help="Memory for contexts on each GPU, in 1e9 bytes.")] = 4.0,
+    storage: Annotated[
+        str, typer.Option("--storage", help="How the pool holds pairs: model, or int8 for contexts stored so.")
+    ] = "model",
 ) -> None:
     """Serves questions about compressed contexts over HTTP, by vLLM; further options are those of its server."""
     from kvzip_press.serving.vllm.server import serve as run
 
-    status = run(model, contexts, pool_bytes=int(pool_gb * 1e9), options=context.args)
+    status = run(model, contexts, pool_bytes=int(pool_gb * 1e9), storage=storage, options=context.args)
     raise typer.Exit(status)
 
 

@@ -21,7 +21,7 @@ from kvzip_press.serving.vllm.plugin import engine_options
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def serve(model_name: str, contexts: Path, *, pool_bytes: int, options: Sequence[str]) -> int:
+def serve(model_name: str, contexts: Path, *, pool_bytes: int, storage: str = "model", options: Sequence[str]) -> int:
     """Serves a model and the contexts of a folder until the server ends, and returns its exit status.
 
     The model is loaded once by transformers first, on the CPU, to see how it turns keys and which weights it has.
@@ -29,7 +29,8 @@ def serve(model_name: str, contexts: Path, *, pool_bytes: int, options: Sequence
     Args:
         model_name: An alias, a folder or a hub id.
         contexts: The folder.
-        pool_bytes: Bytes of the pool of contexts.
+        pool_bytes: Bytes of the pool of contexts, on each GPU.
+        storage: How the pool holds pairs: "model" or "int8".
         options: Further options of vLLM's server.
 
     Raises:
@@ -40,7 +41,7 @@ def serve(model_name: str, contexts: Path, *, pool_bytes: int, options: Sequence
     if find_spec("vllm") is None:
         raise MissingDependencyError(f"serving needs the package vllm: {install_command('vllm')}")
     model, tokenizer = load_model(model_name)
-    served, path = ServedModel.of(model, contexts, pool_bytes=pool_bytes), str(model.name_or_path)
+    served, path = ServedModel.of(model, contexts, pool_bytes=pool_bytes, storage=storage), str(model.name_or_path)
     del model
     with TemporaryDirectory(prefix="kvzip-press-") as folder:
         facts, template = Path(folder, "served.json"), Path(folder, "question.jinja")
