@@ -305,11 +305,19 @@ def serve(
     storage: Annotated[
         str, typer.Option("--storage", help="How the pool holds pairs: model, or int8 for contexts stored so.")
     ] = "model",
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", min=1, help="GPUs that share the model and its contexts.")
+    ] = 1,
 ) -> None:
     """Serves questions about compressed contexts over HTTP, by vLLM; further options are those of its server."""
     from kvzip_press.serving.vllm.server import serve as run
 
-    status = run(model, contexts, pool_bytes=int(pool_gb * 1e9), storage=storage, options=context.args)
+    pool: dict[str, Any] = {
+        "pool_bytes": int(pool_gb * 1e9),
+        "n_ranks": tensor_parallel_size,
+        "storage": storage,
+    }
+    status = run(model, contexts, **pool, options=context.args)
     raise typer.Exit(status)
 
 

@@ -33,11 +33,11 @@ class ContextConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        check_options(vllm_config)
+        served = served_by(vllm_config)
+        check_options(vllm_config, served.n_ranks)
         self._layers = vllm_config.compilation_config.static_forward_context
         if role == KVConnectorRole.SCHEDULER:
-            n_ranks = vllm_config.parallel_config.tensor_parallel_size
-            self._scheduler = SchedulerPool(served_by(vllm_config), n_ranks)
+            self._scheduler = SchedulerPool(served)
             return
         self._worker = worker_for(vllm_config)
         self._worker.begin(kv_cache_config.num_blocks)
@@ -96,8 +96,13 @@ class ContextConnector(KVConnectorBase_V1):
         """Does nothing."""
 
 
-def check_options(vllm_config: Any) -> None:
-    """Raises InvalidArgumentError for options of an engine that do not go with contexts outside of its pages."""
+def check_options(vllm_config: Any, n_ranks: int) -> None:
+    """Raises InvalidArgumentError for options of an engine that do not go with contexts outside of its pages.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        n_ranks: Processes that share the heads of contexts.
+    """
     against = {
         "--enable-prefix-caching": (
             vllm_config.cache_config.enable_prefix_caching,
@@ -106,6 +111,10 @@ def check_options(vllm_config: Any) -> None:
         "--kv-cache-dtype": (
             vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
             "queries would be rounded to 8 bits, and the pool reads them whole",
+        ),
+        f"--tensor-parallel-size other than {n_ranks}": (
+            vllm_config.parallel_config.tensor_parallel_size != n_ranks,
+            "a context's room was reckoned for others: give it to kvzip-press serve, or n_ranks to ServedModel.of",
         ),
         "--pipeline-parallel-size above 1": (
             vllm_config.parallel_config.world_size != vllm_config.parallel_config.tensor_parallel_size,

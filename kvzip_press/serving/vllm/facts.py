@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvzip_press.cache.file.reading import pair_counts, read_record
 from kvzip_press.cache.file.record import DTYPES, NAMES, CacheRecord, settings_of
-from kvzip_press.errors import CacheMismatchError
+from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
 from kvzip_press.files import json_of, replacing, to_json
 from kvzip_press.model.identity import layer_fingerprint
 from kvzip_press.model.structure import attention_layers, text_config, text_decoder
@@ -22,6 +23,7 @@ from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.serving.context import PoolShape
 from kvzip_press.serving.packing import check_storage
 from kvzip_press.serving.rotation import Rotation
+from kvzip_press.serving.vllm.shares import Share
 
 _EXPECTED = "expected the facts of a served model, as kvzip_press.serving.vllm.settings wrote them"
 
@@ -33,6 +35,7 @@ class ServedModel:
     Attributes:
         folder: The folder of contexts.
         pool_bytes: Bytes of the pool, in each process that holds one.
+        n_ranks: Number of these processes, which share the heads (tensor parallelism).
         storage: How the pool holds pairs, see :class:`kvzip_press.serving.context.PoolShape`.
         num_attention_heads: Query heads.
         num_key_value_heads: KV heads.
@@ -46,6 +49,7 @@ class ServedModel:
 
     folder: str
     pool_bytes: int
+    n_ranks: int
     storage: str
     num_attention_heads: int
     num_key_value_heads: int
@@ -57,7 +61,9 @@ class ServedModel:
     layouts: tuple[str, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, folder: str | Path, *, pool_bytes: int, storage: str = "model") -> ServedModel:
+    def of(
+        cls, model: nn.Module, folder: str | Path, *, pool_bytes: int, n_ranks: int = 1, storage: str = "model"
+    ) -> ServedModel:
         """Returns the facts of a model as transformers loads it.
 
         Raises:
@@ -69,6 +75,7 @@ class ServedModel:
         return cls(
             folder=str(Path(folder).absolute()),
             pool_bytes=pool_bytes,
+            n_ranks=n_ranks,
             storage=storage,
             num_attention_heads=int(text_config(model).num_attention_heads),
             num_key_value_heads=shape.num_key_value_heads,
@@ -103,6 +110,16 @@ class ServedModel:
                 "earlier version of kvzip-press, which noted too little of them)"
             )
         check_storage(record, self.storage)
+
+    def check_room(self, path: Path) -> None:
+        """Raises InvalidArgumentError if the context of a file would not fit into an empty pool."""
+        n_tail = (record := read_record(path)).n_seen - record.n_context
+        room = Share(0, self.n_ranks).room(pair_counts(path) + n_tail) * self.shape.pair_bytes
+        if room > self.pool_bytes:
+            raise InvalidArgumentError(
+                f"expected a context that fits into a pool of {self.pool_bytes} bytes, got one of {room}: compress it "
+                "further, or serve with a larger --pool-gb"
+            )
 
     def _differs(self, record: CacheRecord, name: str) -> bool:
         return bool(record.config.get(name) != self.config.get(name))

@@ -45,11 +45,10 @@ class SchedulerPool:
 
     Args:
         served: The model and its contexts.
-        n_ranks: Number of workers, which share the heads.
     """
 
-    def __init__(self, served: ServedModel, n_ranks: int = 1) -> None:
-        self._share = Share(0, n_ranks)
+    def __init__(self, served: ServedModel) -> None:
+        self._share = Share(0, served.n_ranks)
         self._shape = _shape_of(served, self._share)
         self._folder = ContextFolder(served.folder, served.check)
         self._pool = ContextPool(self._shape, served.pool_bytes, device="meta")
@@ -123,7 +122,7 @@ class WorkerPool:
     Args:
         served: The model and its contexts.
         device: The device of the pool.
-        share: The worker's part of the heads.
+        rank: Which of the processes it is that share the heads.
 
     Attributes:
         served: The model and its contexts.
@@ -133,8 +132,8 @@ class WorkerPool:
             there is one block, which reads nothing.
     """
 
-    def __init__(self, served: ServedModel, *, device: torch.device | str, share: Share = Share()) -> None:  # noqa: B008  # frozen
-        self.served = served
+    def __init__(self, served: ServedModel, *, device: torch.device | str, rank: int = 0) -> None:
+        self.served, share = served, Share(rank, served.n_ranks)
         self.pool = ContextPool(_shape_of(served, share), served.pool_bytes, device=device)
         self.rotation = Rotation(served.rotation.frequencies.to(self.pool.begins.device), served.layouts)
         self.row_of_block = torch.zeros(1, dtype=torch.int32, device=device)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_rank
 
 from kvzip_press.serving.vllm.facts import ServedModel
 from kvzip_press.serving.vllm.replicas import WorkerPool
-from kvzip_press.serving.vllm.shares import Share
 
 WORKERS: list[WorkerPool] = []  # one at most
 
@@ -25,6 +24,6 @@ def worker_for(vllm_config: Any) -> WorkerPool:
     """
     served = served_by(vllm_config)
     if not WORKERS or WORKERS[0].served != served:
-        share = Share(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
-        WORKERS[:] = [WorkerPool(served, device=vllm_config.device_config.device, share=share)]
+        rank = get_tensor_model_parallel_rank()
+        WORKERS[:] = [WorkerPool(served, device=vllm_config.device_config.device, rank=rank)]
     return WORKERS[0]

@@ -187,10 +187,10 @@ def test_each_process_holds_its_own_heads(
     }
     room = max(Share(0, n_ranks).room(one) for one in counts.values())
     assert room == max(int(one.sum(0).max()) for one in counts.values())
-    served = replace(served, pool_bytes=room * served.shape.pair_bytes)
-    scheduler, workers = SchedulerPool(served, n_ranks), []
+    served = replace(served, pool_bytes=room * served.shape.pair_bytes, n_ranks=n_ranks)
+    scheduler, workers = SchedulerPool(served), []
     for rank in range(n_ranks):
-        workers.append(WorkerPool(served, device="cpu", share=Share(rank, n_ranks)))
+        workers.append(WorkerPool(served, device="cpu", rank=rank))
         workers[-1].begin(64)
     packing = Packing(Rotation.of(model), torch.device("cpu"))
     for turn in range(4):
@@ -408,10 +408,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "vllm.v1.attention.backends.fa_utils": {"flash_attn_varlen_func": paged_attention},
         "vllm.utils.torch_utils": {"canonicalize_singleton_dim_strides": lambda pages: pages},
         "vllm.config": {"get_current_vllm_config": lambda: backends["config"]},
-        "vllm.distributed": {
-            "get_tensor_model_parallel_rank": lambda: 0,
-            "get_tensor_model_parallel_world_size": lambda: 1,
-        },
+        "vllm.distributed": {"get_tensor_model_parallel_rank": lambda: 0},
         "vllm.v1.sample.logits_processor": {"LogitsProcessor": object},
     }
     for name, contents in names.items():
@@ -492,8 +489,9 @@ def test_the_connector_goes_through_the_life_of_a_request(
             "--enable-prefix-caching: one question",
         ),
         ({"cache_config": SimpleNamespace(enable_prefix_caching=False, cache_dtype="fp8")}, "--kv-cache-dtype"),
-        ({"parallel_config": parallel_of(4, 2)}, "--pipeline-parallel-size"),
-        ({"parallel_config": parallel_of(2, 2, 2)}, "--decode-context-parallel-size"),
+        ({"parallel_config": parallel_of(2, 2)}, "--tensor-parallel-size other than 1: a context"),
+        ({"parallel_config": parallel_of(2, 1)}, "--pipeline-parallel-size"),
+        ({"parallel_config": parallel_of(1, 1, 2)}, "--decode-context-parallel-size"),
         ({"speculative_config": object()}, "--speculative-config"),
         ({"lora_config": object()}, "--enable-lora"),
     ],
