@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
@@ -29,10 +28,7 @@ import typer
 
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.benchmarks.cases import uneven_lengths
-from kvzip_press.serving.arena import empty_rows
-from kvzip_press.serving.context import PackedContext
-from kvzip_press.serving.folder import ContextFile
-from kvzip_press.serving.vllm import plugin, replicas, requests
+from kvzip_press.serving.vllm import plugin, requests
 from kvzip_press.serving.vllm.facts import ServedModel
 from kvzip_press.serving.vllm.shares import Share
 
@@ -83,52 +79,6 @@ class Load:
     kept: float = 0.3
     question: int = 64
     answer: int = 256
-
-    def lengths(self, config: dict[str, Any]) -> torch.Tensor:
-        """Returns how many pairs each head of a context keeps, int32 ``[layers, heads]``."""
-        shape = config["num_hidden_layers"], config["num_key_value_heads"]
-        lengths = uneven_lengths(shape[0] * shape[1], self.context, self.kept, 1.0)
-        return torch.tensor(lengths, dtype=torch.int32).view(shape)
-
-
-class _AnyContext:
-    """A folder that has every name."""
-
-    refused: dict[str, str] = {}  # noqa: RUF012  # nothing is ever refused
-
-    def __init__(self, *_: object) -> None:
-        """Takes what a folder takes."""
-
-    def find(self, name: str) -> ContextFile:
-        """Returns a file that nothing reads."""
-        return ContextFile(Path(name), (0, 0, 0))
-
-
-def with_random_contexts(served: ServedModel, load: Load, config: dict[str, Any], facts: Path) -> None:
-    """Lets this process, and those that it forks, find a context of random pairs under every name."""
-    lengths = load.lengths(config)
-    held: dict[tuple[Any, ...], PackedContext] = {}
-
-    def packed(_: Path, packing: Any, heads: slice) -> PackedContext:
-        key = (heads.start, heads.stop)
-        if key not in held:  # once: contexts of the same pairs are as long to read as those of others
-            own, shape = lengths[:, heads], served.shape
-            rows = [
-                empty_rows(int(own.sum()), shape.head_dim, shape.dtype, shape.storage, packing.device) for _ in range(2)
-            ]
-            for one in rows:
-                for tensor in (one,) if isinstance(one, torch.Tensor) else (one.codes, one.scales):
-                    tensor.random_(-100, 100) if tensor.dtype == torch.int8 else tensor.normal_(0.0, 0.1)
-            held[key] = PackedContext(rows[0], rows[1], own, load.context)
-        return held[key]
-
-    module: Any = replicas
-    module.ContextFolder = _AnyContext
-    module.read_record = lambda _: SimpleNamespace(n_seen=0, n_context=0, turn_starts=())
-    module.pair_counts = lambda _: lengths
-    module.packed_pairs = packed
-    module = requests
-    module._CHECKS[str(facts)] = lambda _: None  # noqa: SLF001  # names are not looked up
 
 
 def served_of(config: dict[str, Any], dtype: str, storage: str, pool_bytes: int, n_ranks: int = 1) -> ServedModel:
@@ -262,10 +212,16 @@ def _on_gpu(users: int, memory: float, compiled: bool) -> dict[str, Any]:
     }
 
 
-def _with_pool(served: ServedModel, load: Load, config: dict[str, Any], facts: Path) -> dict[str, Any]:
+def _with_pool(served: ServedModel, load: Load, facts: Path) -> dict[str, Any]:
+    """Returns an engine's options; contexts are random in all of its processes, and this one looks up no name."""
     served.write(facts)
     options = plugin.engine_options(str(facts))
-    with_random_contexts(served, load, config, facts)
+    connector: dict[str, Any] = options["kv_transfer_config"]
+    connector["kv_connector"] = "RandomContexts"
+    connector["kv_connector_module_path"] = "kvzip_press.leaderboard.benchmarks.random_contexts"
+    connector["kv_connector_extra_config"] |= {"context": load.context, "kept": load.kept}
+    module: Any = requests
+    module._CHECKS[str(facts)] = lambda _: None  # noqa: SLF001
     plugin.register()
     return options
 
@@ -311,8 +267,11 @@ def main(
         if engine.startswith("ours"):
             storage = "int8" if engine == "ours-int8" else "model"
             served = served_of(config, dtype, storage, int(pool_gb * 1e9), tensor_parallel)
-            options |= _with_pool(served, load, config, folder / "served.json")
-            pool = served, load.lengths(config)
+            options |= _with_pool(served, load, folder / "served.json")
+            shape_of_pool = served.shape
+            heads = shape_of_pool.num_key_value_heads
+            lengths = uneven_lengths(shape_of_pool.num_layers * heads, context, kept, 1.0)
+            pool = served, torch.tensor(lengths).view(-1, heads)
         elif engine == "full":
             fill = {"kv_connector": "DecodeBenchConnector", "kv_role": "kv_both"}
             options |= {"enable_prefix_caching": False, "kv_transfer_config": fill}

@@ -55,7 +55,7 @@ def tokenizer_of_characters() -> Any:
 
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "\n": 3, **{chr(code): code - 28 for code in range(32, 127)}}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     made.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
