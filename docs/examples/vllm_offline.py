@@ -1,7 +1,7 @@
 """Asks vLLM about compressed contexts, without a server: ``python vllm_offline.py MODEL CONTEXTS``.
 
-MODEL is what compressed the contexts (a folder or a hub id), CONTEXTS a folder that ``kvzip-press compress`` filled. All
-contexts are asked the same question at once; the last request is about none.
+MODEL is what compressed the contexts (a folder or a hub id), CONTEXTS a folder that ``kvzip-press compress`` filled.
+All contexts are asked the same question at once; the last request is about none.
 """
 
 import sys
@@ -33,7 +33,7 @@ def main(model_name: str, contexts: str) -> None:
         asked = [None if name is None else {"kv_transfer_params": {"context": name}} for name in names]
         params = [SamplingParams(temperature=0, max_tokens=32, extra_args=extra) for extra in asked]
         for name, answer in zip(names, engine.generate([prompt] * len(names), params), strict=True):
-            print(f"{name or 'no context'}: {answer.outputs[0].text.strip()}")
+            print(f"{name or 'no context'}: {answer.outputs[0].text.strip()}")  # noqa: T201  # an example
 
 
 if __name__ == "__main__":
