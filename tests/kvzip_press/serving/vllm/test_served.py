@@ -259,6 +259,22 @@ def test_a_killed_client_takes_nothing_along(served: Served) -> None:
             served.assert_answers(name, QUESTIONS[0])
 
 
+def test_the_example_asks_without_a_server(served: Served, repo_root: Path) -> None:
+    """Its engine runs beside the server's, over the same folder."""
+    example, model = repo_root / "docs" / "examples" / "vllm_offline.py", served.folder.parent / "model"
+    environment = {**os.environ, **ENVIRONMENT}
+    finished = subprocess.run(
+        [sys.executable, str(example), str(model), str(served.folder)],
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for name, cache in served.caches.items():
+        [ids] = answer_ids(served.model, served.tokenizer, cache, "What is this about?", max_new_tokens=32)
+        expected = served.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert f"{name}: {expected}" in finished.stdout
+    assert "no context: " in finished.stdout
+
+
 def test_nothing_grows(served: Served, request: pytest.FixtureRequest) -> None:
     n_requests: int = request.config.getoption("--soak")
     if not n_requests:
