@@ -161,8 +161,8 @@ class CodedInputs:
     def of(cls, inputs: ContextInputs) -> "CodedInputs":
         """Encodes the pairs of a step."""
         angles = torch.rand(inputs.query.shape[0], inputs.query.shape[2] // 2, device=inputs.query.device)
-        codes = [encode_rows(rows, "int8") for rows in (inputs.keys, inputs.values)]
-        return cls(inputs.query, *codes, inputs.plan, Turn(angles.cos(), angles.sin()))
+        keys, values = encode_rows(inputs.keys, "int8"), encode_rows(inputs.values, "int8")
+        return cls(inputs.query, keys, values, inputs.plan, Turn(angles.cos(), angles.sin()))
 
     def run(self) -> Tensor:
         """Runs our op."""
