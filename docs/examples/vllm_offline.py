@@ -32,7 +32,8 @@ def main(model_name: str, contexts: str) -> None:
         prompt = {"prompt_token_ids": list(question_ids(tokenizer, QUESTION))}
         asked = [None if name is None else {"kv_transfer_params": {"context": name}} for name in names]
         params = [SamplingParams(temperature=0, max_tokens=32, extra_args=extra) for extra in asked]
-        for name, answer in zip(names, engine.generate([prompt] * len(names), params), strict=True):
+        answers = engine.generate([prompt] * len(names), params, use_tqdm=False)
+        for name, answer in zip(names, answers, strict=True):
             print(f"{name or 'no context'}: {answer.outputs[0].text.strip()}")  # noqa: T201  # an example
 
 
