@@ -28,9 +28,9 @@ import typer
 
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.benchmarks.cases import uneven_lengths
+from kvzip_press.serving.shares import Share
 from kvzip_press.serving.vllm import plugin, requests
 from kvzip_press.serving.vllm.facts import ServedModel
-from kvzip_press.serving.vllm.shares import Share
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -23,7 +23,7 @@ from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.serving.context import PoolShape
 from kvzip_press.serving.packing import check_storage
 from kvzip_press.serving.rotation import Rotation
-from kvzip_press.serving.vllm.shares import Share
+from kvzip_press.serving.shares import Share
 
 _EXPECTED = "expected the facts of a served model, as kvzip_press.serving.vllm.settings wrote them"
 

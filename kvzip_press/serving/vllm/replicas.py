@@ -20,8 +20,8 @@ from kvzip_press.serving.folder import ContextFile, ContextFolder
 from kvzip_press.serving.packing import Packing, packed_pairs
 from kvzip_press.serving.pool import NO_CONTEXT, ContextPool, Held
 from kvzip_press.serving.rotation import Rotation
+from kvzip_press.serving.shares import Share
 from kvzip_press.serving.vllm.facts import ServedModel
-from kvzip_press.serving.vllm.shares import Share
 
 logger = logging.getLogger(__name__)
 

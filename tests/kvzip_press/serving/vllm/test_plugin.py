@@ -21,11 +21,11 @@ from kvzip_press.kernels.dense_attention import attention_with_lse
 from kvzip_press.kernels.row_codec import decode_rows
 from kvzip_press.serving.packing import Packing, packed_cache
 from kvzip_press.serving.rotation import Rotation
+from kvzip_press.serving.shares import Share
 from kvzip_press.serving.vllm import requests
 from kvzip_press.serving.vllm.facts import ServedModel
 from kvzip_press.serving.vllm.plugin import engine_options, register
 from kvzip_press.serving.vllm.replicas import SchedulerPool, WorkerPool
-from kvzip_press.serving.vllm.shares import Share
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 POOL_BYTES = 10**6
