@@ -42,10 +42,12 @@ def run(
     ] = None,
     shard: Annotated[str, typer.Option("--shard", help="I/N: only contexts I, I+N ...; see `merge`.")] = "0/1",
     executor: Annotated[
-        str, typer.Option("--executor", help="serial, or ray: contexts spread over workers.")
+        str, typer.Option("--executor", help="serial; ray: contexts spread over workers; openai: a server answers.")
     ] = "serial",
     workers: Annotated[int, typer.Option("--workers", help="Of ray; each has the model, on a GPU of its own.")] = 1,
-    address: Annotated[str | None, typer.Option("--address", help="Of a Ray cluster; default this machine.")] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Of a Ray cluster, or of the server; default this machine.")
+    ] = None,
     skip_unavailable: Annotated[
         bool, typer.Option("--skip-unavailable", help="Leave presses out whose package, gates or scores are absent.")
     ] = False,
@@ -64,12 +66,17 @@ def run(
     }
     chosen = replace(load_grid(grid).run, **{name: value for name, value in asked.items() if value is not None})
     chosen, shard_of = _with_contexts(chosen, contexts), _shard(shard)
-    if executor == "serial":
-        launch(chosen, output, device=device, shard_of=shard_of, skip_unavailable=skip_unavailable, force=force)
+    if executor in ("serial", "openai"):
+        options: dict[str, Any] = {"skip_unavailable": skip_unavailable, "force": force}
+        if executor == "openai":
+            options["address"] = address or "http://localhost:8000"
+        launch(chosen, output, device=device, shard_of=shard_of, **options)
         return
     if executor != "ray" or skip_unavailable:
         given = f"{executor!r}{' with --skip-unavailable' if skip_unavailable else ''}"
-        raise InvalidArgumentError(f"expected --executor serial, or ray without --skip-unavailable, got {given}")
+        raise InvalidArgumentError(
+            f"expected --executor serial, openai, or ray without --skip-unavailable, got {given}"
+        )
     launch_with_ray(chosen, output, workers=workers, address=address, device=device, shard_of=shard_of, force=force)
 
 

@@ -25,6 +25,7 @@ from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.line_file import read_lines
 from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.running.availability import available
+from kvzip_press.leaderboard.running.endpoint import Endpoint
 from kvzip_press.leaderboard.running.plan import Run, Work, count_rows, plan, shard
 from kvzip_press.leaderboard.running.ray_executor import Cluster, run_with_ray
 from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RUN, OfRun, RunDirectory, RunRecord, lines_of
@@ -41,6 +42,7 @@ def launch(
     shard_of: tuple[int, int] = (0, 1),
     skip_unavailable: bool = False,
     force: bool = False,
+    address: str | None = None,
     console: Console | None = None,
 ) -> None:
     """Runs whatever a directory still lacks of a run, and prints the table.
@@ -53,6 +55,7 @@ def launch(
         skip_unavailable: Whether presses that are not available are left out, with a line for each, instead of being an
             error.
         force: Whether to begin again; existing files are kept under other names.
+        address: Of a running `kvzip-press serve` that answers; None for the model itself.
         console: Where to print.
 
     Raises:
@@ -73,8 +76,9 @@ def launch(
     record, mine = RunRecord.of(run, model, count_rows(run, works)), shard(works, *shard_of)
     with RunDirectory(output, record, force=force) as directory:
         missing = count_rows(run, mine) - _count_done(directory, mine)
+        endpoint = None if address is None else Endpoint(address, run.model_name, model, tokenizer)
         with row_bar(console, missing) as on_row:
-            run_shard(run, mine, model, tokenizer, directory, on_row=on_row)
+            run_shard(run, mine, model, tokenizer, directory, on_row=on_row, endpoint=endpoint)
     print_table(output, console=console)
 
 

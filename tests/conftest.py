@@ -47,6 +47,10 @@ _PACKAGE_OF_MARKER = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", type=int, default=0, help="requests with which `make test-vllm` looks for what grows")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than about 10 s; `make test-fast` leaves it out")
     config.addinivalue_line(

@@ -14,9 +14,10 @@ from torch import Tensor
 from kvzip_press.kernels.benchmarks.cases import uneven_lengths
 from kvzip_press.kernels.benchmarks.harness import Bench, run_cases
 from kvzip_press.kernels.benchmarks.timing import Call, copies_for
-from kvzip_press.kernels.context_attention import ContextPlan, context_attention, plan_contexts
+from kvzip_press.kernels.context_attention import ContextPlan, Turn, context_attention, plan_contexts
 from kvzip_press.kernels.context_attention.api import _IMPLS
 from kvzip_press.kernels.ragged_attention import ragged_attention
+from kvzip_press.kernels.row_codec import Codes, decode_rows, encode_rows
 
 ERROR_LIMIT = 1e-2  # bf16 results and weights are off by 2 to 3e-3
 PAGE_SIZE = 16
@@ -117,6 +118,15 @@ def run(bench: Bench, case: ContextCase) -> None:
             may_raise=(ValueError,),  # raised by the dispatch if it cannot do this
             n_bytes=n_bytes,
         )
+    tails = [(torch.randn_like(copy.query), copy.query.new_zeros(copy.query.shape[:2]).float()) for copy in copies]
+    merged = [merge_attention(attended(copy), tail) for copy, tail in ((copies[0], tails[0]), (copies[-1], tails[-1]))]
+    build = partial(merging_calls, copies, tails)
+    bench.measure(case, "ours, pages merged in place", build, exact=merged, limit=ERROR_LIMIT, n_bytes=n_bytes)
+    coded = [CodedInputs.of(copy) for copy in copies]
+    build, of_codes = partial(coded_calls, coded), [coded[0].exact(), coded[-1].exact()]
+    n_code_bytes = coded[0].keys.nbytes + coded[0].values.nbytes
+    bench.measure(case, "ours, int8, turned", build, exact=of_codes, limit=ERROR_LIMIT, n_bytes=n_code_bytes)
+    del coded, merged, tails
     build = partial(row_calls, copies)
     bench.measure(case, "ours, a read per row", build, exact=exact, limit=ERROR_LIMIT, n_bytes=n_bytes)
     bench.measure(case, f"plan of {MODEL_LAYERS} layers", partial(plan_calls, copies))
@@ -132,6 +142,68 @@ def attend(inputs: ContextInputs, impl: str) -> Tensor:
 def calls_of(copies: Sequence[ContextInputs], impl: str) -> list[Call]:
     """Returns a call of our op for each copy of the inputs."""
     return [partial(attend, copy, impl) for copy in copies]
+
+
+Part = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class CodedInputs:
+    """A step whose pool holds codes, at the positions where their keys were read."""
+
+    query: Tensor
+    keys: Codes
+    values: Codes
+    plan: ContextPlan
+    turn: Turn
+
+    @classmethod
+    def of(cls, inputs: ContextInputs) -> "CodedInputs":
+        """Encodes the pairs of a step."""
+        angles = torch.rand(inputs.query.shape[0], inputs.query.shape[2] // 2, device=inputs.query.device)
+        keys, values = encode_rows(inputs.keys, "int8"), encode_rows(inputs.values, "int8")
+        return cls(inputs.query, keys, values, inputs.plan, Turn(angles.cos(), angles.sin()))
+
+    def run(self) -> Tensor:
+        """Runs our op."""
+        return context_attention(self.query, self.keys, self.values, self.plan, 0, turn=self.turn)[0]
+
+    def exact(self) -> Tensor:
+        """Runs the reference in fp64, over what the codes stand for."""
+        keys, values = (decode_rows(codes, torch.float32).double() for codes in (self.keys, self.values))
+        return attend(ContextInputs(self.turn.applied(self.query.double()), keys, values, self.plan), "reference")
+
+
+def coded_calls(copies: Sequence[CodedInputs]) -> list[Call]:
+    """Returns a call for each copy of a step over codes."""
+    return [copy.run for copy in copies]
+
+
+def attended(inputs: ContextInputs) -> Part:
+    """Runs the reference in fp64."""
+    exact = in_fp64(inputs)
+    return context_attention(exact.query, exact.keys, exact.values, exact.plan, 0, impl="reference")
+
+
+def merge_attention(context: Part, tail: Part) -> Tensor:
+    """Returns attention to both, in fp64."""
+    weights = torch.softmax(torch.stack([context[1], tail[1].double()]), 0).unsqueeze(-1)
+    merged: Tensor = (weights * torch.stack([context[0], tail[0].double()])).sum(0)
+    return merged
+
+
+def merging_calls(copies: Sequence[ContextInputs], tails: Sequence[Part]) -> list[Call]:
+    """Returns calls that merge what an engine has computed over its pages, and write where that lies, as engines do.
+
+    So that each call gives the same, it works on a copy of the pages' result, whose time is part of it.
+    """
+
+    def call(inputs: ContextInputs, tail: Part) -> Tensor:
+        out = tail[0].clone()
+        pool = inputs.query, inputs.keys, inputs.values, inputs.plan, 0
+        return context_attention(*pool, tail=(out, tail[1]), out=out)[0]
+
+    return [partial(call, *one) for one in zip(copies, tails, strict=True)]
 
 
 def row_calls(copies: Sequence[ContextInputs]) -> list[Call]:

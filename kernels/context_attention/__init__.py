@@ -2,5 +2,6 @@
 
 from kvzip_press.kernels.context_attention.api import context_attention, plan_contexts
 from kvzip_press.kernels.context_attention.plan import ContextPlan
+from kvzip_press.kernels.context_attention.turn import Turn
 
-__all__ = ["ContextPlan", "context_attention", "plan_contexts"]
+__all__ = ["ContextPlan", "Turn", "context_attention", "plan_contexts"]

@@ -8,12 +8,15 @@ from kvzip_press.kernels.dense_attention.aten import reason_against_flash
 from kvzip_press.kernels.dense_attention.merge import merge_many
 from kvzip_press.kernels.numerics import accumulation_dtype
 from kvzip_press.kernels.ragged_attention.aten import attend_segment
+from kvzip_press.kernels.row_codec import Codes
 
 
-def reason_against(query: Tensor, keys: Tensor, values: Tensor, softcap: float | None) -> str | None:
+def reason_against(query: Tensor, keys: Tensor | Codes, values: Tensor | Codes, softcap: float | None) -> str | None:
     """Returns why this implementation cannot do this input, or None if it can."""
     if query.device.type != "cpu":
         return f"the device is {query.device.type}"
+    if isinstance(keys, Codes) or isinstance(values, Codes):
+        return "keys and values are codes"
     return "a softcap is given" if softcap is not None else reason_against_flash(query, keys, values)
 
 

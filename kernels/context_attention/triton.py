@@ -13,7 +13,9 @@ from torch import Tensor
 
 from kvzip_press.kernels.context_attention.plan import ContextPlan
 from kvzip_press.kernels.context_attention.tuning import Loop, loop_for
+from kvzip_press.kernels.context_attention.turn import Turn
 from kvzip_press.kernels.ragged_attention.split import on_device
+from kvzip_press.kernels.row_codec import Codes
 from kvzip_press.kernels.triton_ops import dot, tanh
 
 LOG2E = 1.4426950408889634
@@ -22,13 +24,16 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 def context_attention(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | Codes,
+    values: Tensor | Codes,
     plan: ContextPlan,
     layer_idx: int,
     *,
     scaling: float,
     softcap: float | None,
+    turn: Turn | None = None,
+    tail: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
     loop: Loop | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvzip_press.kernels.context_attention.context_attention`; for supported inputs only.
@@ -38,10 +43,15 @@ def context_attention(
     work = plan.work
     assert work is not None, "see plan_contexts"
     n_tokens, n_heads, head_dim = query.shape
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out, lse
+    has_codes = isinstance(keys, Codes)
+    key_rows, key_scales = (keys.codes, keys.scales) if isinstance(keys, Codes) else (keys, query)
+    value_rows, value_scales = (values.codes, values.scales) if isinstance(values, Codes) else (values, query)
+    cos, sin = (query, query) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
+    tail_out, tail_lse = (out, lse) if tail is None else tail
     loop = loop or loop_for(work.block_m, head_dim, query.element_size())
     n_rows, n_programs = work.tokens_per_tile * plan.groups, work.segments.shape[1]
     partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
@@ -49,8 +59,12 @@ def context_attention(
     with on_device(query.device):
         _attend_kernel[(n_programs, triton.cdiv(n_rows, work.block_m))](
             query,
-            keys,
-            values,
+            cos,
+            sin,
+            key_rows,
+            key_scales,
+            value_rows,
+            value_scales,
             plan.begins[layer_idx].contiguous(),
             plan.lengths[layer_idx].contiguous(),
             work.order,
@@ -73,6 +87,9 @@ def context_attention(
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_M=work.block_m,
             BLOCK_N=loop.block_n,
+            HAS_CODES=has_codes,
+            TURNED=0 if turn is None else turn.num_pairs,
+            NEIGHBOURS=turn is not None and turn.layout == "neighbours",
             HAS_SOFTCAP=softcap is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=loop.num_warps,
@@ -85,9 +102,15 @@ def context_attention(
             work.token_slots,
             work.first_items[layer_idx],
             work.n_items[layer_idx],
+            tail_out,
+            tail_lse,
             out,
             lse,
+            *tail_out.stride()[:2],
+            *tail_lse.stride(),
+            *out.stride()[:2],
             n_rows,
+            HAS_TAIL=tail is not None,
             HEADS=plan.num_key_value_heads,
             GROUPS=plan.groups,
             HEAD_DIM=head_dim,
@@ -101,8 +124,12 @@ def context_attention(
 @triton.jit(do_not_specialize=["n_segments", "n_rows"])
 def _attend_kernel(
     q_ptr,
+    cos_ptr,
+    sin_ptr,
     k_ptr,
+    k_scales_ptr,
     v_ptr,
+    v_scales_ptr,
     begins_ptr,
     lengths_ptr,
     order_ptr,
@@ -126,10 +153,15 @@ def _attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_CODES: tl.constexpr,
+    TURNED: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Computes attention of a block of a tile's query rows to this program's item of a segment.
+
+    With TURNED pairs of channels, queries are turned first. Codes of 8 bits become numbers of the query's dtype.
 
     Row r of a tile is token r // GROUPS of the tile, query head r % GROUPS of the group. Every row sees every pair.
     """
@@ -155,8 +187,24 @@ def _attend_kernel(
     tokens = tl.load(order_ptr + tl.load(tile_firsts_ptr + tile) + offs_m // GROUPS, mask_m, other=0).to(tl.int64)
     q_rows = tokens * stride_qt + (head * GROUPS + offs_m % GROUPS) * stride_qh
     query = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask_q, other=0.0)
-    first_pair = (tl.load(begins_ptr + place) + low).to(tl.int64) * HEAD_DIM
-    keys_ptr, values_ptr = k_ptr + first_pair, v_ptr + first_pair
+    if TURNED > 0:
+        is_turned = offs_d < 2 * TURNED
+        if NEIGHBOURS:
+            partner, angle, is_first = offs_d ^ 1, offs_d // 2, offs_d % 2 == 0
+        else:
+            partner = tl.where(offs_d < TURNED, offs_d + TURNED, offs_d - TURNED)
+            angle, is_first = offs_d % TURNED, offs_d < TURNED
+        mask_turn = mask_m[:, None] & is_turned[None, :]
+        other = tl.load(q_ptr + q_rows[:, None] + partner[None, :], mask_turn, other=0.0).to(tl.float32)
+        angles = tokens[:, None] * TURNED + angle[None, :]
+        cos = tl.load(cos_ptr + angles, mask_turn, other=1.0)
+        sin = tl.load(sin_ptr + angles, mask_turn, other=0.0)
+        sin = tl.where(is_first[None, :], -sin, sin)
+        query = (query.to(tl.float32) * cos + other * sin).to(query.dtype)
+    first_pair = (tl.load(begins_ptr + place) + low).to(tl.int64)
+    k_scales_ptr += first_pair
+    v_scales_ptr += first_pair
+    keys_ptr, values_ptr = k_ptr + first_pair * HEAD_DIM, v_ptr + first_pair * HEAD_DIM
     tile_offsets = offs_n[:, None] * HEAD_DIM + offs_d[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -166,8 +214,13 @@ def _attend_kernel(
         mask_tile = mask_n[:, None] if BLOCK_D == HEAD_DIM else mask_n[:, None] & (offs_d < HEAD_DIM)[None, :]
         # A 64-bit address for the tile and 32-bit offsets in it: 64 bits for every element spill registers.
         tile_offset = tl.cast(row, tl.int64) * HEAD_DIM
-        keys = tl.load(keys_ptr + tile_offset + tile_offsets, mask_tile, other=0.0)
-        logits = dot(query, tl.trans(keys), PRECISION) * logit_scale
+        if HAS_CODES:  # 8 bits fit into the dtype of the query; scales are folded into logits and weights
+            keys = tl.load(keys_ptr + tile_offset + tile_offsets, mask_tile, other=0).to(tl.float32).to(query.dtype)
+            scales = tl.load(k_scales_ptr + row + offs_n, mask_n, other=0.0).to(tl.float32)
+            logits = dot(query, tl.trans(keys), PRECISION) * (scales * logit_scale)[None, :]
+        else:
+            keys = tl.load(keys_ptr + tile_offset + tile_offsets, mask_tile, other=0.0)
+            logits = dot(query, tl.trans(keys), PRECISION) * logit_scale
         if HAS_SOFTCAP:
             logits = softcap * tanh(logits)
         logits = tl.where(mask_n[None, :], logits, -float("inf"))
@@ -175,7 +228,11 @@ def _attend_kernel(
         weights = tl.exp2(logits - new_peak[:, None])
         decay = tl.exp2(peak - new_peak)
         total = total * decay + tl.sum(weights, 1)
-        values = tl.load(values_ptr + tile_offset + tile_offsets, mask_tile, other=0.0)
+        if HAS_CODES:
+            values = tl.load(values_ptr + tile_offset + tile_offsets, mask_tile, other=0).to(tl.float32).to(query.dtype)
+            weights *= tl.load(v_scales_ptr + row + offs_n, mask_n, other=0.0).to(tl.float32)[None, :]
+        else:
+            values = tl.load(values_ptr + tile_offset + tile_offsets, mask_tile, other=0.0)
         acc = acc * decay[:, None] + dot(weights.to(values.dtype), values, PRECISION)
         peak = new_peak
     rows = program.to(tl.int64) * n_rows + offs_m
@@ -184,7 +241,7 @@ def _attend_kernel(
     tl.store(partial_sums_ptr + 2 * rows + 1, total, mask_m)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "stride_lt", "stride_lh"])
 def _merge_kernel(
     partial_out_ptr,
     partial_sums_ptr,
@@ -192,16 +249,28 @@ def _merge_kernel(
     token_slots_ptr,
     first_items_ptr,
     n_items_ptr,
+    tail_ptr,
+    tail_lse_ptr,
     out_ptr,
     lse_ptr,
+    stride_tt,
+    stride_th,
+    stride_lt,
+    stride_lh,
+    stride_ot,
+    stride_oh,
     n_rows,
+    HAS_TAIL: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Merges the partial results of a token's query head; without any, gives 0 and -inf."""
+    """Merges the partial results of a token's query head, and its tail's; without any, gives 0 and -inf.
+
+    The tail is read before the result is written, which may be in its place.
+    """
     token, query_head = tl.program_id(0), tl.program_id(1)
     segment = tl.load(token_tiles_ptr + token) * HEADS + query_head // GROUPS
     row = tl.load(token_slots_ptr + token) * GROUPS + query_head % GROUPS
@@ -225,7 +294,18 @@ def _merge_kernel(
         total = total * decay + tl.sum(weights * totals, 0)
         acc = acc * decay + tl.sum(weights[:, None] * outs, 0)
         peak = new_peak
+    place = token.to(tl.int64)
+    if HAS_TAIL:
+        tail_peak = tl.load(tail_lse_ptr + place * stride_lt + query_head * stride_lh) / LN2
+        tail = tl.load(tail_ptr + place * stride_tt + query_head * stride_th + offs_d, mask_d, other=0.0)
+        new_peak = tl.maximum(peak, tail_peak)
+        finite_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        weight, decay = tl.exp2(tail_peak - finite_peak), tl.exp2(peak - finite_peak)
+        total = total * decay + weight
+        acc = acc * decay + weight * tail.to(tl.float32)
+        peak = new_peak
     acc = acc / tl.where(total > 0, total, 1.0)
-    out_row = token.to(tl.int64) * (HEADS * GROUPS) + query_head
-    tl.store(out_ptr + out_row * HEAD_DIM + offs_d, acc.to(out_ptr.dtype.element_ty), mask_d)
-    tl.store(lse_ptr + out_row, tl.where(total > 0, (peak + tl.log2(total)) * LN2, -float("inf")))
+    out_row = place * stride_ot + query_head * stride_oh
+    tl.store(out_ptr + out_row + offs_d, acc.to(out_ptr.dtype.element_ty), mask_d)
+    merged_lse = tl.where(total > 0, (peak + tl.log2(total)) * LN2, -float("inf"))
+    tl.store(lse_ptr + place * (HEADS * GROUPS) + query_head, merged_lse)

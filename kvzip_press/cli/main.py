@@ -15,7 +15,7 @@ import typer
 from kvzip_press.cli import budgets, heads, layers, queries
 from kvzip_press.cli.inputs import text_of
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
-from kvzip_press.loading.command_options import ModelOption
+from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption
 from kvzip_press.terminal import one_line, plain, printable
 from kvzip_press.version import __version__
 
@@ -263,17 +263,63 @@ def profile(
     )
 
 
+@app.command()
+def compress(
+    text: Annotated[list[Path], typer.Option("--text", help="A text file to read; may be given several times.")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="What the context is asked for by; default the file's name.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="The folder of contexts.")] = Path("contexts"),
+    model: ModelOption = "smollm2",
+    press: Annotated[str, typer.Option("--press", help="Name of a press, see `kvzip-press presses`.")] = "kvzip",
+    compression_ratio: Annotated[
+        float, typer.Option("--compression-ratio", help="Fraction of pairs removed, in [0, 1).")
+    ] = 0.7,
+    storage: Annotated[
+        str,
+        typer.Option("--storage", help="How kept pairs are stored: model, int8, fp8, k8v4, int4, kivi4, kivi2, tiers."),
+    ] = "model",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    split_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--split-special-tokens/--no-split-special-tokens",
+            help="Read control tokens that stand in a text (<|im_end|>) as ordinary text.",
+        ),
+    ] = True,
+) -> None:
+    """Compresses texts into a folder of contexts, from which `kvzip-press serve` and a session answer."""
+    from kvzip_press.cli.compressing import Compressing, texts_of
+    from kvzip_press.loading.command_options import load
+    from kvzip_press.registry import get_press
+
+    texts, chosen = texts_of(text, name), get_press(press, compression_ratio, storage=storage)
+    Compressing(*load(model, device, dtype), chosen, out, split_special_tokens).run(texts)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
     contexts: Annotated[Path, typer.Option("--contexts", help="A folder of compressed caches, <name>.safetensors.")],
     model: ModelOption = "smollm2",
-    pool_gb: Annotated[float, typer.Option("--pool-gb", help="Memory for contexts, in 1e9 bytes.")] = 4.0,
+    pool_gb: Annotated[float, typer.Option("--pool-gb", help="Memory for contexts on each GPU, in 1e9 bytes.")] = 4.0,
+    storage: Annotated[
+        str, typer.Option("--storage", help="How the pool holds pairs: model, or int8 for contexts stored so.")
+    ] = "model",
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", min=1, help="GPUs that share the model and its contexts.")
+    ] = 1,
 ) -> None:
     """Serves questions about compressed contexts over HTTP, by vLLM; further options are those of its server."""
     from kvzip_press.serving.vllm.server import serve as run
 
-    status = run(model, contexts, pool_bytes=int(pool_gb * 1e9), options=context.args)
+    pool: dict[str, Any] = {
+        "pool_bytes": int(pool_gb * 1e9),
+        "n_ranks": tensor_parallel_size,
+        "storage": storage,
+    }
+    status = run(model, contexts, **pool, options=context.args)
     raise typer.Exit(status)
 
 

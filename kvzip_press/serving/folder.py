@@ -117,11 +117,8 @@ class ContextFolder:
         return name, ContextFile(path, mark, reason)
 
     def _reason_against(self, name: str, path: Path) -> str:
-        if not _NAME.fullmatch(name):
-            return (
-                "expected a name of letters, digits, '.', '_' and '-', at most 128, that begins with one of the former"
-            )
         try:
+            check_name(name)
             record = read_record(path)
             self._check(record)
             n_ragged = sum(layer.kind == "ragged" for layer in record.layers)
@@ -129,6 +126,15 @@ class ContextFolder:
         except KVzipPressError as error:
             return _without_path(error, path)
         return ""
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidArgumentError unless a name can be that of a context: none of these is a path."""
+    if not _NAME.fullmatch(name):
+        raise InvalidArgumentError(
+            "expected a name of letters, digits, '.', '_' and '-', at most 128, that begins with a letter or a digit, "
+            f"got {name!r:.80}"
+        )
 
 
 def _mark_of(path: Path) -> tuple[int, int, int] | None:

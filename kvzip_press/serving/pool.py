@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.serving.arena import empty_rows, kind_of, write_rows
 from kvzip_press.serving.context import PackedContext, PoolShape
 from kvzip_press.serving.free_list import FreeList
 
@@ -57,8 +58,9 @@ class ContextPool:
         max_contexts: Most contexts at a time.
 
     Attributes:
-        keys: ``[pairs, head_dim]``.
+        keys: ``[pairs, head_dim]``, in the shape's storage.
         values: ``[pairs, head_dim]``.
+        n_tokens: int32 ``[max_contexts + 1]``, how many tokens were read to make each context; 0 for the empty one.
         begins: int32 ``[num_layers, max_contexts + 1, num_key_value_heads]``, the first pair of each head of each
             context; row 0 is the empty context. As :func:`kvzip_press.kernels.context_attention.plan_contexts` takes
             it.
@@ -79,8 +81,9 @@ class ContextPool:
             )
         self.shape, self.n_pairs = shape, n_pairs
         self.keys, self.values = (
-            torch.empty(n_pairs, shape.head_dim, dtype=shape.dtype, device=device) for _ in range(2)
+            empty_rows(n_pairs, shape.head_dim, shape.dtype, shape.storage, device) for _ in range(2)
         )
+        self.n_tokens = torch.zeros(max_contexts + 1, dtype=torch.int32, device=device)
         size = (shape.num_layers, max_contexts + 1, shape.num_key_value_heads)
         self.begins, self.lengths = (torch.zeros(size, dtype=torch.int32, device=device) for _ in range(2))
         self._free = FreeList(n_pairs)
@@ -117,13 +120,14 @@ class ContextPool:
             InvalidArgumentError: It does not have the shape of the pool, or does not fit beside what is pinned.
         """
         self._check(name, context)
-        n_pairs = len(context.keys)
+        n_pairs = context.room
         with self._lock:
             if not self.has_room(name, n_pairs):
                 return False
             row, begin = self._make_room(n_pairs)
-            self.keys[begin : begin + n_pairs].copy_(context.keys)
-            self.values[begin : begin + n_pairs].copy_(context.values)
+            write_rows(self.keys, begin, context.keys)
+            write_rows(self.values, begin, context.values)
+            self.n_tokens[row] = context.n_tokens
             lengths = context.lengths.to(torch.int32)
             ends = lengths.flatten().cumsum(0).view_as(lengths)
             self.lengths[:, row].copy_(lengths)
@@ -196,18 +200,20 @@ class ContextPool:
 
     def _check(self, name: str, context: PackedContext) -> None:
         shape, lengths = self.shape, context.lengths
-        expected = (shape.num_layers, shape.num_key_value_heads, shape.head_dim, shape.head_dim, shape.dtype)
-        given = (*lengths.shape, context.keys.shape[1], context.values.shape[1], context.keys.dtype)
+        kind = kind_of(self.keys)
+        expected = (shape.num_layers, shape.num_key_value_heads, shape.head_dim, shape.head_dim, kind)
+        given = (*lengths.shape, context.keys.shape[1], context.values.shape[1], kind_of(context.keys))
         if given != expected:
             raise InvalidArgumentError(
-                f"context {name!r:.80}: expected (layers, KV heads, head_dim, value_head_dim, dtype) = {expected}, got "
-                f"{given}"
+                f"context {name!r:.80}: expected (layers, KV heads, head_dim, value_head_dim, dtype or codec) = "
+                f"{expected}, got {given}"
             )
         n_pairs = int(lengths.sum())
-        if not len(context.keys) == len(context.values) == n_pairs or int(lengths.min()) < 0:
+        given_pairs = context.keys.shape[0], context.values.shape[0]
+        if given_pairs != (n_pairs, n_pairs) or int(lengths.min()) < 0 or context.room < n_pairs:
             raise InvalidArgumentError(
-                f"context {name!r:.80}: expected {n_pairs} keys and values, as its lengths say, got "
-                f"{len(context.keys)} and {len(context.values)}"
+                f"context {name!r:.80}: expected {n_pairs} keys and values, as its lengths say, got {given_pairs[0]} "
+                f"and {given_pairs[1]} in room for {context.room}"
             )
 
     def _make_room(self, n_pairs: int) -> tuple[int, int]:

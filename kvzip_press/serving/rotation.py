@@ -15,6 +15,7 @@ from torch import nn
 from kvzip_press import compat
 from kvzip_press.decoding.forward import forward
 from kvzip_press.errors import UnsupportedModelError
+from kvzip_press.kernels.context_attention import Turn
 from kvzip_press.kernels.numerics import accumulation_dtype
 from kvzip_press.model.devices import input_device
 from kvzip_press.model.rope import depends_on_length, rotary_modules
@@ -65,6 +66,17 @@ class Rotation:
     def turned(self, keys: torch.Tensor, layer_idx: int, by: int) -> torch.Tensor:
         """Returns keys ``[..., head_dim]`` of a layer as they would be ``by`` positions later, in their own dtype."""
         return _turned(keys, self.frequencies, self.layouts[layer_idx], by)
+
+    def turns(self, by: torch.Tensor) -> list[Turn | None]:
+        """Returns, for each layer, how queries are turned that stand ``by`` positions later; None: not at all.
+
+        Args:
+            by: ``[tokens]``, integers, on the device of the queries.
+        """
+        angles = by.double()[:, None] * self.frequencies.to(by.device)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        kinds = {layout: None if layout == "none" else Turn(cos, sin, layout) for layout in set(self.layouts)}
+        return [kinds[layout] for layout in self.layouts]
 
 
 def _turned(keys: torch.Tensor, frequencies: torch.Tensor, layout: str, by: int) -> torch.Tensor:

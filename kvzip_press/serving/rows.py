@@ -11,9 +11,10 @@ from kvzip_press import compat
 from kvzip_press.attention.implementation import CacheView, masks_left_out
 from kvzip_press.attention.stand_in_layer import StandInLayer
 from kvzip_press.decoding.forward import forward
-from kvzip_press.kernels.context_attention import ContextPlan, context_attention, plan_contexts
+from kvzip_press.kernels.context_attention import ContextPlan, Turn, context_attention, plan_contexts
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
 from kvzip_press.serving.pool import ContextPool
+from kvzip_press.serving.rotation import Rotation
 
 
 class Rows:
@@ -24,6 +25,7 @@ class Rows:
 
     Args:
         pool: The contexts.
+        rotation: How the model turns keys.
         num_attention_heads: Query heads of the model.
         max_rows: Most requests at a time.
         max_tokens: Most own tokens of each: its question and its answer.
@@ -33,8 +35,11 @@ class Rows:
         lengths: For each row in use, the number of its own tokens that were read.
     """
 
-    def __init__(self, pool: ContextPool, *, num_attention_heads: int, max_rows: int, max_tokens: int) -> None:
+    def __init__(
+        self, pool: ContextPool, rotation: Rotation, *, num_attention_heads: int, max_rows: int, max_tokens: int
+    ) -> None:
         shape, device = pool.shape, pool.keys.device
+        self._rotation = rotation
         self.pool, self.max_rows, self.max_tokens = pool, max_rows, max_tokens
         self._num_attention_heads = num_attention_heads
         size = (shape.num_layers, max_rows, shape.num_key_value_heads, max_tokens, shape.head_dim)
@@ -98,7 +103,10 @@ class Rows:
         plan = plan_contexts(
             contexts, self.pool.begins, self.pool.lengths, num_attention_heads=self._num_attention_heads
         )
-        step = _Step(self, rows, positions, max(lengths) + n_new, plan)
+        turns: list[Turn | None] = [None] * len(self.keys)
+        if not self.pool.shape.has_turned_keys:
+            turns = self._rotation.turns(self.pool.n_tokens[contexts])
+        step = _Step(self, rows, positions, max(lengths) + n_new, plan, turns)
         cache = compat.Cache(layers=[_RowsLayer(step, index) for index in range(len(self.keys))])
         with masks_left_out():
             return forward(model, cache, token_ids, positions)
@@ -113,10 +121,20 @@ class _Step:
         positions: int64 ``[rows, new tokens]``, where the new tokens go.
         n_seen: Number of columns that the longest row has after the step.
         plan: Which new token reads which context.
+        turns: For each layer, how queries are turned before they meet their context.
     """
 
-    def __init__(self, rows: Rows, part: slice, positions: torch.Tensor, n_seen: int, plan: ContextPlan) -> None:
-        self.rows, self.part, self.positions, self.n_seen, self.plan = rows, part, positions, n_seen, plan
+    def __init__(
+        self,
+        rows: Rows,
+        part: slice,
+        positions: torch.Tensor,
+        n_seen: int,
+        plan: ContextPlan,
+        turns: list[Turn | None],
+    ) -> None:
+        self.rows, self.part, self.positions, self.n_seen = rows, part, positions, n_seen
+        self.plan, self.turns = plan, turns
         columns = torch.arange(n_seen, device=positions.device)
         only_new = positions.shape[1] == n_seen
         self.visible = None if only_new else (columns <= positions[..., None])[:, None]  # [rows, 1, new tokens, n_seen]
@@ -155,7 +173,10 @@ class _RowsLayer(StandInLayer):
         n_rows, _, n_new, _ = query.shape
         options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
         tokens = query.transpose(1, 2).flatten(0, 1)
-        context, context_lse = context_attention(tokens, pool.keys, pool.values, step.plan, self._layer_idx, **options)
+        turn = step.turns[self._layer_idx]
+        context, context_lse = context_attention(
+            tokens, pool.keys, pool.values, step.plan, self._layer_idx, turn=turn, **options
+        )
         own = (buffer[:, :, : step.n_seen] for buffer in (self._keys, self._values))
         causal = step.visible is None
         tail, tail_lse = attention_with_lse(query, *own, causal=causal, mask=step.visible, **options)

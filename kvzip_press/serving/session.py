@@ -13,6 +13,7 @@ import torch
 
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.file.reading import check_model
+from kvzip_press.cache.file.record import CacheRecord
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.answering import question_ids
 from kvzip_press.decoding.generation import eos_ids
@@ -31,7 +32,14 @@ from kvzip_press.model.watching import computing
 from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.serving.context import PoolShape
 from kvzip_press.serving.folder import ContextFile, ContextFolder
-from kvzip_press.serving.packing import packed_cache, packed_file, pairs_in_cache, pairs_in_file
+from kvzip_press.serving.packing import (
+    Packing,
+    check_storage,
+    packed_cache,
+    packed_file,
+    pairs_in_cache,
+    pairs_in_file,
+)
 from kvzip_press.serving.pool import NO_CONTEXT, ContextPool, Held
 from kvzip_press.serving.rotation import Rotation
 from kvzip_press.serving.rows import Rows
@@ -71,6 +79,8 @@ class Session:
         folder: A folder of files that ``RaggedCache.save`` wrote; ``<name>.safetensors`` is asked about as ``<name>``.
             Files may come and go meanwhile.
         pool_bytes: Bytes of the pool, allocated at once. Contexts of the folder are loaded when they are asked about.
+        storage: How the pool holds pairs: "model", in the model's dtype, whatever the storage of a context; or "int8",
+            in about half the bytes of 16 bits, and only contexts that were compressed with that storage.
         max_rows: Most requests that are answered at a time.
         max_tokens: Most tokens of a question and its answer together, for which each row has room.
 
@@ -87,18 +97,20 @@ class Session:
         folder: str | Path | None = None,
         *,
         pool_bytes: int,
+        storage: str = "model",
         max_rows: int = 16,
         max_tokens: int = 1024,
     ) -> None:
         if min(max_rows, max_tokens) < 1:
             raise InvalidArgumentError(f"expected max_rows and max_tokens of 1 and more, got {max_rows}, {max_tokens}")
-        shape, device = PoolShape.of(model), input_device(model)
+        shape, device = PoolShape.of(model, storage), input_device(model)
         self.rotation = Rotation.of(model)
         self.pool = ContextPool(shape, pool_bytes, device=device)
-        self.folder = None if folder is None else ContextFolder(folder, partial(check_model, model=model))
+        self._packing = Packing(self.rotation, device, storage)
+        self.folder = None if folder is None else ContextFolder(folder, partial(_check, model=model, storage=storage))
         self._model, self._tokenizer = model, tokenizer
         heads = int(text_config(model).num_attention_heads)
-        self._rows = Rows(self.pool, num_attention_heads=heads, max_rows=max_rows, max_tokens=max_tokens)
+        self._rows = Rows(self.pool, self.rotation, num_attention_heads=heads, max_rows=max_rows, max_tokens=max_tokens)
         self._eos = eos_ids(model, tokenizer)
         self._caches: dict[str, RaggedCache] = {}
         self._loaded: dict[str, ContextFile] = {}  # what the pool's contexts of these names were read from
@@ -119,9 +131,10 @@ class Session:
         Raises:
             CacheMismatchError: Another model made the cache.
             InvalidArgumentError: It does not fit into the pool.
-            UnsupportedCacheError: It is no cache of one context, compressed in every layer.
+            UnsupportedCacheError: It is no cache of one context, compressed in every layer, or not in the pool's
+                storage.
         """
-        context = packed_cache(cache, self._model, self.rotation, self.pool.keys.device)
+        context = packed_cache(cache, self._model, self._packing)
         with self._lock:
             self.pool.put(name, context)  # if there is no room now, it is packed again when it is asked about
             self._caches[name] = cache
@@ -261,13 +274,12 @@ class Session:
         n_pairs = pairs_in_file(file.path) if file is not None else pairs_in_cache(self._caches[name])
         if not self.pool.has_room(name, n_pairs):  # nothing is read that would have to wait
             return None
-        device = self.pool.keys.device
         if cache is not None:
-            context = packed_cache(cache, self._model, self.rotation, device)
+            context = packed_cache(cache, self._model, self._packing)
         else:
             assert self.folder is not None and file is not None
             try:
-                context = packed_file(file.path, self._model, self.rotation, device)
+                context = packed_file(file.path, self._model, self._packing)
             except (CacheFileError, UnsupportedCacheError) as error:
                 self.folder.refuse(name, file, error)
                 self.folder.find(name)  # says why, without the path
@@ -297,3 +309,8 @@ class Session:
                 f"expected context, question and answer within the model's {limit} positions, got up to "
                 f"{request.held.n_tokens + n_own}"
             )
+
+
+def _check(record: CacheRecord, *, model: Any, storage: str) -> None:
+    check_model(record, model)
+    check_storage(record, storage)

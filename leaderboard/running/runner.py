@@ -17,6 +17,7 @@ from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row, RowKey
 from kvzip_press.leaderboard.running.contexts import Context, batches, contexts_of
 from kvzip_press.leaderboard.running.decode_phase import Writing, Written, check_decodes
+from kvzip_press.leaderboard.running.endpoint import Endpoint
 from kvzip_press.leaderboard.running.measured import Measured, check_kept, measure
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, Work
 from kvzip_press.leaderboard.running.provenance import provenance
@@ -59,6 +60,7 @@ def execute(
     done: Container[RowKey] = frozenset(),
     on_row: Callable[[Row], None] | None = None,
     on_heads: Callable[[HeadBudgets], None] | None = None,
+    endpoint: Endpoint | None = None,
 ) -> Iterator[Row]:
     """Yields the rows of a run: context by context, press by press, ratio by ratio, question by question.
 
@@ -70,12 +72,13 @@ def execute(
         done: Keys of existing rows. Only a context's missing rows are computed.
         on_row: Called with each row before it is yielded (for a progress bar).
         on_heads: Called with what the heads of each compressed context kept, before its rows.
+        endpoint: A server that answers; None for the model itself.
 
     Raises:
-        InvalidArgumentError: An unknown press, or a context that does not fit the model.
+        InvalidArgumentError: An unknown press, a context that does not fit the model, or a server that does not answer.
         BudgetMismatchError: A cache does not hold what was asked for.
     """
-    loop = _Loop(run, model, tokenizer, done, on_heads)
+    loop = _Loop(run, model, tokenizer, done, on_heads, endpoint)
     limit = max_positions(model)
     contexts = (context for work in works for context in contexts_of(work, run, tokenizer, limit))
     for batch in batches(filter(loop.lacks, contexts), run.batch_size):
@@ -95,9 +98,12 @@ class _Loop:
         tokenizer: Any,
         done: Container[RowKey],
         on_heads: Callable[[HeadBudgets], None] | None,
+        endpoint: Endpoint | None,
     ) -> None:
         self.run, self.model, self.tokenizer = run, model, tokenizer
-        self.run_id, self.provenance = run.run_id, provenance(model)
+        self.run_id, self.provenance, self.endpoint = run.run_id, provenance(model), endpoint
+        if endpoint is not None:
+            self.provenance = {**self.provenance, "executor": "openai"}
         self.done, self.on_heads = done, on_heads
         self.shapes_seen: set[tuple[int, int, int]] = set()
         self.presses = {
@@ -201,17 +207,19 @@ class _Loop:
         """Asks questions of any of the contexts as the rows of one batch, which share the packed contexts."""
         questions = [batch[one.row].questions[one.number] for one in asked]
 
+        texts = [batch[one.row].texts[one.number] for one in asked]
+        prefixes = [question.answer_prefix for question in questions]
+
         def ask(cache: RaggedCache, bounds: Sequence[int]) -> list[list[int]]:
-            return answer_ids(
-                self.model,
-                self.tokenizer,
-                cache,
-                [batch[one.row].texts[one.number] for one in asked],
-                [question.answer_prefix for question in questions],
-                bounds,
-            )
+            return answer_ids(self.model, self.tokenizer, cache, texts, prefixes, bounds)
 
         bounds = [question.max_new_tokens for question in questions]
+        if self.endpoint is not None:
+            press = self.presses[cell.press.label, cell.compression_ratio]
+            answers, seconds = self._timed(self.endpoint.answers, cell.cache, press, texts, prefixes, bounds)
+            for one, ids in zip(asked, answers, strict=True):
+                yield self._row(batch[one.row], one.number, cell, cell.rows[one.row], ids, seconds / len(asked))
+            return
         rows, shape = [one.row for one in asked], (len(batch), len(asked), max(bounds))
         if input_device(self.model).type == "cuda" and shape not in self.shapes_seen:
             self.shapes_seen.add(shape)

@@ -10,6 +10,7 @@ from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.running.contexts import contexts_of
+from kvzip_press.leaderboard.running.endpoint import Endpoint
 from kvzip_press.leaderboard.running.plan import Run, Work
 from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RunDirectory, RunRecord, lines_of
 from kvzip_press.leaderboard.running.runner import execute
@@ -26,6 +27,7 @@ def run_shard(
     directory: RunDirectory,
     *,
     on_row: Callable[[Row], None] | None = None,
+    endpoint: Endpoint | None = None,
 ) -> None:
     """Runs whatever the directory still lacks of some contexts; every row is written to disk as soon as it is known.
 
@@ -36,16 +38,21 @@ def run_shard(
         tokenizer: Its tokenizer.
         directory: The run's directory, already entered.
         on_row: Called with each row once it is on disk.
+        endpoint: A server that answers; None for the model itself.
 
     Raises:
-        InvalidArgumentError: A context does not fit the model; raised before anything is run.
+        InvalidArgumentError: A context does not fit the model, or a server cannot answer the run; raised before
+            anything is run.
         BudgetMismatchError: A cache does not hold what was asked for.
         RunDirectoryError: A row cannot be written.
     """
     limit = max_positions(model)
     for work in works:
         contexts_of(work, run, tokenizer, limit)
-    for row in execute(run, works, model, tokenizer, done=directory.done, on_heads=directory.write_heads):
+    if endpoint is not None:
+        endpoint.check(run, works)
+    rows = execute(run, works, model, tokenizer, done=directory.done, on_heads=directory.write_heads, endpoint=endpoint)
+    for row in rows:
         directory.write(row)
         if on_row is not None:
             on_row(row)

@@ -411,10 +411,11 @@ def test_attention_to_a_pool_is_measured_beside_a_read_per_row(
     context_attention.run(bench, case)
     assert impls_of(bench) == {
         *("ours aten", "ours reference", "ours, a read per row", "plan of 32 layers"),
-        "vllm, paged, as many pairs in each head",
+        *("ours, pages merged in place", "ours, int8, turned", "vllm, paged, as many pairs in each head"),
     }
-    n_bytes = {row.bytes for row in bench.rows if row.impl != "plan of 32 layers"}
+    n_bytes = {row.bytes for row in bench.rows if row.impl not in ("plan of 32 layers", "ours, int8, turned")}
     assert n_bytes == {2 * 2 * 16 * sum(case.lengths())}
+    assert {row.bytes for row in bench.rows if row.impl == "ours, int8, turned"} == {2 * 18 * sum(case.lengths())}
 
 
 def test_attention_to_listed_pairs_is_measured_beside_a_context_of_them_alone(bench: CallingBench) -> None:

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvzip_press.kernels.context_attention import ContextPlan, context_attention, plan_contexts
+from kvzip_press.kernels.context_attention import ContextPlan, Turn, context_attention, plan_contexts
 from kvzip_press.kernels.context_attention.sharing import MIN_ITEM, share
 from kvzip_press.kernels.context_attention.tuning import Sharing
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
 from kvzip_press.kernels.ragged_attention import ragged_attention
+from kvzip_press.kernels.row_codec import Codes, decode_rows, encode_rows
 
 Accurate = Callable[[Tensor, Tensor, Tensor], None]
 View = Callable[[Tensor], Tensor]
@@ -223,6 +224,95 @@ def test_merged_with_a_tail_it_is_one_attention(impl: str | None, device: torch.
                 )
             weights = (keys @ made.query[row, head] * 16**-0.5).softmax(0)
             torch.testing.assert_close(merged[row, head, 0], weights @ values)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_tail_that_is_given_is_merged_where_it_lies(impl: str | None, device: torch.device) -> None:
+    """Its log-sum-exp head by head, as engines give it; one token has nothing in its pages, one nothing in the pool."""
+    made = case([[120, 7]], [1, 0, 1], device=device)
+    plain = made.run(impl=impl)
+    tail, lse = torch.randn(3, 6, 16, device=device), torch.randn(6, 3, device=device).t()
+    tail[0], lse[0] = 0.0, -torch.inf
+    expected = merge_attention(plain[0][None], plain[1][None], tail[None], lse.contiguous()[None])
+    wide = torch.full((3, 6, 20), torch.nan, device=device)
+    out = wide[..., :16].copy_(tail)
+    before = lse.clone()
+    got, got_lse = made.run(impl=impl, tail=(out, lse), out=out)
+    assert got is out and torch.equal(lse, before)
+    torch.testing.assert_close((got[None], got_lse[None]), expected)
+    assert torch.equal(got[1], tail[1]), "without a context, pages alone answer"
+    torch.testing.assert_close(made.run(impl=impl, tail=(tail, lse)), (got, got_lse))
+
+
+def turn_of(case: Case, by: Sequence[int], n: int, layout: str = "halves") -> Turn:
+    angles = torch.tensor(by)[:, None] / 10 ** torch.linspace(0, 2, n)
+    device = case.query.device
+    return Turn(angles.cos().float().to(device), angles.sin().float().to(device), layout)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("n", "layout"), [(8, "halves"), (3, "halves"), (5, "neighbours")])
+def test_queries_are_turned_before_they_meet_the_pool(
+    n: int, layout: str, impl: str | None, device: torch.device
+) -> None:
+    made = case([[70, 7]], [1, 0, 1, 1], device=device)
+    turn = turn_of(made, [5, 9, 0, 40], n, layout)
+    turned = made.query.clone()
+    for token in range(4):
+        for i in range(n):
+            x, y = (i, n + i) if layout == "halves" else (2 * i, 2 * i + 1)
+            c, s = turn.cos[token, i], turn.sin[token, i]
+            turned[token, :, x] = made.query[token, :, x] * c - made.query[token, :, y] * s
+            turned[token, :, y] = made.query[token, :, y] * c + made.query[token, :, x] * s
+    expected = replace(made, query=turned).run(impl="reference")
+    torch.testing.assert_close(made.run(impl=impl, turn=turn), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_codes_are_read_as_they_lie(
+    dtype: torch.dtype, impl: str | None, device: torch.device, assert_accurate: Accurate
+) -> None:
+    contexts = [[90, 5], [33, 0]]
+    made = case(contexts, [1, 2, 1, 0, 2], dtype=dtype, device=device)
+    rows = [one.nan_to_num(3.0) for one in (made.keys, made.values)]  # codes of NaN are none
+    codes = [encode_rows(one, "int8") for one in rows]
+    decoded = replace(made, keys=decode_rows(codes[0], torch.float32), values=decode_rows(codes[1], torch.float32))
+    options = {"scaling": 0.3, "softcap": 5.0}
+    exact, plain = formula(decoded, **options), formula(decoded, **options, dtype=dtype)
+    got = context_attention(made.query, *codes, made.plan, 1, **options, impl=impl)
+    for one, exact_one, plain_one in zip(got, exact, plain, strict=True):
+        assert_accurate(one.cpu(), exact_one, plain_one)
+
+
+def test_what_cannot_be_read_as_codes_or_merged_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = case([[3, 2]], [0, 1])
+    codes = encode_rows(made.keys.nan_to_num(), "int8")
+    out, lse = torch.zeros(2, 6, 16), torch.zeros(2, 6)
+    cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (TypeError, "expected both as codes or none", {"keys": codes}),
+        (ValueError, "keys.scales: expected", {"keys": replace(codes, scales=codes.scales[:2]), "values": codes}),
+        (ValueError, "keys: expected codes of 16 numbers, got 8", {"keys": encode_rows(torch.ones(9, 8), "int8")}),
+        (ValueError, "tail's lse: expected", {"tail": (out, lse[:1])}),
+        (TypeError, "tail's lse: expected torch.float32", {"tail": (out, lse.half())}),
+        (TypeError, "out: expected the dtype of query", {"out": out.half()}),
+        (ValueError, "out: expected a contiguous last", {"out": torch.zeros(2, 16, 6).transpose(1, 2)}),
+        (ValueError, "turn: expected a layout out of", {"turn": replace(turn_of(made, [0, 1], 2), layout="thirds")}),
+        (ValueError, "turn: expected at most 8 pairs of channels, got 9", {"turn": turn_of(made, [0, 1], 9)}),
+        (ValueError, "turn.cos: expected", {"turn": turn_of(made, [0, 1, 2], 2)}),
+        (ValueError, "keys and values are codes", {"keys": codes, "values": codes, "impl": "aten"}),
+    ]
+    for error, message, options in cases:
+        pool = {"keys": made.keys, "values": codes if "16 numbers" in message else made.values, **options}
+        with pytest.raises(error, match=message):
+            context_attention(made.query, plan=made.plan, layer_idx=1, **pool)
+    from kvzip_press.kernels.context_attention import support
+
+    monkeypatch.setattr(support.triton_support, "reason_against_triton", lambda _: None)
+    fp8 = encode_rows(made.keys.nan_to_num(), "fp8")
+    assert support.reason_against_triton(made.query, codes, codes, None) is None
+    assert "fp8, of which the kernel reads only int8" in str(support.reason_against_triton(made.query, fp8, fp8, None))
+    assert isinstance(codes, Codes)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

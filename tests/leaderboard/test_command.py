@@ -139,7 +139,10 @@ def test_the_list_names_grids_tasks_and_presses() -> None:
         (["run", "--grid", "quick", "--device", "tpu"], "expected the device cpu"),
         (["run", "--grid", "quick", "--dtype", "int3"], "expected a dtype among"),
         (["run", "--grid", "quick", "--contexts", "0"], "at least 1, got 0"),
-        (["run", "--grid", "quick", "--executor", "slurm"], "expected --executor serial, or ray .* got 'slurm'"),
+        (
+            ["run", "--grid", "quick", "--executor", "slurm"],
+            "expected --executor serial, openai, or ray .* got 'slurm'",
+        ),
         (["run", "--grid", "quick", "--executor", "ray", "--skip-unavailable"], "got 'ray' with --skip-unavailable"),
         (["run", "--grid", "quick", "--executor", "ray", "--workers", "0"], "expected workers >= 1 .* got 0"),
     ],

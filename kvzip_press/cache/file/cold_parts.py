@@ -33,6 +33,7 @@ from kvzip_press.errors import CacheFileError, InvalidArgumentError, Unsupported
 Read = Callable[[str, str, tuple[int, ...]], torch.Tensor]
 
 _MASKS = ("valid", "protected", "counted")
+UNIFORM = "uniform"
 _SPARE = 2**16  # entries of the table of positions beyond 8 times those of a span: a file says how large it is
 
 
@@ -83,13 +84,15 @@ def _record_of(part: ColdPart) -> ColdRecord:
         n_rows=span.valid.shape[0],
         n_tokens=span.valid.shape[1],
         in_chunks=span.in_chunks,
+        uniform=span.uniform is not None,
     )
 
 
 def _masks_of(span: ColdSpan) -> dict[str, torch.Tensor]:
     masks = {"valid": span.valid, "protected": span.protected, "counted": span.protected_count}
     bits = {name: mask.to(torch.uint8) for name, mask in masks.items() if isinstance(mask, torch.Tensor)}
-    return {**bits, POSITIONS: span.positions}
+    uniform = {} if span.uniform is None else {UNIFORM: span.uniform}
+    return {**bits, POSITIONS: span.positions, **uniform}
 
 
 def cold_names(record: CacheRecord) -> list[str]:
@@ -97,7 +100,7 @@ def cold_names(record: CacheRecord) -> list[str]:
     names = []
     for number, one in enumerate(record.cold):
         masks = [name for name in _MASKS if name != "counted" or one.counted == "some"]
-        names += [f"cold.{number}.{name}" for name in (*masks, POSITIONS)]
+        names += [f"cold.{number}.{name}" for name in (*masks, POSITIONS, *([UNIFORM] if one.uniform else []))]
         for i in _layers(record):
             parts = (*_columns(record, i, _storage(record, i)), CU_SEQLENS, EVERY_SCORE)
             names += [f"cold.{number}.{i}.{name}" for name in parts]
@@ -174,11 +177,18 @@ def _span(number: int, record: CacheRecord, read: Read, path: Path, text: str) -
         masks["protected"],
         masks["counted"] if one.counted == "some" else one.counted == "all",
         _policy(one),
+        _uniform(read(f"{name}.{UNIFORM}", "F32", shape), name) if one.uniform else None,
         storages=storages,
         columns={i: tuple(_columns(record, i, storage)) for i, storage in storages.items()},
         place=InFile(path.absolute(), text, record.tensors, expected, key=TEXT, prefix=f"{name}."),
         in_chunks=one.in_chunks,
     )
+
+
+def _uniform(numbers: torch.Tensor, name: str) -> torch.Tensor:
+    if not bool((numbers.isfinite() & (numbers > 0)).all()):
+        raise CacheFileError(f"expected '{name}.{UNIFORM}' to hold numbers above 0")
+    return numbers
 
 
 def _layer(

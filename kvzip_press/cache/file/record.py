@@ -81,6 +81,7 @@ class ColdRecord:
         n_rows: Number of rows of the span.
         n_tokens: Number of its columns.
         in_chunks: Whether it was read in chunks.
+        uniform: Whether scores are weights of attention; what uniform attention gives is then there too.
     """
 
     amount: dict[str, Any]
@@ -90,6 +91,7 @@ class ColdRecord:
     n_rows: int
     n_tokens: int
     in_chunks: bool
+    uniform: bool
 
 
 @dataclass(frozen=True)

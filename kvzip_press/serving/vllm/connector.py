@@ -11,11 +11,9 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.serving.vllm.facts import ServedModel
-from kvzip_press.serving.vllm.replicas import Orders, SchedulerPool, WorkerPool
+from kvzip_press.serving.vllm.replicas import Orders, SchedulerPool
 from kvzip_press.serving.vllm.requests import context_of
-
-WORKERS: list[WorkerPool] = []  # the worker process's own: its attention layers find it here
+from kvzip_press.serving.vllm.workers import served_by, worker_for
 
 
 @dataclass
@@ -35,14 +33,14 @@ class ContextConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        check_options(vllm_config)
-        served = ServedModel.read(vllm_config.kv_transfer_config.get_from_extra_config("served_model", ""))
+        served = served_by(vllm_config)
+        check_options(vllm_config, served.n_ranks)
+        self._layers = vllm_config.compilation_config.static_forward_context
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerPool(served)
             return
-        device = vllm_config.device_config.device
-        self._worker = WorkerPool(served, device=device, n_blocks=kv_cache_config.num_blocks)
-        WORKERS[:] = [self._worker]
+        self._worker = worker_for(vllm_config)
+        self._worker.begin(kv_cache_config.num_blocks)
 
     # Scheduler ------------------------------------------------------------------------------------------------------
 
@@ -66,6 +64,20 @@ class ContextConnector(KVConnectorBase_V1):
 
     # Worker ---------------------------------------------------------------------------------------------------------
 
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Refuses an engine whose attention would not look at the contexts.
+
+        Raises:
+            InvalidArgumentError: Another backend was chosen for a layer.
+        """
+        impls = {name: getattr(self._layers.get(name), "impl", None) for name in kv_caches}
+        others = sorted({type(one).__name__ for one in impls.values() if not getattr(one, "reads_contexts", False)})
+        if others:
+            raise InvalidArgumentError(
+                f"expected vLLM's own attention, FlashAttention on a GPU, which reads contexts here, got "
+                f"{', '.join(others)}: leave --attention-backend out, or take FLASH_ATTN; it needs 16 bits on a GPU"
+            )
+
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """Does what the scheduler decided; ``start_load_kv`` may come after the forward."""
         super().bind_connector_metadata(connector_metadata)
@@ -84,16 +96,33 @@ class ContextConnector(KVConnectorBase_V1):
         """Does nothing."""
 
 
-def check_options(vllm_config: Any) -> None:
-    """Raises InvalidArgumentError for options of an engine that do not go with contexts outside of its pages."""
+def check_options(vllm_config: Any, n_ranks: int) -> None:
+    """Raises InvalidArgumentError for options of an engine that do not go with contexts outside of its pages.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        n_ranks: Processes that share the heads of contexts.
+    """
     against = {
         "--enable-prefix-caching": (
             vllm_config.cache_config.enable_prefix_caching,
             "one question to two contexts has two sets of keys, which it would take for the same",
         ),
-        "--tensor-parallel-size and --pipeline-parallel-size above 1": (
-            vllm_config.parallel_config.world_size > 1,
-            "each process would have to load its own heads and layers, which is not built",
+        "--kv-cache-dtype": (
+            vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+            "queries would be rounded to 8 bits, and the pool reads them whole",
+        ),
+        f"--tensor-parallel-size other than {n_ranks}": (
+            vllm_config.parallel_config.tensor_parallel_size != n_ranks,
+            "a context's room was reckoned for others: give it to kvzip-press serve, or n_ranks to ServedModel.of",
+        ),
+        "--pipeline-parallel-size above 1": (
+            vllm_config.parallel_config.world_size != vllm_config.parallel_config.tensor_parallel_size,
+            "each process would have to load its own layers, which is not built",
+        ),
+        "--decode-context-parallel-size above 1": (
+            vllm_config.parallel_config.decode_context_parallel_size > 1,
+            "tokens of a request would lie in several processes",
         ),
         "--speculative-config": (
             vllm_config.speculative_config is not None,

@@ -6,7 +6,6 @@ here, in plain rows; vLLM allocates and schedules them.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
@@ -19,22 +18,20 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from kvzip_press.kernels.context_attention import ContextPlan, context_attention, plan_contexts
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
-from kvzip_press.serving.vllm.connector import WORKERS
-
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+from kvzip_press.serving.vllm.steps import Step
+from kvzip_press.serving.vllm.workers import WORKERS
 
 
 @dataclass
 class ContextAttentionMetadata(CPUAttentionMetadata):
     """vLLM's, and which token of the step reads which context, from the first layer on."""
 
-    plan: ContextPlan | None = None
+    step: Step | None = None
 
 
 class ContextMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Leaves the plan to the first layer: the connector learns what a request reads only after this."""
+    """Leaves the step to the first layer: the connector learns what a request reads only after this."""
 
     def build(self, *args: Any, **kwargs: Any) -> ContextAttentionMetadata:
         """Returns the metadata of a step."""
@@ -44,6 +41,8 @@ class ContextMetadataBuilder(CPUAttentionMetadataBuilder):
 
 class ContextAttentionImpl(CPUAttentionBackendImpl):
     """Attends to pages and pool."""
+
+    reads_contexts = True
 
     def do_kv_cache_update(self, layer: Any, key: Any, value: Any, kv_cache: Any, slot_mapping: Any) -> None:
         """Writes new keys and values ``[tokens, heads, head_dim]`` into their slots."""
@@ -72,11 +71,10 @@ class ContextAttentionImpl(CPUAttentionBackendImpl):
         n_tokens = attn_metadata.num_actual_tokens
         starts = attn_metadata.query_start_loc.tolist()
         query, softcap = query[:n_tokens], self.logits_soft_cap or None
-        if attn_metadata.plan is None:
-            attn_metadata.plan = _plan(worker, attn_metadata, self.num_heads)
+        if attn_metadata.step is None:
+            attn_metadata.step = Step.of(worker, attn_metadata, self.num_heads)
         options = {"scaling": self.scale, "softcap": softcap}
-        pool, index = worker.pool, _layer_index(layer.layer_name)
-        context, context_lse = context_attention(query, pool.keys, pool.values, attn_metadata.plan, index, **options)
+        context, context_lse = attn_metadata.step.attend(query, layer.layer_name, **options)
         pages = _pages(kv_cache)
         for row, (start, stop) in enumerate(pairwise(starts)):
             if stop == start:
@@ -103,13 +101,6 @@ class ContextAttentionBackend(CPUAttentionBackend):
         return ContextMetadataBuilder
 
 
-def _plan(worker: Any, metadata: Any, num_attention_heads: int) -> ContextPlan:
-    rows = worker.row_of_block[metadata.block_table[:, 0].long()]
-    n_new = metadata.query_start_loc.diff()
-    contexts = rows[: len(n_new)].repeat_interleave(n_new)
-    return plan_contexts(contexts, worker.pool.begins, worker.pool.lengths, num_attention_heads=num_attention_heads)
-
-
 def _pages(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns keys and values, ``[blocks, heads, block_size, head_dim]``, as views of vLLM's buffer."""
     n_blocks, n_heads, block_size, _ = kv_cache.size()
@@ -122,9 +113,3 @@ def _own(pages: torch.Tensor, metadata: Any, row: int) -> torch.Tensor:
     n = int(metadata.seq_lens[row])
     blocks = metadata.block_table[row, : -(-n // pages.shape[2])].long()
     return pages[blocks].transpose(0, 1).flatten(1, 2)[None, :, :n]
-
-
-def _layer_index(name: str) -> int:
-    found = _LAYER.search(name)
-    assert found is not None, f"a layer's name has its index, {name} has none"
-    return int(found[1])

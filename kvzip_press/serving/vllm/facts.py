@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvzip_press.cache.file.reading import pair_counts, read_record
 from kvzip_press.cache.file.record import DTYPES, NAMES, CacheRecord, settings_of
-from kvzip_press.errors import CacheMismatchError
+from kvzip_press.errors import CacheMismatchError, InvalidArgumentError
 from kvzip_press.files import json_of, replacing, to_json
 from kvzip_press.model.identity import layer_fingerprint
 from kvzip_press.model.structure import attention_layers, text_config, text_decoder
 from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.serving.context import PoolShape
+from kvzip_press.serving.packing import check_storage
 from kvzip_press.serving.rotation import Rotation
+from kvzip_press.serving.shares import Share
 
 _EXPECTED = "expected the facts of a served model, as kvzip_press.serving.vllm.settings wrote them"
 
@@ -31,7 +34,9 @@ class ServedModel:
 
     Attributes:
         folder: The folder of contexts.
-        pool_bytes: Bytes of the pool.
+        pool_bytes: Bytes of the pool, in each process that holds one.
+        n_ranks: Number of these processes, which share the heads (tensor parallelism).
+        storage: How the pool holds pairs, see :class:`kvzip_press.serving.context.PoolShape`.
         num_attention_heads: Query heads.
         num_key_value_heads: KV heads.
         head_dim: Width of a key and of a value.
@@ -44,6 +49,8 @@ class ServedModel:
 
     folder: str
     pool_bytes: int
+    n_ranks: int
+    storage: str
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -54,17 +61,22 @@ class ServedModel:
     layouts: tuple[str, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, folder: str | Path, *, pool_bytes: int) -> ServedModel:
+    def of(
+        cls, model: nn.Module, folder: str | Path, *, pool_bytes: int, n_ranks: int = 1, storage: str = "model"
+    ) -> ServedModel:
         """Returns the facts of a model as transformers loads it.
 
         Raises:
+            InvalidArgumentError: Pools hold nothing in this storage.
             UnsupportedModelError: Its contexts cannot be shared; the message says why.
         """
-        shape, rotation = PoolShape.of(model), Rotation.of(model)
+        shape, rotation = PoolShape.of(model, storage), Rotation.of(model)
         weights = weights_fingerprint(text_decoder(model))
         return cls(
             folder=str(Path(folder).absolute()),
             pool_bytes=pool_bytes,
+            n_ranks=n_ranks,
+            storage=storage,
             num_attention_heads=int(text_config(model).num_attention_heads),
             num_key_value_heads=shape.num_key_value_heads,
             head_dim=shape.head_dim,
@@ -77,8 +89,8 @@ class ServedModel:
 
     @property
     def shape(self) -> PoolShape:
-        """The shape of the pool."""
-        return PoolShape(len(self.layouts), self.num_key_value_heads, self.head_dim, DTYPES[self.dtype])
+        """The shape of a pool with all heads."""
+        return PoolShape(len(self.layouts), self.num_key_value_heads, self.head_dim, DTYPES[self.dtype], self.storage)
 
     @property
     def rotation(self) -> Rotation:
@@ -86,7 +98,7 @@ class ServedModel:
         return Rotation(torch.tensor(self.frequencies, dtype=torch.float64), self.layouts)
 
     def check(self, record: CacheRecord) -> None:
-        """Raises CacheMismatchError if another model made a cache."""
+        """Raises CacheMismatchError if another model made a cache, UnsupportedCacheError if the pool cannot hold it."""
         if record.config != self.config:
             differ = sorted(name for name in {*record.config, *self.config} if self._differs(record, name))
             raise CacheMismatchError(f"this cache was made by another model: other settings of {', '.join(differ)}")
@@ -96,6 +108,17 @@ class ServedModel:
             raise CacheMismatchError(
                 "this cache was made by another model, or by this one with other weights or adapters (or saved by an "
                 "earlier version of kvzip-press, which noted too little of them)"
+            )
+        check_storage(record, self.storage)
+
+    def check_room(self, path: Path) -> None:
+        """Raises InvalidArgumentError if the context of a file would not fit into an empty pool."""
+        n_tail = (record := read_record(path)).n_seen - record.n_context
+        room = Share(0, self.n_ranks).room(pair_counts(path) + n_tail) * self.shape.pair_bytes
+        if room > self.pool_bytes:
+            raise InvalidArgumentError(
+                f"expected a context that fits into a pool of {self.pool_bytes} bytes, got one of {room}: compress it "
+                "further, or serve with a larger --pool-gb"
             )
 
     def _differs(self, record: CacheRecord, name: str) -> bool:

@@ -7,11 +7,14 @@ from typing import Any
 
 from kvzip_press.serving.vllm.requests import FACTS
 
-BACKEND = "kvzip_press.serving.vllm.cpu_backend.ContextAttentionBackend"
+BACKENDS = {  # by vLLM's names of what they take the place of
+    "CPU_ATTN": "kvzip_press.serving.vllm.cpu_backend.ContextAttentionBackend",
+    "FLASH_ATTN": "kvzip_press.serving.vllm.cuda_backend.ContextFlashBackend",
+}
 
 
 def register() -> None:
-    """Puts attention with contexts in the place of vLLM's CPU attention, in processes of an engine that serves them.
+    """Puts attention with contexts in the place of vLLM's own, in processes of an engine that serves them.
 
     vLLM calls it in each of its processes; in others than :func:`engine_options` prepares, it does nothing.
     """
@@ -19,7 +22,8 @@ def register() -> None:
         return
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
+    for name, path in BACKENDS.items():
+        register_backend(AttentionBackendEnum[name], path)
 
 
 def engine_options(path: str) -> dict[str, Any]:

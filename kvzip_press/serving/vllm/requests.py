@@ -30,7 +30,7 @@ def context_of(params: object) -> str | None:
 
 
 class NameCheck:
-    """Refuses what an engine could not answer: an unknown context, a torn file, a cache of another model.
+    """Refuses what an engine could not answer: an unknown context, a torn file, another model's, one beyond the pool.
 
     A file is read once, whole, when it is first asked about, and again when it has changed.
 
@@ -39,6 +39,7 @@ class NameCheck:
     """
 
     def __init__(self, served: ServedModel) -> None:
+        self._served = served
         self._folder = ContextFolder(served.folder, served.check)
         self._read: dict[str, object] = {}
         self._lock = threading.Lock()
@@ -54,6 +55,7 @@ class NameCheck:
                 return
             try:
                 check_contents(file.path)
+                self._served.check_room(file.path)
             except KVzipPressError as error:
                 self._folder.refuse(name, file, error)
             self._folder.find(name)  # says why, without the path

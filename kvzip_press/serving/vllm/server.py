@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,13 +16,22 @@ from typing import Any
 from kvzip_press.errors import MissingDependencyError, install_command
 from kvzip_press.loading.by_name import load_model
 from kvzip_press.model.chat import chat_frame
+from kvzip_press.serving.vllm.endpoints import ContextEndpoints
 from kvzip_press.serving.vllm.facts import ServedModel
 from kvzip_press.serving.vllm.plugin import engine_options
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def serve(model_name: str, contexts: Path, *, pool_bytes: int, options: Sequence[str]) -> int:
+def serve(
+    model_name: str,
+    contexts: Path,
+    *,
+    pool_bytes: int,
+    n_ranks: int = 1,
+    storage: str = "model",
+    options: Sequence[str] = (),
+) -> int:
     """Serves a model and the contexts of a folder until the server ends, and returns its exit status.
 
     The model is loaded once by transformers first, on the CPU, to see how it turns keys and which weights it has.
@@ -29,7 +39,9 @@ def serve(model_name: str, contexts: Path, *, pool_bytes: int, options: Sequence
     Args:
         model_name: An alias, a folder or a hub id.
         contexts: The folder.
-        pool_bytes: Bytes of the pool of contexts.
+        pool_bytes: Bytes of the pool of contexts, on each GPU.
+        n_ranks: Number of GPUs that share the heads.
+        storage: How the pool holds pairs: "model" or "int8".
         options: Further options of vLLM's server.
 
     Raises:
@@ -40,14 +52,32 @@ def serve(model_name: str, contexts: Path, *, pool_bytes: int, options: Sequence
     if find_spec("vllm") is None:
         raise MissingDependencyError(f"serving needs the package vllm: {install_command('vllm')}")
     model, tokenizer = load_model(model_name)
-    served, path = ServedModel.of(model, contexts, pool_bytes=pool_bytes), str(model.name_or_path)
+    served, path = _facts(model, contexts, pool_bytes, n_ranks, storage), str(model.name_or_path)
     del model
     with TemporaryDirectory(prefix="kvzip-press-") as folder:
         facts, template = Path(folder, "served.json"), Path(folder, "question.jinja")
         served.write(facts)
         template.write_text(question_template(tokenizer), encoding="utf-8")
         command = server_command(path, model_name, served, facts, template)
-        return subprocess.run([*command, *options], env=dict(os.environ), check=False).returncode
+        environment = {**os.environ, "VLLM_PLUGINS": allowed_plugins(os.environ.get("VLLM_PLUGINS"))}
+        return subprocess.run([*command, *options], env=environment, check=False).returncode
+
+
+def allowed_plugins(allowed: str | None) -> str:
+    """Returns ``VLLM_PLUGINS`` with our name: vLLM adds routes only of plugins that are named there.
+
+    Args:
+        allowed: The variable as it is; None if it is not set, when vLLM loads all plugins but those that add routes.
+    """
+    groups = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
+    names = (
+        [one.name for group in groups for one in entry_points(group=group)] if allowed is None else allowed.split(",")
+    )
+    return ",".join(dict.fromkeys([*names, ContextEndpoints.name]))
+
+
+def _facts(model: Any, contexts: Path, pool_bytes: int, n_ranks: int, storage: str) -> ServedModel:
+    return ServedModel.of(model, contexts, pool_bytes=pool_bytes, n_ranks=n_ranks, storage=storage)
 
 
 def question_template(tokenizer: Any) -> str:
@@ -71,6 +101,7 @@ def server_command(path: str, name: str, served: ServedModel, facts: Path, templ
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", path, "--served-model-name", name, "--dtype", _DTYPES[served.dtype]),
         *("--chat-template", str(template), "--no-enable-prefix-caching"),
+        *("--tensor-parallel-size", str(served.n_ranks)),
         *("--logits-processors", *engine["logits_processors"]),
         *("--kv-transfer-config", json.dumps(engine["kv_transfer_config"])),
     ]

@@ -74,6 +74,36 @@ def test_answers_are_those_of_answer_while_rows_join_and_leave(
     assert_idle(session)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_codes_are_answered_from_as_they_lie_in_the_file(
+    architecture: str, tokenizer: ByteTokenizer, make: Made, tmp_path: Path
+) -> None:
+    """The same codes as `answer` reads, where it reads them: queries are turned instead; others are refused."""
+    model = tiny_model(architecture, num_layers=2)
+    caches = {
+        s: compress(model, tokenizer, "Room four holds maps. " * 4, RandomPress(0.5), storage=s)
+        for s in ("int8", "fp8")
+    }
+    for name, cache in caches.items():
+        cache.save(tmp_path / f"{name}.safetensors")
+    session = Session(model, tokenizer, tmp_path, pool_bytes=10**6, storage="int8", max_tokens=90)
+    session.add("memory", caches["int8"])
+    with pytest.raises(UnsupportedCacheError, match=r"stored as int8, as the pool holds it, got one stored as fp8"):
+        session.add("other", caches["fp8"])
+    with pytest.raises(InvalidArgumentError, match="got one stored as fp8: compress it again with storage='int8'"):
+        session.submit("Which?", "fp8")
+    for question in ("Which?", "What does room four hold?"):
+        expected = answer_ids(model, tokenizer, caches["int8"], question, max_new_tokens=8)[0]
+        streams = [session.submit(question, name, max_new_tokens=8) for name in ("int8", "memory")]
+        for stream in streams:
+            stream.text()
+            assert stream.ids == expected
+    kept = caches["int8"].fork()
+    answer(model, tokenizer, kept, "Which?", max_new_tokens=3, keep=True)
+    with pytest.raises(UnsupportedCacheError, match="got one stored as int8 with kept turns"):
+        session.add("turns", kept)
+
+
 def test_a_cache_in_memory_is_asked_about_as_a_file_is(
     make: Made, caches: dict[str, RaggedCache], expected: list[list[int]]
 ) -> None:

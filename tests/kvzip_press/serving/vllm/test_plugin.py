@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,8 +18,10 @@ import torch
 from kvzip_press import RaggedCache, RandomPress, compress
 from kvzip_press.errors import CacheFileError, CacheMismatchError, InvalidArgumentError, UnsupportedModelError
 from kvzip_press.kernels.dense_attention import attention_with_lse
-from kvzip_press.serving.packing import packed_cache
+from kvzip_press.kernels.row_codec import decode_rows
+from kvzip_press.serving.packing import Packing, packed_cache
 from kvzip_press.serving.rotation import Rotation
+from kvzip_press.serving.shares import Share
 from kvzip_press.serving.vllm import requests
 from kvzip_press.serving.vllm.facts import ServedModel
 from kvzip_press.serving.vllm.plugin import engine_options, register
@@ -49,11 +52,13 @@ def row_of(pools: tuple[SchedulerPool, WorkerPool], request: str, name: str | No
 
 
 def pools_of(served: ServedModel) -> tuple[SchedulerPool, WorkerPool]:
-    return SchedulerPool(served), WorkerPool(served, device="cpu", n_blocks=64)
+    worker = WorkerPool(served, device="cpu")
+    worker.begin(64)
+    return SchedulerPool(served), worker
 
 
 def assert_reads(worker: WorkerPool, row: int, cache: RaggedCache, model: Any) -> None:
-    expected = packed_cache(cache, model, Rotation.of(model), torch.device("cpu"))
+    expected = packed_cache(cache, model, Packing(Rotation.of(model), torch.device("cpu")))
     got = [
         worker.pool.keys[begin : begin + n]
         for begin, n in zip(worker.pool.begins[:, row].flatten(), worker.pool.lengths[:, row].flatten(), strict=True)
@@ -170,6 +175,58 @@ def test_kept_turns_are_part_of_the_context(
     assert_reads(pools[1], row_of(pools, "a", "turns"), cache, model)
 
 
+@pytest.mark.parametrize("n_ranks", [2, 4], ids=["a head each", "a head in two processes"])
+def test_each_process_holds_its_own_heads(
+    n_ranks: int, served: ServedModel, model: Any, caches: dict[str, RaggedCache]
+) -> None:
+    """Room for one context at a time, as the process with the most pairs has it: all put and drop the same."""
+    from dataclasses import replace
+
+    counts = {
+        name: torch.stack([one.packed.seqlens[0] for _, one in cache.ragged_layers()]) for name, cache in caches.items()
+    }
+    room = max(Share(0, n_ranks).room(one) for one in counts.values())
+    assert room == max(int(one.sum(0).max()) for one in counts.values())
+    served = replace(served, pool_bytes=room * served.shape.pair_bytes, n_ranks=n_ranks)
+    scheduler, workers = SchedulerPool(served), []
+    for rank in range(n_ranks):
+        workers.append(WorkerPool(served, device="cpu", rank=rank))
+        workers[-1].begin(64)
+    packing = Packing(Rotation.of(model), torch.device("cpu"))
+    for turn in range(4):
+        name = ("lighthouse", "archive")[turn % 2]
+        assert scheduler.admit("a", name)
+        scheduler.start("a", 7)
+        orders = scheduler.take_orders()
+        whole = packed_cache(caches[name], model, packing)
+        parts = whole.keys.split(whole.lengths.flatten().tolist())
+        for rank, worker in enumerate(workers):
+            worker.obey(orders)
+            row, head = int(worker.row_of_block[7]), rank * 2 // n_ranks
+            for layer in range(2):
+                begin, n = int(worker.pool.begins[layer, row, 0]), int(worker.pool.lengths[layer, row, 0])
+                assert torch.equal(worker.pool.keys[begin : begin + n], parts[2 * layer + head])
+        assert not scheduler.admit("b", ("archive", "lighthouse")[turn % 2])
+        scheduler.finish("a")
+
+
+def test_a_pool_of_codes_takes_contexts_that_are_stored_so(model: Any, folder: Path, tokenizer: ByteTokenizer) -> None:
+    served = ServedModel.of(model, folder, pool_bytes=POOL_BYTES, storage="int8")
+    assert served.shape.pair_bytes == 2 * (16 + 2) < served.shape.head_dim * 8
+    cache = compress(model, tokenizer, "Stored in few bits.", RandomPress(0.5), storage="int8")
+    cache.save(folder / "few.safetensors")
+    pools = pools_of(served)
+    row = row_of(pools, "a", "few")
+    pool, layer = pools[1].pool, cache.layers[1]
+    begin, n = int(pool.begins[1, row, 0]), int(pool.lengths[1, row].sum())
+    assert torch.equal(pool.keys.codes[begin : begin + n], layer.packed.columns["key_codes"])
+    assert torch.equal(pool.values.scales[begin : begin + n], layer.packed.columns["value_scales"])
+    assert int(pool.n_tokens[row]) == cache.n_seen
+    assert "compress it again with storage='int8'" in pools[0]._folder.refused["archive"]
+    with pytest.raises(InvalidArgumentError, match=r"expected a pool's storage out of model, int8, got 'int4'"):
+        ServedModel.of(model, folder, pool_bytes=POOL_BYTES, storage="int4")
+
+
 def test_nothing_grows_over_many_requests(served: ServedModel) -> None:
     pools = pools_of(served)
     for number in range(50):
@@ -270,10 +327,62 @@ class Impl:
     num_heads, scale, logits_soft_cap = 4, 0.25, 0
 
 
+class Enumerated(Enum):
+    CPU_ATTN = "CPU_ATTN"
+    FLASH_ATTN = "FLASH_ATTN"
+
+
+@dataclass
+class FlashMetadata:
+    """vLLM's metadata of a step of FlashAttention, as far as it is read."""
+
+    num_actual_tokens: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    max_query_len: int = 5
+    max_seq_len: int = 64
+    max_num_splits: int = 0
+    scheduler_metadata: Any = None
+
+
+class FlashImpl(Impl):
+    """vLLM's layer of FlashAttention, as far as it is read."""
+
+    head_size, vllm_flash_attn_version = 16, 3
+    sliding_window, alibi_slopes, sinks = (-1, -1), None, None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        assert act_dtype == torch.float32
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        assert args[5] is None, "only while memory is measured"
+        filled: torch.Tensor = args[6].fill_(0)
+        return filled
+
+
+def paged_attention(
+    *, q: Any, k: Any, v: Any, out: Any, cu_seqlens_q: Any, seqused_k: Any, block_table: Any, softmax_scale: float,
+    causal: bool, return_softmax_lse: bool, **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """FlashAttention over pages [blocks, block_size, heads, head_dim]; its log-sum-exp is [heads, tokens].
+
+    What it does not write, behind the last request, is undefined: NaN here.
+    """
+    assert causal and return_softmax_lse and options["fa_version"] == 3 and options["softcap"] == 0
+    lse = torch.full((q.shape[1], q.shape[0]), torch.nan)
+    for row, (start, stop) in enumerate(pairwise(cu_seqlens_q.tolist())):
+        n = int(seqused_k[row])
+        own = [pages[block_table[row].long()].flatten(0, 1)[:n].transpose(0, 1)[None] for pages in (k, v)]
+        got, own_lse = attention_with_lse(q[start:stop].transpose(0, 1)[None], *own, causal=True, scaling=softmax_scale)
+        out[start:stop], lse[:, start:stop] = got[0].transpose(0, 1), own_lse[0]
+    return out, lse
+
+
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Stand-ins for the modules of vLLM that the plugin imports; gives what it registers as backends."""
-    backends: dict[str, str] = {}
+    backends: dict[str, Any] = {}
     names: dict[str, dict[str, Any]] = {
         "vllm.distributed.kv_transfer.kv_connector.v1.base": {
             "KVConnectorBase_V1": Base,
@@ -287,9 +396,19 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             "CPUAttentionMetadataBuilder": Builder,
         },
         "vllm.v1.attention.backends.registry": {
-            "AttentionBackendEnum": SimpleNamespace(CPU_ATTN="CPU_ATTN"),
-            "register_backend": backends.__setitem__,
+            "AttentionBackendEnum": Enumerated,
+            "register_backend": lambda name, path: backends.__setitem__(name.value, path),
         },
+        "vllm.v1.attention.backends.flash_attn": {
+            "FlashAttentionBackend": object,
+            "FlashAttentionImpl": FlashImpl,
+            "FlashAttentionMetadata": FlashMetadata,
+            "FlashAttentionMetadataBuilder": Builder,
+        },
+        "vllm.v1.attention.backends.fa_utils": {"flash_attn_varlen_func": paged_attention},
+        "vllm.utils.torch_utils": {"canonicalize_singleton_dim_strides": lambda pages: pages},
+        "vllm.config": {"get_current_vllm_config": lambda: backends["config"]},
+        "vllm.distributed": {"get_tensor_model_parallel_rank": lambda: 0},
         "vllm.v1.sample.logits_processor": {"LogitsProcessor": object},
     }
     for name, contents in names.items():
@@ -300,7 +419,9 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         module = ModuleType(name)
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
-    ours = [f"kvzip_press.serving.vllm.{name}" for name in ("connector", "cpu_backend", "names")]
+    ours = [
+        f"kvzip_press.serving.vllm.{name}" for name in ("connector", "cpu_backend", "cuda_backend", "names", "workers")
+    ]
     for name in ours:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield backends
@@ -308,10 +429,19 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         sys.modules.pop(name, None)
 
 
+def parallel_of(world_size: int, tensor_parallel_size: int, decode_context: int = 1) -> Any:
+    return SimpleNamespace(
+        world_size=world_size,
+        tensor_parallel_size=tensor_parallel_size,
+        decode_context_parallel_size=decode_context,
+    )
+
+
 def config_of(facts: Path, **changes: Any) -> Any:
     options: dict[str, Any] = {
-        "cache_config": SimpleNamespace(enable_prefix_caching=False),
-        "parallel_config": SimpleNamespace(world_size=1),
+        "cache_config": SimpleNamespace(enable_prefix_caching=False, cache_dtype="auto"),
+        "parallel_config": parallel_of(1, 1),
+        "compilation_config": SimpleNamespace(static_forward_context={}),
         "speculative_config": None,
         "lora_config": None,
         "device_config": SimpleNamespace(device=torch.device("cpu")),
@@ -354,8 +484,14 @@ def test_the_connector_goes_through_the_life_of_a_request(
 @pytest.mark.parametrize(
     ("changes", "option"),
     [
-        ({"cache_config": SimpleNamespace(enable_prefix_caching=True)}, "--enable-prefix-caching: one question"),
-        ({"parallel_config": SimpleNamespace(world_size=2)}, "--tensor-parallel-size"),
+        (
+            {"cache_config": SimpleNamespace(enable_prefix_caching=True, cache_dtype="auto")},
+            "--enable-prefix-caching: one question",
+        ),
+        ({"cache_config": SimpleNamespace(enable_prefix_caching=False, cache_dtype="fp8")}, "--kv-cache-dtype"),
+        ({"parallel_config": parallel_of(2, 2)}, "--tensor-parallel-size other than 1: a context"),
+        ({"parallel_config": parallel_of(2, 1)}, "--pipeline-parallel-size"),
+        ({"parallel_config": parallel_of(1, 1, 2)}, "--decode-context-parallel-size"),
         ({"speculative_config": object()}, "--speculative-config"),
         ({"lora_config": object()}, "--enable-lora"),
     ],
@@ -367,6 +503,77 @@ def test_options_that_would_answer_wrongly_are_refused(
     made = importlib.import_module("kvzip_press.serving.vllm.connector").ContextConnector
     with pytest.raises(InvalidArgumentError, match=f"expected an engine that can share contexts, got {option}"):
         made(config_of(facts, **changes), Role.SCHEDULER, SimpleNamespace(num_blocks=64))
+
+
+def test_an_engine_that_would_not_look_at_contexts_is_refused(vllm: Any, facts: Path) -> None:
+    backend = importlib.import_module("kvzip_press.serving.vllm.cuda_backend")
+    _, worker = connectors(facts)
+    layers = {"model.layers.0.attn": SimpleNamespace(impl=backend.ContextFlashImpl())}
+    worker._layers.update(layers)
+    worker.register_kv_caches(dict.fromkeys(layers))
+    worker._layers["model.layers.1.attn"] = SimpleNamespace(impl=Impl())
+    with pytest.raises(InvalidArgumentError, match=r"got Impl: leave --attention-backend out, or take FLASH_ATTN"):
+        worker.register_kv_caches(dict.fromkeys([*layers, "model.layers.1.attn"]))
+
+
+def test_a_gpus_pool_is_there_before_memory_is_measured(vllm: Any, facts: Path) -> None:
+    """vLLM loads weights, measures memory and captures a few graphs, and only then makes the connector."""
+    backend = importlib.import_module("kvzip_press.serving.vllm.cuda_backend")
+    workers = importlib.import_module("kvzip_press.serving.vllm.workers").WORKERS
+    vllm["config"], impl = config_of(facts), backend.ContextFlashImpl()
+    for _ in range(2):
+        impl.process_weights_after_loading(torch.float32)
+    [early] = workers
+    output = torch.full((2, 4, 16), torch.nan)
+    assert impl.forward(None, output, None, None, None, None, output).eq(0).all()
+    _, worker = connectors(facts)
+    assert worker._worker is early and early.row_of_block.numel() == 64
+    impl.sinks = torch.zeros(4)
+    with pytest.raises(InvalidArgumentError, match="got a model with attention sinks"):
+        impl.process_weights_after_loading(torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["vLLM 0.24", "vLLM 0.32"])
+@pytest.mark.parametrize("storage", ["model", "int8"])
+def test_flash_attention_over_pages_and_ours_over_the_pool_are_one(
+    storage: str, layout: str, vllm: Any, folder: Path, model: Any, tokenizer: ByteTokenizer
+) -> None:
+    """Two requests and a token of none, as a captured graph has it; each beside its context and own tokens, dense."""
+    served = ServedModel.of(model, folder, pool_bytes=POOL_BYTES, storage=storage)
+    served.write(folder / "served.json")
+    compress(model, tokenizer, "Nine rooms. " * 5, RandomPress(0.5), storage=storage).save(folder / "c.safetensors")
+    scheduler, worker = connectors(folder / "served.json")
+    backend = importlib.import_module("kvzip_press.serving.vllm.cuda_backend")
+    for number, (name, first) in enumerate((("c", 5), (None, 9))):
+        assert scheduler.get_num_new_matched_tokens(request_of(name, str(number)), 0) == (0, False)
+        scheduler.update_state_after_alloc(request_of(name, str(number)), blocks_of(first), 0)
+    starts, seen, blocks = torch.tensor([0, 3, 4, 4]), torch.tensor([3, 20, 0]), torch.tensor([[5, 0], [9, 1], [0, 0]])
+    metadata = FlashMetadata(5, starts.int(), seen.int(), blocks.int())
+    built = backend.ContextFlashMetadataBuilder().build(metadata)
+    worker.bind_connector_metadata(scheduler.build_connector_meta(None))  # after the builder, as vLLM does
+    pages = torch.randn(12, 2, 16, 2, 16)
+    cache = pages if layout == "vLLM 0.24" else torch.cat(pages.unbind(1), -1).transpose(1, 2)
+    impl, query, output = backend.ContextFlashImpl(), torch.randn(6, 4, 16), torch.full((6, 4, 16), torch.nan)
+    layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn")
+    assert impl.forward(layer, query, None, None, cache, built, output) is output
+    assert not backend.ContextFlashMetadataBuilder().use_cascade_attention()
+    pool, row = worker._worker.pool, int(worker._worker.row_of_block[5])
+    keys, values = (decode_rows(one, torch.float32) if storage == "int8" else one for one in (pool.keys, pool.values))
+    n_tokens = int(pool.n_tokens[row])
+    for head in range(2):
+        place = slice(int(pool.begins[1, row, head]), int(pool.begins[1, row, head] + pool.lengths[1, row, head]))
+        turned = keys[place] if storage == "model" else Rotation.of(model).turned(keys[place], 1, -n_tokens)
+        own_keys, own_values = (part[5, :3, head] for part in pages.unbind(1))
+        every = (torch.cat(parts)[None, None] for parts in ((turned, own_keys), (values[place], own_values)))
+        group = query[:3, 2 * head : 2 * head + 2].transpose(0, 1)[None]
+        expected, _ = attention_with_lse(group, *every, causal=True, scaling=0.25)
+        torch.testing.assert_close(output[:3, 2 * head : 2 * head + 2].transpose(0, 1)[None], expected)
+    plain, _ = paged_attention(
+        q=query[:4], k=pages[:, 0], v=pages[:, 1], out=torch.empty(4, 4, 16), cu_seqlens_q=starts[:3],
+        seqused_k=seen, block_table=blocks, softmax_scale=0.25, causal=True, return_softmax_lse=True, fa_version=3,
+        softcap=0,
+    )  # fmt: skip
+    assert torch.equal(output[3], plain[3]), "without a context, vLLM's own answer, to the bit"
 
 
 def test_attention_over_pages_and_pool_is_one_attention(vllm: Any, facts: Path, model: Any) -> None:
@@ -410,9 +617,11 @@ def test_the_entry_point_replaces_the_cpu_backend(vllm: Any, facts: Path, monkey
     monkeypatch.setenv(requests.FACTS, "")
     options = engine_options(str(facts))
     register()
-    [(name, path)] = vllm.items()
-    module, _, attribute = path.rpartition(".")
-    assert name == "CPU_ATTN" and hasattr(importlib.import_module(module), attribute)
+    assert list(vllm) == ["CPU_ATTN", "FLASH_ATTN"]
+    for path in vllm.values():
+        module, _, attribute = path.rpartition(".")
+        backend = getattr(importlib.import_module(module), attribute)
+        assert backend.get_impl_cls().reads_contexts and backend.get_builder_cls()
     module, _, attribute = options["logits_processors"][0].partition(":")
     names = getattr(importlib.import_module(module), attribute)
     with pytest.raises(ValueError, match="expected the name of a context"):

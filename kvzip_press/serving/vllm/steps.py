@@ -1,0 +1,65 @@
+"""What all attention layers of a step have in common: which token reads which context."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvzip_press.kernels.context_attention import ContextPlan, Turn, context_attention, plan_contexts
+from kvzip_press.serving.vllm.replicas import WorkerPool
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A forward of an engine, as its layers see the pool.
+
+    It is made in the first layer: the connector learns what a request reads only after vLLM has built the metadata. On
+    a GPU nothing of it waits for the device, so a captured graph makes it anew each time that it runs.
+
+    Attributes:
+        worker: The pool.
+        plan: Which token reads which context.
+        turns: For each layer, how queries are turned before they meet their context.
+    """
+
+    worker: WorkerPool
+    plan: ContextPlan
+    turns: list[Turn | None]
+
+    @classmethod
+    def of(cls, worker: WorkerPool, metadata: Any, num_attention_heads: int) -> Step:
+        """Returns what layers need, by vLLM's metadata of attention.
+
+        Args:
+            worker: The pool.
+            metadata: With the number of tokens, where each request's begin, and the blocks of each request. Tokens
+                behind the last request fill up a captured graph, and read nothing.
+            num_attention_heads: Query heads of this process.
+        """
+        pool, starts = worker.pool, metadata.query_start_loc
+        rows = worker.row_of_block[metadata.block_table[:, 0].long()]
+        tokens = torch.arange(metadata.num_actual_tokens, dtype=starts.dtype, device=starts.device)
+        request = torch.searchsorted(starts[1:], tokens, right=True).clamp(max=len(rows) - 1)
+        contexts = torch.where(tokens < starts[-1], rows[request], 0)
+        plan = plan_contexts(contexts, pool.begins, pool.lengths, num_attention_heads=num_attention_heads)
+        turns: list[Turn | None] = [None] * pool.shape.num_layers
+        if not pool.shape.has_turned_keys:
+            turns = worker.rotation.turns(pool.n_tokens[contexts.long()])
+        return cls(worker, plan, turns)
+
+    def attend(self, query: torch.Tensor, layer_name: str, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes attention of the step's tokens to their contexts, see :func:`context_attention`."""
+        index, pool = layer_index(layer_name), self.worker.pool
+        return context_attention(query, pool.keys, pool.values, self.plan, index, turn=self.turns[index], **options)
+
+
+def layer_index(name: str) -> int:
+    """Returns the index in a layer's name."""
+    found = _LAYER.search(name)
+    assert found is not None, f"a layer's name has its index, {name} has none"
+    return int(found[1])
