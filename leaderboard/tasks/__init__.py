@@ -47,7 +47,16 @@ FROM_HUB = {
 }
 """Tasks whose data are on the hub (extra ``tasks``): name -> ``module:Class``, which takes its subset from the name."""
 
-TASKS = {**GENERATED, **FROM_HUB}
+FROM_PACKAGES = {
+    "bank_manual": f"{_PACKAGE}.bank_manual.task:BankManualTask",
+    "gsm8k_100": f"{_PACKAGE}.gsm8k.task:GSM8K100Task",
+    "humaneval_functions": f"{_PACKAGE}.humaneval_functions.task:HumanEvalFunctionsTask",
+    "python_reference": f"{_PACKAGE}.python_reference.task:PythonReferenceTask",
+    "stdlib_functions": f"{_PACKAGE}.stdlib_functions.task:StdlibFunctionsTask",
+}
+"""Tasks on real text that Python or an installed package (extra ``real``) brings along: name -> ``module:Class``."""
+
+TASKS = {**GENERATED, **FROM_HUB, **FROM_PACKAGES}
 """Name -> ``module:Class``."""
 
 
