@@ -86,7 +86,8 @@ def table(
     if form == "terminal":
         print_table(directory)
     else:
-        typer.echo(printable(written_tables(directory, form)))
+        for line in written_tables(directory, form).splitlines():
+            typer.echo(printable(line))
 
 
 @app.command()

@@ -60,7 +60,7 @@ def _range(cell: Cell, floor: float) -> TaskRange:
     if cell.accuracy - error < floor + LEAST_ABOVE_FLOOR:
         why = "the full cache is not clearly above the floor"
     elif cell.accuracy > CEILING:
-        why = "the full cache is at the ceiling"
+        why = "the full cache is at the ceiling: presses near it tie"
     return TaskRange(cell.task or "", cell.accuracy, cell.standard_error, floor, why)
 
 
