@@ -81,11 +81,55 @@ def run(
 
 
 @app.command()
-def table(directory: DirectoryArgument) -> None:
+def table(
+    directory: DirectoryArgument,
+    form: Annotated[
+        str, typer.Option("--format", help="terminal; or markdown or latex, for a paper: presses by ratio.")
+    ] = "terminal",
+) -> None:
     """Prints the table of a run."""
-    from kvzip_press.leaderboard.launch import print_table
+    from kvzip_press.leaderboard.launch import print_table, written_tables
 
-    print_table(directory)
+    if form == "terminal":
+        print_table(directory)
+    else:
+        for line in written_tables(directory, form).splitlines():
+            typer.echo(printable(line))
+
+
+@app.command()
+def summary(
+    directory: DirectoryArgument,
+    output: Annotated[Path, typer.Option("--output", help="The JSON file to write.")],
+) -> None:
+    """Writes what a run came to in one file, with hashes of its configuration and its rows."""
+    from kvzip_press.leaderboard.run_summary import RunSummary
+
+    made = RunSummary.of(directory)
+    made.save(output)
+    typer.echo(printable(f"{made.n_rows} rows, sha256 {made.rows_sha256[:16]}: {output}"))
+
+
+@app.command()
+def verify(
+    directory: DirectoryArgument,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `summary` wrote about it.")],
+) -> None:
+    """Computes the summary of a run again, and every score from its prediction; fails if anything differs."""
+    from kvzip_press.leaderboard.run_summary import verify as verified
+
+    typer.echo(printable(verified(directory, file)))
+
+
+@app.command()
+def correlate(
+    directory: DirectoryArgument,
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The directory of a run of another model.")],
+) -> None:
+    """Says how far the ranking of presses in one run foretells that in another."""
+    from kvzip_press.leaderboard.launch import print_correlation
+
+    print_correlation(directory, other)
 
 
 @app.command()

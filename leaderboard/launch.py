@@ -16,10 +16,14 @@ from rich.console import Console
 from kvzip_press import load_model
 from kvzip_press.errors import RunDirectoryError
 from kvzip_press.files import replacing
-from kvzip_press.leaderboard.analysis.references import judge
-from kvzip_press.leaderboard.analysis.summary import split_tables, summarise
+from kvzip_press.leaderboard.analysis.correlation import rank_correlation
+from kvzip_press.leaderboard.analysis.counting import task_ranges
+from kvzip_press.leaderboard.analysis.curves import areas_over_bytes
+from kvzip_press.leaderboard.analysis.references import Judgement, judge
+from kvzip_press.leaderboard.analysis.summary import Cell, split_tables, summarise, summarise_tasks
 from kvzip_press.leaderboard.analysis.table import results_table
 from kvzip_press.leaderboard.analysis.ties import ties
+from kvzip_press.leaderboard.analysis.written_table import written_table
 from kvzip_press.leaderboard.progress import quiet_loading, row_bar
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.line_file import read_lines
@@ -203,15 +207,69 @@ def print_table(path: str | os.PathLike[str], *, console: Console | None = None)
     for group in split_tables(rows):
         with console.status("comparing the presses"):
             cells, judgement, found = summarise(group), judge(group), ties(group)
-        marks = {key: judgement.marks(*key) for key in {(cell.press, cell.compression_ratio) for cell in cells}}
+        marks = _marks(cells, judgement)
         form = "query-aware" if cells[0].query_aware else "query-agnostic"
         title = f"{cells[0].model}, {form}: {cells[0].n_questions} questions a row"
         console.print(results_table(cells, title, marks))
         for tie in found:
             console.print(plain(str(tie), "yellow"))
+        for line in _measures(group, cells, judgement):
+            console.print(plain(line))
     if note := incomplete(path, rows):
         console.print(plain(note), style="yellow")
     console.print(plain(f"rows: {Path(path) / ROWS}"))
+
+
+def written_tables(path: str | os.PathLike[str], form: str) -> str:
+    """Returns the tables of a run directory as text for a paper; see `written_table`.
+
+    Raises:
+        RunDirectoryError: The directory has no rows.
+        InvalidArgumentError: There is no such form.
+        MissingDependencyError: scipy is not installed.
+    """
+    tables = []
+    for group in split_tables(rows_of(path)):
+        cells = summarise(group)
+        tables.append(written_table(cells, form, _marks(cells, judge(group))))
+    return "\n\n".join(tables)
+
+
+def print_correlation(
+    path: str | os.PathLike[str], other: str | os.PathLike[str], *, console: Console | None = None
+) -> None:
+    """Prints the rank correlation of the presses of two runs.
+
+    Raises:
+        RunDirectoryError: A directory has no rows.
+        InvalidArgumentError: A directory has several tables, or they share too few presses.
+        MissingDependencyError: scipy is not installed.
+    """
+    console, mine, theirs = console or Console(), summarise(rows_of(path)), summarise(rows_of(other))
+    found = rank_correlation(mine, theirs)
+    for ratio, value in found.by_ratio.items():
+        console.print(plain(f"{ratio:g} removed, {found.n_presses[ratio]} presses: {value:+.2f}"))
+    models = f"{mine[0].model} and {theirs[0].model}"
+    console.print(plain(f"Spearman's rank correlation of accuracies on {models}, mean over ratios: {found.mean:+.2f}"))
+
+
+def _marks(cells: Sequence[Cell], judgement: Judgement) -> dict[tuple[str, float], str]:
+    return {key: judgement.marks(*key) for key in {(cell.press, cell.compression_ratio) for cell in cells}}
+
+
+def _measures(rows: Sequence[Row], cells: Sequence[Cell], judgement: Judgement) -> list[str]:
+    """Says what the table below its figures has to say: areas over bytes, what could be found, which tasks count."""
+    said = []
+    if areas := areas_over_bytes(cells):
+        shown = ", ".join(f"{press} {area:.3f}" for press, area in areas.areas.items() if area is not None)
+        said.append(f"Area under accuracy over {areas.low / 1e6:.3g} to {areas.high / 1e6:.3g} MB (log axis): {shown}")
+    found = [one.detectable for one in judgement.against_full.values() if one.detectable]
+    if found:
+        said.append(
+            f"Smallest difference from the full cache that such contexts show in four of five repetitions: "
+            f"{min(found):.2f} to {max(found):.2f}"
+        )
+    return said + [str(one) for one in task_ranges(summarise_tasks(rows)) if not one.counts]
 
 
 def _count_done(directory: RunDirectory, works: Iterable[Work]) -> int:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from kvzip_press.cli.inputs import text_of
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.prefilling.contexts import compress
+from kvzip_press.prefilling.compressed import compress
 from kvzip_press.press import Press
 from kvzip_press.serving.folder import SUFFIX, check_name
 from kvzip_press.terminal import plain, progress

@@ -1,8 +1,8 @@
-"""Summary numbers: the area under each press's accuracy curve, and scores relative to those of the full cache."""
+"""Summary numbers: areas under each press's accuracy, and scores relative to those of the full cache."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,12 +10,12 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.analysis.summary import Cell, find_full, split
 
 Point = tuple[float, float]
-"""A measured kept fraction, and the accuracy there."""
+"""A measured kept fraction, or the logarithm of measured bytes, and the accuracy there."""
 
 
 @dataclass(frozen=True)
 class Areas:
-    """Mean accuracies over a range of kept fractions.
+    """Mean accuracies over a range of kept fractions, or of resident bytes.
 
     Attributes:
         low: Where the range begins.
@@ -39,7 +39,27 @@ def areas_under_curves(cells: Sequence[Cell]) -> Areas | None:
     Args:
         cells: Cells of one table, for all tasks or for one. Those without a measured kept fraction are left out.
     """
-    curves = _curves([cell for cell in cells if cell.kept_fraction is not None])
+    known = [cell for cell in cells if cell.kept_fraction is not None]
+    ends = [(1.0, cell.accuracy) for cell in cells if cell.press == find_full(cells)]
+    return _areas(_curves(known, lambda cell: cell.kept_fraction or 0.0, ends))
+
+
+def areas_over_bytes(cells: Sequence[Cell]) -> Areas | None:
+    """Returns the area under each press's accuracy over its resident bytes, on a logarithmic axis.
+
+    Halving a cache counts the same wherever it begins, and storages in fewer bits compete with eviction at equal bytes.
+    Every curve ends at the full cache's bytes. Otherwise as `areas_under_curves`, with ``low`` and ``high`` in bytes.
+
+    Args:
+        cells: Cells of one table, for all tasks or for one. Those without measured bytes are left out.
+    """
+    full, known = find_full(cells), [cell for cell in cells if cell.resident_bytes]
+    ends = [(_log2(cell), cell.accuracy) for cell in known if cell.press == full]
+    found = _areas(_curves(known, _log2, ends))
+    return None if found is None else replace(found, low=2**found.low, high=2**found.high)
+
+
+def _areas(curves: dict[str, list[Point]]) -> Areas | None:
     most = max((len(points) for points in curves.values()), default=0)
     whole = [points for points in curves.values() if len(points) == most]
     low = max((points[0][0] for points in whole), default=math.nan)
@@ -96,15 +116,14 @@ def relative_performance(task_cells: Iterable[Cell]) -> dict[tuple[str, float], 
     }
 
 
-def _curves(cells: Sequence[Cell]) -> dict[str, list[Point]]:
+def _log2(cell: Cell) -> float:
+    return math.log2(cell.resident_bytes or 1)
+
+
+def _curves(cells: Sequence[Cell], place: Callable[[Cell], float], ends: Sequence[Point]) -> dict[str, list[Point]]:
     """Returns the points of each press but the full cache, whose point ends every curve; the best at equal places."""
     full = find_full(cells)
-    ends = [(1.0, cell.accuracy) for cell in cells if cell.press == full]
     return {
-        press[0].press: sorted(dict(sorted([*_points(press), *ends])).items())
+        press[0].press: sorted(dict(sorted([*((place(cell), cell.accuracy) for cell in press), *ends])).items())
         for press in split((cell for cell in cells if cell.press != full), lambda cell: cell.press)
     }
-
-
-def _points(cells: Iterable[Cell]) -> list[Point]:
-    return [(cell.kept_fraction, cell.accuracy) for cell in cells if cell.kept_fraction is not None]

@@ -54,7 +54,16 @@ WITHOUT_CONTEXT = {
 }
 """Tasks for presses that evict while decoding, made here or from an installed package: name -> ``module:Class``."""
 
-TASKS = {**GENERATED, **FROM_HUB, **WITHOUT_CONTEXT}
+FROM_PACKAGES = {
+    "bank_manual": f"{_PACKAGE}.bank_manual.task:BankManualTask",
+    "gsm8k_100_context": f"{_PACKAGE}.gsm8k.task:GSM8K100Task",
+    "humaneval_functions": f"{_PACKAGE}.humaneval_functions.task:HumanEvalFunctionsTask",
+    "python_reference": f"{_PACKAGE}.python_reference.task:PythonReferenceTask",
+    "stdlib_functions": f"{_PACKAGE}.stdlib_functions.task:StdlibFunctionsTask",
+}
+"""Tasks on real text that Python or an installed package (extra ``real``) brings along: name -> ``module:Class``."""
+
+TASKS = {**GENERATED, **FROM_HUB, **WITHOUT_CONTEXT, **FROM_PACKAGES}
 """Name -> ``module:Class``."""
 
 

@@ -1,0 +1,169 @@
+"""The summary of a run in one file, from which anyone who has the run can tell that nothing in it was changed.
+
+It holds hashes of the configuration and of all rows, and the accuracies that follow from them. `verify` computes all of
+it again, and each row's score from what the model said. The hashes are no signature with a key: they tie a figure that
+is quoted to the rows behind it, and whoever publishes the file beside the figure cannot change one without the other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from kvzip_press.errors import InvalidArgumentError, KVzipPressError, RunDirectoryError
+from kvzip_press.files import digest_of, replacing, to_json
+from kvzip_press.leaderboard.analysis.summary import summarise
+from kvzip_press.leaderboard.launch import incomplete, rows_of
+from kvzip_press.leaderboard.rows.results import Row
+from kvzip_press.leaderboard.rows.sealed_line import SealedLine
+from kvzip_press.leaderboard.running.run_directory import RunRecord
+from kvzip_press.leaderboard.samples.task import Question, Task, version_of
+from kvzip_press.leaderboard.tasks import TASKS
+from kvzip_press.untrusted import JSON_BYTES, read_bytes
+
+_SAME = 1e-9
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class RunSummary(SealedLine):
+    """What a summary file says.
+
+    Attributes:
+        run_id: The run's.
+        model: The model's name.
+        config_sha256: Hash of the whole configuration.
+        rows_sha256: Hash of all rows, in the order of their keys, so that shards may be joined in any order.
+        n_rows: Number of rows.
+        accuracies: ``press @ removed fraction`` -> accuracy, as tables show it.
+        n_questions: The same -> how many questions that is the mean of.
+        provenance: What the run depends on besides its configuration.
+    """
+
+    kind: ClassVar[str] = "the summary of a run"
+
+    run_id: str
+    model: str
+    config_sha256: str
+    rows_sha256: str
+    n_rows: int
+    accuracies: Mapping[str, float]
+    n_questions: Mapping[str, int]
+    provenance: Mapping[str, str]
+
+    @classmethod
+    def of(cls, directory: str | os.PathLike[str]) -> RunSummary:
+        """Makes the summary of a run.
+
+        Raises:
+            RunDirectoryError: There is no run, a part of it is missing, or there are rows of another.
+            InvalidArgumentError: A row is damaged.
+        """
+        record, rows = RunRecord.read(directory), rows_of(directory)
+        if note := incomplete(directory, rows):
+            raise RunDirectoryError(f"expected a whole run in {directory}, got {note}: go on with it first")
+        cells = {f"{cell.press} @ {cell.compression_ratio:g}": cell for cell in summarise(rows)}
+        return cls(
+            run_id=record.run_id,
+            model=rows[0].model if rows else "",
+            config_sha256=digest_of(to_json(record.config).encode()),
+            rows_sha256=_digest_of_rows(rows),
+            n_rows=len(rows),
+            accuracies={name: cell.accuracy for name, cell in cells.items()},
+            n_questions={name: cell.n_questions for name, cell in cells.items()},
+            provenance=record.provenance,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file, whole or not at all."""
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(self.to_line(indent=1) + "\n", encoding="utf-8", newline="\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RunSummary:
+        """Reads a file.
+
+        Raises:
+            InvalidArgumentError: It is no summary, or was changed.
+            OSError: It cannot be read.
+        """
+        return cls.from_line(read_bytes(path, max_bytes=JSON_BYTES))[0]
+
+
+def verify(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> str:
+    """Computes a summary again from a run, and each row's score from its prediction.
+
+    Returns:
+        A sentence about what was found to be so.
+
+    Raises:
+        InvalidArgumentError: Something is not as the file says, or a score is not that of its prediction.
+        RunDirectoryError: The run cannot be read, or is not whole.
+        OSError: The file cannot be read.
+    """
+    said, found = RunSummary.load(file), RunSummary.of(directory)
+    differing = [
+        one.name for one in fields(RunSummary) if not _equal(getattr(said, one.name), getattr(found, one.name))
+    ]
+    if differing:
+        cells = [name for name in said.accuracies if not _equal(said.accuracies[name], found.accuracies.get(name))]
+        about = f", in {', '.join(map(repr, cells[:_SHOWN]))}{' and others' * (len(cells) > _SHOWN)}" if cells else ""
+        raise InvalidArgumentError(
+            f"expected the run in {directory} to be that of {file}, got another: {', '.join(differing)} differ{about}"
+        )
+    n_scored = _check_scores(rows_of(directory), RunRecord.read(directory).config)
+    unscored = found.n_rows - n_scored
+    left = f"; of {unscored} the metric is not known here" if unscored else ""
+    return (
+        f"{found.n_rows} rows and the configuration {found.run_id} are those of {file}; {n_scored} scores follow from "
+        f"their predictions{left}; {len(found.accuracies)} accuracies follow from the rows"
+    )
+
+
+def _equal(said: Any, found: Any) -> bool:
+    if isinstance(said, Mapping) and isinstance(found, Mapping):
+        return said.keys() == found.keys() and all(_equal(value, found[key]) for key, value in said.items())
+    if isinstance(said, float) and isinstance(found, float):
+        return abs(said - found) <= _SAME
+    return bool(said == found)
+
+
+def _digest_of_rows(rows: Iterable[Row]) -> str:
+    return digest_of("\n".join(sorted(row.to_json() for row in rows)).encode("utf-8", "surrogatepass"))
+
+
+def _check_scores(rows: Sequence[Row], config: Mapping[str, Any]) -> int:
+    """Returns how many rows were scored again; raises InvalidArgumentError for one whose score is another."""
+    tasks = {name: task for name, task in map(_task_of, config.get("tasks", ())) if task is not None}
+    count = 0
+    for row in rows:
+        task = tasks.get(row.task)
+        if task is None or version_of(task) != row.task_version:
+            continue
+        again = task.score(row.prediction, Question(row.question_id, row.question, row.references, tags=row.tags))
+        if abs(again - row.score) > _SAME:
+            raise InvalidArgumentError(
+                f"expected the score {again:g} of the prediction {row.prediction!r:.60} (task {row.task!r:.60}, sample "
+                f"{row.sample_id!r:.40}, press {row.press!r:.60}), got {row.score:g}"
+            )
+        count += 1
+    return count
+
+
+def _task_of(entry: Mapping[str, Any]) -> tuple[str, Task | None]:
+    """Returns a task's name in a run and the task as it was configured; None if this version does not have it."""
+    options, kind = dict(entry["task"]), entry["kind"]
+    name = str(options.pop("name", ""))
+    target = next((target for target in TASKS.values() if target.endswith(f":{kind}")), None)
+    if target is None:
+        return name, None
+    module, _, class_name = target.partition(":")
+    try:
+        task: Any = getattr(importlib.import_module(module), class_name)(**options)
+        return name, replace(task, name=name)
+    except (TypeError, KVzipPressError):
+        return name, None

@@ -1,0 +1,1 @@
+"""A bank's manual for its support desk as documents."""

@@ -1,0 +1,1 @@
+"""HumanEval's functions, by what they do."""

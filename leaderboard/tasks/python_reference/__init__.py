@@ -1,0 +1,1 @@
+"""Python's language reference as documents."""

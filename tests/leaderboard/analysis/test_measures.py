@@ -1,0 +1,125 @@
+"""Measures beside accuracy: areas over bytes, what could be detected, which tasks count, how far models agree."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.analysis.correlation import rank_correlation
+from kvzip_press.leaderboard.analysis.counting import task_ranges
+from kvzip_press.leaderboard.analysis.curves import areas_over_bytes
+from kvzip_press.leaderboard.analysis.statistics import compare
+from kvzip_press.leaderboard.analysis.summary import summarise, summarise_tasks
+from kvzip_press.leaderboard.analysis.written_table import written_table
+
+
+def cells_at(make_row, points):
+    """A cell for each (press, ratio, bytes, score)."""
+    rows = [
+        make_row(press=press, compression_ratio=ratio, resident_bytes=size, score=score, kept_fraction=1 - ratio)
+        for press, ratio, size, score in points
+    ]
+    return summarise(rows)
+
+
+def test_areas_are_over_the_logarithm_of_bytes(make_row) -> None:
+    """From 1 to 4 MB are two halvings: a press at 0.5 in the first and rising to 1 in the second has 0.5 and 0.75."""
+    cells = cells_at(
+        make_row,
+        [
+            ("full cache", 0.0, 4_000_000, 1.0),
+            ("a", 0.5, 2_000_000, 0.5),
+            ("a", 0.75, 1_000_000, 0.5),
+            ("b", 0.75, 1_000_000, 1.0),
+            ("b", 0.5, 2_000_000, 1.0),
+            ("short", 0.5, 2_000_000, 1.0),
+        ],
+    )
+    found = areas_over_bytes(cells)
+    assert found is not None
+    assert (round(found.low), round(found.high)) == (1_000_000, 4_000_000)
+    assert found.areas == {"a": pytest.approx(0.625), "b": pytest.approx(1.0), "short": None}
+    unknown = [replace(cell, resident_bytes=None) for cell in cells]
+    assert areas_over_bytes(unknown) is None
+
+
+def test_a_difference_of_the_detectable_size_is_found_in_four_of_five_repetitions(make_row) -> None:
+    rng = np.random.default_rng(3)
+    n, spread, detected = 40, 0.2, []
+    size = (1.960 + 0.842) * spread / math.sqrt(n)
+    said = []
+    for _ in range(60):
+        differences = rng.normal(size, spread, n)
+        rows = [
+            make_row(press=press, sample_id=f"{i:04d}", score=float(0.5 + by * difference / 2))
+            for i, difference in enumerate(np.clip(differences, -1, 1))
+            for press, by in (("a", 1), ("b", -1))
+        ]
+        (one,) = compare(rows, "b", n_resamples=400)
+        detected.append(one.p_value <= 0.05)
+        said.append(one.detectable)
+    assert np.mean(said) == pytest.approx(size, rel=0.05)
+    assert 0.65 <= np.mean(detected) <= 0.93
+    (alone,) = compare([make_row(press="a"), make_row(press="b")], "b", n_resamples=9)
+    assert alone.detectable is None
+
+
+def test_a_task_counts_where_presses_can_differ(make_row) -> None:
+    scores = {"hard": (0.25, 0.2), "fair": (0.7, 0.1), "easy": (1.0, 0.0)}
+    rows = [
+        make_row(task=task, press=press, compression_ratio=ratio, score=score, sample_id=str(i))
+        for task, (full, floor) in scores.items()
+        for press, ratio, score in (("full cache", 0.0, full), ("random", 0.5, full), ("random", 0.9, floor))
+        for i in range(3)
+    ]
+    found = {one.task: one for one in task_ranges(summarise_tasks(rows))}
+    assert {task: one.counts for task, one in found.items()} == {"hard": False, "fair": True, "easy": False}
+    assert found["fair"].floor == pytest.approx(0.1)
+    assert "not clearly above the floor" in str(found["hard"]) and "at the ceiling" in str(found["easy"])
+    spread = [replace(row, score=float(i % 2)) for i, row in enumerate(rows) if row.task == "fair"]
+    assert not task_ranges(summarise_tasks(spread))[0].counts  # 0.7 on average, but with a large error
+    assert task_ranges(summarise_tasks([row for row in rows if row.press == "random"])) == []
+
+
+def test_models_agree_by_ranks_within_a_ratio(make_row) -> None:
+    mine = cells_at(
+        make_row, [(p, r, 1, s - r / 2) for r in (0.5, 0.9) for p, s in zip("abcd", (0.9, 0.8, 0.7, 0.6), strict=True)]
+    )
+    same = cells_at(
+        make_row, [(p, r, 1, s) for r in (0.5, 0.9) for p, s in zip("abcd", (0.4, 0.3, 0.2, 0.1), strict=True)]
+    )
+    back = cells_at(make_row, [(p, 0.5, 1, s) for p, s in zip("abcd", (0.1, 0.2, 0.3, 0.4), strict=True)])
+    assert rank_correlation(mine, same).by_ratio == {0.5: pytest.approx(1), 0.9: pytest.approx(1)}
+    assert rank_correlation(mine, back).by_ratio == {0.5: pytest.approx(-1)}
+    assert rank_correlation(mine, back).n_presses == {0.5: 4}
+    tied = cells_at(make_row, [(p, 0.5, 1, 0.5) for p in "abcd"])
+    assert math.isnan(rank_correlation(mine, tied).mean)
+    with pytest.raises(InvalidArgumentError, match="3 presses or more with the same label"):
+        rank_correlation(mine, cells_at(make_row, [("a", 0.5, 1, 0.1), ("x", 0.5, 1, 0.1)]))
+
+
+def test_a_written_table_has_presses_by_ratio(make_row) -> None:
+    cells = cells_at(
+        make_row,
+        [
+            ("full cache", 0.0, 4_000_000, 1.0),
+            ("a_b & |c|", 0.5, 2_000_000, 0.5),
+            ("a_b & |c|", 0.75, 1_000_000, 0.25),
+            ("late", 0.75, 1_000_000, 0.75),
+        ],
+    )
+    marks = {("a_b & |c|", 0.75): "†"}
+    assert written_table(cells, "markdown", marks).splitlines() == [
+        "| removed | 0.5 | 0.75 | area over bytes |",
+        "| --- | ---: | ---: | ---: |",
+        "| full cache | 1.00 | - | - |",
+        "| a_b & &#124;c&#124; | 0.50 | 0.25 † | 0.562 |",
+        "| late | - | 0.75 | 0.875 |",
+    ]
+    latex = written_table(cells, "latex", marks).splitlines()
+    assert latex[0] == r"\begin{tabular}{lrrr}" and latex[-1] == r"\end{tabular}"
+    assert latex[5] == r"a\_b \& $|$c$|$ & 0.50 & 0.25 $^\dagger$ & 0.562 \\"
+    with pytest.raises(InvalidArgumentError, match="latex, markdown"):
+        written_table(cells, "html")
