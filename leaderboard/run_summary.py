@@ -7,7 +7,6 @@ is quoted to the rows behind it, and whoever publishes the file beside the figur
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,7 +21,7 @@ from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.rows.sealed_line import SealedLine
 from kvzip_press.leaderboard.running.run_directory import RunRecord
 from kvzip_press.leaderboard.samples.task import Question, Task, version_of
-from kvzip_press.leaderboard.tasks import TASKS
+from kvzip_press.leaderboard.tasks import TASKS, get_task
 from kvzip_press.untrusted import JSON_BYTES, read_bytes
 
 _SAME = 1e-9
@@ -158,12 +157,11 @@ def _task_of(entry: Mapping[str, Any]) -> tuple[str, Task | None]:
     """Returns a task's name in a run and the task as it was configured; None if this version does not have it."""
     options, kind = dict(entry["task"]), entry["kind"]
     name = str(options.pop("name", ""))
-    target = next((target for target in TASKS.values() if target.endswith(f":{kind}")), None)
-    if target is None:
-        return name, None
-    module, _, class_name = target.partition(":")
+    names = [known for known, target in TASKS.items() if target.endswith(f":{kind}")]
+    if name not in names and len(names) != 1:
+        return name, None  # several tasks share a class and take their part from their name, which a grid replaced
     try:
-        task: Any = getattr(importlib.import_module(module), class_name)(**options)
+        task: Any = get_task(name if name in names else names[0], **options)
         return name, replace(task, name=name)
-    except (TypeError, KVzipPressError):
+    except KVzipPressError:
         return name, None
