@@ -57,7 +57,7 @@ test-fast: .venv/.stamp ## the tests that are not marked slow
 
 # Tests that a version of transformers can change: those of models. Kernels, files and pictures know nothing of it.
 OF_MODELS := tests/kvzip_press tests/presses tests/leaderboard/running tests/test_house_public.py tests/test_threads.py \
-  $(addprefix tests/leaderboard/test_,agreement_benchmark.py command.py demo.py profile.py restore_benchmark.py tasks.py)
+  $(addprefix tests/leaderboard/test_,following_benchmarks.py command.py demo.py profile.py restore_benchmark.py tasks.py)
 
 .PHONY: test-newest
 test-newest: .venv-newest/.stamp ## the tests of models on the newest transformers, without kvpress (its own environment)

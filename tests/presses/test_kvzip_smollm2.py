@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from kvzip_press import KVzipPress, detach, load_model, prefill
 from kvzip_press.leaderboard.samples.prose import filler_sentences
-from kvzip_press.presses import kvzip
+from kvzip_press.presses.kvzip import replay_press as kvzip
 
 pytestmark = [pytest.mark.embedded, pytest.mark.kvpress, pytest.mark.slow]
 

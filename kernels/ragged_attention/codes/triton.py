@@ -438,10 +438,11 @@ def _attend_codes_kernel(
         acc6 = acc6 * (V_FACTOR / 16) + offset
         acc7 = acc7 * (V_FACTOR / 64) + offset
     if HAS_TAIL:
-        TAIL_N: tl.constexpr = 32
+        TAIL_N: tl.constexpr = 16
         tail_low = tl.maximum(low - n_context, 0)
         n_left_tail = tl.maximum(high - n_context, tail_low) - tail_low
         offs_t = tl.arange(0, TAIL_N)
+        offs_d = tl.arange(0, K_BLOCK * 16 // K_BITS)
         tail_keys_ptr = tail_k_ptr + batch * stride_tkb + head * stride_tkh
         tail_values_ptr = tail_v_ptr + batch * stride_tvb + head * stride_tvh
         q_rows = tail_q_ptr + batch * stride_tqb + q_head * stride_tqh + token.to(tl.int64) * stride_tqt
@@ -452,11 +453,23 @@ def _attend_codes_kernel(
         for row in range(0, n_left_tail, TAIL_N):
             mask_n = row + offs_t < n_left_tail
             tokens = (tail_low + row + offs_t).to(tl.int64)
-            rows_ptr = tail_keys_ptr + tokens * HEAD_DIM
-            logits = tl.zeros([TAIL_N, BLOCK_M], tl.float32)
-            for plane in tl.static_range(16 // K_BITS):
-                query = _query_plane(q_rows, mask_m, offs_k, plane, K_BITS, HEAD_DIM, 1.0, TAIL)
-                logits += dot(_tail_plane(rows_ptr, offs_k, mask_n, plane, K_BITS, HEAD_DIM), query, PRECISION)
+            # All loads of a tile first: each waits for memory, and no dot between them lets the next one begin.
+            mask_keys = mask_n[:, None] & (offs_d < HEAD_DIM)[None, :]
+            keys = tl.load((tail_keys_ptr + tokens * HEAD_DIM)[:, None] + offs_d[None, :], mask_keys, other=0.0)
+            rows_ptr = tail_values_ptr + tokens * HEAD_DIM
+            plane0 = _tail_plane(rows_ptr, offs_v, mask_n, 0, V_BITS, HEAD_DIM)
+            plane1 = _tail_plane(rows_ptr, offs_v, mask_n, 1, V_BITS, HEAD_DIM)
+            if V_BITS <= 4:
+                plane2 = _tail_plane(rows_ptr, offs_v, mask_n, 2, V_BITS, HEAD_DIM)
+                plane3 = _tail_plane(rows_ptr, offs_v, mask_n, 3, V_BITS, HEAD_DIM)
+            if V_BITS == 2:
+                plane4 = _tail_plane(rows_ptr, offs_v, mask_n, 4, V_BITS, HEAD_DIM)
+                plane5 = _tail_plane(rows_ptr, offs_v, mask_n, 5, V_BITS, HEAD_DIM)
+                plane6 = _tail_plane(rows_ptr, offs_v, mask_n, 6, V_BITS, HEAD_DIM)
+                plane7 = _tail_plane(rows_ptr, offs_v, mask_n, 7, V_BITS, HEAD_DIM)
+            mask_query = (offs_d < HEAD_DIM)[:, None] & mask_m[None, :]
+            query = tl.load(q_rows[None, :] + offs_d[:, None], mask_query, other=0.0)
+            logits = dot(keys, query, PRECISION)
             logits = logits * logit_scale
             if HAS_SOFTCAP:
                 logits = softcap * tanh(logits)
@@ -474,25 +487,16 @@ def _attend_codes_kernel(
             peak = new_peak
             total = total * decay + tl.sum(weights, 0)
             weights = weights.to(TAIL)
-            rows_ptr = tail_values_ptr + tokens * HEAD_DIM
-            plane0 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 0, V_BITS, HEAD_DIM))
-            acc0 = acc0 * decay[None, :] + dot(plane0, weights, PRECISION)
-            plane1 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 1, V_BITS, HEAD_DIM))
-            acc1 = acc1 * decay[None, :] + dot(plane1, weights, PRECISION)
+            acc0 = acc0 * decay[None, :] + dot(tl.trans(plane0), weights, PRECISION)
+            acc1 = acc1 * decay[None, :] + dot(tl.trans(plane1), weights, PRECISION)
             if V_BITS <= 4:
-                plane2 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 2, V_BITS, HEAD_DIM))
-                acc2 = acc2 * decay[None, :] + dot(plane2, weights, PRECISION)
-                plane3 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 3, V_BITS, HEAD_DIM))
-                acc3 = acc3 * decay[None, :] + dot(plane3, weights, PRECISION)
+                acc2 = acc2 * decay[None, :] + dot(tl.trans(plane2), weights, PRECISION)
+                acc3 = acc3 * decay[None, :] + dot(tl.trans(plane3), weights, PRECISION)
             if V_BITS == 2:
-                plane4 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 4, V_BITS, HEAD_DIM))
-                acc4 = acc4 * decay[None, :] + dot(plane4, weights, PRECISION)
-                plane5 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 5, V_BITS, HEAD_DIM))
-                acc5 = acc5 * decay[None, :] + dot(plane5, weights, PRECISION)
-                plane6 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 6, V_BITS, HEAD_DIM))
-                acc6 = acc6 * decay[None, :] + dot(plane6, weights, PRECISION)
-                plane7 = tl.trans(_tail_plane(rows_ptr, offs_v, mask_n, 7, V_BITS, HEAD_DIM))
-                acc7 = acc7 * decay[None, :] + dot(plane7, weights, PRECISION)
+                acc4 = acc4 * decay[None, :] + dot(tl.trans(plane4), weights, PRECISION)
+                acc5 = acc5 * decay[None, :] + dot(tl.trans(plane5), weights, PRECISION)
+                acc6 = acc6 * decay[None, :] + dot(tl.trans(plane6), weights, PRECISION)
+                acc7 = acc7 * decay[None, :] + dot(tl.trans(plane7), weights, PRECISION)
     rows = program.to(tl.int64) * n_rows + offs_m
     out_rows = partial_out_ptr + rows * HEAD_DIM
     _store_plane(out_rows, acc0, mask_m, offs_v, 0, V_BITS, HEAD_DIM)
