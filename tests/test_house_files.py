@@ -38,6 +38,8 @@ def forbidden_in_python(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load" and not _loads_weights_only(node):
             yield f"{node.lineno}: torch.load without weights_only=True runs code out of the file"
+        if isinstance(node, ast.Call) and _imports_kvpress(node):
+            yield f"{node.lineno}: importing kvpress plainly wraps attention for all tests: take the fixture kvpress"
         if isinstance(node, ast.Assert) and isinstance(node.test, ast.Constant):
             yield f"{node.lineno}: an assert that cannot fail" if node.test.value else f"{node.lineno}: raise instead"
 
@@ -45,6 +47,10 @@ def forbidden_in_python(source: str) -> Iterator[str]:
 def _loads_weights_only(call: ast.Call) -> bool:
     values = [word.value for word in call.keywords if word.arg == "weights_only"]
     return any(isinstance(value, ast.Constant) and value.value is True for value in values)
+
+
+def _imports_kvpress(call: ast.Call) -> bool:
+    return ast.unparse(call.func).endswith("importorskip") and ast.unparse(call.args[0]) == repr("kvpress")
 
 
 def forbidden_elsewhere(text: str) -> Iterator[str]:
@@ -81,6 +87,7 @@ BROKEN = [
     ("a.py", "import torch\ntorch.load" + "('x.pt')"),
     ("a.py", "import torch\ntorch.load" + "('x.pt', weights_only=False)"),
     ("a.ipynb", '"state = torch.load' + "('x.pt')\""),
+    ("a.py", "pytest.importor" + "skip('kvpress')"),
     ("a.py", "assert" + " True"),
     ("a.py", "assert" + " False, 'never'"),
 ]

@@ -56,6 +56,10 @@ class Schedule:
 
     def __post_init__(self) -> None:
         recent = self.buffer if self.recent is None else self.recent
+        if any(type(number) is not int for number in (self.budget, self.buffer, recent)):
+            raise InvalidArgumentError(
+                f"expected budget, buffer and recent as integers, got {self.budget!r}, {self.buffer!r} and {recent!r}"
+            )
         if self.buffer < 1 or not 0 <= recent < self.budget:
             raise InvalidArgumentError(
                 "expected a buffer of 1 or more tokens and a budget of more than the last tokens that stay, got "

@@ -57,6 +57,10 @@ def share_layers(model: nn.Module, sources: str | Path | Mapping[int, int]) -> I
             on another device than the one that it reads.
     """
     check_model(model, "share_layers(model, ...)")
+    if not isinstance(sources, str | Path | Mapping):
+        raise InvalidArgumentError(
+            f"expected a file of shared layers, or a mapping such as {{5: 3}}, got {type(sources).__name__}"
+        )
     chosen, facts = ({}, {}) if isinstance(sources, Mapping) else read_sources(Path(sources))
     if isinstance(sources, Mapping):
         chosen = dict(sources)

@@ -29,7 +29,7 @@ def with_recall(cache: RaggedCache, recall: Recall, *, offload: bool = False) ->
 
     Raises:
         CacheMismatchError: The cache is not compressed.
-        InvalidArgumentError: ``recall`` is something else, or leaves no layer to recall in.
+        InvalidArgumentError: ``recall`` or ``offload`` is something else, or no layer is left to recall in.
         UnsupportedCacheError: Pairs are stored in a way that needs the others of their head ("int4", "k8v4", "kivi4",
             "kivi2", "tiers").
 
@@ -41,6 +41,8 @@ def with_recall(cache: RaggedCache, recall: Recall, *, offload: bool = False) ->
     """
     if not isinstance(recall, Recall):
         raise InvalidArgumentError(f"expected a recall, as ClusterRecall(budget=1024), got {recall!r:.80}")
+    if not isinstance(offload, bool):
+        raise InvalidArgumentError(f"expected offload=True or offload=False, got {offload!r:.80}")
     grown = without_recall(cache)
     chosen = [layer for index, layer in grown.ragged_layers() if index >= recall.full_layers]
     if not chosen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -22,12 +22,13 @@ class Recall(ABC):
         full_layers: First layers of the model whose steps read everything.
         per_query_head: Whether each query head reads pairs of its own choice, as published, and so up to as many times
             the pairs as query heads share a key-value head. By default these heads choose together, by the mean of the
-            attention that they expect, and a step reads ``budget`` pairs of each key-value head.
+            attention that they expect behind the first tokens, and a step reads ``budget`` pairs of each key-value
+            head.
         batch: New tokens that are attended whole until as many are there, and are then grouped too; 0 for never. Only
             :class:`kvzip_press.DecodeStep`, ``generate`` and ``answer`` group new tokens.
 
     Raises:
-        InvalidArgumentError: A number is out of range.
+        InvalidArgumentError: A number is out of range or no integer, or ``per_query_head`` no bool.
     """
 
     budget: int
@@ -37,6 +38,11 @@ class Recall(ABC):
     batch: int = 320
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            value, kind = getattr(self, one.name), bool if one.type == "bool" else int
+            if type(value) is not kind:
+                name = type(self).__name__
+                raise InvalidArgumentError(f"{name}: expected {one.name} as {kind.__name__}, got {value!r:.80}")
         if self.n_sink < 0 or self.full_layers < 0 or self.batch < 0 or self.budget <= self.n_sink:
             raise InvalidArgumentError(
                 "expected a budget of more pairs than n_sink, and n_sink, full_layers and batch of 0 or more, got "

@@ -397,6 +397,10 @@ def test_answers_are_asked_for_as_ever_and_hybrid_models_keep_their_windows() ->
         (lambda c: with_recall(c, CLUSTERS).save("x"), UnsupportedCacheError, r"call without_recall\(cache\) first"),
         (lambda c: replace(CLUSTERS, budget=4), InvalidArgumentError, "budget of more pairs than n_sink"),
         (lambda c: replace(CLUSTERS, cluster_size=0), InvalidArgumentError, "sizes of clusters"),
+        (lambda c: replace(CLUSTERS, cluster_size=2.5), InvalidArgumentError, "expected cluster_size as int, got 2.5"),
+        (lambda c: replace(CLUSTERS, budget=float("nan")), InvalidArgumentError, "expected budget as int, got nan"),
+        (lambda c: replace(CLUSTERS, per_query_head=1), InvalidArgumentError, "expected per_query_head as bool, got 1"),
+        (lambda c: with_recall(c, CLUSTERS, offload="no"), InvalidArgumentError, "offload=True or offload=False"),
         (lambda c: PageRecall(budget=24, page_size=0), InvalidArgumentError, "page_size of 1 or more"),
     ],
 )

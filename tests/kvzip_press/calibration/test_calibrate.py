@@ -121,8 +121,7 @@ def test_what_cannot_be_calibrated_is_refused(press: Any, changes: dict[str, Any
         calibrate(MODEL, TOKENIZER, press, **{"prompts": PROMPTS, **OPTIONS, **changes})
 
 
-def test_a_press_of_kvpress_is_calibrated_and_stays_as_it_is() -> None:
-    kvpress = pytest.importorskip("kvpress")
+def test_a_press_of_kvpress_is_calibrated_and_stays_as_it_is(kvpress: Any) -> None:
     given = kvpress.KnormPress(0.7)
     chosen, certificate = calibrate(MODEL, TOKENIZER, given, PROMPTS, compression_ratios=[0.05], **OPTIONS)
     assert given.compression_ratio == 0.7

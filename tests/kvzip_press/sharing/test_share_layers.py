@@ -318,8 +318,8 @@ def test_transformers_own_generate_works_inside(model: Any, num_beams: int) -> N
 
 @pytest.mark.kvpress
 @pytest.mark.parametrize(("name", "is_refused"), [("kvpress_knorm", False), ("kvpress_kvzip", True)])
+@pytest.mark.usefixtures("kvpress")
 def test_presses_of_kvpress_that_evict_every_layer_are_refused(model: Any, name: str, is_refused: bool) -> None:
-    pytest.importorskip("kvpress")
     with share_layers(model, SOURCES):
         if is_refused:
             with pytest.raises(UnsupportedModelError, match=r"outside of share_layers\(...\)"):
@@ -360,6 +360,11 @@ def test_layers_that_share_already_or_differ_in_shape_or_place_are_refused(model
 @pytest.mark.parametrize("sources", [{}, {0: 1}, {2: 1, 1: 0}, {7: 0}, {"2": 0}], ids=str)
 def test_sources_that_are_no_earlier_layers_are_refused(model: Any, sources: Any) -> None:
     refused(InvalidArgumentError, "to earlier ones that keep their own", model, sources)
+
+
+@pytest.mark.parametrize("sources", [None, [(1, 0)], 3], ids=str)
+def test_sources_are_a_mapping_or_a_file(model: Any, sources: Any) -> None:
+    refused(InvalidArgumentError, "expected a file of shared layers, or a mapping", model, sources)
 
 
 def test_a_file_of_shared_layers_belongs_to_a_model(model: Any, tmp_path: Path) -> None:
