@@ -49,7 +49,7 @@ def n_programs(inputs: RaggedInputs, programs_per_sm: int, n_row_blocks: int) ->
     """
     n_segments = inputs.query.shape[0] * inputs.num_key_value_heads
     slots = triton.cdiv(multiprocessors(inputs.query.device) * programs_per_sm, n_row_blocks)
-    rounds = 1 if inputs.part_of_storage else inputs.keys.shape[0] // (slots * LONG_PIECE)
+    rounds = 1 if inputs.part_of_storage else inputs.n_pairs // (slots * LONG_PIECE)
     return max(n_segments, slots * min(max(rounds, 1), MAX_ROUNDS))
 
 

@@ -30,7 +30,15 @@ from kvzip_press import compat
 from kvzip_press.attention.implementation import detach
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.benchmarks.made_caches import bytes_of_a_token, dynamic_cache
-from kvzip_press.leaderboard.benchmarks.periods import Period, empty, mean_ms, measured_model, period, steps_ms
+from kvzip_press.leaderboard.benchmarks.periods import (
+    Period,
+    empty,
+    free_bytes,
+    mean_ms,
+    measured_model,
+    period,
+    steps_ms,
+)
 from kvzip_press.model.devices import get_device
 from kvzip_press.press import Press
 from kvzip_press.registry import get_press
@@ -122,8 +130,7 @@ def _most(model: Any, rows: int | None, row_bytes: float) -> int:
 
 def _free_bytes(device: torch.device) -> int:
     empty(device)
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return free_bytes(device)
 
 
 # Full caches --------------------------------------------------------------------------------------------------------

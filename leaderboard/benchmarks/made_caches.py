@@ -29,16 +29,18 @@ def ragged_cache(model: Any, n_rows: int, n_tokens: int) -> RaggedCache:
         bounds = torch.arange(n_rows * heads + 1, dtype=torch.int32, device=model.device) * n_tokens
         columns = {"keys": keys.flatten(0, 2), "values": values.flatten(0, 2), "positions": positions}
         layers.append(
-            RaggedLayer(
-                PackedPairs(columns, bounds, heads, ModelDtype.of(keys, values)),
-                n_context=n_tokens,
-                n_protected=(0,) * n_rows,
-                n_padding=(0,) * n_rows,
-                context_ends=(n_tokens,) * n_rows,
-                module=layer.module,
-            )
+            made_layer(layer.module, PackedPairs(columns, bounds, heads, ModelDtype.of(keys, values)), n_tokens)
         )
     return RaggedCache(layers)
+
+
+def made_layer(module: Any, packed: PackedPairs, n_tokens: int) -> RaggedLayer:
+    """Makes the layer of contexts of ``n_tokens`` tokens each, of which these pairs were kept and none protected."""
+    nothing = (0,) * packed.num_rows
+    ends = (n_tokens,) * packed.num_rows
+    return RaggedLayer(
+        packed, n_context=n_tokens, n_protected=nothing, n_padding=nothing, context_ends=ends, module=module
+    )
 
 
 def dynamic_cache(model: Any, n_rows: int, n_tokens: int) -> Any:

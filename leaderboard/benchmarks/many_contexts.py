@@ -10,7 +10,6 @@ more fit, and one token is decoded behind the last of them.
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 import time
@@ -27,14 +26,13 @@ from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.codecs.by_name import storage_named
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_cache import RaggedCache
-from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding.step import DecodeStep
 from kvzip_press.kernels.benchmarks.timing import read_bandwidth
+from kvzip_press.leaderboard.benchmarks.made_caches import made_layer
+from kvzip_press.leaderboard.benchmarks.periods import empty, free_bytes, measured_model
 from kvzip_press.leaderboard.profile.decode import TOKEN, WARMUP_STEPS
-from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
 from kvzip_press.model.devices import synchronize
 from kvzip_press.model.structure import full_attention_layers
-from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.terminal import plain
 
 FREE_BYTES = 2 << 30  # left for a decode step when contexts fill the card
@@ -54,7 +52,7 @@ def main(
 ) -> None:
     """Runs the measurements and prints them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = random_model(get_shape(shape), device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = measured_model(shape, None, device)
     attach(model)
     bandwidth = read_bandwidth(20) * 1e6 if device.type == "cuda" else None
     weights = sum(weight.nbytes for weight in model.parameters())
@@ -64,7 +62,7 @@ def main(
             if fill and device.type == "cuda":  # first: captured graphs keep memory of their own
                 rows.append({"storage": name, "tokens": tokens, "removed": removed})
                 rows[-1] |= _filled(model, tokens, removed, name)
-                _free(device)
+                empty(device)
                 print(json.dumps(rows[-1]), flush=True)
         for name in storage or ["model", "int8", "k8v4", "int4"]:
             for n_rows in batch or [1, 32]:
@@ -78,7 +76,7 @@ def main(
                     del cache
                 except torch.OutOfMemoryError as error:
                     rows[-1]["error"] = str(error).splitlines()[0]
-                _free(device)
+                empty(device)
                 print(json.dumps(rows[-1]), flush=True)
     finally:
         if output is not None:
@@ -103,7 +101,6 @@ def random_contexts(model: Any, tokens: int, removed: float, n_rows: int, storag
     device, dtype = model.device, model.dtype
     generator = torch.Generator(device).manual_seed(seed)
     positions = torch.arange(tokens, dtype=torch.int32, device=device)[None]
-    weights = weights_fingerprint(model.model)
     layers = []
     for layer in full_attention_layers(model):
         module: Any = layer.module
@@ -119,17 +116,7 @@ def random_contexts(model: Any, tokens: int, removed: float, n_rows: int, storag
             packed.append(
                 PackedPairs.pack(keys, values, keep, positions, storage=storage_named(storage), importance=drawn)
             )
-        layers.append(
-            RaggedLayer(
-                PackedPairs.joined(packed),
-                n_context=tokens,
-                n_protected=(0,) * n_rows,
-                n_padding=(0,) * n_rows,
-                context_ends=(tokens,) * n_rows,
-                module=module,
-                weights=weights,
-            )
-        )
+        layers.append(made_layer(module, PackedPairs.joined(packed), tokens))
     return RaggedCache(layers)
 
 
@@ -178,7 +165,7 @@ def _filled(model: Any, tokens: int, removed: float, storage: str) -> dict[str, 
     first = random_contexts(model, tokens, removed, 1, storage)
     contexts = [first]
     try:
-        while torch.cuda.mem_get_info()[0] + _unused() > first.resident_bytes + FREE_BYTES:
+        while free_bytes(model.device) > first.resident_bytes + FREE_BYTES:
             copied = first.fork()
             for _, layer in copied.ragged_layers():
                 layer.packed = PackedPairs.of(
@@ -196,16 +183,6 @@ def _filled(model: Any, tokens: int, removed: float, storage: str) -> dict[str, 
         "context_bytes": first.resident_bytes,
         "allocated_bytes": torch.cuda.memory_allocated(),
     }
-
-
-def _unused() -> int:
-    return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:

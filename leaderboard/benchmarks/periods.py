@@ -119,6 +119,12 @@ def allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
+def free_bytes(device: torch.device) -> int:
+    """Returns the bytes of a GPU that tensors may still take, those that PyTorch holds for them included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
 def empty(device: torch.device) -> None:
     """Gives memory back that nothing refers to."""
     gc.collect()

@@ -25,6 +25,7 @@ from kvzip_press.attention.queries import queries_watched
 from kvzip_press.cache.recall.policy import Recall
 from kvzip_press.cache.recall.ranking import listed
 from kvzip_press.cache.recall.recalled_pairs import RecalledPairs
+from kvzip_press.leaderboard.benchmarks.following import samples_of
 from kvzip_press.leaderboard.running.agreement import Agreement, log_probabilities
 from kvzip_press.leaderboard.samples.task import Task
 from kvzip_press.leaderboard.tasks import get_task
@@ -71,11 +72,7 @@ def main(
     """Runs the comparison and prints it."""
     loaded, tokenizer = load_model(model)
     task: Task = get_task("hidden_facts", n_keys=keys)
-
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
-    samples = list(task.samples(seed=seed, n=contexts, length_tokens=tokens, count_tokens=count))
+    samples = samples_of(tokenizer, task, contexts, tokens, seed)
     cells: dict[tuple[int, str], Cell] = {}
     budgets = budget or [64, 128, 256, 512]
     for sample in track(samples, description="contexts", transient=True):

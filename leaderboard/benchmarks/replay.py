@@ -19,6 +19,7 @@ from rich.table import Table
 from kvzip_press import answer, get_press, load_model, prefill
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
+from kvzip_press.leaderboard.benchmarks.following import samples_of
 from kvzip_press.leaderboard.samples.task import Task
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.terminal import plain
@@ -37,11 +38,7 @@ def main(
     """Runs the comparison and prints it."""
     loaded, tokenizer = load_model(model)
     task: Task = get_task("hidden_facts", n_keys=keys)
-
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
-    samples = list(task.samples(seed=seed, n=contexts, length_tokens=tokens, count_tokens=count))
+    samples = samples_of(tokenizer, task, contexts, tokens, seed)
     hits: dict[tuple[str, float], list[float]] = {}
     overlaps: dict[float, list[float]] = {ratio: [] for ratio in REMOVED}
     seconds: dict[str, list[float]] = {}

@@ -23,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from kvzip_press import RaggedCache, answer_restoring, get_press, load_model, prefill
+from kvzip_press.leaderboard.benchmarks.following import samples_of
 from kvzip_press.leaderboard.samples.task import Sample, Task
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.model.devices import get_device, synchronize
@@ -46,11 +47,8 @@ def main(
     loaded.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
     task: Task = get_task("hidden_facts", n_keys=keys)
 
-    def samples(n: int, length_tokens: int) -> list[Sample]:
-        def count(text: str) -> int:
-            return len(tokenizer.encode(text, add_special_tokens=False))
-
-        return list(task.samples(seed=seed, n=n, length_tokens=length_tokens, count_tokens=count))
+    def samples(n: int, length_tokens: int) -> Sequence[Sample]:
+        return samples_of(tokenizer, task, n, length_tokens, seed)
 
     lengths = tokens or [450, 1800]
     columns = [_times(loaded, tokenizer, samples(1, n)[0].context, removed, repeats) for n in lengths]

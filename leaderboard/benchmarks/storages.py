@@ -20,6 +20,7 @@ from rich.table import Table
 
 from kvzip_press import generate, get_press, load_model, prefill, question_ids
 from kvzip_press.cache.codecs.by_name import STORAGES
+from kvzip_press.leaderboard.benchmarks.following import samples_of
 from kvzip_press.leaderboard.running.agreement import Agreement, log_probabilities
 from kvzip_press.leaderboard.samples.task import Task
 from kvzip_press.leaderboard.tasks import get_task
@@ -44,11 +45,7 @@ def main(
     """Runs the comparison and prints it."""
     loaded, tokenizer = load_model(model)
     task: Task = get_task("hidden_facts", n_keys=keys)
-
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
-    samples = list(task.samples(seed=seed, n=contexts, length_tokens=tokens, count_tokens=count))
+    samples = samples_of(tokenizer, task, contexts, tokens, seed)
     alone: dict[tuple[float, str], Agreement] = {}
     in_all: dict[tuple[float, str], Agreement] = {}
     smaller: dict[tuple[float, str], list[float]] = {}
