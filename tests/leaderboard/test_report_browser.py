@@ -20,6 +20,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
+from selenium.webdriver.support.wait import WebDriverWait
 
 from kvzip_press.leaderboard.analysis.references import Judgement
 from kvzip_press.leaderboard.pictures.canvas import luminance as relative_luminance
@@ -63,6 +64,12 @@ class Page:
 
     def choose(self, select: str, text: str) -> None:
         Select(self.one(f"#{select}")).select_by_visible_text(text)
+
+    def open_question(self) -> None:
+        """Opens the first question and awaits its answers: a browser tells the page of it some time after the click."""
+        self.one("#example-list summary").click()
+        n_shown = "return document.querySelector('.answers').children.length"
+        WebDriverWait(self.driver, 30).until(lambda _: self.run(n_shown))
 
     def colour(self, selector: str, name: str) -> str:
         return self.run("return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, name)  # type: ignore[no-any-return]
@@ -223,7 +230,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(
     page = open_page(rows, make_heads(), width=width, title="Averyveryverylongwordinatitle of a page")
     assert page.run("return [innerWidth, document.documentElement.scrollWidth]") == [width, width]
     assert page.one("#head-map table").is_displayed()
-    page.one("#example-list summary").click()
+    page.open_question()
     assert page.run("return document.documentElement.scrollWidth") == width
 
 
@@ -279,7 +286,7 @@ def test_answers_show_the_question_and_right_and_wrong_by_sign_and_colour(open_p
     scores = {"a": 1.0, "b": 0.0, "c": 0.5}
     page = open_page([make_row(press=press, score=score, question="Who?") for press, score in scores.items()])
     assert page.reads("#example-list summary").splitlines()[0] == "Who?"
-    page.one("#example-list summary").click()
+    page.open_question()
     found = page.all(".answers .score")
     assert [answer.text for answer in found] == ["✓ 1.00", "✗ 0.00", "◐ 0.50"]
     assert [answer.get_attribute("title") for answer in found] == ["right", "wrong", "partly"]
@@ -361,7 +368,7 @@ def test_what_models_say_is_shown_and_never_run(open_page: Open, make_row: MakeR
         "provenance": {HOSTILE: HOSTILE},
     }
     page = open_page([make_row(prediction=HOSTILE, references=(HOSTILE,), **words)], title=HOSTILE, command=HOSTILE)
-    page.one("#example-list summary").click()
+    page.open_question()
     assert HOSTILE in page.reads(".answers") and HOSTILE in page.reads("#footer") and page.reads("h1") == HOSTILE
     assert page.all("img") == [] and page.run("return window.boom ?? null") is None
     ActionChains(page.driver).move_to_element(page.one("#by-bytes .point")).perform()
@@ -418,6 +425,6 @@ def test_five_hundred_presses_each_at_ratios_of_its_own_are_usable(
     assert len(page.column(1)) == 1498
     page.choose("task-ratio", "0.26 removed")
     assert len(page.all("#task-map tbody tr")) == 500
-    page.one("#example-list summary").click()
+    page.open_question()
     assert page.run("return document.querySelector('.answers').children.length") == 3 * 1498
     assert program < 20_000 and changed < 20_000, (program, changed)  # ms; a few thousand on two cores
