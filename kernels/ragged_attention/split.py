@@ -1,8 +1,15 @@
-"""How ragged attention's kernels share pairs among programs, and merge the programs' partial results."""
+"""How ragged attention's kernels share pairs among programs, and merge the programs' partial results.
+
+A segment is what a (batch row, key-value head) reads: one list of pairs for each form in which its pairs are stored.
+The first list ends with the tail. Lists are cut into pieces, one for each program, and the pieces of a segment, of
+whichever list, are merged.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,18 +29,22 @@ except ImportError:  # an older Triton; the names are only in branches that are 
     HAS_PDL = False
 
 __all__ = [
+    "MAX_LISTS",
+    "Lists",
     "broadcast_strides",
     "gdc_launch_dependents",
     "gdc_wait",
-    "items_of",
     "merge",
     "n_programs",
     "on_device",
+    "piece_of",
     "segments_of",
     "tail_length_of",
     "tail_of",
     "uses_pdl",
 ]
+
+MAX_LISTS = 3  # that a segment may have
 
 LN2 = tl.constexpr(0.6931471805599453)
 MIN_PIECE = tl.constexpr(32)  # fewest pairs that are worth a program
@@ -41,16 +52,53 @@ LONG_PIECE = 1024  # pairs; what a program needs beside them is little then
 MAX_ROUNDS = 4  # of programs: more are too short for codes, which take a third of the time
 
 
-def n_programs(inputs: RaggedInputs, programs_per_sm: int, n_row_blocks: int) -> int:
-    """Returns how many programs share the pairs: at least one per segment, and as many as are resident at once.
+@dataclass(frozen=True)
+class Lists:
+    """Where the lists of all segments lie.
+
+    Attributes:
+        bounds: Begins and starts of each list of a segment that is of pairs; see :func:`segments_of`.
+        n_segments: Number of segments.
+        tail: What :func:`tail_of` gives.
+        tail_alone: Whether the tail is a list of its own, before those; else it is the end of the first of them.
+    """
+
+    bounds: Sequence[tuple[Tensor, Tensor]]
+    n_segments: int
+    tail: tuple[Tensor, Tensor, Tensor | int]
+    tail_alone: bool = False
+
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Begins and starts of ``MAX_LISTS`` lists in turn, for a kernel: what it never reads is there twice."""
+        places = [self.bounds[0], *self.bounds] if self.tail_alone else [*self.bounds]
+        return tuple(x for place in places + places[:1] * (MAX_LISTS - len(places)) for x in place)
+
+    def shape(self, head_dim: int, device: torch.device, *, has_tail: bool) -> dict[str, Any]:
+        """Returns the arguments that a kernel has in common with the one that merges its partial results."""
+        n_lists, uses = len(self.bounds) + self.tail_alone, uses_pdl(device)
+        return {
+            "HEAD_DIM": head_dim,
+            "LISTS": n_lists,
+            "TAIL_ALONE": self.tail_alone,
+            "BLOCK_S": triton.next_power_of_2(self.n_segments * n_lists),
+            "HAS_TAIL": has_tail,
+            "TAIL_ON_DEVICE": isinstance(self.tail[2], Tensor),
+            "USE_PDL": uses,
+            **({"launch_pdl": True} if uses else {}),
+        }
+
+
+def n_programs(parts: Sequence[RaggedInputs], n_lists: int, programs_per_sm: int, n_row_blocks: int) -> int:
+    """Returns how many programs share the pairs: at least one for each of ``n_lists``, and as many as are resident at once.
 
     Where those would have long pieces, there are several times as many: pieces of a segment differ by up to a half, and
     with several rounds of them the last one to end is not far behind the others.
     """
-    n_segments = inputs.query.shape[0] * inputs.num_key_value_heads
-    slots = triton.cdiv(multiprocessors(inputs.query.device) * programs_per_sm, n_row_blocks)
-    rounds = 1 if inputs.part_of_storage else inputs.n_pairs // (slots * LONG_PIECE)
-    return max(n_segments, slots * min(max(rounds, 1), MAX_ROUNDS))
+    slots = triton.cdiv(multiprocessors(parts[0].query.device) * programs_per_sm, n_row_blocks)
+    n_pairs = sum(0 if part.part_of_storage else part.n_pairs for part in parts)
+    rounds = n_pairs // (slots * LONG_PIECE)
+    return max(n_lists, slots * min(max(rounds, 1), MAX_ROUNDS))
 
 
 def segments_of(inputs: RaggedInputs) -> tuple[Tensor, Tensor]:
@@ -96,13 +144,7 @@ def on_device(device: torch.device) -> AbstractContextManager[None]:
 
 
 def merge(
-    partial_out: Tensor,
-    partial_sums: Tensor,
-    starts: Tensor,
-    tail_length: Tensor | int,
-    out: Tensor,
-    lse: Tensor,
-    shape: dict[str, Any],
+    partial_out: Tensor, partial_sums: Tensor, lists: Lists, out: Tensor, lse: Tensor, shape: dict[str, Any]
 ) -> None:
     """Merges the partial results of all programs into ``out`` and ``lse``.
 
@@ -110,28 +152,26 @@ def merge(
         partial_out: fp32 [programs, rows of a segment, head_dim], not yet divided by the totals.
         partial_sums: fp32 [programs, rows of a segment, 2], the exponent (base 2) that a program took off, and its
             total.
-        starts: where segments begin, as the programs have read it.
-        tail_length: that of the programs too.
+        lists: what the programs have shared.
         out: [batch, heads, query_length, head_dim], contiguous.
         lse: [batch, heads, query_length], contiguous.
-        shape: the arguments that this kernel has in common with the one that made the partial results.
+        shape: what ``lists.shape`` gave.
     """
     n_programs, n_rows, head_dim = partial_out.shape
-    n_segments = starts.shape[0] - 1
     # Few rows are cut into slices of head_dim, so that the partial results are read by many programs at once.
-    block_d = min(triton.next_power_of_2(head_dim), 32 if n_segments * n_rows <= 128 else 128)
-    _merge_kernel[(n_segments, n_rows, triton.cdiv(head_dim, block_d))](
+    block_d = min(triton.next_power_of_2(head_dim), 32 if lists.n_segments * n_rows <= 128 else 128)
+    _merge_kernel[(lists.n_segments, n_rows, triton.cdiv(head_dim, block_d))](
         partial_out,
         partial_sums,
-        starts,
-        tail_length,
+        *lists.arguments[1::2],
+        lists.tail[2],
         out,
         lse,
-        n_segments,
+        lists.n_segments,
         n_rows,
         n_programs,
         BLOCK_D=block_d,
-        BLOCK_P=min(64, max(4, triton.next_power_of_2(2 * n_programs // n_segments))),
+        BLOCK_P=min(64, max(4, triton.next_power_of_2(2 * n_programs // lists.n_segments))),
         num_warps=2,
         **shape,
     )
@@ -149,26 +189,98 @@ def tail_length_of(tail_length, HAS_TAIL: tl.constexpr, TAIL_ON_DEVICE: tl.const
 
 
 @triton.jit
-def items_of(lengths, n_segments, n_programs, BLOCK_S: tl.constexpr):
-    """Returns each segment's number of pieces [BLOCK_S], at most n_programs in all, to make the longest piece short.
+def items_of(lengths, n_lists, n_programs, BLOCK_S: tl.constexpr):
+    """Returns each list's number of pieces [BLOCK_S], at most n_programs in all, to make the longest piece short.
 
-    Of 16 lengths of a piece (2 if there are very many segments) the shortest that fits is taken. The last one always
-    fits: with it, each segment has a program to spare for its remainder, or there is one program for each.
+    Of 16 lengths of a piece (fewer if there are very many lists) the shortest that fits is taken. The last one always
+    fits: with it, each list has a program to spare for its remainder, or there is one program for each.
     """
-    N_CHOICES: tl.constexpr = 16 if BLOCK_S <= 256 else 2
+    N_CHOICES: tl.constexpr = 16 if BLOCK_S <= 256 else (8 if BLOCK_S <= 512 else 2)
     total = tl.sum(lengths, 0)
-    spare = (n_segments * tl.arange(0, N_CHOICES)) // (N_CHOICES - 1)
+    spare = (n_lists * tl.arange(0, N_CHOICES)) // (N_CHOICES - 1)
     pieces = tl.maximum(tl.cdiv(total, tl.maximum(n_programs - spare, 1)), MIN_PIECE)
     n_items = tl.sum((lengths[:, None] + pieces[None, :] - 1) // pieces[None, :], 0)
     piece = tl.min(tl.where(n_items <= n_programs, pieces, tl.maximum(total, 1)), 0)
     return (lengths + piece - 1) // piece
 
 
+@triton.jit
+def _stretches(begins_ptr, starts_ptr, segments, mask):
+    """Returns where lists begin and how long they are; 0 and 0 where ``mask`` is not."""
+    starts = tl.load(starts_ptr + segments, mask, other=0)
+    return tl.load(begins_ptr + segments, mask, other=0), tl.load(starts_ptr + segments + 1, mask, other=0) - starts
+
+
+@triton.jit
+def _lists_of(
+    begins_0,
+    starts_0,
+    begins_1,
+    starts_1,
+    begins_2,
+    starts_2,
+    n_tail,
+    n_segments,
+    LISTS: tl.constexpr,
+    TAIL_ALONE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Returns where each list begins and how long it is, [BLOCK_S]: list l is number l % LISTS of segment l // LISTS."""
+    offs = tl.arange(0, BLOCK_S)
+    mask = offs < n_segments * LISTS
+    segments, number = offs // LISTS, offs % LISTS
+    begins, lengths = _stretches(begins_0, starts_0, segments, mask & (number == 0) & (not TAIL_ALONE))
+    lengths = tl.where(mask & (number == 0), lengths + n_tail, 0)
+    if LISTS > 1:
+        more_begins, more = _stretches(begins_1, starts_1, segments, mask & (number == 1))
+        begins, lengths = begins + more_begins, lengths + more
+    if LISTS > 2:
+        more_begins, more = _stretches(begins_2, starts_2, segments, mask & (number == 2))
+        begins, lengths = begins + more_begins, lengths + more
+    return begins, lengths
+
+
+@triton.jit
+def piece_of(
+    program,
+    begins_0,
+    starts_0,
+    begins_1,
+    starts_1,
+    begins_2,
+    starts_2,
+    n_tail,
+    n_segments,
+    LISTS: tl.constexpr,
+    TAIL_ALONE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Returns a program's list, where that begins, its length, the stretch [low, high) of it, and its number of pieces.
+
+    That number is 0 for a program that has nothing to do; the rest means nothing then.
+    """
+    begins, lengths = _lists_of(
+        begins_0, starts_0, begins_1, starts_1, begins_2, starts_2, n_tail, n_segments, LISTS, TAIL_ALONE, BLOCK_S
+    )
+    n_items = items_of(lengths, n_segments * LISTS, tl.num_programs(0), BLOCK_S)
+    items_before = tl.cumsum(n_items, 0) - n_items
+    mine = (items_before <= program) & (program < items_before + n_items)
+    found = tl.sum(tl.where(mine, tl.arange(0, BLOCK_S), 0), 0)
+    begin = tl.sum(tl.where(mine, begins, 0), 0)
+    length = tl.sum(tl.where(mine, lengths, 0), 0)
+    n_mine = tl.sum(tl.where(mine, n_items, 0), 0)
+    piece = tl.cdiv(length, tl.maximum(n_mine, 1))
+    low = (program - tl.sum(tl.where(mine, items_before, 0), 0)) * piece
+    return found, begin, length, low, tl.minimum(low + piece, length), n_mine
+
+
 @triton.jit(do_not_specialize=["tail_length", "n_segments", "n_rows", "n_programs"])
 def _merge_kernel(
     partial_out_ptr,
     partial_sums_ptr,
-    starts_ptr,
+    starts_0,
+    starts_1,
+    starts_2,
     tail_length,
     out_ptr,
     lse_ptr,
@@ -178,6 +290,8 @@ def _merge_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    LISTS: tl.constexpr,
+    TAIL_ALONE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     HAS_TAIL: tl.constexpr,
     TAIL_ON_DEVICE: tl.constexpr,
@@ -186,13 +300,13 @@ def _merge_kernel(
     """Merges the partial results of a segment's query row, for a slice of head_dim; without any, gives 0 and -inf."""
     segment, row = tl.program_id(0), tl.program_id(1)
     n_tail = tail_length_of(tail_length, HAS_TAIL, TAIL_ON_DEVICE)
-    offs_s = tl.arange(0, BLOCK_S)
-    mask_s = offs_s < n_segments
-    starts = tl.load(starts_ptr + offs_s, mask_s, other=0)
-    stops = tl.load(starts_ptr + offs_s + 1, mask_s, other=0)
-    n_items = items_of(tl.where(mask_s, stops - starts + n_tail, 0), n_segments, n_programs, BLOCK_S)
-    first = tl.sum(tl.where(offs_s < segment, n_items, 0), 0)
-    n_parts = tl.sum(tl.where(offs_s == segment, n_items, 0), 0)
+    segments = tl.arange(0, BLOCK_S) // LISTS
+    _, lengths = _lists_of(
+        starts_0, starts_0, starts_1, starts_1, starts_2, starts_2, n_tail, n_segments, LISTS, TAIL_ALONE, BLOCK_S
+    )
+    n_items = items_of(lengths, n_segments * LISTS, n_programs, BLOCK_S)
+    first = tl.sum(tl.where(segments < segment, n_items, 0), 0)
+    n_parts = tl.sum(tl.where(segments == segment, n_items, 0), 0)
     offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     peak = -float("inf")

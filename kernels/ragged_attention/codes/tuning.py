@@ -26,3 +26,8 @@ def choose(n_rows: int, head_dim: int, bits: int, n_pairs: int, n_segments: int,
     if bits > 8 and n_segments < MANY_SEGMENTS:
         return Config(block_m, 128, 4, 3, 2)
     return Config(block_m, 64, 4, 3, 3 if bits == 16 else 4)  # as many as registers allow
+
+
+def rows_of_tile(key_bytes: int) -> int:
+    """Returns how many exact rows make a tile beside codes: few, so that they ask for no more memory than codes do."""
+    return 32 if key_bytes <= 256 else 16
