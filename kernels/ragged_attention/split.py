@@ -90,7 +90,7 @@ class Lists:
 
 
 def n_programs(parts: Sequence[RaggedInputs], n_lists: int, programs_per_sm: int, n_row_blocks: int) -> int:
-    """Returns how many programs share the pairs: at least one for each of ``n_lists``, and as many as are resident at once.
+    """Returns how many programs share the pairs: at least one for each list, and as many as are resident at once.
 
     Where those would have long pieces, there are several times as many: pieces of a segment differ by up to a half, and
     with several rounds of them the last one to end is not far behind the others.
@@ -225,7 +225,7 @@ def _lists_of(
     TAIL_ALONE: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Returns where each list begins and how long it is, [BLOCK_S]: list l is number l % LISTS of segment l // LISTS."""
+    """Returns where each list begins and how long it is: list l is number l % LISTS of segment l // LISTS."""
     offs = tl.arange(0, BLOCK_S)
     mask = offs < n_segments * LISTS
     segments, number = offs // LISTS, offs % LISTS

@@ -9,8 +9,6 @@ launched early (programmatic dependent launch) and waits on the device. DESIGN.m
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl

@@ -101,10 +101,12 @@ def scale_of(meta):
 
 @triton.jit
 def zero_of(meta):
+    """Returns zeros (fp32) from words that hold a bf16 zero above a bf16 scale."""
     return (meta & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def store_plane(rows_ptr, out, mask_m, offs_w, PLANE: tl.constexpr, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Stores the channels of a plane [words, BLOCK_M] of rows."""
     mask = (offs_w < HEAD_DIM * BITS // 16)[:, None] & mask_m[None, :]
     tl.store(rows_ptr[None, :] + channel(offs_w, PLANE, BITS, HEAD_DIM)[:, None], out, mask)

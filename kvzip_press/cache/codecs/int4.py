@@ -11,8 +11,9 @@ import torch
 from kvzip_press.cache.codecs.held import Held, NewPairs
 from kvzip_press.cache.codecs.parted import OTHERS, Parted
 from kvzip_press.cache.codecs.row_storage import RowStorage
-from kvzip_press.cache.codecs.storage import Attended, Layout, Storage
+from kvzip_press.cache.codecs.storage import Layout, Storage
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.kernels.ragged_attention import Part
 from kvzip_press.kernels.row_codec import decode_rows, rotate
 
 CENTRES = "key_centres"
@@ -62,25 +63,21 @@ class Int4Rows(RowStorage):
         keys = rotate(decode_rows(key, self.exact_dtype) + held.tables[CENTRES][held.segments_of_entries()])
         return keys.to(self.dtype), decode_rows(value, self.dtype)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        held: Held,
-        tail_keys: torch.Tensor | None,
-        tail_values: torch.Tensor | None,
-        **options: Any,
-    ) -> Attended:
-        """Computes attention of rotated queries to keys that stay rotated, and of the queries to the tail.
+    def parts(
+        self, query: torch.Tensor, held: Held, num_heads: int, row_index: torch.Tensor | None
+    ) -> tuple[Part, ...]:
+        """Returns the codes, the rotated queries that meet keys which stay rotated, and what the mean key adds.
 
         A head's mean key adds the same to all logits of a query: its product with the query.
         """
         rotated = rotate(query.to(self.exact_dtype))
-        centres = _by_batch_row(held.tables[CENTRES], query, tail_keys, options.get("row_index")).to(self.exact_dtype)
-        grouped = rotated.unflatten(1, (centres.shape[1], -1))
+        centres = held.tables[CENTRES].unflatten(0, (-1, num_heads)).to(self.exact_dtype)
+        if row_index is not None:
+            centres = centres[row_index]
+        grouped = rotated.unflatten(1, (num_heads, -1))
         bias = (grouped @ centres[:, :, None, :, None]).squeeze(-1).flatten(1, 2)
-        return super().attend(
-            query, held, tail_keys, tail_values, context_query=rotated.to(query.dtype), context_bias=bias, **options
-        )
+        (part,) = super().parts(query, held, num_heads, row_index)
+        return (replace(part, context_query=rotated.to(query.dtype), context_bias=bias),)
 
 
 @dataclass(frozen=True)
@@ -96,18 +93,3 @@ class Int4(Parted):
     def others(self) -> Mapping[str, Storage]:
         """Codes."""
         return {OTHERS: Int4Rows(self.head_dim, self.v_head_dim, self.dtype)}
-
-
-def _by_batch_row(
-    of_segments: torch.Tensor,
-    query: torch.Tensor,
-    tail_keys: torch.Tensor | None,
-    row_index: torch.Tensor | None,
-) -> torch.Tensor:
-    """Returns what each segment has, ``[segments, ...]``, as what each batch row reads, ``[batch, num_heads, ...]``.
-
-    The other arguments are those of :meth:`Storage.attend`.
-    """
-    heads = len(of_segments) // query.shape[0] if tail_keys is None else tail_keys.shape[1]
-    rows = of_segments.unflatten(0, (-1, heads))
-    return rows if row_index is None else rows[row_index]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from kvzip_press.cache.codecs.held import Encoded, Held, NewPairs
-from kvzip_press.cache.codecs.storage import Attended, Layout, Storage
-from kvzip_press.kernels.ragged_attention import ragged_attention
+from kvzip_press.cache.codecs.storage import Layout, Storage
+from kvzip_press.kernels.ragged_attention import Part
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,8 @@ class ModelDtype(Storage):
         """Returns keys and values as they are."""
         return held.columns["keys"], held.columns["values"]
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        held: Held,
-        tail_keys: torch.Tensor | None,
-        tail_values: torch.Tensor | None,
-        **options: Any,
-    ) -> Attended:
-        """Computes ragged attention over the tensors as they are."""
-        return ragged_attention(query, *self.decode(held), held.cu_seqlens, tail_keys, tail_values, **options)
+    def parts(
+        self, query: torch.Tensor, held: Held, num_heads: int, row_index: torch.Tensor | None
+    ) -> tuple[Part, ...]:
+        """Returns the tensors as they are."""
+        return (Part(*self.decode(held), held.cu_seqlens),)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from kvzip_press.cache.codecs.held import POSITIONS, Encoded, Held, NewPairs, Staying
 from kvzip_press.cache.codecs.model_dtype import ModelDtype
-from kvzip_press.cache.codecs.storage import Attended, Layout, Shapes, Storage
+from kvzip_press.cache.codecs.storage import Layout, Shapes, Storage
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.kernels.dense_attention import merge_attention
+from kvzip_press.kernels.ragged_attention import Part
 
 FIRST = 4  # tokens of a row, which every later token looks at, whatever they say
 SINKS, OTHERS = "sinks", "others"
@@ -24,9 +23,7 @@ class Parted(Storage):
     """Stores the first four tokens as the model made them, and the others in fewer bits; each in a part.
 
     These four get much of all attention (StreamingLLM, arXiv 2309.17453, calls them sinks), and their keys are unlike
-    all others, so an error there is one of every answer. They cost next to nothing: there are four a head. Attention to
-    them has a launch of its own, with the tail, which is in the model's dtype too; what the parts give is merged by
-    their log-sum-exp.
+    all others, so an error there is one of every answer. They cost next to nothing: there are four a head.
     """
 
     @property
@@ -90,26 +87,12 @@ class Parted(Storage):
             keys[there], values[there] = self.in_parts[name].decode(held.parts[name])
         return keys, values
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        held: Held,
-        tail_keys: torch.Tensor | None,
-        tail_values: torch.Tensor | None,
-        *,
-        tail_mask: torch.Tensor | None = None,
-        tail_length: torch.Tensor | None = None,
-        return_lse: bool = False,
-        **options: Any,
-    ) -> Attended:
-        """Computes attention to the first tokens and the tail, and to each of the other parts."""
-        options["return_lse"] = True
-        in_parts, of_tail = self.in_parts, {"tail_mask": tail_mask, "tail_length": tail_length}
-        attended = in_parts[SINKS].attend(query, held.parts[SINKS], tail_keys, tail_values, **of_tail, **options)
-        if tail_keys is not None and tail_values is not None:  # a tail of no tokens says how many heads there are
-            tail_keys, tail_values = tail_keys[:, :, :0], tail_values[:, :, :0]
-        for name in self.others:
-            other = in_parts[name].attend(query, held.parts[name], tail_keys, tail_values, **options)
-            attended = merge_attention(*attended, *other)
-        out, lse = attended
-        return (out, lse) if return_lse else out
+    def parts(
+        self, query: torch.Tensor, held: Held, num_heads: int, row_index: torch.Tensor | None
+    ) -> tuple[Part, ...]:
+        """Returns the first tokens and what the other parts are."""
+        return tuple(
+            part
+            for name, kind in self.in_parts.items()
+            for part in kind.parts(query, held.parts[name], num_heads, row_index)
+        )

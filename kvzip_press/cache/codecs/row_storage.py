@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from kvzip_press.cache.codecs.held import Encoded, Held, NewPairs
-from kvzip_press.cache.codecs.storage import Attended, Layout, Shapes, Storage
+from kvzip_press.cache.codecs.storage import Layout, Shapes, Storage
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.kernels.ragged_attention import ragged_attention
+from kvzip_press.kernels.ragged_attention import Part
 from kvzip_press.kernels.row_codec import CODECS, Codes, decode_rows, encode_rows
 
 BLOCK = 8192  # tokens that are encoded at a time, in fp32
@@ -69,16 +69,11 @@ class RowStorage(Storage):
         """Returns the columns as codes of keys and of values."""
         return codes_in(held, "key", self.key_format), codes_in(held, "value", self.value_format)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        held: Held,
-        tail_keys: torch.Tensor | None,
-        tail_values: torch.Tensor | None,
-        **options: Any,
-    ) -> Attended:
-        """Computes ragged attention over the codes."""
-        return ragged_attention(query, *self.codes(held), held.cu_seqlens, tail_keys, tail_values, **options)
+    def parts(
+        self, query: torch.Tensor, held: Held, num_heads: int, row_index: torch.Tensor | None
+    ) -> tuple[Part, ...]:
+        """Returns the codes."""
+        return (Part(*self.codes(held), held.cu_seqlens),)
 
 
 def row_shapes(name: str, form: str, width: int) -> Shapes:

@@ -16,6 +16,7 @@ import torch
 from kvzip_press.cache.codecs.held import Encoded, Held, NewPairs, Staying
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.numerics import accumulation_dtype
+from kvzip_press.kernels.ragged_attention import Part, parted_attention, ragged_attention
 
 Attended = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -140,12 +141,26 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def parts(
+        self, query: torch.Tensor, held: Held, num_heads: int, row_index: torch.Tensor | None
+    ) -> tuple[Part, ...]:
+        """Returns what attention reads of packed pairs, as they are stored; pairs in the model's dtype come first.
+
+        Args:
+            query: ``[batch, num_attention_heads, query_length, head_dim]``.
+            held: The packed pairs, "positions" among their columns.
+            num_heads: Segments of a row.
+            row_index: int64 ``[batch]``, the row of packed pairs that each batch row reads; None if that is its own.
+        """
+
     def attend(
         self,
         query: torch.Tensor,
         held: Held,
         tail_keys: torch.Tensor | None,
         tail_values: torch.Tensor | None,
+        *,
+        row_index: torch.Tensor | None = None,
         **options: Any,
     ) -> Attended:
         """Computes attention to packed pairs, as they are stored, and to a dense tail after them.
@@ -157,6 +172,18 @@ class Storage(ABC):
             held: The packed pairs, "positions" among their columns.
             tail_keys: ``[batch, num_heads, length, head_dim]``, in the model's dtype; None for no tail.
             tail_values: ``[batch, num_heads, length, v_head_dim]``.
+            row_index: As in :meth:`parts`.
             options: Those of :func:`kvzip_press.kernels.ragged_attention.ragged_attention`, which also describes the
                 result.
         """
+        n_segments = len(held.cu_seqlens) - 1
+        num_heads = n_segments // max(1, query.shape[0]) if tail_keys is None else tail_keys.shape[1]
+        parts = self.parts(query, held, num_heads, row_index)
+        options["row_index"] = row_index
+        if len(parts) > 1:
+            return parted_attention(query, parts, tail_keys, tail_values, **options)
+        (part,) = parts
+        of_part = {"context_query": part.context_query, "context_bias": part.context_bias}
+        return ragged_attention(
+            query, part.keys, part.values, part.cu_seqlens, tail_keys, tail_values, **of_part, **options
+        )
