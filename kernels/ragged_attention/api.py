@@ -95,10 +95,11 @@ def ragged_attention(
             and ``values[pair_index]``; "triton" reads the rows where they lie, others copy them. The list may have room
             for more than cu_seqlens[-1], which is not read. Not with codes, nor with ``row_index``. None: all pairs.
         impl: "segments" (256 rows and more: PyTorch's fused dense kernels, a call a segment), "triton" (one launch that
-            streams all pairs, and one that merges; CUDA; of codes it reads int8, fp8, int4, and values in int2), "aten"
-            (PyTorch's fused CPU kernel over the context; the best that can do it over the tail; no codes), "tiles"
-            (plain PyTorch, codes only, any of them), "reference" (plain PyTorch, any input), or None: the first of
-            these that can do this input. A named implementation refuses inputs that it cannot do.
+            streams all pairs, and one that merges; CUDA; of codes it reads int8, fp8, int4, values in int2, and keys in
+            groups in int4 and int2), "aten" (PyTorch's fused CPU kernel over the context; the best that can do it over
+            the tail; no codes), "tiles" (plain PyTorch, codes only, any of them), "reference" (plain PyTorch, any
+            input), or None: the first of these that can do this input. A named implementation refuses inputs that it
+            cannot do.
 
     Returns:
         out [batch, num_attention_heads, query_length, value_head_dim] in the dtype of ``query``; with ``return_lse``

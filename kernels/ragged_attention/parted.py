@@ -89,7 +89,7 @@ def parted_attention(
         raise ValueError("parts: expected one or more, got none")
     if any(isinstance(part.keys, Tensor) for part in parts[1:]):
         raise TypeError("parts: expected codes behind the first part, got keys in a dtype of the model")
-    inputs = []
+    inputs: list[RaggedInputs] = []
     for part in parts:
         of_tail = tail_keys, tail_values, row_index, tail_mask, tail_length
         if inputs:  # a tail of no tokens says how many heads there are

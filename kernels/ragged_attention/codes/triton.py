@@ -59,7 +59,9 @@ def parted_attention(
     groups, n_segments = num_attention_heads // n_heads, batch_size * n_heads
     n_rows = groups * query_length
     bits = max(sum(CODECS[codes.codec].bits for codes in part.codes) for part in coded)
-    config = config or choose(n_rows, head_dim, bits, sum(part.n_pairs for part in coded), n_segments, COLUMNS)
+    in_groups = any(part.codes[0].groups is not None for part in coded)
+    n_coded = sum(part.n_pairs for part in coded)
+    config = config or choose(n_rows, head_dim, bits, n_coded, n_segments, COLUMNS, in_groups=in_groups)
     n_row_blocks = triton.cdiv(n_rows, config.block_m)
     has_tail = first.tail_length > 0
     tail_alone = rows is None and has_tail

@@ -3,7 +3,9 @@
 from kvzip_press.kernels.ragged_attention.tuning import MANY_SEGMENTS, MIDDLE_CONTEXT, SHORT_CONTEXT, Config
 
 
-def choose(n_rows: int, head_dim: int, bits: int, n_pairs: int, n_segments: int, columns: int) -> Config:
+def choose(
+    n_rows: int, head_dim: int, bits: int, n_pairs: int, n_segments: int, columns: int, *, in_groups: bool = False
+) -> Config:
     """Returns the configuration for a shape; measured on an H200 (DESIGN.md of ``kernels``, "Codes").
 
     Args:
@@ -13,10 +15,14 @@ def choose(n_rows: int, head_dim: int, bits: int, n_pairs: int, n_segments: int,
         n_pairs: Pairs of the packed context, all segments together; the tail does not count, as it grows.
         n_segments: Batch rows x KV heads.
         columns: Fewest query rows that a product may have as its columns.
+        in_groups: Whether keys share the scales of their channels, which are read for each key: stages of these take
+            much memory on the chip. Not measured.
     """
     if n_rows > 16:
         return Config(32, 32, 4, 2, 1)
     block_m = columns if n_rows <= columns else 16
+    if in_groups:
+        return Config(block_m, 32 if head_dim > 128 else 64, 4, 2, 2)
     if head_dim > 128:
         return Config(block_m, 64, 4, 3, 1)
     if n_pairs <= SHORT_CONTEXT:

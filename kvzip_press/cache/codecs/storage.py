@@ -183,7 +183,5 @@ class Storage(ABC):
         if len(parts) > 1:
             return parted_attention(query, parts, tail_keys, tail_values, **options)
         (part,) = parts
-        of_part = {"context_query": part.context_query, "context_bias": part.context_bias}
-        return ragged_attention(
-            query, part.keys, part.values, part.cu_seqlens, tail_keys, tail_values, **of_part, **options
-        )
+        options |= {"context_query": part.context_query, "context_bias": part.context_bias}
+        return ragged_attention(query, part.keys, part.values, part.cu_seqlens, tail_keys, tail_values, **options)
