@@ -382,6 +382,8 @@ def test_codecs_are_measured_beside_bf16_and_a_failure_does_not_end_the_run(
     monkeypatch.setattr(codecs, "IMPL", None)
     codecs.measure_all(bench, [SMALL], math.inf)
     assert impls_of(bench) >= {"bf16, tail 0", "int8, tail 0", "k8v4, tail 0", "int4, tail 0", "fp8, tail 64"}
+    parted = {name for name in impls_of(bench) if "exact tokens" in name}
+    assert {name.split()[0] for name in parted} == {"k8v4", "int4", "tiers"} and len(parted) == 6
     by_name = {row.impl: row for row in bench.rows}
     n_pairs = sum(SMALL.lengths())
     assert by_name["int8, tail 0"].bytes == n_pairs * 2 * (16 + 2)

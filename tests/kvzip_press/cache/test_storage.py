@@ -12,7 +12,7 @@ from kvzip_press.cache.codecs.by_name import STORAGES
 from kvzip_press.cache.codecs.held import Encoded
 from kvzip_press.cache.codecs.model_dtype import ModelDtype
 from kvzip_press.cache.codecs.storage import Layout, Storage
-from kvzip_press.kernels.ragged_attention import ragged_attention
+from kvzip_press.kernels.ragged_attention import Part
 from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.presses.fastkvzip import LayerGate
 from kvzip_press.testing import ByteTokenizer, tiny_model
@@ -39,8 +39,8 @@ class Scrambled(Storage):
         values = torch.stack([held.columns["low"], held.columns["high"]], dim=-1).flatten(-2).view(torch.float32)
         return (held.columns["k"] ^ MASK).view(torch.float32), values
 
-    def attend(self, query, held, tail_keys, tail_values, **options):
-        return ragged_attention(query, *self.decode(held), held.cu_seqlens, tail_keys, tail_values, **options)
+    def parts(self, query, held, num_heads, row_index):
+        return (Part(*self.decode(held), held.cu_seqlens),)
 
 
 @pytest.fixture(params=[ModelDtype, Scrambled])
