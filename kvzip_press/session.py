@@ -25,7 +25,7 @@ from kvzip_press.model.watching import OpenFor, after_forward, before_forward, c
 from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.prefilling.call import PrefillCall
 from kvzip_press.prefilling.eviction import check_storage, pack_prefix
-from kvzip_press.prefilling.query_window import READING, QueryWindow, Reading
+from kvzip_press.prefilling.query_window import READING, LastQueries, Reading
 from kvzip_press.prefilling.self_check import SelfCheck
 from kvzip_press.prefilling.whole import Scorer
 
@@ -106,7 +106,7 @@ class _Forward(threading.local):
         self.watching = ExitStack()
         watching.append(self.watching)
         self.check: SelfCheck | None = None
-        self.last_queries: QueryWindow | None = None
+        self.last_queries: LastQueries | None = None
         self.observers: dict[Scorer, Any] = {}
         self.eviction: DecodeEviction | None = None  # what sees tokens that count as generated
 
@@ -185,8 +185,8 @@ class _Session:
                 schedule.window(0 if schedule.protect_prompt else int(prefix.sum(dim=-1).max()))  # raises without room
         forward.watching.enter_context(computing())
         forward.check = SelfCheck(self.model, visible)
-        forward.watching.enter_context(attention_watched(forward.check, valid=visible))
-        forward.last_queries = forward.watching.enter_context(QueryWindow(self.model, valid, 1))
+        forward.watching.enter_context(attention_watched(self.model, forward.check, valid=visible))
+        forward.last_queries = forward.watching.enter_context(LastQueries(self.model, valid, 1))
         reading = Reading(valid, forward.start, call.ids_read(self.model))
         forward.watching.enter_context(READING.opened(self.model, reading))
         observer = self.press.observer(self.model)

@@ -92,10 +92,10 @@ class QueryWindow:
                 move over them, as its keys do.
         """
         if padding is None and (self.size is None or n_tokens == 1):
-            window = self.reserved(n_tokens).wrote(n_tokens)
-            for run in window._runs(window.length - n_tokens, n_tokens):
-                window.buffer[:, :, run] = torch.nan
-            return window
+            reserved = self.reserved(n_tokens)
+            for run in reserved._runs(reserved.length, n_tokens):  # noqa: SLF001  # one of this class
+                reserved.buffer[:, :, run] = torch.nan
+            return reserved.wrote(n_tokens)
         total = self.length + n_tokens
         columns = torch.arange(total - self._held(total), total, device=self.buffer.device)[None]
         shifts = torch.zeros_like(columns[:, :1]) if padding is None else padding[:, None]
@@ -163,7 +163,7 @@ class QueryWindow:
         return total if self.size is None else min(total, self.size)
 
     def _runs(self, first: int, n: int) -> list[slice]:
-        """Returns the rows of the buffer in which ``n`` columns from ``first`` on lie: one run, or two around its end."""
+        """Returns the rows of the buffer in which ``n`` columns from ``first`` on lie: a run, or two around its end."""
         room = max(self.buffer.shape[2], 1)
         begin = (self.start + first) % room
         end = min(begin + n, room)

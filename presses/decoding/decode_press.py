@@ -20,7 +20,7 @@ from kvzip_press.decoding.eviction import DecodeEviction, Schedule
 from kvzip_press.decoding.layer_pairs import LayerPairs, dense_pairs
 from kvzip_press.decoding.pair_scorer import Look, PairScorer
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model.structure import full_attention_layers
+from kvzip_press.model.structure import AttentionLayer
 from kvzip_press.prefilling.whole import Observer, Prefill
 from kvzip_press.press import AllocatingPress, Press
 
@@ -202,12 +202,11 @@ class PromptObserver:
 
     def __init__(self, press: DecodePress, model: nn.Module) -> None:
         self.layers: dict[int, torch.Tensor] = {}
-        self._press = press
-        self._indices = {layer.module: layer.layer_idx for layer in full_attention_layers(model)}
+        self._press, self._model = press, model
         self._watching = ExitStack()
 
     def __enter__(self) -> PromptObserver:
-        self._watching.enter_context(attention_watched(self))
+        self._watching.enter_context(attention_watched(self._model, self))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -216,7 +215,7 @@ class PromptObserver:
     @torch.no_grad()
     def __call__(
         self,
-        module: nn.Module,
+        layer: AttentionLayer,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -224,23 +223,20 @@ class PromptObserver:
         kwargs: dict[str, Any],
     ) -> None:
         """Scores the pairs of one layer; the arguments are those of the attention interface."""
-        layer_idx = self._indices.get(module)
-        if layer_idx is None:
-            return
         valid = tokens_being_read()
         if valid is None or valid.shape[1] != keys.shape[2]:
             valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
         pairs = dense_pairs(
-            layer_idx,
+            layer.layer_idx,
             query,
             keys,
             valid.to(keys.device),
             n_queries=self._press.n_queries,
             scaling=kwargs.get("scaling"),
-            softcap=softcap_of(module, kwargs),
+            softcap=softcap_of(layer.module, kwargs),
         )
         with torch.autocast(keys.device.type, enabled=False):
-            self.layers[layer_idx] = self._press.worth(pairs)
+            self.layers[layer.layer_idx] = self._press.worth(pairs)
 
     def scores(self, prefill: Prefill) -> Scores:
         """Returns the scores of the prompt that was watched, with 0 at padding."""

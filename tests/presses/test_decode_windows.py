@@ -1,4 +1,4 @@
-"""The ring of a layer's last queries says what one says that keeps them all, bit for bit, in a fraction of the bytes."""
+"""The ring of a layer's last queries says what all queries would, bit for bit, in a fraction of the bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from kvzip_press import RaggedCache, compress
-from kvzip_press.cache.all_layers import all_or_nothing
 from kvzip_press.cache.pair_pool import held_tokens
 from kvzip_press.cache.query_window import QueryWindow
 from kvzip_press.decoding import pair_scorer
@@ -36,7 +35,7 @@ PRESSES = [
 every_press = pytest.mark.parametrize("press", PRESSES, ids=["rkv", "snapkv", "tova", "rkv_each_token"])
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """What ends a forward half-way."""
 
 
@@ -112,46 +111,54 @@ def stopping(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-def written(model: Any, press: DecodePress, seed: int) -> RaggedCache:
-    """What is left of two contexts behind many operations, in an order that the seed says."""
-    contexts = ["a first context, rather long, of several words", "short one"]
-    cache, order = compress(model, TOKENIZER, contexts, RandomPress(0.3)), random.Random(seed)
-    layers: Any = cache.layers
+class Story:
+    """Two contexts, and what happens behind them, in an order that the seed says."""
 
-    def block(n: int) -> torch.Tensor:
-        return torch.tensor([[order.randrange(3, 120) for _ in range(n)] for _ in range(cache.batch_size)])
+    def __init__(self, model: Any, press: DecodePress, seed: int) -> None:
+        contexts = ["a first context, rather long, of several words", "short one"]
+        self.model, self.press, self.order = model, press, random.Random(seed)
+        self.cache = compress(model, TOKENIZER, contexts, RandomPress(0.3))
 
-    def padded() -> None:
-        ids, padding = block(6), torch.tensor([order.randrange(6) for _ in range(cache.batch_size)])
-        padding[order.randrange(cache.batch_size)] = 0
-        read(model, cache, ids, padding=padding if bool(padding.any()) else None)
+    def read(self, n_tokens: int, padding: list[int] | None = None) -> None:
+        ids = [[self.order.randrange(3, 120) for _ in range(n_tokens)] for _ in range(2)]
+        read(self.model, self.cache, torch.tensor(ids), padding=None if padding is None else torch.tensor(padding))
 
-    def detour() -> None:
-        if int(held_tokens(layers).max()) + 6 < BUDGET + press.buffer:  # three are read, cropped, and read again
-            n_seen = cache.n_seen
-            read(model, cache, block(3))
-            cache.truncate(n_seen)
-            read(model, cache, block(3))
+    def block(self) -> None:
+        self.read(4)
 
-    def aborted() -> None:
-        with pytest.raises(Stop), stopping(model), all_or_nothing(cache):
-            read(model, cache, block(order.choice([1, 1, 5])))
+    def padded(self) -> None:
+        self.read(6, self.order.choice([[0, 4], [5, 0], [1, 0]]))
 
-    def rearranged() -> None:
-        cache.batch_select_indices(torch.tensor(order.sample(range(cache.batch_size), cache.batch_size)))
+    def detour(self) -> None:
+        """Three tokens are read, cropped, and others read; no eviction between."""
+        layers: Any = self.cache.layers
+        if int(held_tokens(layers).max()) + 6 < BUDGET + self.press.buffer:
+            n_seen = self.cache.n_seen
+            self.read(3)
+            self.cache.truncate(n_seen)
+            self.read(3)
 
-    def moved() -> None:
-        cache.move_to("cpu")
+    def aborted(self) -> None:
+        with pytest.raises(Stop), stopping(self.model):
+            self.read(self.order.choice([1, 1, 5]))
 
-    with press(model):
-        for number in range(70):
-            read(model, cache, block(1))
-            if number % 3 == 0:
-                order.choice([padded, detour, aborted, aborted, rearranged, moved, lambda: read(model, cache, block(4))])()
-            if number % 17 == 16:
-                cache = cache.fork()
-                layers = cache.layers
-    return cache
+    def rearranged(self) -> None:
+        self.cache.batch_select_indices(torch.tensor(self.order.choice([[0, 1], [1, 0]])))
+
+    def moved(self) -> None:
+        self.cache.move_to("cpu")
+
+    def forked(self) -> None:
+        self.cache = self.cache.fork()
+
+    def told(self) -> RaggedCache:
+        what = [self.block, self.padded, self.detour, self.aborted, self.rearranged, self.moved, self.forked]
+        with self.press(self.model):
+            for number in range(70):
+                self.read(1)
+                if number % 3 == 0:
+                    self.order.choice(what)()
+        return self.cache
 
 
 @every_press
@@ -160,9 +167,9 @@ def test_a_ring_says_what_all_queries_say(press, seed, monkeypatch) -> None:
     """Rows of different length, padded blocks, detours, steps that fail, forks, reordered rows, moves."""
     model = tiny_model(num_layers=2)
     with worths(monkeypatch, AllQueries) as expected:
-        other = written(model, press, seed)
+        other = Story(model, press, seed).told()
     with worths(monkeypatch, QueryWindow) as got:
-        cache = written(model, press, seed)
+        cache = Story(model, press, seed).told()
     assert len(got) == len(expected) > 8
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     for layer, dense in zip(cache.layers, other.layers, strict=True):

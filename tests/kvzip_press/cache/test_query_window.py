@@ -42,7 +42,7 @@ def test_all_queries_are_kept_until_an_eviction() -> None:
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_of_single_tokens_the_last_ones_lie_in_a_ring(size) -> None:
-    """Of as many rows and one more, at one address; an eviction changes nothing, and neither does any number of them."""
+    """Of as many rows and one more, at one address; an eviction changes nothing."""
     window = empty(size)
     for token in range(25):
         after = read(window, [token], [token + 100])
