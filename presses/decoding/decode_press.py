@@ -21,6 +21,7 @@ from kvzip_press.decoding.layer_pairs import LayerPairs, dense_pairs
 from kvzip_press.decoding.pair_scorer import Look, PairScorer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import AttentionLayer
+from kvzip_press.prefilling.query_window import being_read
 from kvzip_press.prefilling.whole import Observer, Prefill
 from kvzip_press.press import AllocatingPress, Press
 
@@ -180,12 +181,18 @@ class DecodePress(AllocatingPress):
         protected = first | (prefill.valid & is_cut & (tokens_after < room))
         return Scores(layers, protected, self.policy, protected_count=True, carried=carried)
 
-    def refusal_of_parts(self) -> InvalidArgumentError:
-        """Returns the error for a context that is read in parts by other means than this press."""
+    def refusal_of_parts(self, start: int = 0) -> InvalidArgumentError:
+        """Returns the error for a context that is read in parts by other means than this press.
+
+        Args:
+            start: Number of tokens that a cache held before, which is not compressed.
+        """
+        got = f"a dense cache of {start} tokens that was filled outside of it" if start else "a part of a context"
+        behind = "; what is read behind such a cache needs prompt=PRESS or protect_prompt=True" if start else ""
         return InvalidArgumentError(
             f"{type(self).__name__}: expected a prompt that is read in one forward, or prompt=PRESS to compress it, "
-            "got a part of a context: read the parts inside `with press(model):`, where what follows the first counts "
-            "as written"
+            f"got {got}: read the parts inside `with press(model):`, where what follows the first counts as written"
+            + behind
         )
 
 
@@ -206,6 +213,8 @@ class PromptObserver:
         self._watching = ExitStack()
 
     def __enter__(self) -> PromptObserver:
+        if start := being_read(self._model).start:
+            raise self._press.refusal_of_parts(start)
         self._watching.enter_context(attention_watched(self._model, self))
         return self
 

@@ -154,6 +154,7 @@ class Story:
     def told(self) -> RaggedCache:
         what = [self.block, self.padded, self.detour, self.aborted, self.rearranged, self.moved, self.forked]
         with self.press(self.model):
+            self.aborted()  # the press has met the cache, which is then as if it had not
             for number in range(70):
                 self.read(1)
                 if number % 3 == 0:
