@@ -90,10 +90,10 @@ class Schedule:
         """
         if not self.protect_prompt and n_tokens >= self.budget:
             raise InvalidArgumentError(
-                f"expected a budget of more than the {n_tokens} protected first tokens, got {self.budget}: they came in "
-                "a dense cache that was filled outside of `with press(model):`, so all of it stays. Read them inside, "
-                "or compress them before (`compress`), to let the press evict from them; or leave the budget to what "
-                "follows, with protect_prompt=True"
+                f"expected a budget of more than the {n_tokens} protected first tokens, got {self.budget}: they came "
+                "in a dense cache that was filled outside of `with press(model):`, so all of it stays. Read them "
+                "inside, or compress them before (`compress`), so that the press evicts from them; or leave the budget "
+                "to what follows, with protect_prompt=True"
             )
 
     def window(self, n_protected: int) -> int:
