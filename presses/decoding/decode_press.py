@@ -45,8 +45,8 @@ class DecodePress(AllocatingPress):
             model.generate(**inputs, max_new_tokens=16384)
 
     A subclass says what pairs are worth in :meth:`worth`, for a prompt and while the model writes alike. The queries
-    that it looks at lie in the tails of the cache: the last ``n_queries`` and one more, or those of ``buffer`` tokens if
-    all count. They take ``groups / 2`` times the bytes of the pairs of as many tokens (``groups`` query heads share a
+    that it looks at lie in the tails of the cache: the last ``n_queries`` and one more, or those of ``buffer`` tokens
+    if all count, and take ``groups / 2`` times the bytes of as many tokens' pairs (``groups`` query heads share a
     KV head).
 
     Args:
