@@ -25,7 +25,7 @@ from kvzip_press.model.watching import OpenFor, after_forward, before_forward, c
 from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.prefilling.call import PrefillCall
 from kvzip_press.prefilling.eviction import check_storage, pack_prefix
-from kvzip_press.prefilling.query_window import READING, QueryWindow, Reading
+from kvzip_press.prefilling.query_window import READING, LastQueries, Reading
 from kvzip_press.prefilling.self_check import SelfCheck
 from kvzip_press.prefilling.whole import Scorer
 
@@ -106,7 +106,7 @@ class _Forward(threading.local):
         self.watching = ExitStack()
         watching.append(self.watching)
         self.check: SelfCheck | None = None
-        self.last_queries: QueryWindow | None = None
+        self.last_queries: LastQueries | None = None
         self.observers: dict[Scorer, Any] = {}
         self.eviction: DecodeEviction | None = None  # what sees tokens that count as generated
 
@@ -157,12 +157,13 @@ class _Session:
         _check_fills_a_cache(call, decoder)
         forward.start = call.n_seen
         if self.evictions and forward.start and _is_compressed(call.cache):
+            _check_is_whole(call)
             forward.eviction = self.evictions.of(call.cache)
             forward.eviction.begin(call.cache, call.query_length)
             return
         if call.cache is not None:
             check_cache(call.cache)
-        if call.is_prefill:
+        if call.is_prefill or self.evictions:  # a dense cache that was filled before is not left to grow
             self._watch(call)
 
     def _watch(self, call: PrefillCall) -> None:
@@ -181,12 +182,11 @@ class _Session:
             prefix = call.valid_before(forward.start)
             visible = torch.cat([prefix, valid], dim=1)
             if self.evictions:
-                schedule = self.evictions.of(call.cache).schedule
-                schedule.window(0 if schedule.protect_prompt else int(prefix.sum(dim=-1).max()))  # raises without room
+                self.evictions.of(call.cache).schedule.check_prefix(int(prefix.sum(dim=-1).max()))
         forward.watching.enter_context(computing())
         forward.check = SelfCheck(self.model, visible)
-        forward.watching.enter_context(attention_watched(forward.check, valid=visible))
-        forward.last_queries = forward.watching.enter_context(QueryWindow(self.model, valid, 1))
+        forward.watching.enter_context(attention_watched(self.model, forward.check, valid=visible))
+        forward.last_queries = forward.watching.enter_context(LastQueries(self.model, valid, 1))
         reading = Reading(valid, forward.start, call.ids_read(self.model))
         forward.watching.enter_context(READING.opened(self.model, reading))
         observer = self.press.observer(self.model)
@@ -243,6 +243,20 @@ def _check_fills_a_cache(call: PrefillCall, decoder: nn.Module) -> None:
     if call.cache is None and call.use_cache is None and getattr(config, "use_cache", True) is False:
         raise UnsupportedCacheError("expected a cache to fill inside `with press(model):`, got config.use_cache=False")
     check_keeps_cache(decoder)
+
+
+def _check_is_whole(call: PrefillCall) -> None:
+    """Raises if some of the columns that are read into a cache, from which pairs are evicted, are padding.
+
+    They would lie among a row's pairs. Our own forwards move rows over it.
+    """
+    is_moved = any(isinstance(layer, BlockLayer) for layer in call.cache.layers)
+    if call.query_length > 1 and not is_moved and not bool(call.valid().all()):
+        raise InvalidArgumentError(
+            "expected rows that read as many tokens behind a prompt, under a press that evicts while the model writes, "
+            "got an attention mask with padding among the new ones: use kvzip_press.generate(model, cache, input_ids, "
+            "..., attention_mask=mask) or answer, which move rows over it, or read these rows one by one"
+        )
 
 
 def _is_compressed(cache: Any) -> bool:

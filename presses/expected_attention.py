@@ -19,7 +19,7 @@ from kvzip_press.budget.allocators import AllocationLike
 from kvzip_press.budget.amount import is_int
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model.structure import full_attention_layers, layer_index
+from kvzip_press.model.structure import AttentionLayer, full_attention_layers, layer_index
 from kvzip_press.model.watching import before_forward
 from kvzip_press.prefilling.query_window import being_read, token_bounds
 from kvzip_press.prefilling.rotation import Rotation, Turn, mean_embeddings
@@ -129,7 +129,6 @@ class QueryMoments:
 
     def __init__(self, press: ExpectedAttentionPress, model: nn.Module) -> None:
         self._press, self._model = press, model
-        self._layers = {layer.module: layer.layer_idx for layer in full_attention_layers(model)}
         self._moments: dict[int, tuple[Turn, torch.Tensor, torch.Tensor, float]] = {}
         self._entered: dict[int, tuple[torch.Tensor, dict[str, Any]]] = {}
         self._watching = ExitStack()
@@ -138,9 +137,9 @@ class QueryMoments:
     def __enter__(self) -> QueryMoments:
         self._counted = being_read(self._model).without_first(self._press.n_sink)
         with ExitStack() as stack:
-            for module in self._layers:
-                stack.enter_context(before_forward(module, self._enter))
-            stack.enter_context(queries_watched(self._look))
+            for layer in full_attention_layers(self._model):
+                stack.enter_context(before_forward(layer.module, self._enter))
+            stack.enter_context(queries_watched(self._model, self._look))
             self._watching = stack.pop_all()
         return self
 
@@ -177,12 +176,12 @@ class QueryMoments:
         self._entered[layer_index(module)] = (args[0] if args else kwargs["hidden_states"])[:, -1:], kwargs
 
     @torch.no_grad()
-    def _look(self, module: nn.Module, query: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        layer_idx = self._layers.get(module)
-        if layer_idx is None or layer_idx not in self._entered:
+    def _look(self, layer: AttentionLayer, query: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        layer_idx = layer.layer_idx
+        if layer_idx not in self._entered:
             return
         states, named = self._entered.pop(layer_idx)
-        rotation = Rotation.of_call(module, named, states, query[:, :, -1:])
+        rotation = Rotation.of_call(layer.module, named, states, query[:, :, -1:])
         scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
         at_once = max(_NUMBERS_AT_ONCE // query[:, :1].numel(), 1)
         parts = [self._summed(rotation.back(part)) for part in query.split(at_once, dim=1)]

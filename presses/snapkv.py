@@ -20,7 +20,7 @@ from kvzip_press.budget.allocators import AboveUniform, AllocationLike, Pyramid
 from kvzip_press.budget.amount import is_int
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.prefilling.query_window import QueryWindow, being_read
+from kvzip_press.prefilling.query_window import LastQueries, being_read
 from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import AllocatingPress, ObservingPress
 
@@ -69,7 +69,7 @@ class SnapKVPress(AllocatingPress, ObservingPress):
         """Returns an observer that keeps the window's queries of one prefill."""
         return WindowObserver(self, model)
 
-    def scores(self, prefill: Prefill, window: QueryWindow) -> Scores:
+    def scores(self, prefill: Prefill, window: LastQueries) -> Scores:
         """Returns the scores of a prefill whose window was kept."""
         layers, protected = prefill.blank_scores(), prefill.last_tokens(self.window_size)
         for layer_idx, scores in layers.items():
@@ -137,11 +137,11 @@ class WindowObserver:
 
     def __init__(self, press: SnapKVPress, model: nn.Module) -> None:
         self._press, self._model = press, model
-        self._window: QueryWindow | None = None
+        self._window: LastQueries | None = None
         self._watching = ExitStack()
 
     def __enter__(self) -> WindowObserver:
-        window = QueryWindow(self._model, being_read(self._model).valid, self._press.window_size)
+        window = LastQueries(self._model, being_read(self._model).valid, self._press.window_size)
         self._window = self._watching.enter_context(window)
         return self
 

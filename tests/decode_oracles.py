@@ -31,7 +31,7 @@ class Text:
             seen[:] = query[0].double(), keys[0].double()
 
         attach(model)
-        with attention_watched(watch):
+        with attention_watched(model, watch):
             model(input_ids=ids)
         return cls(*seen)
 

@@ -22,16 +22,16 @@ import torch
 from torch import nn
 
 from kvzip_press import compat
-from kvzip_press.attention.queries import show_query
+from kvzip_press.attention.queries import of_layers, show_query
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError, UnsupportedModelError
-from kvzip_press.model.structure import attention_layers, text_decoder
+from kvzip_press.model.structure import AttentionLayer, attention_layers, text_decoder
 from kvzip_press.model.twin import twin_of
 
 PREFIX = "ragged|"
 # Arguments of attention functions that would change the result and that ragged attention does not implement.
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices")
-# Each is set for the forward that is running in this thread only.
-_WATCHES: ContextVar[tuple[AttentionWatch, ...]] = ContextVar("kvzip_press_watches", default=())  # see attention calls
+# Each is set for the forward that is running in this thread only. The first see attention calls.
+_WATCHES: ContextVar[tuple[Callable[..., None], ...]] = ContextVar("kvzip_press_watches", default=())
 _READ: ContextVar[torch.Tensor | None] = ContextVar("kvzip_press_read", default=None)  # which columns are tokens
 _NO_MASKS: ContextVar[bool] = ContextVar("kvzip_press_no_masks", default=False)  # whether masks are left out
 # The threads that attached a decoder, for those that undo it.
@@ -54,11 +54,11 @@ class AttendingLayer(Protocol):
 
 
 class AttentionWatch(Protocol):
-    """Receives the arguments and the output of each call of a model's own attention."""
+    """Receives the arguments and the output of each call of a model's own attention, in layers that are compressed."""
 
     def __call__(
         self,
-        module: nn.Module,
+        layer: AttentionLayer,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -176,16 +176,17 @@ def masks_left_out() -> Iterator[None]:
 
 
 @contextmanager
-def attention_watched(watch: AttentionWatch, *, valid: torch.Tensor | None = None) -> Iterator[None]:
+def attention_watched(model: nn.Module, watch: AttentionWatch, *, valid: torch.Tensor | None = None) -> Iterator[None]:
     """While open, ``watch`` sees every call of an attached model's own attention in this thread, as others do.
 
     Args:
+        model: The model; of its layers those are shown that can be compressed.
         watch: Called after each call of attention.
         valid: ``[batch, columns]``, bool, False at padding, of all tokens in the cache after the forward, for whoever
             asks :func:`tokens_being_read` meanwhile; None leaves what is known.
     """
     before = _WATCHES.get(), _READ.get()
-    _WATCHES.set((*before[0], watch))
+    _WATCHES.set((*before[0], of_layers(model, watch)))
     _READ.set(before[1] if valid is None else valid)
     try:
         yield

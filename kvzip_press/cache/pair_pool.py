@@ -77,12 +77,12 @@ class PairPool:
         due: torch.Tensor,
         *,
         policy: Policy,
-        window_size: int,
+        window_sizes: torch.Tensor,
         worth: Mapping[int, Worth] | None = None,
     ) -> None:
         """Merges the layers' tails into the pool, and cuts rows to what a policy leaves them, protected pairs included.
 
-        The first tokens that no head has lost stay, and so do the last ``window_size``. Of the others, exactly those
+        The first tokens that no head has lost stay, and so do the last ``window_sizes``. Of the others, exactly those
         stay that a prefill with the same scores would keep under the policy. The tails are empty afterwards. Pairs
         whose score is :data:`STAYS` stay besides.
 
@@ -90,7 +90,7 @@ class PairPool:
             by_idx: The layers of the pool by layer index, with the tokens that were read since in their tails.
             due: Bool ``[batch]``, the rows to cut.
             policy: How much a row keeps, counting everything that it holds, and how its pairs compete.
-            window_size: Number of last tokens that every head keeps.
+            window_sizes: int64 ``[batch]``, the number of last tokens of each row that every head keeps.
             worth: What pairs are worth, by layer; None for the scores that they carry.
 
         Raises:
@@ -115,7 +115,7 @@ class PairPool:
         pairs = self._all_pairs(tuple(by_idx), ranks, ranked, valid, positions)
         kept = pairs.alive.clone()
         first = torch.tensor(layers[0].n_protected, device=ends.device)
-        safe = torch.stack([first, ends - window_size], dim=1)
+        safe = torch.stack([first, ends - window_sizes], dim=1)
         most = int(self.packed.seqlens.max()) + tails[0].length  # of a head; the columns of a row are at least as many
         n_rows = max(NUMBERS_AT_ONCE // max(self.num_layers * self.packed.num_heads * most, 1), 1)
         for rows in due.nonzero()[:, 0].split(n_rows):

@@ -268,11 +268,13 @@ class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
 
     def take(self, packed: PackedPairs) -> None:
         """Replaces the layer's pairs and its tail by ``packed``, in which the tail's tokens are part of the context."""
-        whole, tail = self.tail.padding is None, self.tail.emptied()
+        # Rows move over their padding in sliding layers, too, so all of it is on the left there.
+        padding = [0] * self.batch_size if self.tail.padding is None else self.tail.padding.tolist()
+        tail = self.tail.emptied()
         changed = {
             "packed": packed,
             "n_context": self.get_seq_length(),
-            "n_padding": self.n_padding if whole else (-1,) * self.batch_size,
+            "n_padding": tuple(n + more if n >= 0 else -1 for n, more in zip(self.n_padding, padding, strict=True)),
             "context_ends": tuple(self.next_positions.tolist()),
             "tail": tail,
         }

@@ -46,6 +46,8 @@ class Tail:
         unscored: The score of a token until it is set: NaN if an eviction has to know it, 0 if it is the one to set it.
         window: The queries of its last tokens; None if they are not kept.
         block: Tokens that a buffer grows by at least.
+        most: Number of columns at which the tail will be emptied, for which there is room then and for no more, unless
+            several tokens come at once; None if it may grow for long.
     """
 
     def __init__(self, *, scored: bool = False) -> None:
@@ -59,6 +61,7 @@ class Tail:
         self.unscored: float = torch.nan
         self.window: QueryWindow | None = None
         self.block = BLOCK
+        self.most: int | None = None
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -183,6 +186,8 @@ class Tail:
             if self.length + t <= buffer.shape[2] and is_writable(buffer):
                 return buffer
         capacity = -(-(self.length + t + self.length // 2) // self.block) * self.block
+        if self.most is not None:
+            capacity = max(min(capacity, self.most), self.length + t)
         return _in_new_buffer(new[:, :, :0] if buffer is None else buffer[:, :, : self.length], capacity)
 
     def wrote(self, n_tokens: int) -> None:
@@ -193,8 +198,7 @@ class Tail:
 
     def give_back_room(self, n_tokens: int) -> None:
         """Frees the buffers of an empty tail if they are larger than ``n_tokens`` need; queries get room for these."""
-        room = -(-n_tokens // self.block) * self.block
-        if not self.length and self._keys is not None and self._keys.shape[2] > room:
+        if not self.length and self._keys is not None and self._keys.shape[2] > n_tokens:
             self._keys = self._values = self._scores = None
         if self.window is not None and not self.length:
             self.window = self.window.with_room_for(n_tokens)

@@ -83,6 +83,19 @@ class Schedule:
         """Returns to how many tokens' worth of pairs each row is cut."""
         return [self.budget] * layers[0].batch_size
 
+    def check_prefix(self, n_tokens: int) -> None:
+        """Raises InvalidArgumentError if a dense cache of ``n_tokens`` tokens, which all stay, leaves no room.
+
+        Nothing says what the pairs of a cache are worth that was filled outside of ``with press(model):``.
+        """
+        if not self.protect_prompt and n_tokens >= self.budget:
+            raise InvalidArgumentError(
+                f"expected a budget of more than the {n_tokens} protected first tokens, got {self.budget}: they came "
+                "in a dense cache that was filled outside of `with press(model):`, so all of it stays. Read them "
+                "inside, or compress them before (`compress`), so that the press evicts from them; or leave the budget "
+                "to what follows, with protect_prompt=True"
+            )
+
     def window(self, n_protected: int) -> int:
         """Returns how many last tokens every head keeps if the first ``n_protected`` stay in any case.
 
@@ -112,6 +125,7 @@ class DecodeEviction:
         self.in_static_step = False
         self._reading = 0  # tokens of the running forward
         self._layers: Layers = {}  # of the cache that was read last
+        self._is_met = False  # whether they are prepared: a forward that failed may have undone that
         self._padding: torch.Tensor | None = None  # of the block that is read
         self._n_columns, self._n_left = 0, 0  # tokens after the packed pairs, and those left until pairs are evicted
 
@@ -148,8 +162,8 @@ class DecodeEviction:
         return self._evict_if_due()
 
     def abandon(self) -> None:
-        """Called when the forward has raised."""
-        self._reading = 0
+        """Called when the forward has raised: its layers may be what they were before the cache was met."""
+        self._reading, self._is_met = 0, False
         self.scorer.abandon()
 
     def follows(self, cache: Any) -> bool:
@@ -160,9 +174,7 @@ class DecodeEviction:
         """Scores pending tokens and forgets the cache, so that nothing is lost when something else goes on with it."""
         self.abandon()
         if self._layers:
-            self.scorer.cut_to(self._layers)
-            self.scorer.settle(self._layers)
-            self._layers = {}
+            self._leave()
 
     def written(self) -> bool:
         """Called when one more token is in the tails and the scorer has seen it. Returns whether pairs were evicted."""
@@ -205,10 +217,12 @@ class DecodeEviction:
 
         Tokens of another cache that are pending are scored first; those that were cut off since are forgotten.
         """
+        if self._reading:  # torch calls no hook of a forward that was interrupted
+            self.abandon()
         is_same = self._is_followed(layers)
         if self._layers and not is_same:
-            self.scorer.cut_to(self._layers)
-            self.scorer.settle(self._layers)
+            self._leave()
+        is_same = is_same and self._is_met
         if len(devices := {layer.packed.device for layer in layers.values()}) > 1:
             raise UnsupportedCacheError(
                 f"expected a model on one device to evict while it writes, got layers on {sorted(map(str, devices))}"
@@ -219,14 +233,15 @@ class DecodeEviction:
                 "read a part of it: call without_recall(cache) first"
             )
         if not is_same:
+            _part_rows(layers)
             self.scorer.adopt(layers, stays=self.schedule.protect_prompt)
             for layer in layers.values():
                 layer.tail.block = min(BLOCK, self.schedule.buffer)  # no room for what will not be there
-        self._layers = layers
+        self._layers, self._is_met = layers, True
         if is_same and self._length == self._n_columns:
             return
         self.scorer.cut_to(layers)
-        self._n_left = max(self.schedule.tokens_left(list(layers.values())), 1)
+        self._expect(max(self.schedule.tokens_left(list(layers.values())), 1))
 
     def _is_followed(self, layers: Layers) -> bool:
         return bool(self._layers) and all(layers.get(i) is layer for i, layer in self._layers.items())
@@ -238,17 +253,31 @@ class DecodeEviction:
         self.scorer.settle(self._layers)
         layers = list(self._layers.values())
         due, budgets = self.schedule.due(layers), torch.tensor(self.schedule.budgets(layers))
-        n_protected = 0 if self.schedule.protect_prompt else max(layers[0].n_protected)
-        window_size = self.schedule.window(n_protected)
+        protected = [0] * len(due) if self.schedule.protect_prompt else layers[0].n_protected
+        window_sizes = torch.tensor([self.schedule.window(n) for n in protected], device=due.device)
         for budget in budgets.unique().tolist():  # one for all rows, but where it depends on their length
             worth = self.scorer.worth(self._layers)
             policy = replace(self.policy, amount=Tokens(budget))
             mine = due & (budgets == budget).to(due.device)
-            PairPool.of(layers).evict(self._layers, mine, policy=policy, window_size=window_size, worth=worth)
+            PairPool.of(layers).evict(self._layers, mine, policy=policy, window_sizes=window_sizes, worth=worth)
+        self._expect(self.schedule.tokens_left(layers))
         for layer in layers:
             layer.tail.give_back_room(self.schedule.buffer)
-        self._n_columns, self._n_left = 0, self.schedule.tokens_left(layers)
         return True
+
+    def _expect(self, n_left: int) -> None:
+        """Notes that pairs are evicted behind ``n_left`` more tokens, for which tails get room, and for no more."""
+        self._n_columns, self._n_left = self._length, n_left
+        for layer in self._layers.values():
+            layer.tail.most = self._length + n_left
+
+    def _leave(self) -> None:
+        """Forgets the cache; its tokens that are pending are scored first, and those that were cut off forgotten."""
+        self.scorer.cut_to(self._layers)
+        self.scorer.settle(self._layers)
+        for layer in self._layers.values():
+            layer.tail.most = None
+        self._layers = {}
 
 
 class DecodeEvictions:
@@ -320,6 +349,16 @@ def decode_eviction_in(model: nn.Module, cache: Any) -> DecodeEviction | None:
     """Returns what evicts from ``cache`` while the model generates in this thread; None if nothing does."""
     found = _OPEN.of(text_decoder(model))
     return found.of(cache) if found else None
+
+
+def _part_rows(layers: Layers) -> None:
+    """Gives rows that share a context (several questions about one) pairs of their own: each loses what it would alone.
+
+    Only when a cache is met: what rearranges rows while the model writes (beam search) is refused at the next eviction.
+    """
+    for layer in layers.values():
+        if layer.row_index is not None:
+            layer.batch_select_indices(torch.arange(layer.batch_size))
 
 
 def _ragged_layers(cache: Any) -> tuple[dict[int, RaggedLayer], torch.Tensor | None]:

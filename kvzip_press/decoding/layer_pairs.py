@@ -10,6 +10,7 @@ import torch
 from kvzip_press.cache.codecs.held import POSITIONS
 from kvzip_press.cache.codecs.storage import Storage
 from kvzip_press.cache.packed_pairs import SCORES, PackedPairs
+from kvzip_press.cache.query_window import QueryWindow
 from kvzip_press.cache.ragged_layer import RaggedLayer
 
 BLOCK_NUMBERS = 2**24  # of a block of logits: 64 MB in fp32
@@ -144,8 +145,8 @@ def pairs_of(
             values = _with_tail(values, tail.values[rows], column, in_tail)
         scores = scores.masked_fill(in_tail, 0)
         positions = torch.where(in_tail, (ends - tail.length)[:, None, None] + column, positions)
-    window = tail.window
-    queries = keys.new_empty(batch, heads, 0, keys.shape[3]) if window is None else window.queries[rows]
+    nothing = QueryWindow(keys[:, :, :0], None)
+    window = nothing if tail.window is None else tail.window.rows(rows)
     pairs = LayerPairs(
         layer_idx,
         keys,
@@ -153,8 +154,8 @@ def pairs_of(
         positions,
         scores,
         ends,
-        queries,
-        ~queries[:, 0, :, 0].isnan(),
+        window.queries,
+        window.known,
         *layer.logits,
         first_row=rows.indices(layer.batch_size)[0],
         values=values,
@@ -187,10 +188,7 @@ def dense_pairs(
     batch, heads, columns, _ = keys.shape
     ends = valid.sum(dim=-1)
     positions = (valid.long().cumsum(dim=-1) - 1).clamp(min=0)
-    n = query.shape[2] if n_queries is None else min(n_queries, query.shape[2])
-    last = ends[:, None] - n + torch.arange(n, device=keys.device)  # the positions of these queries
-    index = valid.int().argmax(dim=-1, keepdim=True) + last - (columns - query.shape[2])
-    where = index.clamp(0, query.shape[2] - 1)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    window = QueryWindow.last_of(query, valid[:, columns - query.shape[2] :], n_queries)
     return LayerPairs(
         layer_idx,
         keys,
@@ -198,8 +196,8 @@ def dense_pairs(
         positions[:, None].expand(-1, heads, -1),
         torch.zeros(batch, heads, columns, device=keys.device),
         ends,
-        query.gather(2, where),
-        (last >= 0) & (index >= 0),
+        window.queries,
+        window.known,
         scaling,
         softcap,
         of_prompt=True,

@@ -81,16 +81,10 @@ class PairScorer(DecodeScorer):
             if not self.look.sees_queries:
                 layer.tail.window = None
             elif window is None or window.size != self.look.n_queries:  # what another press kept is not enough, or old
-                layer.tail.window = self._window(layer_idx, layer)
+                like = layer.blank_token[0][:, :1].expand(-1, layer.packed.num_heads * self._groups[layer_idx], -1, -1)
+                layer.tail.window = QueryWindow.unknown(like, self.look.n_queries, layer.tail.length)
         if stays:
             mark_staying(layers)
-
-    def _window(self, layer_idx: int, layer: RaggedLayer) -> QueryWindow:
-        heads = layer.packed.num_heads * self._groups[layer_idx]
-        storage = layer.packed.storage
-        shape = (layer.batch_size, heads, layer.tail.length, storage.head_dim)
-        buffer = torch.full(shape, torch.nan, dtype=storage.dtype, device=layer.packed.device)
-        return QueryWindow(buffer, self.look.n_queries, layer.tail.length)
 
     def worth(self, layers: Layers) -> Mapping[int, Worth]:
         """Returns what the pairs of all layers are worth now."""

@@ -213,7 +213,7 @@ class StaticCache:
         visible = None if padding is None else visible_columns(padding, keys.shape[2])
         queries = None
         if (window := layer.tail.window) is not None:
-            self._query_place = self._query_place or Place(window.length, None, keys.device)
+            self._query_place = self._query_place or Place(window.next_row, window.buffer.shape[2], keys.device)
             queries = layer, self._query_place
         return StaticLayer(
             keys,
@@ -263,7 +263,7 @@ class StaticCache:
     def _restart_queries(self) -> None:
         window = self._ragged[0].tail.window
         if self._query_place is not None and window is not None:
-            self._query_place.move_to(window.length)
+            self._query_place.move_to(window.next_row)
 
     def count(self, n_steps: int) -> None:
         """Adds ``n_steps`` tokens, which were written into their buffers, to the tails of the ragged layers."""

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from kvzip_press.attention.implementation import attached, attention_watched
 from kvzip_press.model.devices import input_device
-from kvzip_press.model.structure import full_attention_layers, text_decoder
+from kvzip_press.model.structure import AttentionLayer, full_attention_layers, text_decoder
 from kvzip_press.model.watching import after_forward, computing
 
 
@@ -28,7 +28,6 @@ class _Changes:
     def __init__(self, model: nn.Module) -> None:
         layers, decoder = full_attention_layers(model), text_decoder(model)
         blocks: Any = decoder.layers
-        self._indices = {layer.module: layer.layer_idx for layer in layers}
         self.blocks: dict[int, nn.Module] = {layer.layer_idx: blocks[layer.layer_idx] for layer in layers}
         self.of_heads: dict[int, torch.Tensor] = {}
         self.of_layers: dict[int, float] = {}
@@ -36,7 +35,7 @@ class _Changes:
 
     def __call__(
         self,
-        module: nn.Module,
+        layer: AttentionLayer,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -44,13 +43,11 @@ class _Changes:
         kwargs: dict[str, Any],
     ) -> None:
         """Looks at one attention call; the arguments are those of the attention interface."""
-        if (layer_idx := self._indices.get(module)) is None:
-            return
         heads = values.shape[1]
         split = output.float().transpose(1, 2).unflatten(1, (heads, -1))  # [1, heads, groups, n, head_dim]
         changed = 1 - functional.cosine_similarity(values.float().unsqueeze(2), split, dim=-1)
         found = changed.mean(dim=2)[0].sum(dim=-1).double().cpu()
-        self.of_heads[layer_idx] = self.of_heads.get(layer_idx, 0) + found
+        self.of_heads[layer.layer_idx] = self.of_heads.get(layer.layer_idx, 0) + found
 
     def look_at_block(self, layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Looks at one decoder layer."""
@@ -75,7 +72,7 @@ def head_importance(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     changes, decoder = _Changes(model), text_decoder(model)
     with ExitStack() as stack:
         stack.enter_context(attached(model))
-        stack.enter_context(attention_watched(changes))
+        stack.enter_context(attention_watched(model, changes))
         for layer_idx, block in changes.blocks.items():
             stack.enter_context(
                 after_forward(block, lambda _, *call, layer_idx=layer_idx: changes.look_at_block(layer_idx, *call))

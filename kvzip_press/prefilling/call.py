@@ -15,7 +15,7 @@ from kvzip_press.prefilling.whole import Prefill, Scorer
 if TYPE_CHECKING:
     from torch import nn
 
-    from kvzip_press.prefilling.query_window import QueryWindow
+    from kvzip_press.prefilling.query_window import LastQueries
 
 
 class PrefillCall:
@@ -141,7 +141,7 @@ class PrefillCall:
         start: int,
         observers: dict[Scorer, Any],
         weights: str,
-        last_queries: QueryWindow,
+        last_queries: LastQueries,
     ) -> Prefill:
         """Returns what was just read, by the weights of this fingerprint, in the form in which presses see it."""
         valid = self.valid()

@@ -13,8 +13,9 @@ from torch import nn
 from kvzip_press.attention.implementation import softcap_of
 from kvzip_press.attention.queries import queries_watched
 from kvzip_press.cache.padding import first_tokens
+from kvzip_press.cache.query_window import QueryWindow
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model.structure import full_attention_layers
+from kvzip_press.model.structure import AttentionLayer
 from kvzip_press.model.watching import OpenFor
 
 
@@ -64,15 +65,15 @@ def token_bounds(valid: torch.Tensor) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The queries of one layer's window, ``[batch, num_attention_heads, window, head_dim]``, and how they attend."""
+    """The queries of one layer's window, and how they attend."""
 
-    queries: torch.Tensor
+    window: QueryWindow
     scaling: float | None
     softcap: float | None
 
 
-class QueryWindow:
-    """Watches one prefill forward, and keeps the queries of the last tokens of each row.
+class LastQueries:
+    """Watches one prefill forward, and keeps the queries of the last tokens of each row, layer by layer.
 
     Args:
         model: The model to watch.
@@ -85,30 +86,25 @@ class QueryWindow:
     """
 
     def __init__(self, model: nn.Module, valid: torch.Tensor, window_size: int) -> None:
-        self._span = valid.shape[1]
-        size = min(window_size, self._span)
-        rank = valid.long().cumsum(dim=-1).masked_fill(~valid, 0)  # 0 at padding: it comes first, before the tokens
-        self._columns = rank.argsort(dim=-1, stable=True)[:, self._span - size :]
+        self._model, self._valid, self._size = model, valid, window_size
         self.bounds = token_bounds(valid)
-        self.lengths = tuple(min(end - first, size) for first, end in self.bounds)
-        self._indices = {layer.module: layer.layer_idx for layer in full_attention_layers(model)}
+        self.lengths = tuple(min(end - first, window_size) for first, end in self.bounds)
         self._seen: dict[int, _Seen] = {}
         self._watching = ExitStack()
 
-    def __enter__(self) -> QueryWindow:
-        self._watching.enter_context(queries_watched(self._look))
+    def __enter__(self) -> LastQueries:
+        self._watching.enter_context(queries_watched(self._model, self._look))
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._watching.close()
 
     @torch.no_grad()
-    def _look(self, module: nn.Module, query: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        layer_idx = self._indices.get(module)
-        if layer_idx is None or query.shape[2] != self._span:
+    def _look(self, layer: AttentionLayer, query: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        if query.shape[2] != self._valid.shape[1]:
             return
-        columns = self._columns.to(query.device)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        self._seen[layer_idx] = _Seen(query.gather(2, columns), kwargs.get("scaling"), softcap_of(module, kwargs))
+        window = QueryWindow.last_of(query, self._valid, self._size)
+        self._seen[layer.layer_idx] = _Seen(window, kwargs.get("scaling"), softcap_of(layer.module, kwargs))
 
     def attention(self, layer_idx: int, keys: torch.Tensor) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """Yields what the tokens of each row's window pay to the pairs of the span that was read, some heads at a time.
@@ -125,9 +121,10 @@ class QueryWindow:
             of the row without its padding.
         """
         seen, num_heads = self._seen[layer_idx], keys.shape[1]
+        last = seen.window.queries
         for row, (first_token, end) in enumerate(self.bounds):
             own, size = keys[row, :, first_token:end], self.lengths[row]
-            queries = seen.queries[row, :, seen.queries.shape[2] - size :].unflatten(0, (num_heads, -1))
+            queries = last[row, :, last.shape[2] - size :].unflatten(0, (num_heads, -1))
             at_once = max(_LOGITS_AT_ONCE // (queries.shape[1] * size * own.shape[1]), 1)
             for first in range(0, num_heads, at_once):
                 heads = slice(first, min(first + at_once, num_heads))

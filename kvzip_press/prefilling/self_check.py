@@ -19,7 +19,7 @@ from kvzip_press.attention.implementation import refuse_unsupported, softcap_of
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import UnsupportedModelError
 from kvzip_press.kernels.dense_attention import attention_with_lse
-from kvzip_press.model.structure import full_attention_layers
+from kvzip_press.model.structure import AttentionLayer, full_attention_layers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,14 +47,14 @@ class SelfCheck:
     """
 
     def __init__(self, model: nn.Module, valid: torch.Tensor) -> None:
-        self._indices = {layer.module: layer.layer_idx for layer in full_attention_layers(model)}
+        self._layers = full_attention_layers(model)
         self._valid, self._is_padded = valid, not bool(valid.all())
-        self._seen: dict[int, list[_Seen]] = {layer_idx: [] for layer_idx in self._indices.values()}
+        self._seen: dict[int, list[_Seen]] = {layer.layer_idx: [] for layer in self._layers}
 
     @torch.no_grad()
     def __call__(
         self,
-        module: nn.Module,
+        layer: AttentionLayer,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -66,14 +66,11 @@ class SelfCheck:
         Raises:
             UnsupportedModelError: The call has an argument that ragged attention does not implement.
         """
-        layer_idx = self._indices.get(module)
-        if layer_idx is None:
-            return
-        refuse_unsupported(module, kwargs)
+        refuse_unsupported(layer.module, kwargs)
         excess = None
         if keys.shape[2] == self._valid.shape[1]:
-            excess = self._excess(module, query[:, :, -1:], keys, values, output[:, -1:], kwargs)
-        self._seen[layer_idx].append(_Seen(keys[:, :, -1].clone(), values[:, :, -1].clone(), excess))
+            excess = self._excess(layer.module, query[:, :, -1:], keys, values, output[:, -1:], kwargs)
+        self._seen[layer.layer_idx].append(_Seen(keys[:, :, -1].clone(), values[:, :, -1].clone(), excess))
 
     def finish(self, cache: Any) -> None:
         """Judges what was recorded, once the forward has ended, with the cache as the forward left it.
@@ -82,11 +79,12 @@ class SelfCheck:
             UnsupportedModelError: A layer's attention is not that of a ragged cache, was not called exactly once, or
                 did not use the pairs that are in the cache.
         """
-        for module, layer_idx in self._indices.items():
-            layer = cache.layers[layer_idx]
+        for attention in self._layers:
+            layer = cache.layers[attention.layer_idx]
             if isinstance(layer, RaggedLayer):
                 continue  # a later turn, which ragged attention computed
-            where, seen = f"{type(module).__name__} {layer_idx}", self._seen[layer_idx]
+            where = f"{type(attention.module).__name__} {attention.layer_idx}"
+            seen = self._seen[attention.layer_idx]
             if len(seen) != 1:
                 raise UnsupportedModelError(
                     f"{where}: expected one call of transformers' attention interface a forward, got {len(seen)}"

@@ -39,7 +39,7 @@ from kvzip_press.model.structure import (
 from kvzip_press.model.watching import computing
 from kvzip_press.model.weights import weights_fingerprint
 from kvzip_press.prefilling.eviction import Span, check_can_be_stored, evicted_layers
-from kvzip_press.prefilling.query_window import READING, QueryWindow, Reading
+from kvzip_press.prefilling.query_window import READING, LastQueries, Reading
 from kvzip_press.prefilling.self_check import SelfCheck
 from kvzip_press.terminal import counted
 
@@ -108,7 +108,7 @@ class Prefill:
     observers: dict[Scorer, Observer] = field(default_factory=dict)
     length: int | None = None
     weights: str = field(default="", repr=False)
-    last_queries: QueryWindow | None = field(default=None, repr=False)
+    last_queries: LastQueries | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         batch_size, span = self.valid.shape
@@ -210,7 +210,7 @@ class Prefill:
     def last_attention(self) -> Mapping[int, torch.Tensor]:
         """Returns what the last token of each row pays to each pair of the span, the most of a group of query heads.
 
-        It is normalised over the pairs of the span; see :meth:`kvzip_press.prefilling.query_window.QueryWindow`.
+        It is normalised over the pairs of the span; see :meth:`kvzip_press.prefilling.query_window.LastQueries`.
 
         Returns:
             ``layer_idx -> [batch, num_key_value_heads, span]``, fp32, 0 at padding.
@@ -224,7 +224,7 @@ class Prefill:
                 paid[row, heads, self.valid[row].to(paid.device)] = attention[:, :, 0].amax(dim=1)
         return layers
 
-    def last_token(self) -> QueryWindow:
+    def last_token(self) -> LastQueries:
         """Returns the queries of the last token of each row.
 
         Raises:
@@ -419,10 +419,10 @@ def run_prefill(
     attach(model)
     padded = not bool(valid.all())
     positions = start + (valid.long().cumsum(dim=-1) - 1).clamp(min=0)
-    check, last = SelfCheck(model, valid), QueryWindow(model, valid, 1)
+    check, last = SelfCheck(model, valid), LastQueries(model, valid, 1)
     begin = time.perf_counter()
     with ExitStack() as stack:
-        stack.enter_context(attention_watched(check, valid=valid))
+        stack.enter_context(attention_watched(model, check, valid=valid))
         stack.enter_context(last)
         stack.enter_context(READING.opened(model, Reading(valid, start, input_ids)))
         watching = {press: observer for press in observers if (observer := press.observer(model)) is not None}

@@ -29,7 +29,7 @@ from kvzip_press.leaderboard.benchmarks.following import samples_of
 from kvzip_press.leaderboard.running.agreement import Agreement, log_probabilities
 from kvzip_press.leaderboard.samples.task import Task
 from kvzip_press.leaderboard.tasks import get_task
-from kvzip_press.model.structure import layer_index
+from kvzip_press.model.structure import AttentionLayer
 from kvzip_press.terminal import plain
 
 Queries = dict[int, torch.Tensor]  # layer -> [steps, num_attention_heads, 1, head_dim]
@@ -123,11 +123,11 @@ def observed(
     """Reads answers behind their questions; returns the log probabilities and the queries of steps of one token."""
     seen: dict[int, list[torch.Tensor]] = {}
 
-    def look(module: Any, query: torch.Tensor, _: dict[str, Any]) -> None:
+    def look(layer: AttentionLayer, query: torch.Tensor, _: dict[str, Any]) -> None:
         if query.shape[2] == 1:
-            seen.setdefault(layer_index(module), []).append(query)
+            seen.setdefault(layer.layer_idx, []).append(query)
 
-    with queries_watched(look):
+    with queries_watched(model, look):
         said = log_probabilities(model, cache, asked, written)
     return said, {index: torch.cat(of_layer) for index, of_layer in seen.items()}
 

@@ -20,7 +20,8 @@ from kvzip_press.decoding.eviction import DecodeEviction, Schedule
 from kvzip_press.decoding.layer_pairs import LayerPairs, dense_pairs
 from kvzip_press.decoding.pair_scorer import Look, PairScorer
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model.structure import full_attention_layers
+from kvzip_press.model.structure import AttentionLayer
+from kvzip_press.prefilling.query_window import being_read
 from kvzip_press.prefilling.whole import Observer, Prefill
 from kvzip_press.press import AllocatingPress, Press
 
@@ -44,8 +45,9 @@ class DecodePress(AllocatingPress):
             model.generate(**inputs, max_new_tokens=16384)
 
     A subclass says what pairs are worth in :meth:`worth`, for a prompt and while the model writes alike. The queries
-    that it looks at lie in the tails of the cache, where they take as many bytes as ``groups / 2`` times the pairs of
-    ``buffer`` tokens (``groups`` query heads share a KV head).
+    that it looks at lie in the tails of the cache: the last ``n_queries`` and one more, or those of ``buffer`` tokens
+    if all count, and take ``groups / 2`` times the bytes of as many tokens' pairs (``groups`` query heads share a
+    KV head).
 
     Args:
         compression_ratio: Must be 0: these presses take a budget.
@@ -180,12 +182,18 @@ class DecodePress(AllocatingPress):
         protected = first | (prefill.valid & is_cut & (tokens_after < room))
         return Scores(layers, protected, self.policy, protected_count=True, carried=carried)
 
-    def refusal_of_parts(self) -> InvalidArgumentError:
-        """Returns the error for a context that is read in parts by other means than this press."""
+    def refusal_of_parts(self, start: int = 0) -> InvalidArgumentError:
+        """Returns the error for a context that is read in parts by other means than this press.
+
+        Args:
+            start: Number of tokens that a cache held before, which is not compressed.
+        """
+        got = f"a dense cache of {start} tokens that was filled outside of it" if start else "a part of a context"
+        behind = "; what is read behind such a cache needs prompt=PRESS or protect_prompt=True" if start else ""
         return InvalidArgumentError(
             f"{type(self).__name__}: expected a prompt that is read in one forward, or prompt=PRESS to compress it, "
-            "got a part of a context: read the parts inside `with press(model):`, where what follows the first counts "
-            "as written"
+            f"got {got}: read the parts inside `with press(model):`, where what follows the first counts as written"
+            + behind
         )
 
 
@@ -202,12 +210,13 @@ class PromptObserver:
 
     def __init__(self, press: DecodePress, model: nn.Module) -> None:
         self.layers: dict[int, torch.Tensor] = {}
-        self._press = press
-        self._indices = {layer.module: layer.layer_idx for layer in full_attention_layers(model)}
+        self._press, self._model = press, model
         self._watching = ExitStack()
 
     def __enter__(self) -> PromptObserver:
-        self._watching.enter_context(attention_watched(self))
+        if start := being_read(self._model).start:
+            raise self._press.refusal_of_parts(start)
+        self._watching.enter_context(attention_watched(self._model, self))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -216,7 +225,7 @@ class PromptObserver:
     @torch.no_grad()
     def __call__(
         self,
-        module: nn.Module,
+        layer: AttentionLayer,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -224,23 +233,20 @@ class PromptObserver:
         kwargs: dict[str, Any],
     ) -> None:
         """Scores the pairs of one layer; the arguments are those of the attention interface."""
-        layer_idx = self._indices.get(module)
-        if layer_idx is None:
-            return
         valid = tokens_being_read()
         if valid is None or valid.shape[1] != keys.shape[2]:
             valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
         pairs = dense_pairs(
-            layer_idx,
+            layer.layer_idx,
             query,
             keys,
             valid.to(keys.device),
             n_queries=self._press.n_queries,
             scaling=kwargs.get("scaling"),
-            softcap=softcap_of(module, kwargs),
+            softcap=softcap_of(layer.module, kwargs),
         )
         with torch.autocast(keys.device.type, enabled=False):
-            self.layers[layer_idx] = self._press.worth(pairs)
+            self.layers[layer.layer_idx] = self._press.worth(pairs)
 
     def scores(self, prefill: Prefill) -> Scores:
         """Returns the scores of the prompt that was watched, with 0 at padding."""

@@ -17,7 +17,7 @@ from torch import nn
 from kvzip_press.attention.implementation import attach, attention_watched, softcap_of
 from kvzip_press.model.devices import input_device
 from kvzip_press.model.hidden_states import watching_hidden_states
-from kvzip_press.model.structure import full_attention_layers
+from kvzip_press.model.structure import AttentionLayer
 from kvzip_press.prefilling.whole import run_prefill
 
 _QUERIES = 256  # whose attention is in memory at a time
@@ -63,7 +63,6 @@ class _Watch:
     def __init__(self, model: nn.Module, moments: torch.Tensor, memory_size: int) -> None:
         self.lessons: dict[int, Lesson] = {}
         self._model, self._moments, self._memory_size = model, moments, memory_size
-        self._indices = {layer.module: layer.layer_idx for layer in full_attention_layers(model)}
         self._states: dict[int, torch.Tensor] = {}
 
     @contextmanager
@@ -71,7 +70,7 @@ class _Watch:
         """While open, looks at what enters attention and at what it pays."""
         with ExitStack() as stack:
             stack.enter_context(watching_hidden_states(self._model, self._enter))
-            stack.enter_context(attention_watched(self._look))
+            stack.enter_context(attention_watched(self._model, self._look))
             yield
 
     def _enter(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
@@ -79,20 +78,18 @@ class _Watch:
 
     def _look(
         self,
-        module: nn.Module,
+        layer: AttentionLayer,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         output: torch.Tensor,
         kwargs: dict[str, Any],
     ) -> None:
-        layer_idx = self._indices.get(module)
-        if layer_idx is None:
-            return
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         moments = self._moments.to(query.device)
-        paid = attention_after(query[0], keys[0], moments, scaling, softcap_of(module, kwargs))
-        self.lessons[layer_idx] = Lesson(self._states.pop(layer_idx), moments, worth_keeping(paid, self._memory_size))
+        paid = attention_after(query[0], keys[0], moments, scaling, softcap_of(layer.module, kwargs))
+        states = self._states.pop(layer.layer_idx)
+        self.lessons[layer.layer_idx] = Lesson(states, moments, worth_keeping(paid, self._memory_size))
 
 
 def attention_after(

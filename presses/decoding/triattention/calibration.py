@@ -16,7 +16,7 @@ from kvzip_press.heads.scores import check_texts
 from kvzip_press.model.chat import encode
 from kvzip_press.model.devices import input_device
 from kvzip_press.model.identity import facts_of
-from kvzip_press.model.structure import check_length, full_attention_layers
+from kvzip_press.model.structure import AttentionLayer, check_length, full_attention_layers
 from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.presses.decoding.triattention.circles import frequencies_of_head, split
 from kvzip_press.presses.decoding.triattention.statistics import QueryStatistics, fixed_rope
@@ -54,7 +54,7 @@ def calibrate_queries(
     sums = _Sums(model, Rotation.of(model))
     for done, ids in enumerate(rows, start=1):
         input_ids = torch.tensor([ids], device=input_device(model))
-        with queries_watched(sums):
+        with queries_watched(model, sums):
             run_prefill(model, input_ids, torch.ones_like(input_ids, dtype=torch.bool))
         if progress is not None:
             progress(done, len(rows))
@@ -70,18 +70,15 @@ class _Sums:
 
     def __init__(self, model: nn.Module, rotation: Rotation) -> None:
         self._rotation = rotation
-        self._rows = {layer.module: row for row, layer in enumerate(full_attention_layers(model))}
         self._indices = tuple(layer.layer_idx for layer in full_attention_layers(model))
         self._centres: dict[int, torch.Tensor] = {}
         self._magnitudes: dict[int, torch.Tensor] = {}
-        self._counts = dict.fromkeys(self._rows.values(), 0)
+        self._counts = dict.fromkeys(range(len(self._indices)), 0)
 
     @torch.no_grad()
-    def __call__(self, module: nn.Module, query: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    def __call__(self, layer: AttentionLayer, query: torch.Tensor, kwargs: dict[str, Any]) -> None:
         """Adds the queries ``[1, heads, n, head_dim]`` of one layer, which stand at positions 0 to n - 1."""
-        row = self._rows.get(module)
-        if row is None:
-            return
+        row = self._indices.index(layer.layer_idx)
         layout, turned = self._rotation.layouts[row], self._rotation.frequencies
         frequencies = frequencies_of_head(turned, layout, query.shape[-1])
         angles = torch.outer(torch.arange(query.shape[2], dtype=torch.float64), frequencies)
@@ -97,7 +94,7 @@ class _Sums:
 
     def means(self, provenance: dict[str, str]) -> QueryStatistics:
         """Returns the means over all that was seen."""
-        rows = list(self._rows.values())
+        rows = list(self._counts)
         return QueryStatistics(
             torch.stack([self._centres[row] / self._counts[row] for row in rows]),
             torch.stack([self._magnitudes[row] / self._counts[row] for row in rows]),

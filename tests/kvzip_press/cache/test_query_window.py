@@ -11,7 +11,7 @@ BATCH, HEADS, DIM = 2, 3, 4
 
 
 def empty(size: int | None, batch: int = BATCH) -> QueryWindow:
-    return QueryWindow(torch.empty(batch, HEADS, 0, DIM), size)
+    return QueryWindow.unknown(torch.empty(batch, HEADS, 1, DIM), size, 0)
 
 
 def queries(*rows: list[int]) -> torch.Tensor:
@@ -28,17 +28,53 @@ def tokens(window: QueryWindow) -> list[list[int | None]]:
     return [[None if x != x else int(x) for x in row] for row in numbers]
 
 
-@pytest.mark.parametrize("size", [4, None])
-def test_single_tokens_are_kept_until_an_eviction(size) -> None:
-    """Then the last ``size`` stay, at the same address; none if scores hold what they said."""
-    window = empty(size)
+def test_all_queries_are_kept_until_an_eviction() -> None:
+    """Scores then hold what they said, and the next ones begin at the same address."""
+    window = empty(None)
     for token in range(10):
         window = read(window, [token], [token + 100])
     assert tokens(window) == [list(range(10)), list(range(100, 110))]
     after = window.after_eviction()
-    assert tokens(after) == ([[6, 7, 8, 9], [106, 107, 108, 109]] if size else [[], []])
+    assert tokens(after) == [[], []]
     assert after.buffer.data_ptr() == window.buffer.data_ptr()
-    assert tokens(read(after, [10], [110]))[0] == ([6, 7, 8, 9, 10] if size else [10])
+    assert tokens(read(after, [10], [110]))[0] == [10]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_of_single_tokens_the_last_ones_lie_in_a_ring(size) -> None:
+    """Of as many rows and one more, at one address; an eviction changes nothing."""
+    window = empty(size)
+    for token in range(25):
+        after = read(window, [token], [token + 100])
+        assert tokens(after)[1] == list(range(100, 101 + token))[-size:]
+        assert after.buffer.data_ptr() == window.buffer.data_ptr()
+        window = after.after_eviction() if token % 3 == 0 else after
+    assert window.buffer.shape[2] == size + 1
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, 9])
+@pytest.mark.parametrize("padding", [None, [0, 2]])
+def test_a_step_that_fails_behind_the_queries_takes_nothing(n_tokens, padding) -> None:
+    """The window from before holds what it held, whatever was written meanwhile, twice too."""
+    if padding is not None and n_tokens == 1:
+        padding = [0, 1]
+    window = empty(4)
+    for token in range(7):
+        window = read(window, [token], [token + 100])
+    for _ in range(2):
+        read(window, [0] * n_tokens, [0] * n_tokens, padding=padding)
+        assert tokens(window) == [[3, 4, 5, 6], [103, 104, 105, 106]]
+    assert tokens(read(window, [7], [107])) == [[4, 5, 6, 7], [104, 105, 106, 107]]
+
+
+def test_static_steps_write_where_the_window_says() -> None:
+    """The row behind the newest, which holds none of the last ones."""
+    window = read(empty(4), list(range(6)), list(range(100, 106)))
+    for token in range(6, 20):
+        window.buffer[:, :, window.next_row % window.buffer.shape[2]] = queries([token], [token + 100])[:, :, 0]
+        assert tokens(window)[0] == list(range(token - 4, token))
+        window = window.wrote(1)
+    assert tokens(window) == [[16, 17, 18, 19], [116, 117, 118, 119]]
 
 
 def test_of_a_block_the_last_ones_are_kept() -> None:
@@ -67,15 +103,36 @@ def test_a_query_that_never_came_is_not_known() -> None:
 
 
 def test_queries_go_with_their_tokens() -> None:
-    """Cut off for all rows, or for some; rows that are reordered; copies that do not change."""
-    window = read(empty(8), [0, 1, 2, 3], [100, 101, 102, 103])
+    """Cut off for all rows, or for some; rows that are reordered; copies that do not change; around a ring's end."""
+    window = read(read(empty(4), [8, 9, 0], [8, 9, 100]), [1], [101])
+    window = read(read(window, [2], [102]), [3], [103])
+    assert window.start
     assert tokens(window.truncated(3)) == [[0], [100]]
     assert tokens(window.truncated(9)) == [[], []]
     assert tokens(window.ends_dropped(torch.tensor([0, 3]))) == [[0, 1, 2, 3], [None, None, None, 100]]
     assert tokens(window.rows(torch.tensor([1, 1, 0]))) == [[100, 101, 102, 103]] * 2 + [[0, 1, 2, 3]]
     copy = window.copy()
+    assert copy.buffer.shape == window.buffer.shape
     window.buffer.zero_()
     assert tokens(copy)[0] == [0, 1, 2, 3]
+
+
+def test_tokens_that_are_cropped_have_pushed_others_out() -> None:
+    """A ring does not know the queries before these any more, until as many others are read."""
+    window = read(read(empty(4), [0, 1, 2, 3], [0, 1, 2, 3]), [7], [7]).truncated(1)
+    assert tokens(window)[0] == [1, 2, 3]
+    assert tokens(read(window, [4], [4]))[0] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("size", [1, 3, 9, None])
+def test_the_last_queries_of_rows_that_are_padded_at_any_end(size) -> None:
+    """Of a prompt: aligned to the right, the newest last."""
+    valid = torch.tensor([[False, False, True, True, True], [True, True, True, False, False]])
+    window = QueryWindow.last_of(queries([-1, -1, 0, 1, 2], [100, 101, 102, -1, -1]), valid, size)
+    n = 5 if size is None else min(size, 5)
+    expected = [[None, None, 0, 1, 2][-n:], [None, None, 100, 101, 102][-n:]]
+    assert tokens(window) == expected
+    assert window.known.tolist() == [[token is not None for token in row] for row in expected]
 
 
 def test_room_is_made_once_and_given_back() -> None:
@@ -84,14 +141,6 @@ def test_room_is_made_once_and_given_back() -> None:
     assert window.with_room_for(100) is window
     assert window.reserved(100) is window
     assert window.reserved(101).buffer.shape[2] > 100
-
-
-def test_queries_do_not_pile_up_where_nothing_is_evicted_any_more() -> None:
-    """Behind the press, say: the last ones are enough."""
-    window = empty(4)
-    for token in range(2000):
-        window = read(window, [token], [token])
-    assert window.buffer.shape[2] < 1200 and tokens(window)[0][-4:] == [1996, 1997, 1998, 1999]
 
 
 def test_what_was_made_in_inference_mode_is_copied_before_it_is_written() -> None:

@@ -154,7 +154,7 @@ def test_a_replay_reads_through_shared_layers_as_a_dense_forward_would() -> None
             ids.tolist(), [slice(0, 40)], local=False
         )
         dense: dict[int, torch.Tensor] = {}
-        with queries_watched(lambda module, query, _: dense.update({module.layer_idx: query})):
+        with queries_watched(model, lambda layer, query, _: dense.update({layer.layer_idx: query})):
             model.model(ids, past_key_values=copy.deepcopy(done.cache))
     assert set(replayed) == {0, 3}
     torch.testing.assert_close(replayed[3], dense[3], rtol=1e-4, atol=1e-4)
