@@ -162,17 +162,21 @@ def export(
     output: Annotated[Path, typer.Option("--output", help="The folder to write.")],
     form: Annotated[str, typer.Option("--format", help="kvpress: the folders of its leaderboard.")] = "kvpress",
     data_dir: Annotated[
-        str | None, typer.Option("--data-dir", help="The part of the data set that was asked: 4096 for RULER's.")
+        str | None,
+        typer.Option("--data-dir", help="The part of the data set; runs of RULER know theirs."),
     ] = None,
 ) -> None:
     """Writes a run in another leaderboard's format."""
-    from kvzip_press.leaderboard.kvpress_format import export_rows
-    from kvzip_press.leaderboard.launch import incomplete, rows_of
+    from kvzip_press.leaderboard.kvpress_format import data_sets_of, export_rows, notes_for_board
+    from kvzip_press.leaderboard.launch import config_of, incomplete, rows_of
 
     if form != "kvpress":
         raise InvalidArgumentError(f"expected --format kvpress, got {form!r}")
     rows = rows_of(directory)
-    export_rows(rows, output, data_dir=data_dir)
+    data_sets = {row.task: (row.task, data_dir) for row in rows} | data_sets_of(config_of(directory))
+    export_rows(rows, output, data_sets=data_sets)
+    for note in notes_for_board(rows, data_sets):
+        typer.echo(printable(note))
     if note := incomplete(directory, rows):
         typer.echo(printable(note))
     typer.echo(printable(f"folders: {output}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +157,15 @@ def _lines_of(path: Path, name: str, kind: type[OfRun]) -> list[OfRun]:
     """Reads a file of lines; they must be of the run that the directory is of, if it says so."""
     known = (path / RUN).is_file()
     return list(lines_of(path / name, kind, RunRecord.read(path)) if known else read_lines(path / name, kind))
+
+
+def config_of(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Returns the configuration of a run directory; empty if it has no record, as rows of other programs.
+
+    Raises:
+        RunDirectoryError: The record cannot be read, or was changed.
+    """
+    return RunRecord.read(path).config if (Path(path) / RUN).is_file() else {}
 
 
 def incomplete(path: str | os.PathLike[str], rows: Sequence[Row], heads: Sequence[HeadBudgets] = ()) -> str:

@@ -13,6 +13,7 @@ from kvzip_press.leaderboard.analysis.statistics import Comparison
 from kvzip_press.leaderboard.analysis.summary import Cell, context_key, split, split_tables, summarise, summarise_tasks
 from kvzip_press.leaderboard.analysis.ties import ties
 from kvzip_press.leaderboard.analysis.times import times
+from kvzip_press.leaderboard.kvpress_format.layout import OF_KVPRESS
 from kvzip_press.leaderboard.report.examples import examples
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
@@ -116,6 +117,6 @@ def _provenance(rows: Sequence[Row]) -> dict[str, str]:
     values: dict[str, list[str]] = {}
     for row in rows:
         for name, value in {**row.provenance, "seed": str(row.seed)}.items():
-            if value not in values.setdefault(name, []):
+            if name != OF_KVPRESS and value not in values.setdefault(name, []):
                 values[name].append(value)
     return {name: "; ".join(found) for name, found in values.items()}
