@@ -103,8 +103,10 @@ def summary(
     output: Annotated[Path, typer.Option("--output", help="The JSON file to write.")],
 ) -> None:
     """Writes what a run came to in one file, with hashes of its configuration and its rows."""
+    from kvzip_press.files import check_writable
     from kvzip_press.leaderboard.run_summary import RunSummary
 
+    check_writable(output, "--output")
     made = RunSummary.of(directory)
     made.save(output)
     typer.echo(printable(f"{made.n_rows} rows, sha256 {made.rows_sha256[:16]}: {output}"))
@@ -141,9 +143,11 @@ def report(
     command: Annotated[str, typer.Option("--command", help="What made the rows; stands at the end of the page.")] = "",
 ) -> None:
     """Writes a whole run as one HTML page, which a browser can show without a network."""
+    from kvzip_press.files import check_writable
     from kvzip_press.leaderboard.launch import heads_of, incomplete, rows_of
     from kvzip_press.leaderboard.report import write_report
 
+    check_writable(output, "--output", parents=True)
     rows, heads = rows_of(directory), heads_of(directory)
     write_report(rows, heads, output, title=title, command=command)
     if note := incomplete(directory, rows, heads):

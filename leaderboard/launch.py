@@ -15,7 +15,7 @@ from rich.console import Console
 
 from kvzip_press import load_model
 from kvzip_press.errors import RunDirectoryError
-from kvzip_press.files import replacing
+from kvzip_press.files import check_writable, replacing
 from kvzip_press.leaderboard.analysis.correlation import rank_correlation
 from kvzip_press.leaderboard.analysis.counting import task_ranges
 from kvzip_press.leaderboard.analysis.curves import areas_over_bytes
@@ -32,7 +32,16 @@ from kvzip_press.leaderboard.running.availability import available
 from kvzip_press.leaderboard.running.endpoint import Endpoint
 from kvzip_press.leaderboard.running.plan import Run, Work, count_rows, plan, shard
 from kvzip_press.leaderboard.running.ray_executor import Cluster, run_with_ray
-from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RUN, OfRun, RunDirectory, RunRecord, lines_of
+from kvzip_press.leaderboard.running.run_directory import (
+    HEADS,
+    LOCK,
+    ROWS,
+    RUN,
+    OfRun,
+    RunDirectory,
+    RunRecord,
+    lines_of,
+)
 from kvzip_press.leaderboard.running.shards import run_shard
 from kvzip_press.model.devices import get_device, get_dtype
 from kvzip_press.terminal import plain
@@ -71,6 +80,7 @@ def launch(
         console.print(plain(line, "yellow"))
 
     place = get_device(device)
+    check_writable(Path(output) / LOCK, "the lock of the run in --output", parents=True)
     with console.status(plain(f"loading {run.model_name}")):
         model, tokenizer = load_for(run, str(place))
     if skip_unavailable:
@@ -122,6 +132,7 @@ def launch_with_ray(
     """
     console = console or Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_writable(Path(output) / LOCK, "the lock of the run in --output", parents=True)
     cluster = Cluster(workers, address, gpus_each=float(device.startswith("cuda")))
     with ExitStack() as stack:
         run_with_ray(

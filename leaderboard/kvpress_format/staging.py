@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kvzip_press.errors import KVzipPressError, RunDirectoryError
+from kvzip_press.files import without_temporaries
 from kvzip_press.leaderboard.kvpress_format.layout import CONFIG, EXTRA, METRICS, PREDICTIONS
 from kvzip_press.leaderboard.rows.line_file import lock
 
@@ -42,7 +43,8 @@ def new_folders(folder: Path) -> Iterator[Path]:
                 folder.rmdir()
         if isinstance(error, OSError) and not isinstance(error, KVzipPressError):
             raise RunDirectoryError(
-                f"expected to write folders into {folder}, got {error}; none of them was written"
+                f"expected to write folders into {folder}, got {without_temporaries(error, _UNFINISHED)}; none of them "
+                "was written"
             ) from error
         raise
 
