@@ -136,22 +136,26 @@ def correlate(
 
 @app.command()
 def report(
-    directory: DirectoryArgument,
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Directories of runs; the page shows one model at a time.")
+    ],
     output: Annotated[Path, typer.Option("--output", help="The HTML file to write.")],
     pictures: Annotated[Path | None, typer.Option("--pictures", help="Also a directory for PNGs.")] = None,
     title: Annotated[str | None, typer.Option("--title", help="Stands above the page.")] = None,
     command: Annotated[str, typer.Option("--command", help="What made the rows; stands at the end of the page.")] = "",
 ) -> None:
-    """Writes a whole run as one HTML page, which a browser can show without a network."""
+    """Writes whole runs, of any models, as one HTML page, which a browser can show without a network."""
     from kvzip_press.files import check_writable
     from kvzip_press.leaderboard.launch import heads_of, incomplete, rows_of
     from kvzip_press.leaderboard.report import write_report
 
     check_writable(output, "--output", parents=True)
-    rows, heads = rows_of(directory), heads_of(directory)
+    found = [(directory, rows_of(directory), heads_of(directory)) for directory in directories]
+    rows, heads = ([line for run in found for line in run[place]] for place in (1, 2))
     write_report(rows, heads, output, title=title, command=command)
-    if note := incomplete(directory, rows, heads):
-        typer.echo(printable(note))
+    for directory, its_rows, its_heads in found:
+        if note := incomplete(directory, its_rows, its_heads):
+            typer.echo(printable(f"{directory}: {note}" if len(found) > 1 else note))
     typer.echo(printable(f"page: {output}"))
     if pictures is not None:
         from kvzip_press.leaderboard.pictures import save_all

@@ -16,7 +16,7 @@ from rich.console import Console
 from kvzip_press import load_model
 from kvzip_press.errors import RunDirectoryError
 from kvzip_press.files import check_writable, replacing
-from kvzip_press.leaderboard.analysis.correlation import rank_correlation
+from kvzip_press.leaderboard.analysis.correlation import correlation_of_rows
 from kvzip_press.leaderboard.analysis.counting import task_ranges
 from kvzip_press.leaderboard.analysis.curves import areas_over_bytes
 from kvzip_press.leaderboard.analysis.references import Judgement, judge
@@ -265,12 +265,17 @@ def print_correlation(
         InvalidArgumentError: A directory has several tables, or they share too few presses.
         MissingDependencyError: scipy is not installed.
     """
-    console, mine, theirs = console or Console(), summarise(rows_of(path)), summarise(rows_of(other))
-    found = rank_correlation(mine, theirs)
+    console, mine, theirs = console or Console(), rows_of(path), rows_of(other)
+    found = correlation_of_rows(mine, theirs)
     for ratio, value in found.by_ratio.items():
         console.print(plain(f"{ratio:g} removed, {found.n_presses[ratio]} presses: {value:+.2f}"))
     models = f"{mine[0].model} and {theirs[0].model}"
-    console.print(plain(f"Spearman's rank correlation of accuracies on {models}, mean over ratios: {found.mean:+.2f}"))
+    said = "" if found.interval is None else f" [{found.interval[0]:+.2f}, {found.interval[1]:+.2f}]"
+    console.print(
+        plain(f"Spearman's rank correlation of accuracies on {models}, mean over ratios: {found.mean:+.2f}{said}")
+    )
+    if said:
+        console.print(plain("In brackets: 95 % of such means with contexts drawn anew, for these presses"))
 
 
 def _marks(cells: Sequence[Cell], judgement: Judgement) -> dict[tuple[str, float], str]:

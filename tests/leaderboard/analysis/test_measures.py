@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.analysis.correlation import rank_correlation
+from kvzip_press.leaderboard.analysis.correlation import _correlated, correlation_of_rows, rank_correlation
 from kvzip_press.leaderboard.analysis.counting import task_ranges
 from kvzip_press.leaderboard.analysis.curves import areas_over_bytes
 from kvzip_press.leaderboard.analysis.statistics import compare
@@ -43,6 +43,38 @@ def test_areas_are_over_the_logarithm_of_bytes(make_row) -> None:
     assert found.areas == {"a": pytest.approx(0.625), "b": pytest.approx(1.0), "short": None}
     unknown = [replace(cell, resident_bytes=None) for cell in cells]
     assert areas_over_bytes(unknown) is None
+
+
+def test_a_press_measured_at_nothing_removed_shares_a_point_with_the_full_cache_and_has_an_area(make_row) -> None:
+    """Storages at ratio 0 are smaller than the full cache, the model's own is not: all have both ratios."""
+    points = [("full cache", 0.0, 4_000_000, 1.0), ("a", 0.0, 4_000_000, 1.0), ("a", 0.5, 2_000_000, 0.5)]
+    points += [("a, int8", 0.0, 2_000_000, 1.0), ("a, int8", 0.5, 1_000_000, 0.5)]
+    found = areas_over_bytes(cells_at(make_row, points))
+    assert found is not None and (round(found.low), round(found.high)) == (2_000_000, 4_000_000)
+    assert found.areas == {"a": pytest.approx(0.75), "a, int8": pytest.approx(1.0)}
+
+
+def test_the_correlation_of_two_models_has_an_interval_of_contexts_drawn_anew(make_table) -> None:
+    mine, theirs = make_table(12), make_table(12, model="bigger", run_id="other")
+    found = correlation_of_rows(mine, theirs, n_resamples=400)
+    assert found.by_ratio == rank_correlation(summarise(mine), summarise(theirs)).by_ratio
+    assert found.interval is not None and -1 <= found.interval[0] < found.mean <= found.interval[1] <= 1
+    assert correlation_of_rows(mine, theirs, n_resamples=400) == found  # the same rows, the same draws
+    few = correlation_of_rows(make_table(3), make_table(3, model="bigger", run_id="other"), n_resamples=400)
+    assert few.interval is not None and few.interval[0] < found.interval[0]
+    assert correlation_of_rows(make_table(1), theirs, n_resamples=9).interval is None
+
+
+def test_drawn_correlations_are_those_of_scipy() -> None:
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(5)
+    one, other = rng.integers(0, 3, (40, 6)).astype(float), rng.integers(0, 3, (40, 6)).astype(float)
+    one[0] = 1.0
+    found = _correlated(one, other)
+    assert np.isnan(found[0])
+    expected = [spearmanr(a, b).statistic for a, b in zip(one[1:], other[1:], strict=True)]
+    np.testing.assert_allclose(found[1:], expected, atol=1e-12)
 
 
 def test_a_difference_of_the_detectable_size_is_found_in_four_of_five_repetitions(make_row) -> None:
