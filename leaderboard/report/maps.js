@@ -61,7 +61,7 @@ function drawAreasOf(id, areas, name, axis, asPlace, table, shown) {
     el("b", {}, fixed(3)(area)),
   ])));
   const range = `from ${asPlace(areas.low)} to ${asPlace(areas.high)}`;
-  byId(`${id}-title`).textContent = `Mean accuracy over ${name}, ${range}`;
+  byId(`${id}-title`).textContent = `Mean accuracy over ${name} ${range}`;
   byId(`${id}-note`).textContent = `Area under accuracy over ${axis} ${range}, which all presses share, divided by that range; all tasks.`;
 }
 

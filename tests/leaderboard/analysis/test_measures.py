@@ -54,15 +54,30 @@ def test_a_press_measured_at_nothing_removed_shares_a_point_with_the_full_cache_
     assert found.areas == {"a": pytest.approx(0.75), "a, int8": pytest.approx(1.0)}
 
 
-def test_the_correlation_of_two_models_has_an_interval_of_contexts_drawn_anew(make_table) -> None:
-    mine, theirs = make_table(12), make_table(12, model="bigger", run_id="other")
+def table_of(make_row, n_contexts, seed, **values):
+    """Five presses whose accuracies lie 0.1 apart, on contexts of two tasks."""
+    rng = np.random.default_rng(seed)
+    return [
+        make_row(press=press, compression_ratio=ratio, task=task, sample_id=f"{i:04d}", score=score, **values)
+        for task in ("one", "two")
+        for i in range(n_contexts)
+        for ratio in (0.5, 0.9)
+        for place, press in enumerate("abcde")
+        for score in [float(rng.random() < 0.3 + 0.1 * place)]
+    ]
+
+
+def test_the_correlation_of_two_models_has_an_interval_of_contexts_drawn_anew(make_row) -> None:
+    other = {"model": "bigger", "run_id": "other"}
+    mine, theirs = table_of(make_row, 40, 1), table_of(make_row, 40, 2, **other)
     found = correlation_of_rows(mine, theirs, n_resamples=400)
     assert found.by_ratio == rank_correlation(summarise(mine), summarise(theirs)).by_ratio
     assert found.interval is not None and -1 <= found.interval[0] < found.mean <= found.interval[1] <= 1
     assert correlation_of_rows(mine, theirs, n_resamples=400) == found  # the same rows, the same draws
-    few = correlation_of_rows(make_table(3), make_table(3, model="bigger", run_id="other"), n_resamples=400)
-    assert few.interval is not None and few.interval[0] < found.interval[0]
-    assert correlation_of_rows(make_table(1), theirs, n_resamples=9).interval is None
+    few = correlation_of_rows(table_of(make_row, 5, 1), table_of(make_row, 5, 2, **other), n_resamples=400)
+    assert few.interval is not None
+    assert few.interval[1] - few.interval[0] > found.interval[1] - found.interval[0]
+    assert correlation_of_rows(table_of(make_row, 1, 1), theirs, n_resamples=9).interval is None
 
 
 def test_drawn_correlations_are_those_of_scipy() -> None:
