@@ -1,6 +1,7 @@
 """Measures beside accuracy: areas over bytes, what could be detected, which tasks count, how far models agree."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -170,3 +171,52 @@ def test_a_written_table_has_presses_by_ratio(make_row) -> None:
     assert latex[5] == r"a\_b \& $|$c$|$ & 0.50 & 0.25 $^\dagger$ & 0.562 \\"
     with pytest.raises(InvalidArgumentError, match="latex, markdown"):
         written_table(cells, "html")
+
+
+def cells_of_latex(text: str) -> list[list[str]]:
+    """Reads a table as LaTeX would, strictly: braces and dollars balance, nothing active stands alone, rows are whole.
+
+    Returns the cells of each row, as they are printed.
+    """
+    begin, *rows, end = text.splitlines()
+    spec = re.fullmatch(r"\\begin\{tabular\}\{(l)(r+)\}", begin)
+    assert spec and end == r"\end{tabular}"
+    assert [rows.pop(0), rows.pop(1), rows.pop()] == [r"\toprule", r"\midrule", r"\bottomrule"]
+    printed = []
+    for row in rows:
+        assert row.endswith(r" \\") and not re.match(r"\s*[\[*]", row), row
+        cells = re.split(r"(?<!\\)&", row.removesuffix(r" \\"))
+        assert len(cells) == 1 + len(spec[2]), row
+        printed.append([printed_by_latex(cell.strip()) for cell in cells])
+    return printed
+
+
+SYMBOLS = {
+    r"\pm": "±", r"^\dagger": "†", r"^\ddagger": "‡", r"^\S": "§", "<": "<", ">": ">", "|": "|", "-": "−",
+    r"\times": "×", r"\mu": "µ",
+}  # fmt: skip
+TOKEN = re.compile(r"\$([^$]*)\$|\\(textbackslash|textasciitilde|textasciicircum)\{\}|\\([&%$#_{}])|(\{\})|(.)")
+
+
+def printed_by_latex(cell: str) -> str:
+    said = {"textbackslash": "\\", "textasciitilde": "~", "textasciicircum": "^"}
+    found = ""
+    for math_, command, escaped, empty, letter in TOKEN.findall(cell):
+        assert letter not in set("\\{}$&#%_~^"), (cell, letter)  # active, and not escaped
+        found += SYMBOLS[math_] if math_ else said.get(command, "") + escaped + letter if not empty else ""
+    return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kvzip_local, 70 % & more", r"a\b{c}$d#e~f^g", "[0.5ex] row", "* star", "two\nlines", r"\\", "$x$ |y| <z>",
+        "%", "100×µ − §", r"\end{tabular}", r"\input{/etc/passwd}", "ünïcode 模型",
+    ],
+)  # fmt: skip
+def test_any_name_is_itself_in_latex(name: str, make_row) -> None:
+    points = [("full cache", 0.0, 4_000_000, 1.0), (name, 0.5, 2_000_000, 0.5), (name, 0.75, 1_000_000, 0.25)]
+    head, full, row = cells_of_latex(written_table(cells_at(make_row, points), "latex", {(name, 0.75): "†‡"}))
+    assert head == ["removed", "0.5", "0.75", "area over bytes"]
+    assert full[:2] == ["full cache", "1.00"]
+    assert row == [re.sub(r"\s+", " ", name).strip(), "0.50", "0.25 †‡", "0.562"]
