@@ -150,12 +150,13 @@ def report(
     from kvzip_press.leaderboard.report import write_report
 
     check_writable(output, "--output", parents=True)
-    found = [(directory, rows_of(directory), heads_of(directory)) for directory in directories]
-    rows, heads = ([line for run in found for line in run[place]] for place in (1, 2))
+    of_runs = {directory: (rows_of(directory), heads_of(directory)) for directory in directories}
+    rows = [row for its_rows, _ in of_runs.values() for row in its_rows]
+    heads = [line for _, its_heads in of_runs.values() for line in its_heads]
     write_report(rows, heads, output, title=title, command=command)
-    for directory, its_rows, its_heads in found:
+    for directory, (its_rows, its_heads) in of_runs.items():
         if note := incomplete(directory, its_rows, its_heads):
-            typer.echo(printable(f"{directory}: {note}" if len(found) > 1 else note))
+            typer.echo(printable(f"{directory}: {note}" if len(of_runs) > 1 else note))
     typer.echo(printable(f"page: {output}"))
     if pictures is not None:
         from kvzip_press.leaderboard.pictures import save_all

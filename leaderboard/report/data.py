@@ -29,7 +29,7 @@ def page_data(rows: Iterable[Row], heads: Iterable[HeadBudgets]) -> dict[str, An
     tables = [
         _table(table, [budgets for budgets in heads if budgets.run_id == table[0].run_id]) for table in split_rows
     ]
-    correlations = [found for pair in itertools.combinations(split_rows, 2) if (found := _correlation(*pair))]
+    correlations = [one for pair in itertools.combinations(split_rows, 2) if (one := _correlation(*pair)) is not None]
     found: dict[str, Any] = rounded({"tables": tables, "correlations": correlations})
     return found
 

@@ -254,5 +254,13 @@ def test_the_commands_write_verify_and_compare(run: Path, tmp_path: Path, make_t
     assert command("table", other, "--format", "markdown").splitlines()[1].startswith("| --- |")
     assert r"\begin{tabular}" in command("table", other, "--format", "latex")
     assert "mean over ratios: +1.00" in " ".join(command("correlate", other, other).split())
+    bigger = tmp_path / "bigger"
+    bigger.mkdir()
+    write(bigger, make_table(model="bigger", run_id="ba9876543210"))
+    said = command("correlate", other, bigger)
+    assert "on tiny and bigger, mean over ratios: +1.00 [" in " ".join(said.split())
+    page = tmp_path / "page.html"
+    command("report", other, bigger, "--output", page)
+    assert '"correlations":[{"runs":[["tiny","' in page.read_text(encoding="utf-8")
     shown = " ".join(command("table", other).split())
     assert "Area under accuracy over" in shown and "Smallest difference from the full cache" in shown
