@@ -5,6 +5,7 @@
 #   PYTEST_ARGS="-k budget"   passed on to pytest
 #   WORKERS=2                 processes that share the tests (pytest-xdist)
 #   INSTALL_EXTRAS=...        what `make install-check` installs; embedded by default
+#   OUT=... MINUTES=28        of `make figures-gpu`: the folder, and the time that a GPU is there for
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,6 +18,9 @@ TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
 INSTALL_EXTRAS ?= embedded
+OUT ?= outputs/figures
+MINUTES ?=
+FIGURES_ARGS ?=
 
 # The repository root holds folders named kernels, presses and leaderboard: it must never stand on sys.path.
 export PYTHONSAFEPATH := 1
@@ -40,6 +44,10 @@ demo: .venv/.stamp-demo ## set up .venv if need be, then compress the embedded m
 leaderboard: .venv/.stamp-demo ## compare the presses on the embedded model (about eight minutes): rows, table and page
 	.venv/bin/kvzip-press leaderboard run --grid smollm2-cpu --output outputs/leaderboard
 	.venv/bin/kvzip-press leaderboard report outputs/leaderboard --output outputs/leaderboard/page.html
+
+.PHONY: figures-gpu
+figures-gpu: ## the figures of the documents that need a CUDA GPU, as far as MINUTES go; again: it goes on (OUT=, FIGURES_ARGS="--list")
+	$(PYTHON) -m kvzip_press.leaderboard.benchmarks.gpu_figures --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES)) $(FIGURES_ARGS)
 
 .PHONY: venv
 venv: .venv/.stamp ## only set up .venv, for all targets (constraints/tested.txt)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kvzip_press.errors import CacheFileError, KVzipPressError
+from kvzip_press.errors import CacheFileError, InvalidArgumentError, KVzipPressError
 from kvzip_press.untrusted import parse_json
 
 try:
@@ -80,7 +81,54 @@ def replacing(path: Path, *, parents: bool = False) -> Iterator[Path]:
             finally:
                 os.close(folder)
     except (OSError, SafetensorError) as error:
-        raise CacheFileError(f"expected to write {path}, got {type(error).__name__}: {error}") from error
+        raise CacheFileError(f"expected to write {path}, got {_cause(error)}") from error
+
+
+def check_writable(path: str | os.PathLike[str], what: str, *, parents: bool = False) -> None:
+    """Refuses a place that no file can be written to, before the work whose result goes there.
+
+    It is looked at, and nothing is made. What may still go wrong later (a full disk) is told when the file is written.
+
+    Args:
+        path: The file.
+        what: What the user gave it as, such as "--out"; the message begins with it.
+        parents: Whether its folder, and those around it, will be made if they do not exist.
+
+    Raises:
+        InvalidArgumentError: A folder or a device is there, the folder around it does not exist, is no folder, or may
+            not be written in; or the name is none that a file can have.
+    """
+    path = Path(path)
+    expected = f"expected {what} to be a file that can be written, got {str(path)!r:.200}"
+    if not _can_be_named(path):
+        raise InvalidArgumentError(f"{expected}: no file can have that name")
+    try:
+        found = path.stat() if path.exists() else None
+        around = path.absolute().parent
+        while parents and not around.exists() and around != around.parent:
+            around = around.parent
+        may = around.is_dir() and os.access(around, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise InvalidArgumentError(f"{expected}: {error.strerror}") from error
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        raise InvalidArgumentError(f"{expected}, which is {kind}")
+    if not may:
+        why = "may not be written in" if around.is_dir() else "is no folder" if around.exists() else "does not exist"
+        raise InvalidArgumentError(f"{expected}: {around} {why}")
+
+
+def without_temporaries(error: OSError, names: re.Pattern[str] = _TEMPORARY) -> str:
+    """Returns an error of the operating system in words, without the name of a temporary that a user never gave."""
+    paths = [Path(os.fsdecode(one)) for one in (error.filename, error.filename2) if isinstance(one, str | bytes)]
+    if any(names.fullmatch(part) for path in paths for part in path.parts):
+        return error.strerror or type(error).__name__
+    return str(error)
+
+
+def _cause(error: OSError | SafetensorError) -> str:
+    said = without_temporaries(error) if isinstance(error, OSError) else str(error)
+    return f"{type(error).__name__}: {said}"
 
 
 def _can_be_named(path: Path) -> bool:

@@ -103,8 +103,10 @@ def summary(
     output: Annotated[Path, typer.Option("--output", help="The JSON file to write.")],
 ) -> None:
     """Writes what a run came to in one file, with hashes of its configuration and its rows."""
+    from kvzip_press.files import check_writable
     from kvzip_press.leaderboard.run_summary import RunSummary
 
+    check_writable(output, "--output")
     made = RunSummary.of(directory)
     made.save(output)
     typer.echo(printable(f"{made.n_rows} rows, sha256 {made.rows_sha256[:16]}: {output}"))
@@ -134,20 +136,27 @@ def correlate(
 
 @app.command()
 def report(
-    directory: DirectoryArgument,
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Directories of runs; the page shows one model at a time.")
+    ],
     output: Annotated[Path, typer.Option("--output", help="The HTML file to write.")],
     pictures: Annotated[Path | None, typer.Option("--pictures", help="Also a directory for PNGs.")] = None,
     title: Annotated[str | None, typer.Option("--title", help="Stands above the page.")] = None,
     command: Annotated[str, typer.Option("--command", help="What made the rows; stands at the end of the page.")] = "",
 ) -> None:
-    """Writes a whole run as one HTML page, which a browser can show without a network."""
+    """Writes whole runs, of any models, as one HTML page, which a browser can show without a network."""
+    from kvzip_press.files import check_writable
     from kvzip_press.leaderboard.launch import heads_of, incomplete, rows_of
     from kvzip_press.leaderboard.report import write_report
 
-    rows, heads = rows_of(directory), heads_of(directory)
+    check_writable(output, "--output", parents=True)
+    of_runs = {directory: (rows_of(directory), heads_of(directory)) for directory in directories}
+    rows = [row for its_rows, _ in of_runs.values() for row in its_rows]
+    heads = [line for _, its_heads in of_runs.values() for line in its_heads]
     write_report(rows, heads, output, title=title, command=command)
-    if note := incomplete(directory, rows, heads):
-        typer.echo(printable(note))
+    for directory, (its_rows, its_heads) in of_runs.items():
+        if note := incomplete(directory, its_rows, its_heads):
+            typer.echo(printable(f"{directory}: {note}" if len(of_runs) > 1 else note))
     typer.echo(printable(f"page: {output}"))
     if pictures is not None:
         from kvzip_press.leaderboard.pictures import save_all
@@ -162,17 +171,21 @@ def export(
     output: Annotated[Path, typer.Option("--output", help="The folder to write.")],
     form: Annotated[str, typer.Option("--format", help="kvpress: the folders of its leaderboard.")] = "kvpress",
     data_dir: Annotated[
-        str | None, typer.Option("--data-dir", help="The part of the data set that was asked: 4096 for RULER's.")
+        str | None,
+        typer.Option("--data-dir", help="The part of the data set; runs of RULER know theirs."),
     ] = None,
 ) -> None:
     """Writes a run in another leaderboard's format."""
-    from kvzip_press.leaderboard.kvpress_format import export_rows
-    from kvzip_press.leaderboard.launch import incomplete, rows_of
+    from kvzip_press.leaderboard.kvpress_format import data_sets_of, export_rows, notes_for_board
+    from kvzip_press.leaderboard.launch import config_of, incomplete, rows_of
 
     if form != "kvpress":
         raise InvalidArgumentError(f"expected --format kvpress, got {form!r}")
     rows = rows_of(directory)
-    export_rows(rows, output, data_dir=data_dir)
+    data_sets = {row.task: (row.task, data_dir) for row in rows} | data_sets_of(config_of(directory))
+    export_rows(rows, output, data_sets=data_sets)
+    for note in notes_for_board(rows, data_sets):
+        typer.echo(printable(note))
     if note := incomplete(directory, rows):
         typer.echo(printable(note))
     typer.echo(printable(f"folders: {output}"))

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from kvzip_press import load_model
 from kvzip_press.errors import MissingDependencyError, RunDirectoryError
+from kvzip_press.files import check_writable
 from kvzip_press.leaderboard.analysis.summary import Cell, summarise
 from kvzip_press.leaderboard.analysis.table import results_table
 from kvzip_press.leaderboard.pictures import save_pareto
@@ -69,6 +70,7 @@ def run_demo(
     """
     console = console or Console()
     grid = load_grid(GRID).run
+    check_writable(Path(output_dir) / "rows.jsonl", "the rows in --output", parents=True)
     model, tokenizer = _load(model_name, console)
     with console.status("looking for presses"):
         presses = available(grid.presses, model, lambda line: console.print(plain(line, "yellow")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,8 @@ from rich.console import Console
 
 from kvzip_press import load_model
 from kvzip_press.errors import RunDirectoryError
-from kvzip_press.files import replacing
-from kvzip_press.leaderboard.analysis.correlation import rank_correlation
+from kvzip_press.files import check_writable, replacing
+from kvzip_press.leaderboard.analysis.correlation import correlation_of_rows
 from kvzip_press.leaderboard.analysis.counting import task_ranges
 from kvzip_press.leaderboard.analysis.curves import areas_over_bytes
 from kvzip_press.leaderboard.analysis.references import Judgement, judge
@@ -32,7 +32,16 @@ from kvzip_press.leaderboard.running.availability import available
 from kvzip_press.leaderboard.running.endpoint import Endpoint
 from kvzip_press.leaderboard.running.plan import Run, Work, count_rows, plan, shard
 from kvzip_press.leaderboard.running.ray_executor import Cluster, run_with_ray
-from kvzip_press.leaderboard.running.run_directory import HEADS, ROWS, RUN, OfRun, RunDirectory, RunRecord, lines_of
+from kvzip_press.leaderboard.running.run_directory import (
+    HEADS,
+    LOCK,
+    ROWS,
+    RUN,
+    OfRun,
+    RunDirectory,
+    RunRecord,
+    lines_of,
+)
 from kvzip_press.leaderboard.running.shards import run_shard
 from kvzip_press.model.devices import get_device, get_dtype
 from kvzip_press.terminal import plain
@@ -71,6 +80,7 @@ def launch(
         console.print(plain(line, "yellow"))
 
     place = get_device(device)
+    check_writable(Path(output) / LOCK, "the lock of the run in --output", parents=True)
     with console.status(plain(f"loading {run.model_name}")):
         model, tokenizer = load_for(run, str(place))
     if skip_unavailable:
@@ -122,6 +132,7 @@ def launch_with_ray(
     """
     console = console or Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_writable(Path(output) / LOCK, "the lock of the run in --output", parents=True)
     cluster = Cluster(workers, address, gpus_each=float(device.startswith("cuda")))
     with ExitStack() as stack:
         run_with_ray(
@@ -157,6 +168,15 @@ def _lines_of(path: Path, name: str, kind: type[OfRun]) -> list[OfRun]:
     """Reads a file of lines; they must be of the run that the directory is of, if it says so."""
     known = (path / RUN).is_file()
     return list(lines_of(path / name, kind, RunRecord.read(path)) if known else read_lines(path / name, kind))
+
+
+def config_of(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Returns the configuration of a run directory; empty if it has no record, as rows of other programs.
+
+    Raises:
+        RunDirectoryError: The record cannot be read, or was changed.
+    """
+    return RunRecord.read(path).config if (Path(path) / RUN).is_file() else {}
 
 
 def incomplete(path: str | os.PathLike[str], rows: Sequence[Row], heads: Sequence[HeadBudgets] = ()) -> str:
@@ -245,12 +265,17 @@ def print_correlation(
         InvalidArgumentError: A directory has several tables, or they share too few presses.
         MissingDependencyError: scipy is not installed.
     """
-    console, mine, theirs = console or Console(), summarise(rows_of(path)), summarise(rows_of(other))
-    found = rank_correlation(mine, theirs)
+    console, mine, theirs = console or Console(), rows_of(path), rows_of(other)
+    found = correlation_of_rows(mine, theirs)
     for ratio, value in found.by_ratio.items():
         console.print(plain(f"{ratio:g} removed, {found.n_presses[ratio]} presses: {value:+.2f}"))
     models = f"{mine[0].model} and {theirs[0].model}"
-    console.print(plain(f"Spearman's rank correlation of accuracies on {models}, mean over ratios: {found.mean:+.2f}"))
+    said = "" if found.interval is None else f" [{found.interval[0]:+.2f}, {found.interval[1]:+.2f}]"
+    console.print(
+        plain(f"Spearman's rank correlation of accuracies on {models}, mean over ratios: {found.mean:+.2f}{said}")
+    )
+    if said:
+        console.print(plain("In brackets: 95 % of such means with contexts drawn anew, for these presses"))
 
 
 def _marks(cells: Sequence[Cell], judgement: Judgement) -> dict[tuple[str, float], str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,13 +18,19 @@ from kvzip_press.errors import InvalidArgumentError, KVzipPressError, RunDirecto
 from kvzip_press.files import digest_of, replacing, to_json
 from kvzip_press.leaderboard.analysis.summary import summarise
 from kvzip_press.leaderboard.launch import incomplete, rows_of
-from kvzip_press.leaderboard.rows.results import Row
+from kvzip_press.leaderboard.rows.results import Row, run_id
 from kvzip_press.leaderboard.rows.sealed_line import SealedLine
-from kvzip_press.leaderboard.running.run_directory import RunRecord
+from kvzip_press.leaderboard.running.grid import grid_names, load_grid
+from kvzip_press.leaderboard.running.run_directory import RUN, RunRecord
 from kvzip_press.leaderboard.samples.task import Question, Task, version_of
 from kvzip_press.leaderboard.tasks import TASKS, get_task
 from kvzip_press.untrusted import JSON_BYTES, read_bytes
 
+_DEFAULTS = {
+    one.name: one.default if one.default_factory is MISSING else one.default_factory()
+    for one in fields(Row)
+    if one.default is not MISSING or one.default_factory is not MISSING
+}
 _SAME = 1e-9
 _SHOWN = 3
 
@@ -35,8 +42,9 @@ class RunSummary(SealedLine):
     Attributes:
         run_id: The run's.
         model: The model's name.
-        config_sha256: Hash of the whole configuration.
-        rows_sha256: Hash of all rows, in the order of their keys, so that shards may be joined in any order.
+        config_sha256: Hash of the whole configuration; None of rows without a record, whose configuration nobody knows.
+        rows_sha256: Hash of all rows, sorted, so that shards may be joined in any order. Fields that a row has by
+            default do not count, so that those of later versions change nothing.
         n_rows: Number of rows.
         accuracies: ``press @ removed fraction`` -> accuracy, as tables show it.
         n_questions: The same -> how many questions that is the mean of.
@@ -47,7 +55,7 @@ class RunSummary(SealedLine):
 
     run_id: str
     model: str
-    config_sha256: str
+    config_sha256: str | None
     rows_sha256: str
     n_rows: int
     accuracies: Mapping[str, float]
@@ -56,25 +64,28 @@ class RunSummary(SealedLine):
 
     @classmethod
     def of(cls, directory: str | os.PathLike[str]) -> RunSummary:
-        """Makes the summary of a run.
+        """Makes the summary of a run, or of rows without a record (``run.json``).
 
         Raises:
-            RunDirectoryError: There is no run, a part of it is missing, or there are rows of another.
+            RunDirectoryError: There are no rows, the record is broken, a part of the run is missing, or there are rows
+                of another.
             InvalidArgumentError: A row is damaged.
         """
-        record, rows = RunRecord.read(directory), rows_of(directory)
+        rows, record = rows_of(directory), _record_of(directory)
         if note := incomplete(directory, rows):
             raise RunDirectoryError(f"expected a whole run in {directory}, got {note}: go on with it first")
+        if not rows:
+            raise RunDirectoryError(f"expected a run with rows in {directory}, got none")
         cells = {f"{cell.press} @ {cell.compression_ratio:g}": cell for cell in summarise(rows)}
         return cls(
-            run_id=record.run_id,
-            model=rows[0].model if rows else "",
-            config_sha256=digest_of(to_json(record.config).encode()),
+            run_id=rows[0].run_id if record is None else record.run_id,
+            model=rows[0].model,
+            config_sha256=None if record is None else digest_of(to_json(record.config).encode()),
             rows_sha256=_digest_of_rows(rows),
             n_rows=len(rows),
             accuracies={name: cell.accuracy for name, cell in cells.items()},
             n_questions={name: cell.n_questions for name, cell in cells.items()},
-            provenance=record.provenance,
+            provenance={} if record is None else record.provenance,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -87,22 +98,33 @@ class RunSummary(SealedLine):
         """Reads a file.
 
         Raises:
-            InvalidArgumentError: It is no summary, or was changed.
-            OSError: It cannot be read.
+            InvalidArgumentError: It cannot be read, is no summary, or was changed.
         """
-        return cls.from_line(read_bytes(path, max_bytes=JSON_BYTES))[0]
+        expected = f"expected {path} to be what `kvzip-press leaderboard summary` wrote"
+        try:
+            found, has_seal = cls.from_line(read_bytes(path, max_bytes=JSON_BYTES))
+        except OSError as error:
+            raise InvalidArgumentError(f"{expected}, got a file that cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise InvalidArgumentError(f"{expected}, got another file: {error}") from error
+        if not has_seal:
+            raise InvalidArgumentError(f"{expected}, got one without its seal: it was changed after it was written")
+        return found
 
 
 def verify(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> str:
     """Computes a summary again from a run, and each row's score from its prediction.
 
+    Of rows without a record it cannot be told which run they are of, whether they are all of it, and with which options
+    their tasks asked. Then scores are those of the tasks of the same names, and what is returned says so.
+
     Returns:
-        A sentence about what was found to be so.
+        Sentences about what was found to be so, and what could not be checked.
 
     Raises:
-        InvalidArgumentError: Something is not as the file says, or a score is not that of its prediction.
+        InvalidArgumentError: The file is no summary, something is not as it says, or a score is not that of its
+            prediction.
         RunDirectoryError: The run cannot be read, or is not whole.
-        OSError: The file cannot be read.
     """
     said, found = RunSummary.load(file), RunSummary.of(directory)
     differing = [
@@ -114,13 +136,46 @@ def verify(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> s
         raise InvalidArgumentError(
             f"expected the run in {directory} to be that of {file}, got another: {', '.join(differing)} differ{about}"
         )
-    n_scored = _check_scores(rows_of(directory), RunRecord.read(directory).config)
+    record, rows = _record_of(directory), rows_of(directory)
+    config, grid = (record.config, "") if record is not None else _grid_of(found.run_id)
+    tasks = {row.task: _task_named(row.task) for row in rows} if config is None else _tasks(config)
+    n_scored = _check_scores(rows, tasks)
     unscored = found.n_rows - n_scored
     left = f"; of {unscored} the metric is not known here" if unscored else ""
+    what = "rows" if record is None else f"rows and the configuration {found.run_id}"
     return (
-        f"{found.n_rows} rows and the configuration {found.run_id} are those of {file}; {n_scored} scores follow from "
-        f"their predictions{left}; {len(found.accuracies)} accuracies follow from the rows"
+        f"{found.n_rows} {what} are those of {file}; {n_scored} scores follow from their predictions{left}; "
+        f"{len(found.accuracies)} accuracies follow from the rows{_unknown(record, found.run_id, grid)}"
     )
+
+
+def _unknown(record: RunRecord | None, known: str, grid: str) -> str:
+    """Says what cannot be checked of rows without a record."""
+    if record is not None:
+        return ""
+    if grid:
+        return (
+            f". There is no run.json: {known} is the configuration of the grid {grid!r}, but whether these are all of "
+            "its rows, and with which versions they were made, cannot be checked"
+        )
+    return (
+        ". There is no run.json: with which configuration and versions these rows were made, whether they are all of a "
+        "run, and whether its tasks had other options than those of their names, cannot be checked"
+    )
+
+
+def _grid_of(known: str) -> tuple[Mapping[str, Any] | None, str]:
+    """Returns the configuration of the grid of this package that has an id, and its name; None and "" if none has."""
+    for name in grid_names():
+        with suppress(KVzipPressError):  # of a grid whose tasks' package is absent
+            config = load_grid(name).run.config
+            if run_id(config) == known:
+                return config, name
+    return None, ""
+
+
+def _record_of(directory: str | os.PathLike[str]) -> RunRecord | None:
+    return RunRecord.read(directory) if os.path.lexists(Path(directory) / RUN) else None
 
 
 def _equal(said: Any, found: Any) -> bool:
@@ -132,12 +187,16 @@ def _equal(said: Any, found: Any) -> bool:
 
 
 def _digest_of_rows(rows: Iterable[Row]) -> str:
-    return digest_of("\n".join(sorted(row.to_json() for row in rows)).encode("utf-8", "surrogatepass"))
+    return digest_of("\n".join(sorted(map(_text_of, rows))).encode("utf-8", "surrogatepass"))
 
 
-def _check_scores(rows: Sequence[Row], config: Mapping[str, Any]) -> int:
+def _text_of(row: Row) -> str:
+    values = {name: value for name, value in vars(row).items() if name not in _DEFAULTS or value != _DEFAULTS[name]}
+    return to_json(values)
+
+
+def _check_scores(rows: Sequence[Row], tasks: Mapping[str, Task | None]) -> int:
     """Returns how many rows were scored again; raises InvalidArgumentError for one whose score is another."""
-    tasks = {name: task for name, task in map(_task_of, config.get("tasks", ())) if task is not None}
     count = 0
     for row in rows:
         task = tasks.get(row.task)
@@ -151,6 +210,14 @@ def _check_scores(rows: Sequence[Row], config: Mapping[str, Any]) -> int:
             )
         count += 1
     return count
+
+
+def _tasks(config: Mapping[str, Any]) -> dict[str, Task | None]:
+    return dict(map(_task_of, config.get("tasks", ())))
+
+
+def _task_named(name: str) -> Task | None:
+    return get_task(name) if name in TASKS else None
 
 
 def _task_of(entry: Mapping[str, Any]) -> tuple[str, Task | None]:

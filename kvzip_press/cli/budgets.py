@@ -48,6 +48,7 @@ def profile(
     from rich.console import Console
 
     from kvzip_press.budget.share_file import write_shares
+    from kvzip_press.files import check_writable
     from kvzip_press.heads.share_search import find_shares
     from kvzip_press.presses.kvzip_head import builtin_pages
     from kvzip_press.registry import get_press
@@ -55,6 +56,7 @@ def profile(
     made = get_press(press, compression_ratio)
     texts = {str(path): text_of(path) for path in text} if text else builtin_pages()
     n_held_out = len(texts) // 3 if held_out is None else held_out
+    check_writable(out, "--out", parents=True)
     loaded, tokenizer = load(model, device, dtype)
     with progress(Console()) as show:
         show("trying shares")

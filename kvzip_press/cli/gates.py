@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kvzip_press.errors import DiskFullError, InvalidArgumentError, KVzipPressError, RunDirectoryError
-from kvzip_press.files import sweep_temporaries
+from kvzip_press.files import check_writable, sweep_temporaries
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
 from kvzip_press.locks import Lock
 from kvzip_press.terminal import printable, progress
@@ -169,6 +169,7 @@ def _check_places(out: Path, parent: Path, data: list[str], *, is_folder: bool) 
         raise InvalidArgumentError(f"expected --out to be a file to write, got the folder {out}")
     if out.exists() and any(Path(one).exists() and out.samefile(one) for one in data):
         raise InvalidArgumentError(f"expected --out to be another file than --data, got {out} for both")
+    check_writable(out, "--out", parents=True)
 
 
 @contextmanager

@@ -40,9 +40,12 @@ def compute(
     The longer the texts, and the closer to what the model will read, the better: KVzip used 88 thousand tokens of a
     book.
     """
+    from kvzip_press.files import check_writable
+
     if method not in METHODS:
         raise InvalidArgumentError(f"expected --method to be one of {METHODS}, got {method!r}")
     texts = _texts(text)
+    check_writable(out, "--out", parents=True)
     loaded, tokenizer = load(model, device, dtype)
     scores = _compute(method, chunk_size, loaded, tokenizer, list(texts.values()))
     scores.save(out)

@@ -44,6 +44,7 @@ def share(
     from rich.console import Console
 
     from kvzip_press.errors import InvalidArgumentError
+    from kvzip_press.files import check_writable
     from kvzip_press.model.identity import facts_of
     from kvzip_press.model.structure import attention_layers
     from kvzip_press.presses.kvzip_head import builtin_pages
@@ -52,6 +53,7 @@ def share(
 
     tried_first = checked_order(order)
     texts = {str(path): text_of(path) for path in text} if text else builtin_pages()
+    check_writable(out, "--out", parents=True)
     loaded, tokenizer = load(model, device, dtype)
     with progress(Console()) as show:
         show("trying pairs of layers")

@@ -180,6 +180,7 @@ def ask(
     answers appear as they are written.
     """
     from kvzip_press.cli.asking import Asking
+    from kvzip_press.files import check_writable
     from kvzip_press.loading.by_name import load_model
     from kvzip_press.registry import get_press
 
@@ -200,6 +201,8 @@ def ask(
     name, ratio = press or "kvzip", 0.7 if compression_ratio is None else compression_ratio
     chosen = get_press(name, ratio, storage=storage or "model")
     text = None if context is None else text_of(context)
+    if save is not None:
+        check_writable(save, "--save")
     asking = Asking(*load_model(model), question, answer_prefix, max_new_tokens, split_special_tokens)
     if text is None:
         assert cache is not None
@@ -291,10 +294,12 @@ def compress(
 ) -> None:
     """Compresses texts into a folder of contexts, from which `kvzip-press serve` and a session answer."""
     from kvzip_press.cli.compressing import Compressing, texts_of
+    from kvzip_press.files import check_writable
     from kvzip_press.loading.command_options import load
     from kvzip_press.registry import get_press
 
     texts, chosen = texts_of(text, name), get_press(press, compression_ratio, storage=storage)
+    check_writable(out / "context", "a context in --out", parents=True)
     Compressing(*load(model, device, dtype), chosen, out, split_special_tokens).run(texts)
 
 

@@ -36,10 +36,12 @@ def calibrate(
     """
     from rich.console import Console
 
+    from kvzip_press.files import check_writable
     from kvzip_press.presses.decoding.triattention import calibrate_queries
     from kvzip_press.presses.kvzip_head import builtin_pages
 
     texts = {str(path): text_of(path) for path in text} if text else builtin_pages()
+    check_writable(out, "--out", parents=True)
     loaded, tokenizer = load(model, device, dtype)
     with progress(Console()) as show:
         show("reading")

@@ -1,6 +1,7 @@
 """Summary numbers: areas under each press's accuracy, and scores relative to those of the full cache."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,7 @@ def areas_under_curves(cells: Sequence[Cell]) -> Areas | None:
     """
     known = [cell for cell in cells if cell.kept_fraction is not None]
     ends = [(1.0, cell.accuracy) for cell in cells if cell.press == find_full(cells)]
-    return _areas(_curves(known, lambda cell: cell.kept_fraction or 0.0, ends))
+    return _areas(_curves(known, lambda cell: cell.kept_fraction or 0.0, ends), _n_ratios(known))
 
 
 def areas_over_bytes(cells: Sequence[Cell]) -> Areas | None:
@@ -55,13 +56,18 @@ def areas_over_bytes(cells: Sequence[Cell]) -> Areas | None:
     """
     full, known = find_full(cells), [cell for cell in cells if cell.resident_bytes]
     ends = [(_log2(cell), cell.accuracy) for cell in known if cell.press == full]
-    found = _areas(_curves(known, _log2, ends))
+    found = _areas(_curves(known, _log2, ends), _n_ratios(known))
     return None if found is None else replace(found, low=2**found.low, high=2**found.high)
 
 
-def _areas(curves: dict[str, list[Point]]) -> Areas | None:
-    most = max((len(points) for points in curves.values()), default=0)
-    whole = [points for points in curves.values() if len(points) == most]
+def _n_ratios(cells: Sequence[Cell]) -> Counter[str]:
+    return Counter(cell.press for cell in cells)
+
+
+def _areas(curves: dict[str, list[Point]], n_ratios: Counter[str]) -> Areas | None:
+    """Returns the areas; by ratios, since a press that removed nothing shares its point with the full cache."""
+    most = max((n_ratios[press] for press in curves), default=0)
+    whole = [points for press, points in curves.items() if n_ratios[press] == most]
     low = max((points[0][0] for points in whole), default=math.nan)
     high = min((points[-1][0] for points in whole), default=math.nan)
     if not low < high:

@@ -14,6 +14,7 @@ FORMS = ("markdown", "latex")
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "§": r"$^\S$",
+    "−": r"$-$", "×": r"$\times$", "µ": r"$\mu$",
     "±": r"$\pm$", "<": r"$<$", ">": r"$>$", "|": r"$|$",
 }  # fmt: skip
 
@@ -60,7 +61,9 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(values: Sequence[str]) -> str:
-        cells = ("".join(_LATEX.get(letter, letter) for letter in _one_line(value)) for value in values)
+        cells = ["".join(_LATEX.get(letter, letter) for letter in _one_line(value)) for value in values]
+        if cells[0].startswith(("[", "*")):  # behind the \\\\ of the row above they would be an option of it
+            cells[0] = "{}" + cells[0]
         return f"{' & '.join(cells)} \\\\"
 
     columns = f"l{'r' * (len(head) - 1)}"

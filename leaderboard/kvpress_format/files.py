@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import re
 from ast import literal_eval
 from collections.abc import Iterator, Mapping
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.kvpress_format.layout import MEASURED
 from kvzip_press.leaderboard.yaml_files import read_yaml
 from kvzip_press.untrusted import parse_json, read_bytes
 
+_TEXTS = ("dataset", "model", "press_name")
+_NUMBERS = (*MEASURED, "fraction", "max_context_length", "key_channel_compression_ratio", "needle_depth")
 _QUOTES = {"'": re.compile(r"'(?:[^'\\]|\\.)*+'", re.DOTALL), '"': re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)}
 
 
@@ -69,13 +73,32 @@ def read_table(path: Path) -> Iterator[dict[str, str]]:
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
-    """Reads the settings of an evaluation."""
-    config = read_yaml(path)
-    needed = {"dataset": str, "model": str, "press_name": str, "compression_ratio": int | float}
-    found = {name: config.get(name) for name in needed} if isinstance(config, dict) else dict.fromkeys(needed)
-    if any(isinstance(value, bool) or not isinstance(value, needed[name]) for name, value in found.items()):
-        raise InvalidArgumentError(f"{path}: expected the settings {', '.join(needed)}, got {config!r:.200}")
-    return {**config, "compression_ratio": float(config["compression_ratio"])}
+    """Reads the settings of an evaluation. Their ratio is None where it was not asked for but measured."""
+    config = checked_settings(read_yaml(path), str(path))
+    ratio = config.get("compression_ratio")
+    if any(config.get(name) is not None for name in MEASURED):
+        ratio = None
+    elif not _is_number(ratio):
+        raise InvalidArgumentError(f"{path}: expected a compression_ratio, or one of {MEASURED}, got {config!r:.200}")
+    return {**config, "compression_ratio": None if ratio is None else float(ratio)}
+
+
+def checked_settings(config: Any, where: str) -> dict[str, Any]:
+    """Returns settings of an evaluation, once those that this package reads are of their kinds.
+
+    Raises:
+        InvalidArgumentError: They are not; the message names them and begins with ``where``.
+    """
+    if not isinstance(config, dict) or not all(isinstance(config.get(name), str) for name in _TEXTS):
+        raise InvalidArgumentError(f"{where}: expected the settings {', '.join(_TEXTS)}, got {config!r:.200}")
+    for name in _NUMBERS:
+        if (value := config.get(name)) is not None and not _is_number(value):
+            raise InvalidArgumentError(f"{where}: expected a number for the setting {name}, got {value!r:.80}")
+    return config
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_object(path: Path) -> dict[str, Any]:

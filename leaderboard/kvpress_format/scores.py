@@ -8,7 +8,7 @@ from typing import Any
 
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, MissingDependencyError
 from kvzip_press.leaderboard.analysis.summary import split
-from kvzip_press.leaderboard.kvpress_format.layout import METRICS, PREDICTIONS, subset_of
+from kvzip_press.leaderboard.kvpress_format.layout import METRICS, OF_KVPRESS, PREDICTIONS, subset_of
 from kvzip_press.leaderboard.metrics.originals import ruler_all, ruler_any
 from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.samples.task import Question, version_of
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 Score = Callable[[str, Sequence[str], str], float]
 """Takes a prediction, its references and the name of its task or subset; returns a score in [0, 1]."""
 
+_RULER = "ruler"
 _TWO_DECIMALS = 0.0101  # of metrics.json, rounded either way
 _SAME = 1e-9
 
@@ -31,13 +32,15 @@ def scorer_of(dataset: str, score: Score | None, path: Path) -> Score:
     """
     if score is not None:
         return score
-    if dataset == "ruler":
-        return lambda prediction, references, subset: (ruler_any if subset.startswith("qa") else ruler_all)(
-            prediction, references
-        )
+    if dataset == _RULER:
+        return _ruler
     raise InvalidArgumentError(
         f"{path}: expected results of ruler, or a metric (score=), got results of {dataset!r:.80} without one"
     )
+
+
+def _ruler(prediction: str, references: Sequence[str], subset: str) -> float:
+    return (ruler_any if subset.startswith("qa") else ruler_all)(prediction, references)
 
 
 def check_means(rows: Sequence[Row], metrics: Mapping[str, Any], path: Path, *, all_stated: bool) -> None:
@@ -95,6 +98,8 @@ def check_own(rows: Sequence[Row], path: Path, score: Score | None) -> None:
 
 
 def _score_of(row: Row, score: Score | None) -> float | None:
+    if row.task == _RULER and OF_KVPRESS in row.provenance and score is None:  # kvpress asked, in whatever version
+        return _ruler(row.prediction, row.references, subset_of(row))
     if row.task in TASKS:
         task = get_task(row.task)
         if version_of(task) == row.task_version:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kvzip_press.errors import KVzipPressError, RunDirectoryError
+from kvzip_press.files import without_temporaries
 from kvzip_press.leaderboard.kvpress_format.layout import CONFIG, EXTRA, METRICS, PREDICTIONS
 from kvzip_press.leaderboard.rows.line_file import lock
 
@@ -42,13 +43,14 @@ def new_folders(folder: Path) -> Iterator[Path]:
                 folder.rmdir()
         if isinstance(error, OSError) and not isinstance(error, KVzipPressError):
             raise RunDirectoryError(
-                f"expected to write folders into {folder}, got {error}; none of them was written"
+                f"expected to write folders into {folder}, got {without_temporaries(error, _UNFINISHED)}; none of them "
+                "was written"
             ) from error
         raise
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Makes a folder with the given files, which are on the disk when it returns."""
+    """Makes a folder with the given files, which are on the disk when it returns. The one around it must be there."""
     path.mkdir()
     for name, data in files.items():
         with (path / name).open("xb") as file:
@@ -102,7 +104,14 @@ def _remove(unfinished: Path) -> None:
     """Removes what `write_folder` makes of a format's files, and nothing else."""
     with suppress(OSError):
         for path in unfinished.iterdir():
-            for name in (PREDICTIONS, METRICS, EXTRA, CONFIG):
-                (path / name).unlink(missing_ok=True)
-            path.rmdir()
+            _remove_files(path)
         unfinished.rmdir()
+
+
+def _remove_files(folder: Path) -> None:
+    for name in (PREDICTIONS, METRICS, EXTRA, CONFIG):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name.isdecimal() and path.is_dir() and not path.is_symlink():  # a folder of the same name
+            _remove_files(path)
+    folder.rmdir()

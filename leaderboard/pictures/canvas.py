@@ -70,6 +70,18 @@ def canvas(path: str | os.PathLike[str], title: str, size: tuple[float, float]) 
         MissingDependencyError: Matplotlib is not installed.
         CacheFileError: The file cannot be written.
     """
+    with canvases(path, [title], size) as (axes,):
+        yield axes
+
+
+@contextmanager
+def canvases(
+    path: str | os.PathLike[str], titles: Sequence[str], size: tuple[float, float], *, widths: Sequence[float] = (1,)
+) -> Iterator[list["Axes"]]:
+    """Gives axes side by side, one below each title; ``widths`` are how wide they are beside each other.
+
+    Otherwise as `canvas`.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -77,10 +89,11 @@ def canvas(path: str | os.PathLike[str], title: str, size: tuple[float, float]) 
         raise MissingDependencyError("drawing needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_title(shown(title), parse_math=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    yield axes
+    found = figure.subplots(1, len(titles), squeeze=False, width_ratios=list(widths))[0].tolist()
+    for axes, title in zip(found, titles, strict=True):
+        axes.set_title(shown(title), parse_math=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    yield found
     path = Path(path)
     with replacing(path, parents=True) as unfinished:
         figure.savefig(unfinished, dpi=160, format=path.suffix.removeprefix(".") or None)

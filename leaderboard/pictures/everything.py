@@ -11,7 +11,13 @@ from kvzip_press.leaderboard.analysis.references import find_kvzip
 from kvzip_press.leaderboard.analysis.summary import split, split_tables, summarise, summarise_tasks
 from kvzip_press.leaderboard.analysis.times import times
 from kvzip_press.leaderboard.file_names import file_name
-from kvzip_press.leaderboard.pictures.heat import save_depth_map, save_head_map, save_needle_map, save_task_map
+from kvzip_press.leaderboard.pictures.heat import (
+    save_depth_map,
+    save_head_map,
+    save_head_maps,
+    save_needle_map,
+    save_task_map,
+)
 from kvzip_press.leaderboard.pictures.pareto import BYTES, TIME, save_pareto
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
@@ -27,7 +33,8 @@ def save_all(rows: Iterable[Row], heads: Iterable[HeadBudgets], folder: str | os
     by more than they spread, see `times`), ``tasks.png``, ``heads.png`` and ``needles-<task>.png``; with several tables
     each has a folder, named after model and run. A picture that shows a single press shows KVzip (else the first that
     removes anything), and one that shows a single ratio shows the middle one; the page shows the others. Needles are
-    shown by depth and length of one press, or by press and depth where a task has one length.
+    shown by depth and length of one press, or by press and depth where a task has one length. Where several models have
+    head maps of one press at one ratio, ``heads-of-models.png`` shows them side by side.
 
     Args:
         rows: May be empty: the axes are then empty too.
@@ -44,7 +51,7 @@ def save_all(rows: Iterable[Row], heads: Iterable[HeadBudgets], folder: str | os
     """
     sweep_temporaries(Path(folder))
     heads, tables = list(heads), split_tables(rows) or [[]]
-    return [
+    paths = [
         path
         for table in tables
         for path in _save_table(
@@ -53,6 +60,26 @@ def save_all(rows: Iterable[Row], heads: Iterable[HeadBudgets], folder: str | os
             Path(folder) / _folder_of(table) if len(tables) > 1 else Path(folder),
         )
     ]
+    if len(beside := _beside(tables, heads)) > 1:
+        paths.append(Path(folder) / "heads-of-models.png")
+        save_head_maps(beside, paths[-1])
+    return paths
+
+
+def _beside(tables: Sequence[Sequence[Row]], heads: Sequence[HeadBudgets]) -> list[tuple[str, HeadMap]]:
+    """Returns one map of each model, all of one press at one ratio: KVzip's at the middle ratio that all have."""
+    maps: dict[str, dict[tuple[str, float], HeadMap]] = {}
+    kvzip = next((name for table in tables if (name := find_kvzip(table))), None)
+    for table in tables:
+        mine = head_maps(budgets for budgets in heads if table and budgets.run_id == table[0].run_id)
+        if mine and table[0].model not in maps:
+            maps[table[0].model] = {(one.press, one.compression_ratio): one for one in mine}
+    shared = [key for key in next(iter(maps.values()), {}) if key[1] > 0 and all(key in one for one in maps.values())]
+    shared = [key for key in shared if key[0] == kvzip] or [key for key in shared if key[0] == shared[0][0]]
+    if not shared:
+        return []
+    press, ratio = sorted(shared, key=lambda key: key[1])[len(shared) // 2]
+    return [(f"{model}: {press}, {ratio:.4g} removed", one[press, ratio]) for model, one in maps.items()]
 
 
 def _folder_of(table: Sequence[Row]) -> str:

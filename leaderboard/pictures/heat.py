@@ -10,7 +10,7 @@ import numpy as np
 
 from kvzip_press.leaderboard.analysis.maps import N_DEPTHS, HeadMap, NeedleMap
 from kvzip_press.leaderboard.analysis.summary import Cell, find_full
-from kvzip_press.leaderboard.pictures.canvas import HEAT, canvas, ink_on, shown
+from kvzip_press.leaderboard.pictures.canvas import HEAT, canvas, canvases, ink_on, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,13 +47,29 @@ def save_task_map(
 
 def save_head_map(head_map: HeadMap, path: str | os.PathLike[str], title: str = "") -> None:
     """Draws what each head keeps, KV heads by layers. Arguments and errors as for `save_task_map`."""
+    save_head_maps([(title, head_map)], path)
+
+
+def save_head_maps(head_maps: Sequence[tuple[str, HeadMap]], path: str | os.PathLike[str]) -> None:
+    """Draws what each head of several models keeps, side by side, each with its title. Errors as for `save_task_map`.
+
+    A column of a map is as wide in all of them, so that a model of more layers has the wider map.
+    """
+    widths = [max(5.0, 1.6 + 0.24 * len(one.layers)) for _, one in head_maps]
+    n_heads = max(len(layer) for _, one in head_maps for layer in one.kept)
+    size = (sum(widths), 1.7 + 0.27 * n_heads)
+    with canvases(path, [title for title, _ in head_maps], size, widths=widths) as found:
+        for axes, (_, head_map) in zip(found, head_maps, strict=True):
+            _draw_heads(axes, head_map)
+
+
+def _draw_heads(axes: "Axes", head_map: HeadMap) -> None:
     layers = head_map.layers
     values = list(zip_longest(*head_map.kept))  # layers may have fewer heads than others
-    with canvas(path, title, (max(5.0, 1.6 + 0.24 * len(layers)), 1.7 + 0.27 * len(values))) as axes:
-        _heat(axes, values, [str(head) for head in range(len(values))], [str(layer) for layer in layers], numbers=False)
-        axes.set(xlabel="layer", ylabel="KV head")
-        step = max(1, math.ceil(len(layers) / 16))
-        axes.set_xticks(np.arange(0, len(layers), step) + 0.5, [str(layer) for layer in layers[::step]])
+    _heat(axes, values, [str(head) for head in range(len(values))], [str(layer) for layer in layers], numbers=False)
+    axes.set(xlabel="layer", ylabel="KV head")
+    step = max(1, math.ceil(len(layers) / 16))
+    axes.set_xticks(np.arange(0, len(layers), step) + 0.5, [str(layer) for layer in layers[::step]])
 
 
 def save_needle_map(needle_map: NeedleMap, path: str | os.PathLike[str], title: str = "") -> None:

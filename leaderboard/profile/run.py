@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.files import check_writable
 from kvzip_press.leaderboard.profile.decode import one_line
 from kvzip_press.leaderboard.profile.gains import sentences
 from kvzip_press.leaderboard.profile.grid import Grid, make_grid
@@ -50,13 +51,15 @@ def run_profile(
         **grid_options: See `make_grid`.
 
     Raises:
-        InvalidArgumentError: Arguments out of range, before a model is loaded.
+        InvalidArgumentError: Arguments out of range, or a place that cannot be written, before a model is loaded.
         ModelNotFoundError: The model is not available.
     """
     console = console or Console()
     if (model is None) == (shape is None):
         given = "neither" if model is None else f"both {model!r} and {shape!r}"
         raise InvalidArgumentError(f"expected exactly one of --model and --shape, got {given}")
+    path = Path(output_dir) / "profile.jsonl"
+    check_writable(path, "the profile in --output", parents=True)
     place, kind = get_device(device), get_dtype(dtype)
     known = None if shape is None else get_shape(shape)
 
@@ -70,7 +73,6 @@ def run_profile(
             subject = Subject(str(shape), random_model(known, place, kind))
         else:
             subject = _load(str(model), place, kind)
-    path = Path(output_dir) / "profile.jsonl"
     rows = list(_measured(subject, grid, path, console))
     console.print(profile_tables(rows, _title(rows[0])))
     for sentence in sentences(rows):

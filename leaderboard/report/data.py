@@ -1,11 +1,15 @@
 """The page's data: aggregated plain values for JSON, so that a run of any length gives a page of a few MB."""
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kvzip_press.leaderboard.analysis.curves import areas_under_curves, relative_performance
+from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.analysis.correlation import correlation_of_rows
+from kvzip_press.leaderboard.analysis.counting import task_ranges
+from kvzip_press.leaderboard.analysis.curves import areas_over_bytes, areas_under_curves, relative_performance
 from kvzip_press.leaderboard.analysis.looks import looks
 from kvzip_press.leaderboard.analysis.maps import head_maps, needle_maps
 from kvzip_press.leaderboard.analysis.references import Judgement, judge
@@ -13,6 +17,7 @@ from kvzip_press.leaderboard.analysis.statistics import Comparison
 from kvzip_press.leaderboard.analysis.summary import Cell, context_key, split, split_tables, summarise, summarise_tasks
 from kvzip_press.leaderboard.analysis.ties import ties
 from kvzip_press.leaderboard.analysis.times import times
+from kvzip_press.leaderboard.kvpress_format.layout import OF_KVPRESS
 from kvzip_press.leaderboard.report.examples import examples
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
@@ -20,13 +25,33 @@ from kvzip_press.leaderboard.rows.results import Row
 
 def page_data(rows: Iterable[Row], heads: Iterable[HeadBudgets]) -> dict[str, Any]:
     """Returns the page's tables as plain JSON values: one per run and model, query-aware and query-agnostic apart."""
-    heads = list(heads)
+    heads, split_rows = list(heads), split_tables(rows)
     tables = [
-        _table(table, [budgets for budgets in heads if budgets.run_id == table[0].run_id])
-        for table in split_tables(rows)
+        _table(table, [budgets for budgets in heads if budgets.run_id == table[0].run_id]) for table in split_rows
     ]
-    found: dict[str, Any] = rounded({"tables": tables})
+    correlations = [one for pair in itertools.combinations(split_rows, 2) if (one := _correlation(*pair)) is not None]
+    found: dict[str, Any] = rounded({"tables": tables, "correlations": correlations})
     return found
+
+
+def _correlation(one: Sequence[Row], other: Sequence[Row]) -> dict[str, Any] | None:
+    """Returns how the ranks of presses on two models correlate; None for tables of one model, or that share too few."""
+    first, second = one[0], other[0]
+    kinds = [(row.query_aware, row.follows_full_cache) for row in (first, second)]
+    if first.model == second.model or kinds[0] != kinds[1]:
+        return None
+    try:
+        found = correlation_of_rows(one, other)
+    except InvalidArgumentError:  # they share too few presses
+        return None
+    return {
+        "runs": [[row.model, row.run_id] for row in (first, second)],
+        "query_aware": first.query_aware,
+        "mean": found.mean,
+        "interval": found.interval,
+        "by_ratio": [[ratio, value, found.n_presses[ratio]] for ratio, value in found.by_ratio.items()],
+        "n_contexts": [len({context_key(row) for row in table}) for table in (one, other)],
+    }
 
 
 def rounded(value: Any) -> Any:
@@ -50,7 +75,8 @@ def _table(rows: Sequence[Row], heads: Sequence[HeadBudgets]) -> dict[str, Any]:
     judgements = [judge(task) for task in task_rows] if len(task_rows) > 1 else [judgement]
     all_cells = summarise(rows)
     relative = relative_performance(cell for cells in task_cells for cell in cells)
-    areas = areas_under_curves(all_cells)
+    areas, bytes_areas = areas_under_curves(all_cells), areas_over_bytes(all_cells)
+    detectable = [one.detectable for one in judgement.against_full.values() if one.detectable]
     return {
         "run_id": rows[0].run_id,
         "model": rows[0].model,
@@ -65,6 +91,9 @@ def _table(rows: Sequence[Row], heads: Sequence[HeadBudgets]) -> dict[str, Any]:
         "times": _times(rows),
         "ties": [str(tie) for tie in ties(rows)],
         "areas": None if areas is None else asdict(areas),
+        "areas_over_bytes": None if bytes_areas is None else asdict(bytes_areas),
+        "detectable": [min(detectable), max(detectable)] if detectable else None,
+        "not_counting": [str(one) for one in task_ranges(summarise_tasks(rows)) if not one.counts],
         "cells": _cells(all_cells, judgement, relative)
         + [
             cell
@@ -108,6 +137,7 @@ def _comparison(comparison: Comparison | None) -> dict[str, Any] | None:
         "difference": comparison.difference,
         "interval": comparison.interval,
         "p_value": comparison.adjusted_p_value,
+        "detectable": comparison.detectable,
     }
 
 
@@ -116,6 +146,6 @@ def _provenance(rows: Sequence[Row]) -> dict[str, str]:
     values: dict[str, list[str]] = {}
     for row in rows:
         for name, value in {**row.provenance, "seed": str(row.seed)}.items():
-            if value not in values.setdefault(name, []):
+            if name != OF_KVPRESS and value not in values.setdefault(name, []):
                 values[name].append(value)
     return {name: "; ".join(found) for name, found in values.items()}

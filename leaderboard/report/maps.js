@@ -39,20 +39,50 @@ const keyOf = (...parts) => JSON.stringify(parts);
 function drawTaskMap(map) {
   byId("tasks-title").textContent = map.name === "every ratio" ? "Every ratio" : "Every task";
   byId("task-map").replaceChildren(heatMap("", map.columns, map.rows()));
+  const lines = state.table.not_counting;
+  byId("not-counting").hidden = !lines.length;
+  byId("not-counting").textContent = `Tasks that cannot tell presses apart (their cells stay in the means):\n${lines.join("\n")}`;
 }
 
+/** Two lists of areas: over bytes, where eviction and storages in fewer bits compete, and over kept fractions. */
 function drawAreas({ table, shown }) {
-  byId("areas").hidden = table.areas === null;
-  if (table.areas === null) return;
-  const found = Object.entries(table.areas.areas).filter(([press]) => shown.has(press)).sort((one, other) => (other[1] ?? -1) - (one[1] ?? -1));
-  byId("area-bars").replaceChildren(el("div", { class: "bars" }, ...found.flatMap(([press, area]) => [
+  const inMegabytes = (bytes) => asMegabytes(bytes);
+  drawAreasOf("areas-bytes", table.areas_over_bytes, "bytes", "resident bytes on a logarithmic axis", inMegabytes, table, shown);
+  drawAreasOf("areas", table.areas, "kept fractions", "the measured kept fraction", asScore, table, shown);
+}
+
+function drawAreasOf(id, areas, name, axis, asPlace, table, shown) {
+  byId(id).hidden = areas === null;
+  if (areas === null) return;
+  const found = Object.entries(areas.areas).filter(([press]) => shown.has(press)).sort((one, other) => (other[1] ?? -1) - (one[1] ?? -1));
+  byId(`${id}-bars`).replaceChildren(el("div", { class: "bars" }, ...found.flatMap(([press, area]) => [
     el("span", {}, marker(table, press), nameOf(press)),
     el("span", { class: "meter", "aria-hidden": "true" }, el("i", { style: `width:${100 * (area ?? 0)}%;background:${lookOf(table, press).colour}` })),
     el("b", {}, fixed(3)(area)),
   ])));
-  const range = `from ${asScore(table.areas.low)} to ${asScore(table.areas.high)}`;
-  byId("area-title").textContent = `Mean accuracy over kept fractions ${range}`;
-  byId("area-note").textContent = `Area under accuracy over the measured kept fraction ${range}, which all presses share, divided by that range; all tasks.`;
+  const range = `from ${asPlace(areas.low)} to ${asPlace(areas.high)}`;
+  byId(`${id}-title`).textContent = `Mean accuracy over ${name} ${range}`;
+  byId(`${id}-note`).textContent = `Area under accuracy over ${axis} ${range}, which all presses share, divided by that range; all tasks.`;
+}
+
+/** How the ranks of presses in the run that is shown correlate with those on other models. */
+function drawCorrelations({ table }) {
+  const mine = runOf(table);
+  const found = DATA.correlations.filter((one) => one.query_aware === table.query_aware && one.runs.some(([model, run_id]) => runOf({ model, run_id }) === mine));
+  byId("correlations").hidden = !found.length;
+  if (!found.length) return;
+  const ratios = [...new Set(found.flatMap((one) => one.by_ratio.map(([ratio]) => ratio)))].sort((a, b) => a - b);
+  const head = ["other model", "mean", "95 %", ...ratios.map((ratio) => `${asRatio(ratio)} removed`)].map((name) => el("th", { scope: "col" }, name));
+  const rows = found.map((one) => {
+    const place = one.runs.findIndex(([model, run_id]) => runOf({ model, run_id }) !== mine);
+    const at = new Map(one.by_ratio.map(([ratio, value, n]) => [ratio, [value, n]]));
+    const figures = ratios.map((ratio) => el("td", {}, at.has(ratio) ? `${at.get(ratio)[0] === null ? MISSING : signed(at.get(ratio)[0])} (${at.get(ratio)[1]})` : MISSING));
+    return el("tr", {}, el("th", { scope: "row" }, one.runs[place][0]), el("td", {}, el("b", {}, one.mean === null ? MISSING : signed(one.mean))),
+      el("td", {}, one.interval ? `${signed(one.interval[0])} to ${signed(one.interval[1])}` : MISSING), ...figures);
+  });
+  byId("correlation-table").replaceChildren(el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows));
+  const [here, there] = found[0].n_contexts;
+  byId("correlation-note").textContent = `Spearman's rank correlation of the presses' accuracies, ratio by ratio (in brackets: how many presses both have), and its mean. 1: the same order, 0: none, −1: the reverse. The interval holds 95 % of such means when the contexts of both models are drawn anew (${found.length > 1 ? "of the first" : "of this"} pair: ${here} and ${there}); it is about these presses, others may rank otherwise.`;
 }
 
 /** A section with a choice of map: keeps the chosen one where it is still there; hidden where there is none. */

@@ -68,10 +68,17 @@ function drawWords() {
   byId("no-times").hidden = !byId("times").hidden;
   byId("no-times").textContent = aboutTimes(table.times);
   byId("marks").textContent = `± standard error, clustered by context. ${aboutMarks(state.cells)}`;
+  byId("detectable").hidden = !table.detectable;
+  if (table.detectable) byId("detectable").textContent = aboutDetectable(table);
   const provenance = Object.entries({ run: table.run_id, ...table.provenance }).map(([name, value]) => el("div", {}, el("dt", {}, name), " ", el("dd", {}, value)));
   byId("footer").replaceChildren(el("dl", {}, ...provenance),
     ...(DATA.command ? [el("p", {}, "Made by ", el("code", {}, DATA.command))] : []),
     el("p", {}, `Accuracy is the mean over tasks of the mean over contexts of the mean over questions. Page by kvzip-press ${DATA.version}.`));
+}
+
+function aboutDetectable({ detectable: [low, high], n_contexts: n, full }) {
+  const range = asScore(low) === asScore(high) ? asScore(low) : `${asScore(low)} to ${asScore(high)}`;
+  return `The smallest difference from the ${full} that ${count(n, "context")} like these show in four of five repetitions is ${range} (5 %, before the adjustment for all cells); a cell's own is in its tip.`;
 }
 
 /** Why there is no chart of times. */
@@ -96,6 +103,7 @@ function draw() {
   drawTable(state, draw);
   drawCurvesOnly();
   drawAreas(state);
+  drawCorrelations(state);
   const { table } = state;
   const inView = (map) => state.shown.has(map.press) && (state.ratio === null || map.compression_ratio === state.ratio || map.press === table.full);
   const tasks = taskMaps(state);

@@ -23,6 +23,7 @@ function describe(cell) {
     if (!found) continue;
     const interval = found.interval ? ` [${found.interval.map(signed).join(", ")}]` : "";
     lines.push(`${signed(found.difference)}${interval} to ${name}, ${asP(found.p_value)}`);
+    if (found.detectable) lines.push(`   could show ${fixed(2)(found.detectable)} or more`);
   }
   return lines.join("\n");
 }

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
@@ -18,6 +18,7 @@ from kvzip_press.files import digest_of, to_json
 from kvzip_press.untrusted import parse_json
 
 SEAL = "seal"
+_SHOWN = 3  # lacking fields that a message names
 _SEAL_DIGITS = 16  # of the SHA-256 in hexadecimal
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # a surrogate, which UTF-8 cannot hold
 
@@ -93,6 +94,7 @@ class SealedLine:
             hints = _hints_of(cls)
             if of_a_file and not has_seal:
                 _refuse_unknown(values, hints)
+            _refuse_lacking(values, cls)
             found = cls(**{name: _as(hint, values[name]) for name, hint in hints.items() if name in values})
             found.check()
         except (ValueError, TypeError) as error:
@@ -104,6 +106,22 @@ class SealedLine:
 def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     if unknown := values.keys() - known.keys():
         raise ValueError(f"the field {min(unknown)!r:.80} is not known, and there is no {SEAL!r}")
+
+
+def _refuse_lacking(values: Mapping[str, Any], kind: Any) -> None:
+    if lacking := [name for name in _needed(kind) if name not in values]:
+        shown = ", ".join(map(repr, lacking[:_SHOWN]))
+        raise ValueError(f"it lacks {shown}" + (f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""))
+
+
+@cache
+def _needed_names(kind: Any) -> tuple[str, ...]:
+    return tuple(one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING)
+
+
+def _needed(kind: Any) -> tuple[str, ...]:
+    """Returns the fields of a dataclass that have no default."""
+    return _needed_names(kind)  # kind is Any since mypy takes a class for something that has no hash
 
 
 def _text(values: dict[str, Any], indent: int | None = None) -> str:

@@ -33,7 +33,12 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parents[2]
 RENDERED = ROOT / "docs" / "notebooks"  # made from the notebooks, which have a test of their own
-PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if RENDERED not in path.parents)]
+REPRODUCE = ROOT / "leaderboard" / "REPRODUCE.md"
+PAGES = [
+    ROOT / "README.md",
+    REPRODUCE,
+    *sorted(path for path in (ROOT / "docs").rglob("*.md") if RENDERED not in path.parents),
+]
 UsageError = typer.BadParameter.__base__  # of click, or of the copy of it that newer versions of typer have
 FIRST = {"README.md", "docs/install.md", "docs/quickstart.md", "docs/howto/generate.md"}
 MARK = re.compile(r"<!--\s*(prints|needs: [\w.-]+)\s*-->")
@@ -148,7 +153,7 @@ def check_command(words: list[str]) -> None:
             extras = re.findall(r"^\.\[([\w,-]+)\]$", arguments[-1])
             assert {extra for names in extras for extra in names.split(",")} <= set(extras_of_the_project())
         case _:
-            assert words == [] or words[0] in {"git", "cd", "python3", "source", "."}, words
+            assert words == [] or words[0] in {"git", "cd", "gunzip", "python3", "source", "."}, words
 
 
 @cache

@@ -1,5 +1,6 @@
 """Files of ours: written whole or not at all, and read with the caller's error for whatever is wrong with one."""
 
+import errno
 import json
 import os
 import time
@@ -272,3 +273,62 @@ def test_a_name_that_no_file_can_have_is_refused_and_nothing_is_left(name, tmp_p
     with pytest.raises(CacheFileError, match="name that a file can have"), replacing(tmp_path / name):
         pytest.fail("nothing is written")
     assert not list(tmp_path.iterdir())
+
+
+# Places that cannot be written ---------------------------------------------------------------------------------------
+
+
+def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plays a folder that may not be written in; root may write in all."""
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
+
+
+def test_a_place_that_can_be_written_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("old", encoding="utf-8")
+    files.check_writable(tmp_path / "there", "--out")
+    files.check_writable(str(tmp_path / "new"), "--out")
+    files.check_writable(tmp_path / "a" / "b" / "new", "--out", parents=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"there"}
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("folder", "which is a folder"),
+        ("pipe", "which is a pipe or a device"),
+        ("none/new", "none does not exist"),
+        ("file/new", "file is no folder"),
+        ("nul\0l", "no file can have that name"),
+        ("x" * 300, "File name too long|may not be written"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_by_the_name_that_was_given(
+    place: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InvalidArgumentError, match=rf"expected --out to be a file that can be written, got .*({said})"):
+        files.check_writable(tmp_path / place, "--out")
+
+
+def test_a_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbidden(monkeypatch)
+    for parents, place in ((False, tmp_path / "new"), (True, tmp_path / "a" / "b" / "new")):
+        with pytest.raises(InvalidArgumentError, match=rf"{tmp_path.name} may not be written in"):
+            files.check_writable(place, "--out", parents=parents)
+
+
+def test_no_error_has_the_name_of_a_temporary(tmp_path: Path) -> None:
+    """A user gave another name, and the temporary is gone when the message is read."""
+    for _, raised in every_fault(lambda: files.write_tensors(tmp_path / "a.safetensors", {}, {}), FORBIDDEN_THERE):
+        assert raised is None or (".tmp" not in str(raised) and "a.safetensors" in str(raised)), raised
+    with pytest.raises(CacheFileError, match=r"expected to write .*folder, got .*: Is a directory$"):
+        (tmp_path / "folder").mkdir()
+        with files.replacing(tmp_path / "folder"):
+            pass
+
+
+FORBIDDEN_THERE = PermissionError(
+    errno.EACCES, "Permission denied", str(Path("somewhere") / ".kvzip-press-1-0123456789abcdef.tmp")
+)

@@ -204,3 +204,33 @@ def test_a_place_that_cannot_be_written_is_one_line(
         "GRID": str(tmp_path / "grid.yaml"),
     }
     check([places.get(part, part) for part in command], monkeypatch, capfd)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ask", "--question", "Who?", "--press", "random", "--context", "TEXT", "--save", "PATH"),
+        ("compress", "--text", "TEXT", "--press", "random", "--out", "PATH"),
+        ("heads", "compute", "--model", "tiny", "--text", "TEXT", "--out", "PATH"),
+        ("layers", "share", "--model", "tiny", "--text", "TEXT", "--out", "PATH"),
+        ("budgets", "profile", "--model", "tiny", "--text", "TEXT", "--out", "PATH"),
+        ("queries", "calibrate", "--model", "tiny", "--text", "TEXT", "--out", "PATH"),
+        ("leaderboard", "run", "--grid", "GRID", "--device", "cpu", "--output", "PATH"),
+        ("demo", "--model", "tiny", "--output", "PATH"),
+        ("profile", "--model", "tiny", "--device", "cpu", "--context-length", "64", "--output", "PATH"),
+    ],
+    ids=lambda command: "-".join(command[:2]),
+)
+def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        pytest.fail("a model was loaded")
+
+    for module in (launch, demo, profile_run, by_name):
+        monkeypatch.setattr(module, "load_model", load)
+    (tmp_path / "text").write_text("The number of Vera is 47. " * 20, encoding="utf-8")
+    (tmp_path / "grid.yaml").write_text(GRID, encoding="utf-8")
+    places = {"PATH": str(made(tmp_path / "given", "under a file")), "TEXT": str(tmp_path / "text")}
+    places["GRID"] = str(tmp_path / "grid.yaml")
+    check([places.get(part, part) for part in command], monkeypatch, capfd)

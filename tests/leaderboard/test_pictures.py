@@ -62,6 +62,26 @@ def test_each_table_has_a_folder_when_there_are_several(make_table: MakeTable, t
     assert folders == {"tiny-0123456789ab", "tiny-0123456789ab-query-aware", "org-big-other"}
 
 
+def test_what_heads_of_two_models_keep_is_drawn_side_by_side(
+    make_table: MakeTable, make_heads: MakeHeads, tmp_path: Path, figures: list[Any]
+) -> None:
+    rows = make_table(2) + make_table(2, model="org/bigger", run_id="other")
+    paths = save_all(rows, make_heads() + make_heads("other"), tmp_path)
+    assert paths[-1] == tmp_path / "heads-of-models.png"
+    maps = [axes for axes in figures[-1].axes if axes.get_xlabel() == "layer"]
+    assert [axes.get_title() for axes in maps] == [
+        "tiny: KVzip, 0.75 removed",
+        "org/bigger: KVzip, 0.75 removed",
+    ]
+    boxes = [axes.get_position() for axes in maps]
+    assert boxes[0].x1 < boxes[1].x0 and boxes[0].y0 == pytest.approx(boxes[1].y0)
+    names = [path.name for path in save_all(rows, make_heads(), tmp_path / "one")]
+    assert "heads.png" in names and "heads-of-models.png" not in names
+    again = make_table(2) + make_table(2, run_id="other")  # two runs of one model are no two models
+    heads = make_heads() + make_heads("other")
+    assert "heads-of-models.png" not in [path.name for path in save_all(again, heads, tmp_path / "again")]
+
+
 def test_rows_without_sizes_and_times_are_drawn_without_them(make_table: MakeTable, tmp_path: Path) -> None:
     unknown = {"n_answer_tokens": None, "prefill_seconds": None, "score_seconds": None}
     names = [path.name for path in save_all(make_table(1, **unknown), [], tmp_path)]

@@ -140,7 +140,8 @@ def test_the_page_shows_every_part(page: Page) -> None:
         "#by-bytes svg",
         "#by-time svg",
         "#task-map table",
-        "#area-bars .bars",
+        "#areas-bars .bars",
+        "#areas-bytes-bars .bars",
         "#head-map table",
         "#needle-map table",
     ):
@@ -315,7 +316,7 @@ def test_a_single_length_is_a_map_of_presses_by_depth_and_a_single_task_one_by_r
 
 
 def test_budgets_say_their_range(page: Page) -> None:
-    assert page.reads("#area-title") == "Mean accuracy over kept fractions from 0.06 to 1.00"
+    assert page.reads("#areas-title") == "Mean accuracy over kept fractions from 0.06 to 1.00"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -428,3 +429,48 @@ def test_five_hundred_presses_each_at_ratios_of_its_own_are_usable(
     page.open_question()
     assert page.run("return document.querySelector('.answers').children.length") == 3 * 1498
     assert program < 20_000 and changed < 20_000, (program, changed)  # ms; a few thousand on two cores
+
+
+def test_models_are_a_filter_and_how_alike_they_rank_presses_is_stated(open_page: Open, make_table: MakeTable) -> None:
+    rows = make_table(6) + make_table(6, model="org/bigger", run_id="other") + make_table(6, query_aware=True)
+    page = open_page(rows)
+    assert [option.text for option in page.all("#model option")] == ["tiny", "org/bigger"]
+    heads = [cell.text for cell in page.all("#correlation-table thead th")]
+    assert heads == ["other model", "mean", "95 %", "0.5 removed", "0.75 removed", "0.9375 removed"]
+    cells = [cell.text for cell in page.all("#correlation-table tbody tr > *")]
+    assert cells[:2] == ["org/bigger", "+1.00"] and "to +1.00" in cells[2]
+    assert all(text == "+1.00 (3)" for text in cells[3:])
+    assert "(of this pair: 12 and 12)" in page.reads("#correlation-note")
+    page.choose("model", "org/bigger")
+    assert page.all("#correlation-table tbody th")[0].text == "tiny"
+    page.choose("model", "tiny")
+    page.one("#aware").click()  # the other model has no such rows
+    assert not page.one("#correlations").is_displayed()
+
+
+def test_one_model_has_no_correlation(open_page: Open, make_table: MakeTable) -> None:
+    assert not open_page(make_table(2) + make_table(2, run_id="again")).one("#correlations").is_displayed()
+
+
+def test_what_the_contexts_could_show_stands_below_the_table(open_page: Open, make_table: MakeTable) -> None:
+    fair = [
+        replace(row, score={"full cache": float(int(row.sample_id) % 4 > 0), "random": 0.0}.get(row.press, row.score))
+        for row in make_table()
+    ]
+    page = open_page(fair)
+    assert "four of five repetitions is 0." in page.reads("#detectable")
+    ActionChains(page.driver).move_to_element(page.all("#by-bytes .point")[1]).perform()
+    assert "could show 0." in page.reads("#tip")
+    assert not page.one("#not-counting").is_displayed()
+    easy = [replace(row, score=1.0) if row.press == "full cache" else row for row in fair]
+    said = open_page(easy).reads("#not-counting")
+    assert said.startswith("Tasks that cannot tell presses apart") and "at the ceiling" in said
+
+
+def test_on_a_phone_a_table_of_models_scrolls_inside_its_card(open_page: Open, make_table: MakeTable) -> None:
+    names = ("an-organisation/a-model-with-a-very-long-name-indeed-70B-instruct", "another-one/of-the-same-length-8B")
+    page = open_page(
+        [row for i, name in enumerate(names) for row in make_table(2, model=name, run_id=str(i))], width=320
+    )
+    assert page.one("#correlations").is_displayed()
+    assert page.run("return document.documentElement.scrollWidth") == 320

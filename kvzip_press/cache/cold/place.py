@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from kvzip_press.errors import CacheFileError, InvalidArgumentError
-from kvzip_press.files import digest_of_tensor, opened, tensor_in, to_json, write_tensors
+from kvzip_press.files import check_writable, digest_of_tensor, opened, tensor_in, to_json, write_tensors
 from kvzip_press.version import __version__
 
 TEXT, FORMAT = "kvzip_press_cold", 1
@@ -36,10 +36,11 @@ class Place(Protocol):
 
 
 def check_place(cold: object) -> None:
-    """Raises InvalidArgumentError unless this is "cpu", or a path as a text or a Path."""
-    if isinstance(cold, Path) or cold == _MEMORY:
+    """Raises InvalidArgumentError unless this is "cpu", or the path of a file that can be written."""
+    if not isinstance(cold, Path) and cold == _MEMORY:
         return
-    if isinstance(cold, str) and cold and not _is_device(cold):
+    if isinstance(cold, Path) or (isinstance(cold, str) and cold and not _is_device(cold)):
+        check_writable(cold, "cold=")
         return
     raise InvalidArgumentError(f"expected cold='cpu' (host memory) or the path of a file, got {cold!r:.80}")
 

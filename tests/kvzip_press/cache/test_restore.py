@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvzip_press import KVzipPress, RaggedCache, RandomPress, answer, compress, prefill
+from kvzip_press import KVzipPress, RaggedCache, RandomPress, answer, compress, compress_in_chunks, prefill
 from kvzip_press.attention.implementation import attach
 from kvzip_press.budget.allocators import ALLOCATIONS, SkippingLayers, Table
 from kvzip_press.cache.codecs.by_name import STORAGES
@@ -271,6 +271,21 @@ def test_a_file_that_changed_is_noticed_and_the_cache_stays_as_it_was(tmp_path: 
 def test_a_place_that_is_none_is_refused_before_the_context_is_read(cold: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="expected cold='cpu'"):
         compress(MODEL, TOKENIZER, TEXT, PRESS, cold=cold)
+
+
+@pytest.mark.parametrize("read", [compress, compress_in_chunks])
+def test_a_place_that_cannot_be_written_is_refused_before_the_context_is_read(
+    read: Callable[..., RaggedCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_anything(*_: object, **__: object) -> None:
+        pytest.fail("the context was read")
+
+    monkeypatch.setattr(MODEL, "forward", read_anything)
+    for place, said in ((tmp_path, "which is a folder"), (tmp_path / "none" / "new", "none does not exist")):
+        for cold in (place, str(place)):
+            with pytest.raises(InvalidArgumentError, match=rf"expected cold= to be a file .*{said}"):
+                read(MODEL, TOKENIZER, TEXT, PRESS, cold=cold)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_press_that_decides_its_own_counts_and_a_file_for_several_prefills_are_refused(tmp_path: Path) -> None:
