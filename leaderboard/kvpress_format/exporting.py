@@ -6,7 +6,7 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import yaml
@@ -36,7 +36,8 @@ def export_rows(rows: Iterable[Row], folder: str | os.PathLike[str], *, data_dir
     """Writes a folder for each task, model, press and ratio of the rows.
 
     The full cache is called ``no_press``, as in kvpress; other labels become names, such as ``kvzip_local_replay`` for
-    "KVzip (local replay)". A row's tag "subset" becomes its line's task, as in RULER.
+    "KVzip (local replay)". A row's tag "subset" becomes its line's task, as in RULER. Ratios have two decimals in the
+    names, and all of them where two of a run would have the same; the configuration has them whole.
 
     All folders are written or none.
 
@@ -50,7 +51,7 @@ def export_rows(rows: Iterable[Row], folder: str | os.PathLike[str], *, data_dir
 
     Raises:
         InvalidArgumentError: There are no rows; a folder of that name exists; two of the rows' cells would share one
-            (two runs of one model, or ratios that are equal to two decimals); a question was answered twice, a task
+            (two runs of one model); a question was answered twice, a task
             asked in several versions; or a text holds half of a surrogate pair, which UTF-8 cannot hold.
         RunDirectoryError: A folder cannot be written.
     """
@@ -61,7 +62,8 @@ def export_rows(rows: Iterable[Row], folder: str | os.PathLike[str], *, data_dir
     groups = split(
         found, lambda row: (row.task, row.run_id, row.model, row.query_aware, row.press, row.compression_ratio)
     )
-    named = [(_folder_of(group[0], data_dir, full), one_table(group)) for group in groups]
+    ratios = {group[0].compression_ratio for group in groups}
+    named = [(_folder_of(group[0], data_dir, full, ratios), one_table(group)) for group in groups]
     _check_names([name.name for name, _ in named], Path(folder))
     written = [(name.name, _files(name, group)) for name, group in named]
     with new_folders(Path(folder)) as unfinished:
@@ -70,9 +72,12 @@ def export_rows(rows: Iterable[Row], folder: str | os.PathLike[str], *, data_dir
     return [Path(folder) / name for name, _ in written]
 
 
-def _folder_of(row: Row, data_dir: str | None, full: str | None) -> Folder:
+def _folder_of(row: Row, data_dir: str | None, full: str | None, ratios: Collection[float]) -> Folder:
+    """Returns a row's folder. Whoever reads it takes the ratio from its configuration, so the name need only be new."""
     name = NO_PRESS if row.press == full else re.sub(r"\W+", "_", row.press.lower()).strip("_") or "press"
-    return Folder(row.task, data_dir, row.model, name, row.compression_ratio, row.query_aware)
+    short, mine = f"{row.compression_ratio:.2f}", row.compression_ratio
+    alike = any(f"{other:.2f}" == short for other in ratios if other != mine)
+    return Folder(row.task, data_dir, row.model, name, mine, row.query_aware, alike and float(short) != mine)
 
 
 def _check_names(names: Sequence[str], folder: Path) -> None:

@@ -24,6 +24,8 @@ class Folder:
         press_name: The press, as kvpress would name it.
         compression_ratio: Fraction removed.
         query_aware: Whether the question was compressed with the context.
+        in_full: Whether the ratio is written in full instead of to two decimals, as kvpress does it: another one of the
+            run has the same two.
     """
 
     dataset: str
@@ -32,12 +34,14 @@ class Folder:
     press_name: str
     compression_ratio: float
     query_aware: bool
+    in_full: bool = False
 
     @property
     def name(self) -> str:
         """The folder's name, whatever its parts are called: one folder, and never a path."""
         parts = [self.dataset, self.data_dir, self.model.replace("/", "--"), self.press_name]
-        ends = [f"{self.compression_ratio:.2f}", "query_aware" if self.query_aware else None]
+        ratio = f"{self.compression_ratio:{'.10g' if self.in_full else '.2f'}}"
+        ends = [ratio, "query_aware" if self.query_aware else None]
         return "__".join(file_name(part) for part in [*parts, *ends] if part)
 
 

@@ -160,13 +160,21 @@ def test_references_of_eighty_thousand_characters_are_read_in_time_that_grows_wi
     assert time.process_time() - begin < 10  # a tenth of a second; with a search to the end from every quote, minutes
 
 
+def test_ratios_that_two_decimals_would_merge_keep_folders_of_their_own(rows: list[Row], tmp_path: Path) -> None:
+    """The one that two decimals name exactly has that name, as in kvpress; the others are written in full."""
+    rows += [replace(rows[-1], compression_ratio=ratio) for ratio in (0.97, 0.9375)]
+    names = {path.name.rpartition("__")[2] for path in export_rows(rows, tmp_path)}
+    assert names == {"0.00", "0.50", "0.96875", "0.97", "0.94"}
+    assert sorted(import_rows(tmp_path), key=repr) == sorted(rows, key=repr)
+
+
 def test_what_cannot_be_exported_is_named(rows: list[Row], tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="got none"):
         export_rows([], tmp_path)
     with pytest.raises(
         InvalidArgumentError, match=r"several with the name of_ours__org--tiny__kvzip_local_replay__0\.97"
     ):
-        export_rows([*rows, replace(rows[-1], compression_ratio=0.97)], tmp_path)
+        export_rows([*rows, replace(rows[-1], run_id="another")], tmp_path)
     assert not list(tmp_path.iterdir())
     export_rows(rows, tmp_path)
     with pytest.raises(InvalidArgumentError, match="which is there"):

@@ -104,6 +104,7 @@ def test_the_cells_are_those_of_the_table_with_their_comparisons(make_table: Mak
     assert worst["against_full"]["difference"] == pytest.approx(worst["accuracy"] - full["accuracy"], abs=1e-4)
     assert (full["relative"], full["against_full"]) == (1.0, None)
     assert found["random", 0.9375, "niah"]["against_full"]["p_value"] < 0.05
+    assert full["pays_from"] is None and worst["pays_from"] == found["random", 0.9375, "niah"]["pays_from"] == 13
     assert table["areas"]["areas"]["KVzip"] > table["areas"]["areas"]["random"]
 
 

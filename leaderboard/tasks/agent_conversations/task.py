@@ -193,7 +193,7 @@ def _harmless(text: str) -> str:
 
 
 def ending(text: str, length_tokens: int, count_tokens: TokenCounter) -> str:
-    """Returns as many of a text's last lines as have at most ``length_tokens`` tokens; a long line is cut at a space."""
+    """Returns as many of a text's last lines as fit into ``length_tokens``; a long line is cut at a space."""
     text = text[-_MOST_CHARACTERS * length_tokens :]
     if count_tokens(text) <= length_tokens:
         return text

@@ -1,7 +1,7 @@
 """Facts about a person, and a question for each that shares no content word with any fact, nor with the filler.
 
-What joins the two is a synonym, a wider term or what everyone knows (the idea of NoLiMa, arXiv 2502.05167). No two facts
-answer one question. The table is this project's own; a test compares all words with all others.
+What joins the two is a synonym, a wider term or what everyone knows (the idea of NoLiMa, arXiv 2502.05167). No two
+facts answer one question. The table is this project's own; a test compares all words with all others.
 """
 
 FACTS: dict[str, str] = {

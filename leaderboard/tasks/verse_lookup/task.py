@@ -111,7 +111,16 @@ def verses_in(source: bytes) -> dict[str, str]:
             f"{titles[number // 10**6 - 1]} {number // 1000 % 1000}:{number % 1000}": _plain(text[start : ends[number]])
             for number, start in starts.items()
         }
-    except (AssertionError, AttributeError, IndexError, KeyError, StopIteration, SyntaxError, TypeError, ValueError) as e:
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        StopIteration,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ) as e:
         raise DataNotFoundError(
             f"expected the module of a translation, {FILE.path}, got another form ({type(e).__name__}: {e})"
         ) from e

@@ -103,14 +103,16 @@ def test_a_task_may_be_asked_and_followed_in_one_grid(tmp_path: Path) -> None:
 def test_a_misspelt_key_or_option_of_a_task_is_named_with_what_there_is(tmp_path: Path) -> None:
     (task,) = GRID["tasks"]
     for wrong, message in (
-        ({"task": "hidden_facts", "contxts": 2}, r"tasks\[0\]\.contexts: expected an integer, got nothing; is 'contxts'"),
+        (
+            {"task": "hidden_facts", "contxts": 2},
+            r"tasks\[0\]\.contexts: expected an integer, got nothing; is 'contxts'",
+        ),
         ({**task, "contexts": "two"}, r"tasks\[0\]\.contexts: expected an integer, got 'two'"),
         ({**task, "tokens": 3.5}, r"tasks\[0\]\.tokens: expected an integer, got 3\.5"),
         ({**task, "token": 300}, r"tasks\[0\]\.token: expected a key out of .*; did you mean 'tokens'"),
         (
             {**task, "options": {"n_key": 3}},
-            r"tasks\[0\]\.options: expected an option of task 'hidden_facts' out of "
-            r"max_new_tokens, n_digits, n_keys, got 'n_key'; did you mean 'n_keys'",
+            r"tasks\[0\]\.options: .* max_new_tokens, n_digits, n_keys, got 'n_key'; did you mean 'n_keys'",
         ),
     ):
         with pytest.raises(InvalidArgumentError, match=f"mine.yaml: {message}"):
