@@ -127,6 +127,16 @@ def test_every_grid_of_the_package_loads_and_has_its_baselines(name: str) -> Non
     assert {spec.name for spec in grid.run.presses} <= set(press_names())
 
 
+def test_the_grids_of_the_evidence_differ_in_model_and_tasks_only() -> None:
+    """So that ranks of presses on both models are of the same cells; each has a seed of its own among the grids."""
+    large, small = load_grid("evidence").run, load_grid("evidence-smollm2").run
+    assert (large.presses, large.compression_ratios) == (small.presses, small.compression_ratios)
+    assert {"model", "int8", "k8v4", "int4"} <= {spec.options.get("storage", "model") for spec in large.presses}
+    assert large.compression_ratios[-1] == 1 - 1 / 32
+    others = {load_grid(name).run.seed for name in grid_names() if not name.startswith("evidence")}
+    assert large.seed == small.seed and large.seed not in others
+
+
 @pytest.mark.parametrize("name", ["smollm2-cpu", "smollm2-full"])
 def test_the_grids_of_the_embedded_model_differ_in_size_only(name: str) -> None:
     full, run = load_grid("smollm2-full").run, load_grid(name).run
