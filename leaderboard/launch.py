@@ -276,12 +276,18 @@ def print_correlation(
         InvalidArgumentError: A directory has several tables, or they share too few presses.
         MissingDependencyError: scipy is not installed.
     """
-    console, mine, theirs = console or Console(), summarise(rows_of(path)), summarise(rows_of(other))
+    console = console or Console()
+    mine, theirs = (summarise(_answered(rows_of(directory))) for directory in (path, other))
     found = rank_correlation(mine, theirs)
     for ratio, value in found.by_ratio.items():
         console.print(plain(f"{ratio:g} removed, {found.n_presses[ratio]} presses: {value:+.2f}"))
     models = f"{mine[0].model} and {theirs[0].model}"
     console.print(plain(f"Spearman's rank correlation of accuracies on {models}, mean over ratios: {found.mean:+.2f}"))
+
+
+def _answered(rows: Sequence[Row]) -> Sequence[Row]:
+    """Returns the rows that answer a question, of a run that has others too, which follow the full cache."""
+    return [row for row in rows if not row.follows_full_cache] or rows
 
 
 def _marks(cells: Sequence[Cell], judgement: Judgement) -> dict[tuple[str, float], str]:

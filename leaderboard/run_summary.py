@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, RunDirectoryError
 from kvzip_press.files import digest_of, replacing, to_json
-from kvzip_press.leaderboard.analysis.summary import summarise
+from kvzip_press.leaderboard.analysis.summary import Cell, split_tables, summarise
 from kvzip_press.leaderboard.launch import incomplete, rows_of
 from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.rows.sealed_line import SealedLine
@@ -38,7 +38,8 @@ class RunSummary(SealedLine):
         config_sha256: Hash of the whole configuration.
         rows_sha256: Hash of all rows, in the order of their keys, so that shards may be joined in any order.
         n_rows: Number of rows.
-        accuracies: ``press @ removed fraction`` -> accuracy, as tables show it.
+        accuracies: ``press @ removed fraction`` -> accuracy, as tables show it; with ", agreement" behind it, of rows
+            that follow the full cache.
         n_questions: The same -> how many questions that is the mean of.
         provenance: What the run depends on besides its configuration.
     """
@@ -65,7 +66,7 @@ class RunSummary(SealedLine):
         record, rows = RunRecord.read(directory), rows_of(directory)
         if note := incomplete(directory, rows):
             raise RunDirectoryError(f"expected a whole run in {directory}, got {note}: go on with it first")
-        cells = {f"{cell.press} @ {cell.compression_ratio:g}": cell for cell in summarise(rows)}
+        cells = {_name_of(cell): cell for table in split_tables(rows) for cell in summarise(table)}
         return cls(
             run_id=record.run_id,
             model=rows[0].model if rows else "",
@@ -116,11 +117,15 @@ def verify(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> s
         )
     n_scored = _check_scores(rows_of(directory), RunRecord.read(directory).config)
     unscored = found.n_rows - n_scored
-    left = f"; of {unscored} the metric is not known here" if unscored else ""
+    left = f"; of {unscored} the metric is not known here, or is agreement" if unscored else ""
     return (
         f"{found.n_rows} rows and the configuration {found.run_id} are those of {file}; {n_scored} scores follow from "
         f"their predictions{left}; {len(found.accuracies)} accuracies follow from the rows"
     )
+
+
+def _name_of(cell: Cell) -> str:
+    return f"{cell.press} @ {cell.compression_ratio:g}{'' if cell.kl is None else ', agreement'}"
 
 
 def _equal(said: Any, found: Any) -> bool:
@@ -141,8 +146,8 @@ def _check_scores(rows: Sequence[Row], config: Mapping[str, Any]) -> int:
     count = 0
     for row in rows:
         task = tasks.get(row.task)
-        if task is None or version_of(task) != row.task_version:
-            continue
+        if task is None or version_of(task) != row.task_version or row.follows_full_cache:
+            continue  # how closely the full cache was followed does not follow from a text
         again = task.score(row.prediction, Question(row.question_id, row.question, row.references, tags=row.tags))
         if abs(again - row.score) > _SAME:
             raise InvalidArgumentError(

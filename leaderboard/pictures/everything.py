@@ -58,6 +58,7 @@ def save_all(rows: Iterable[Row], heads: Iterable[HeadBudgets], folder: str | os
 def _folder_of(table: Sequence[Row]) -> str:
     first = table[0]
     name = f"{first.model}-{first.run_id}" + ("-query-aware" if first.query_aware else "")
+    name += "-agreement" if first.follows_full_cache else ""
     return file_name(name)
 
 

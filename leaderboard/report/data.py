@@ -56,6 +56,7 @@ def _table(rows: Sequence[Row], heads: Sequence[HeadBudgets]) -> dict[str, Any]:
         "run_id": rows[0].run_id,
         "model": rows[0].model,
         "query_aware": rows[0].query_aware,
+        "follows": rows[0].follows_full_cache,
         "full": judgement.full,
         "kvzip": judgement.kvzip,
         "tasks": [task[0].task for task in task_rows],

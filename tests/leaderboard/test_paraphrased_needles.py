@@ -13,7 +13,7 @@ from kvzip_press.leaderboard.tasks.niah_paraphrased.facts import FACTS
 
 FUNCTION_WORDS = {
     "a", "an", "the", "of", "is", "who", "whose", "has", "had", "does", "in", "to", "at", "by", "with", "for", "and",
-    "it",
+    "it", "from",
 }  # fmt: skip
 
 

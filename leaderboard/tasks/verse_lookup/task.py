@@ -37,7 +37,7 @@ class VerseLookupTask(GeneratedTask):
 
     Attributes:
         n_questions: Questions per context.
-        most_words: Words of the longest verse that is asked for; all verses fill the context.
+        most_words: Words of the longest verse (12..100); longer ones are left out of the context.
     """
 
     presets: ClassVar[Presets] = {"default": {}, "smollm2": {"n_questions": 4, "most_words": 12}}
@@ -47,7 +47,7 @@ class VerseLookupTask(GeneratedTask):
     name: str = "verse_lookup"
 
     def __post_init__(self) -> None:
-        check_between(n_questions=(self.n_questions, 1, 100), most_words=(self.most_words, 10, 100))
+        check_between(n_questions=(self.n_questions, 1, 100), most_words=(self.most_words, 12, 100))
 
     @property
     def data_revision(self) -> str:  # type: ignore[override]
@@ -61,9 +61,9 @@ class VerseLookupTask(GeneratedTask):
 
     @cached_property
     def _texts(self) -> tuple[str, ...]:
-        """The verses that can be told from all others."""
-        found = {normalise(text): text for text in self.verses.values()}
-        return tuple(text for text in found.values() if len(text.split()) >= LEAST_WORDS)
+        """The verses that are short enough, each once."""
+        short = [text for text in self.verses.values() if LEAST_WORDS <= len(text.split()) <= self.most_words]
+        return tuple({normalise(text): text for text in short}.values())
 
     def score(self, prediction: str, question: Question) -> float:
         """Returns 1.0 if the answer begins with all words of the verse."""
@@ -72,13 +72,12 @@ class VerseLookupTask(GeneratedTask):
     def _sample(self, seed: int, index: int, length_tokens: int, count_tokens: TokenCounter) -> Sample:
         rng = random.Random(f"verse_lookup/{seed}/{index}")
         lines = fill([], self._lines(rng), _FRAME, length_tokens, count_tokens)
-        short = [place for place, line in enumerate(lines) if len(_parts(line)[1].split()) <= self.most_words]
-        if len(short) < self.n_questions:
+        if len(lines) < self.n_questions:
             raise InvalidArgumentError(
-                f"expected length_tokens for {self.n_questions} verses of at most {self.most_words} words, got "
-                f"{length_tokens}, with room for {len(short)}: give more, or ask fewer"
+                f"expected length_tokens for {self.n_questions} verses, got {length_tokens}, with room for "
+                f"{len(lines)}: give more, or ask fewer"
             )
-        asked = rng.sample(short, self.n_questions)
+        asked = rng.sample(range(len(lines)), self.n_questions)
         context = lengthen(_FRAME.text(lines), length_tokens, count_tokens)
         depths = needle_depths(context, _FRAME.starts(lines, asked), count_tokens)
         questions = (_question(*_parts(lines[place]), depth) for place, depth in zip(asked, depths, strict=True))
@@ -91,6 +90,10 @@ class VerseLookupTask(GeneratedTask):
         for address, text in zip(addresses[start:] + addresses[:start], texts, strict=False):
             if normalise(text) != normalise(self.verses[address]):  # else both are left out
                 yield f"[{address}] {text}"
+        raise InvalidArgumentError(
+            f"expected a context of fewer than {len(texts)} verses of at most {self.most_words} words: give a shorter "
+            "one, or more words"
+        )
 
 
 def verses_in(source: bytes) -> dict[str, str]:

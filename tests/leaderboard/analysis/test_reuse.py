@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from typer.testing import CliRunner
 
+from kvzip_press.cli.main import app
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.analysis.ratios import ratio_text
 from kvzip_press.leaderboard.analysis.reuse import reuse_lines, reuses
 from kvzip_press.leaderboard.analysis.summary import summarise
 from kvzip_press.leaderboard.analysis.table import results_table
 from kvzip_press.leaderboard.analysis.written_table import written
+from kvzip_press.leaderboard.launch import store
 
 
 def times(prefill: float, score: float, evict: float, answer: float | None) -> dict[str, float | None]:
@@ -82,3 +85,23 @@ def test_ratios_are_told_apart_in_tables(make_row) -> None:
     ]  # fmt: skip
     cells = summarise([row for ratio in (0.96875, 0.97) for row in cell(make_row, "KVzip", ratio, {})])
     assert list(results_table(cells).columns[1].cells) == ["0.96875", "0.97"]
+
+
+def test_the_command_prints_it_in_each_form(rows, make_row, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    store(rows, tmp_path / "run")
+    shown = command(tmp_path / "run", "--format", "markdown", "--questions", "1,8").output.splitlines()
+    assert shown[4] == "| KVzip | 0.50 | 14 | 1.5 | 15.5 | 26 | 9 | 2 |"
+    assert "begin{tabular}" in command(tmp_path / "run", "--format", "latex").output
+    assert "512" in command(tmp_path / "run").output and "never" in command(tmp_path / "run").output
+    store([make_row(answer_seconds=None)], tmp_path / "untimed")
+    for folder, options, message in (
+        ("run", ["--questions", "1,x"], "rising numbers of questions from 1 on"),
+        ("run", ["--format", "html"], "a form out of latex, markdown, terminal"),
+        ("untimed", [], "rows with times, of contexts and of a full cache"),
+    ):
+        assert message in str(command(tmp_path / folder, *options).exception)
+
+
+def command(*arguments: object):
+    return CliRunner().invoke(app, ["leaderboard", "reuse", *map(str, arguments)])

@@ -252,6 +252,9 @@ def test_verses_stand_at_other_addresses_than_their_own_and_the_module_is_not_ex
         assert task.score(f" {question.references[0]}\n[Amber 9:9]", question) == 1.0
         assert task.score(question.references[0].rpartition(" ")[0], question) == 0.0
         assert f"[{address}] {question.references[0]}" not in other.context
+    assert max(len(line.split()) for line in lines[:-1]) <= 3 + 12  # "[2 Birch 3:15]" and twelve words
+    with pytest.raises(InvalidArgumentError, match=r"fewer than \d+ verses of at most 12 words: give a shorter one"):
+        next(task.samples(seed=1, n=1, length_tokens=20_000, count_tokens=count))
 
 
 @pytest.mark.parametrize(
@@ -295,7 +298,7 @@ def test_conversations_are_cut_to_their_end_and_quote_no_control_token(packages)
             assert (
                 task.score(f"{term}x", question) == task.score(term[:-1], question) == task.score("", question) == 0.0
             )
-    (reply,) = next(get_task("agent_replies").samples(seed=1, n=1, length_tokens=900)).questions
+    (reply,) = next(get_task("agent_replies").samples(seed=1, n=1, length_tokens=600)).questions
     assert reply.references[0].startswith("I look at") and reply.max_new_tokens == 64
     with pytest.raises(
         InvalidArgumentError, match=r"task 'agent_recall': .* the longest has \d+ tokens\), got length_tokens 90000"
