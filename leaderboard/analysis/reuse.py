@@ -30,7 +30,7 @@ class Reuse:
         compression_ratio: Fraction removed.
         n_contexts: Contexts behind the numbers.
         prefill_seconds: Reading the context once.
-        compress_seconds: Scoring and evicting once.
+        compress_seconds: Scoring and evicting once; 0 for the full cache, of which a run only makes a copy of its own.
         answer_seconds: Reading and answering one question.
         full_answer_seconds: The same from the full cache.
     """
@@ -69,7 +69,7 @@ class Reuse:
 
 def _first(cost: float, gained: float) -> int | None:
     """Returns the least number of questions, at least 1, that gain more than the cost."""
-    return max(1, math.floor(cost / gained) + 1) if gained > 0 else None
+    return max(1, math.floor(round(cost / gained, 9)) + 1) if gained > 0 else None  # as many as cost only draw level
 
 
 def reuses(rows: Iterable[Row]) -> list[Reuse]:
@@ -109,7 +109,7 @@ def _reuse(
         ratio,
         len(timed),
         mean(lambda row: row.prefill_seconds, 0),
-        mean(lambda row: (row.score_seconds or 0.0) + (row.evict_seconds or 0.0), 0),
+        0.0 if contexts is whole else mean(lambda row: (row.score_seconds or 0.0) + (row.evict_seconds or 0.0), 0),
         mean(lambda row: row.answer_seconds, 0),
         mean(lambda row: row.answer_seconds, 1),
     )

@@ -122,7 +122,8 @@ def test_runs_models_and_query_aware_rows_are_tables_of_their_own(make_table: Ma
 
 def test_rows_that_follow_the_full_cache_are_a_table_of_their_own_in_the_same_run(make_table: MakeTable) -> None:
     """On the page, in the folders of pictures and in the summary of a run."""
-    followed = make_table(2, tasks=("replies",), tags={"kl_nats": 0.5}, answer_seconds=None)
+    rows = make_table(2, tasks=("replies",))
+    followed = [replace(row, tags={"kl_nats": 0.5}, answer_seconds=None) for row in rows]
     tables = page_data([*make_table(2), *followed], [])["tables"]
     assert [(table["run_id"], table["follows"], table["tasks"]) for table in tables] == [
         ("0123456789ab", False, ["niah", "profile_qa"]),

@@ -58,7 +58,7 @@ class ParaphrasedTask(GeneratedTask):
             question_id=fact,
             text=FACTS[fact] if self.wording == "other" else f"Who {fact}?",
             references=(name,),
-            answer_prefix="It is",
+            answer_prefix="Name:",
             max_new_tokens=6,
             tags={"depth": depth},
         )

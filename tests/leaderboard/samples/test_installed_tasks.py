@@ -301,7 +301,7 @@ def test_conversations_are_cut_to_their_end_and_quote_no_control_token(packages)
     (reply,) = next(get_task("agent_replies").samples(seed=1, n=1, length_tokens=600)).questions
     assert reply.references[0].startswith("I look at") and reply.max_new_tokens == 64
     with pytest.raises(
-        InvalidArgumentError, match=r"task 'agent_recall': .* the longest has \d+ tokens\), got length_tokens 90000"
+        InvalidArgumentError, match=r"task 'agent_recall': .*\(the longest has \d+ tokens\), got length_tokens 90000"
     ):
         next(task.samples(seed=1, n=1, length_tokens=90_000, count_tokens=count))
 
