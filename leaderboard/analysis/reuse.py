@@ -17,6 +17,9 @@ from kvzip_press.leaderboard.analysis.ratios import ratio_text
 from kvzip_press.leaderboard.analysis.summary import context_key, find_full, one_table, split
 from kvzip_press.leaderboard.rows.results import Row
 
+Contexts = Mapping[tuple[str, int, str], Sequence[Row]]
+"""The rows of each context, by `context_key`."""
+
 QUESTIONS = (1, 8, 64, 512)
 NO_REUSE = "no cache kept"
 
@@ -87,14 +90,12 @@ def reuses(rows: Iterable[Row]) -> list[Reuse]:
         (cell[0].press, cell[0].compression_ratio): {context_key(group[0]): group for group in split(cell, context_key)}
         for cell in split(rows, lambda row: (row.press, row.compression_ratio))
     }
-    whole = {} if full is None else cells[full, 0.0]
+    whole: Contexts = {} if full is None else cells[full, 0.0]
     found = (_reuse(press, ratio, contexts, whole) for (press, ratio), contexts in cells.items())
     return sorted((one for one in found if one is not None), key=lambda one: one.press != full)
 
 
-def _reuse(
-    press: str, ratio: float, contexts: Mapping[object, Sequence[Row]], whole: Mapping[object, Sequence[Row]]
-) -> Reuse | None:
+def _reuse(press: str, ratio: float, contexts: Contexts, whole: Contexts) -> Reuse | None:
     """Compares a cell with the full cache on the questions that both answered."""
     pairs = [_shared(contexts[key], whole[key]) for key in contexts if key in whole]
     timed = [(mine, theirs) for mine, theirs in pairs if mine and all(map(_is_timed, [*mine, *theirs]))]
