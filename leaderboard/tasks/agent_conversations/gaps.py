@@ -1,4 +1,4 @@
-"""Lines of a text with a gap: a path, an identifier or a value that the text has once, and what stands before it."""
+"""Terms that a text has once: a path, an identifier or a value, and what stands before it in its line."""
 
 from __future__ import annotations
 
@@ -8,28 +8,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 KINDS = ("path", "identifier", "value")
-LEAST_BEFORE, MOST_BEFORE, MOST_BEHIND = 20, 160, 80  # characters of the line that the question shows
+LEAST_BEFORE, MOST_BEFORE = 20, 160  # characters of the line that the question shows
 _TERM = re.compile(r"(?<![\w./:@#+-])[\w.~/][\w./:@#+-]{4,39}(?<![.:])(?![\w/@#+-])")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z_.:]*(_|[a-z][A-Z]|\w\.\w|::)\w*")
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A term that a text has once.
+    """A term that a text has once, and that is asked for.
 
     Attributes:
         kind: One of `KINDS`.
         start: Index of its first character in the text.
         before: What stands before it in its line, or the end of that; the text has it once.
         term: The term.
-        behind: What stands behind it in its line, or the beginning of that.
     """
 
     kind: str
     start: int
     before: str
     term: str
-    behind: str
 
 
 def gaps_in(text: str) -> Iterator[Gap]:
@@ -53,8 +51,7 @@ def _gap(line: str, start: int, found: re.Match[str]) -> Gap | None:
     before = line[: found.start()][-MOST_BEFORE:]
     if not kind or len(before.strip()) < LEAST_BEFORE:
         return None
-    behind = line[found.end() :][:MOST_BEHIND]
-    return Gap(kind, start + found.start(), before, found[0], behind)
+    return Gap(kind, start + found.start(), before, found[0])
 
 
 def _kind(term: str) -> str:

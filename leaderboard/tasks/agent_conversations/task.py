@@ -103,7 +103,7 @@ class ConversationTask:
 
 @dataclass(frozen=True)
 class AgentRecallTask(ConversationTask):
-    """Asks for paths, identifiers and values that a conversation has once, by the line around them.
+    """Asks for paths, identifiers and values that a conversation has once, by what stands before them.
 
     Attributes:
         n_questions: Questions per context; the kinds are asked for in turn, as far as there are any.
@@ -207,9 +207,9 @@ def ending(text: str, length_tokens: int, count_tokens: TokenCounter) -> str:
 def _gap_question(number: int, gap: Gap, depth: float) -> Question:
     return Question(
         question_id=f"{number}-{gap.kind}",
-        text=f"What stands in the gap of this line of the conversation?\n{gap.before}____{gap.behind}",
+        text=f"How does the line of the conversation go on that has these words?\n{gap.before}",
         references=(gap.term,),
-        answer_prefix=f"The whole line:\n{gap.before}".rstrip(" "),
+        answer_prefix=f"The line is: {gap.before}".rstrip(" "),
         max_new_tokens=4 + len(gap.term),
         tags={"kind": gap.kind, "depth": depth},
     )

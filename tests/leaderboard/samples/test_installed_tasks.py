@@ -286,7 +286,7 @@ short: a/b/c_d
     assert {kind: gap.term for kind, gap in found.items()} == {"identifier": "make_table", "value": "9ab31f"}
     for gap in found.values():
         assert text.count(gap.term) == text.count(gap.before) == 1
-        assert text[gap.start :].startswith(gap.term) and f"{gap.before}{gap.term}{gap.behind}" in text
+        assert text[gap.start :].startswith(gap.term) and f"{gap.before}{gap.term}" in text
     assert [gap.term for gap in gaps_in("Somebody wrote all of it into src/a.py:12 today.")] == ["src/a.py:12"]
 
 
