@@ -98,6 +98,22 @@ def table(
 
 
 @app.command()
+def reuse(
+    directory: DirectoryArgument,
+    form: Annotated[str, typer.Option("--format", help="terminal; or markdown or latex, for a paper.")] = "terminal",
+    questions: Annotated[
+        str, typer.Option("--questions", help="Numbers of questions about one context, rising.")
+    ] = "1,8,64,512",
+) -> None:
+    """Prints the seconds of many questions about one context: compressed once, kept whole, or read anew each time."""
+    from kvzip_press.leaderboard.launch import reuse_tables
+
+    numbers = [int(part) if part.strip().isdecimal() else 0 for part in questions.split(",")]  # 0 is refused there
+    for line in reuse_tables(directory, form, numbers).splitlines():
+        typer.echo(printable(line))
+
+
+@app.command()
 def summary(
     directory: DirectoryArgument,
     output: Annotated[Path, typer.Option("--output", help="The JSON file to write.")],

@@ -14,16 +14,18 @@ import torch
 from rich.console import Console
 
 from kvzip_press import load_model
-from kvzip_press.errors import RunDirectoryError
+from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
 from kvzip_press.files import check_writable, replacing
 from kvzip_press.leaderboard.analysis.correlation import correlation_of_rows
 from kvzip_press.leaderboard.analysis.counting import task_ranges
 from kvzip_press.leaderboard.analysis.curves import areas_over_bytes
 from kvzip_press.leaderboard.analysis.references import Judgement, judge
+from kvzip_press.leaderboard.analysis.reuse import reuse_lines, reuses
 from kvzip_press.leaderboard.analysis.summary import Cell, split_tables, summarise, summarise_tasks
-from kvzip_press.leaderboard.analysis.table import results_table
+from kvzip_press.leaderboard.analysis.table import results_table, text_table
 from kvzip_press.leaderboard.analysis.ties import ties
-from kvzip_press.leaderboard.analysis.written_table import written_table
+from kvzip_press.leaderboard.analysis.written_table import FORMS, written, written_table
+from kvzip_press.leaderboard.options import check_name
 from kvzip_press.leaderboard.progress import quiet_loading, row_bar
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.line_file import read_lines
@@ -255,6 +257,35 @@ def written_tables(path: str | os.PathLike[str], form: str) -> str:
     return "\n\n".join(tables)
 
 
+def reuse_tables(
+    path: str | os.PathLike[str], form: str, questions: Sequence[int], *, console: Console | None = None
+) -> str:
+    """Returns what many questions about a context cost, a table for each of a run directory's that has times.
+
+    Args:
+        path: The directory.
+        form: "terminal", or as `written_table`.
+        questions: Rising numbers of questions.
+        console: What a table for the terminal is laid out for.
+
+    Raises:
+        RunDirectoryError: The directory has no rows.
+        InvalidArgumentError: There is no such form, the numbers do not rise, or no table has times and a full cache.
+    """
+    check_name("a form", form, ("terminal", *FORMS))
+    tables = [found for group in split_tables(rows_of(path)) if (found := reuses(group))]
+    if not tables:
+        raise InvalidArgumentError(f"expected rows with times, of contexts and of a full cache, got none in {path}")
+    lines = [reuse_lines(found, questions) for found in tables]
+    if form != "terminal":
+        return "\n\n".join(written(head, rows, form) for head, rows in lines)
+    console = console or Console()
+    with console.capture() as captured:
+        for head, rows in lines:
+            console.print(text_table(head, rows))
+    return captured.get()
+
+
 def print_correlation(
     path: str | os.PathLike[str], other: str | os.PathLike[str], *, console: Console | None = None
 ) -> None:
@@ -265,7 +296,8 @@ def print_correlation(
         InvalidArgumentError: A directory has several tables, or they share too few presses.
         MissingDependencyError: scipy is not installed.
     """
-    console, mine, theirs = console or Console(), rows_of(path), rows_of(other)
+    console = console or Console()
+    mine, theirs = (_answered(rows_of(directory)) for directory in (path, other))
     found = correlation_of_rows(mine, theirs)
     for ratio, value in found.by_ratio.items():
         console.print(plain(f"{ratio:g} removed, {found.n_presses[ratio]} presses: {value:+.2f}"))
@@ -276,6 +308,11 @@ def print_correlation(
     )
     if said:
         console.print(plain("In brackets: 95 % of such means with contexts drawn anew, for these presses"))
+
+
+def _answered(rows: Sequence[Row]) -> Sequence[Row]:
+    """Returns the rows that answer a question, of a run that has others too, which follow the full cache."""
+    return [row for row in rows if not row.follows_full_cache] or rows
 
 
 def _marks(cells: Sequence[Cell], judgement: Judgement) -> dict[tuple[str, float], str]:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, RunDirectoryError
 from kvzip_press.files import digest_of, replacing, to_json
-from kvzip_press.leaderboard.analysis.summary import summarise
+from kvzip_press.leaderboard.analysis.summary import Cell, split_tables, summarise
 from kvzip_press.leaderboard.launch import incomplete, rows_of
 from kvzip_press.leaderboard.rows.results import Row, run_id
 from kvzip_press.leaderboard.rows.sealed_line import SealedLine
@@ -46,7 +46,8 @@ class RunSummary(SealedLine):
         rows_sha256: Hash of all rows, sorted, so that shards may be joined in any order. Fields that a row has by
             default do not count, so that those of later versions change nothing.
         n_rows: Number of rows.
-        accuracies: ``press @ removed fraction`` -> accuracy, as tables show it.
+        accuracies: ``press @ removed fraction`` -> accuracy, as tables show it; with ", agreement" behind it, of rows
+            that follow the full cache.
         n_questions: The same -> how many questions that is the mean of.
         provenance: What the run depends on besides its configuration.
     """
@@ -76,7 +77,7 @@ class RunSummary(SealedLine):
             raise RunDirectoryError(f"expected a whole run in {directory}, got {note}: go on with it first")
         if not rows:
             raise RunDirectoryError(f"expected a run with rows in {directory}, got none")
-        cells = {f"{cell.press} @ {cell.compression_ratio:g}": cell for cell in summarise(rows)}
+        cells = {_name_of(cell): cell for table in split_tables(rows) for cell in summarise(table)}
         return cls(
             run_id=rows[0].run_id if record is None else record.run_id,
             model=rows[0].model,
@@ -141,7 +142,7 @@ def verify(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> s
     tasks = {row.task: _task_named(row.task) for row in rows} if config is None else _tasks(config)
     n_scored = _check_scores(rows, tasks)
     unscored = found.n_rows - n_scored
-    left = f"; of {unscored} the metric is not known here" if unscored else ""
+    left = f"; of {unscored} the metric is not known here, or is agreement" if unscored else ""
     what = "rows" if record is None else f"rows and the configuration {found.run_id}"
     return (
         f"{found.n_rows} {what} are those of {file}; {n_scored} scores follow from their predictions{left}; "
@@ -178,6 +179,10 @@ def _record_of(directory: str | os.PathLike[str]) -> RunRecord | None:
     return RunRecord.read(directory) if os.path.lexists(Path(directory) / RUN) else None
 
 
+def _name_of(cell: Cell) -> str:
+    return f"{cell.press} @ {cell.compression_ratio:g}{'' if cell.kl is None else ', agreement'}"
+
+
 def _equal(said: Any, found: Any) -> bool:
     if isinstance(said, Mapping) and isinstance(found, Mapping):
         return said.keys() == found.keys() and all(_equal(value, found[key]) for key, value in said.items())
@@ -200,8 +205,8 @@ def _check_scores(rows: Sequence[Row], tasks: Mapping[str, Task | None]) -> int:
     count = 0
     for row in rows:
         task = tasks.get(row.task)
-        if task is None or version_of(task) != row.task_version:
-            continue
+        if task is None or version_of(task) != row.task_version or row.follows_full_cache:
+            continue  # how closely the full cache was followed does not follow from a text
         again = task.score(row.prediction, Question(row.question_id, row.question, row.references, tags=row.tags))
         if abs(again - row.score) > _SAME:
             raise InvalidArgumentError(

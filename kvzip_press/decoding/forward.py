@@ -50,6 +50,7 @@ def read(
     *,
     padding: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    n_last: int | None = None,
 ) -> torch.Tensor:
     """Reads tokens into a cache, each row at its own positions.
 
@@ -59,9 +60,10 @@ def read(
         token_ids: int64 ``[batch, n]``.
         padding: int64 ``[batch]``, columns of padding on the left of ``token_ids``; only for a compressed cache.
         positions: int64 ``[batch]``, the position of each row's first token; by default where the row's own tokens end.
+        n_last: Of how many of the last tokens logits are wanted; None for the last one alone.
 
     Returns:
-        Logits ``[batch, vocabulary]`` of each row's last token.
+        Logits ``[batch, vocabulary]`` of each row's last token; with ``n_last``, ``[batch, n_last, vocabulary]``.
 
     If an error is raised, or the program is interrupted, the cache stays as it was.
 
@@ -78,9 +80,9 @@ def read(
     mask = _mask_of_dense_layers(cache, n, padding)
     with all_or_nothing(cache):
         if padding is None:
-            return forward(model, cache, token_ids, rows, mask)
+            return forward(model, cache, token_ids, rows, mask, n_last=n_last)
         rows = (rows - padding[:, None]).clamp(min=0)
-        return forward(model, block_cache(cache, padding), token_ids, rows, mask)
+        return forward(model, block_cache(cache, padding), token_ids, rows, mask, n_last=n_last)
 
 
 def _first_ragged(cache: Any) -> RaggedLayer | None:
@@ -100,12 +102,18 @@ def _mask_of_dense_layers(cache: Any, n: int, padding: torch.Tensor | None) -> t
 
 
 def forward(
-    model: Any, cache: Any, token_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor | None = None
+    model: Any,
+    cache: Any,
+    token_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    n_last: int | None = None,
 ) -> torch.Tensor:
     """Runs one forward over ``token_ids`` ``[batch, n]`` at ``position_ids`` of the same shape.
 
     Returns:
-        Logits ``[batch, vocabulary]`` of the last tokens.
+        Logits ``[batch, vocabulary]`` of the last tokens; with ``n_last``, ``[batch, n_last, vocabulary]``.
     """
     own = with_own_rotation(model)
     with compat.uncompiled(model):
@@ -114,8 +122,8 @@ def forward(
             attention_mask=mask,
             position_ids=position_ids,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=n_last or 1,
             **compat.cache_argument(own, cache),
         )
-    logits: torch.Tensor = output.logits[:, -1]
+    logits: torch.Tensor = output.logits if n_last else output.logits[:, -1]
     return logits

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
+from kvzip_press.leaderboard.analysis.ratios import ratio_text
 from kvzip_press.leaderboard.analysis.references import MARKS_CAPTION, CellKey
 from kvzip_press.leaderboard.analysis.summary import Cell
 from kvzip_press.terminal import plain
@@ -20,7 +21,7 @@ _WRITTEN = (
 )
 _FOLLOWED = (
     "Means over samples along what the full cache wrote. Same: next tokens whose most likely one is the full cache's; "
-    "KL is from its probabilities. Cache is the most that it held, room for the next tokens included."
+    "KL is from its probabilities. Cache is what the question finds; without a context, the most that was held."
 )
 
 
@@ -57,6 +58,16 @@ def results_table(cells: Sequence[Cell], title: str = "", marks: Mapping[CellKey
     return table
 
 
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Returns a table of texts, the first column to the left and the others to the right."""
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    for place, name in enumerate(head):
+        table.add_column(plain(name), justify="right" if place else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(plain, row))
+    return table
+
+
 @dataclass(frozen=True)
 class _Form:
     """What a table shows besides sizes: the name of the score, the last columns with their decimals, the caption."""
@@ -83,7 +94,7 @@ def _figures(cell: Cell, marks: str) -> tuple[str, ...]:
     error = "" if cell.standard_error is None else f" ± {cell.standard_error:.2f}"
     megabytes = None if cell.resident_bytes is None else cell.resident_bytes / 1e6
     return (
-        f"{cell.compression_ratio:.2f}",
+        ratio_text(cell.compression_ratio),
         f"{cell.accuracy:.2f}{error}{marks and ' '}{marks}",
         _figure(cell.kept_fraction),
         _figure(megabytes, 1),

@@ -44,6 +44,12 @@ def written_table(cells: Sequence[Cell], form: str, marks: Mapping[CellKey, str]
         found = [_figure(known.get((press, ratio)), (marks or {}).get((press, ratio), "")) for ratio in at]
         area = None if areas is None else areas.areas.get(press)
         rows.append([press, *found, "-" if area is None else f"{area:.3f}"])
+    return written(head, rows, form)
+
+
+def written(head: Sequence[str], rows: Sequence[Sequence[str]], form: str) -> str:
+    """Returns a table of texts, the first column to the left and the others to the right; forms as `written_table`."""
+    check_name("a form", form, FORMS)
     return (_markdown if form == "markdown" else _latex)(head, rows)
 
 

@@ -85,6 +85,7 @@ def _beside(tables: Sequence[Sequence[Row]], heads: Sequence[HeadBudgets]) -> li
 def _folder_of(table: Sequence[Row]) -> str:
     first = table[0]
     name = f"{first.model}-{first.run_id}" + ("-query-aware" if first.query_aware else "")
+    name += "-agreement" if first.follows_full_cache else ""
     return file_name(name)
 
 
@@ -104,11 +105,11 @@ def _save_table(rows: Sequence[Row], heads: Sequence[HeadBudgets], folder: Path)
         paths.append(folder / "pareto-time.png")
         save_pareto(cells, paths[-1], title, cost=TIME)
     paths.append(folder / "tasks.png")
-    save_task_map(summarise_tasks(rows), paths[-1], ratio, f"accuracy at {ratio:.4g} removed")
+    save_task_map(summarise_tasks(rows), paths[-1], ratio, f"accuracy at {ratio:g} removed")
     for head_map in _telling(head_maps(heads), find_kvzip(rows), ratio)[:1]:
         paths.append(folder / "heads.png")
         save_head_map(
-            head_map, paths[-1], f"kept by each head: {head_map.press}, {head_map.compression_ratio:.4g} removed"
+            head_map, paths[-1], f"kept by each head: {head_map.press}, {head_map.compression_ratio:g} removed"
         )
     for maps in split(needle_maps(rows), lambda needle_map: needle_map.task):
         paths.append(folder / f"needles-{file_name(maps[0].task)}.png")
@@ -119,7 +120,7 @@ def _save_table(rows: Sequence[Row], heads: Sequence[HeadBudgets], folder: Path)
 def _save_needles(maps: Sequence[NeedleMap], path: Path, press: str | None, ratio: float) -> None:
     """Draws the maps of one task: those of all presses at a ratio where each is one column, else that of one press."""
     first = _telling(maps, press, ratio)[0]
-    removed = f"{first.compression_ratio:.4g} removed"
+    removed = f"{first.compression_ratio:g} removed"
     if len(first.lengths) > 1:
         save_needle_map(first, path, f"{first.task}: {first.press}, {removed}")
     else:

@@ -111,7 +111,7 @@ def _about_press(label: str, ratio: float, group: Sequence[ProfileRow], rows: Se
     parts += [_about_losses([one for one in compared if not one.gains])] if len(gains) < len(compared) else []
     parts += [_beside_dense(compared[-1], rows)] if compared and compared[-1].row.engine == OURS else []
     parts += [f"nothing to compare with at {', '.join(without)} tokens"] if without else []
-    return f"{label}, {ratio:.0%} removed: {'; '.join([part for part in [*parts, *failed] if part])}."
+    return f"{label}, {100 * ratio:g}% removed: {'; '.join([part for part in [*parts, *failed] if part])}."
 
 
 def _about_gains(gains: Sequence[Comparison]) -> str:

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from kvzip_press.leaderboard.analysis.ratios import ratio_text
 from kvzip_press.leaderboard.profile.rows import ProfileRow
 from kvzip_press.terminal import plain
 
@@ -59,7 +60,7 @@ def _table(names: Sequence[str], lines: Iterable[tuple[ProfileRow, Sequence[str]
         if above is not None and above != row.context_length:
             table.add_section()
         length = "" if above == row.context_length else str(row.context_length)
-        removed = "-" if row.press == "none" else f"{row.compression_ratio:.2f}"
+        removed = "-" if row.press == "none" else ratio_text(row.compression_ratio)
         table.add_row(length, plain(row.label), removed, *(["error"] if row.error is not None else figures))
         above = row.context_length
     return table

@@ -13,6 +13,7 @@ from kvzip_press.leaderboard.analysis.curves import areas_over_bytes, areas_unde
 from kvzip_press.leaderboard.analysis.looks import looks
 from kvzip_press.leaderboard.analysis.maps import head_maps, needle_maps
 from kvzip_press.leaderboard.analysis.references import Judgement, judge
+from kvzip_press.leaderboard.analysis.reuse import reuses
 from kvzip_press.leaderboard.analysis.statistics import Comparison
 from kvzip_press.leaderboard.analysis.summary import Cell, context_key, split, split_tables, summarise, summarise_tasks
 from kvzip_press.leaderboard.analysis.ties import ties
@@ -81,6 +82,7 @@ def _table(rows: Sequence[Row], heads: Sequence[HeadBudgets]) -> dict[str, Any]:
         "run_id": rows[0].run_id,
         "model": rows[0].model,
         "query_aware": rows[0].query_aware,
+        "follows": rows[0].follows_full_cache,
         "full": judgement.full,
         "kvzip": judgement.kvzip,
         "tasks": [task[0].task for task in task_rows],
@@ -94,11 +96,11 @@ def _table(rows: Sequence[Row], heads: Sequence[HeadBudgets]) -> dict[str, Any]:
         "areas_over_bytes": None if bytes_areas is None else asdict(bytes_areas),
         "detectable": [min(detectable), max(detectable)] if detectable else None,
         "not_counting": [str(one) for one in task_ranges(summarise_tasks(rows)) if not one.counts],
-        "cells": _cells(all_cells, judgement, relative)
+        "cells": _cells(all_cells, judgement, relative, rows)
         + [
             cell
-            for cells, judged in zip(task_cells, judgements, strict=True)
-            for cell in _cells(cells, judged, relative_performance(cells))
+            for cells, judged, of_task in zip(task_cells, judgements, task_rows, strict=True)
+            for cell in _cells(cells, judged, relative_performance(cells), of_task)
         ],
         "heads": [asdict(found) for found in head_maps(heads)],
         "needles": [asdict(found) for found in needle_maps(rows)],
@@ -113,14 +115,19 @@ def _times(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def _cells(
-    cells: Sequence[Cell], judgement: Judgement, relative: Mapping[tuple[str, float], float]
+    cells: Sequence[Cell], judgement: Judgement, relative: Mapping[tuple[str, float], float], rows: Sequence[Row]
 ) -> list[dict[str, Any]]:
-    """Returns the cells of all tasks or of one, each with its marks and its score relative to the full cache's."""
+    """Returns the cells of all tasks or of one, each with its marks and its score relative to the full cache's.
+
+    ``pays_from`` is the number of questions about a context from which on it takes less time than the full cache.
+    """
     of_table = {"run_id", "model", "query_aware"}
+    pays = {(one.press, one.compression_ratio): one.break_even for one in reuses(rows)}
     return [
         {name: value for name, value in asdict(cell).items() if name not in of_table}
         | {
             "relative": relative.get(key),
+            "pays_from": None if cell.press == judgement.full else pays.get(key),
             "marks": judgement.marks(*key),
             "against_full": _comparison(judgement.against_full.get(key)),
             "against_kvzip": _comparison(judgement.against_kvzip.get(key)),

@@ -20,7 +20,7 @@ const svg = (name, attributes = {}, ...children) => fill(document.createElementN
 const MISSING = "–";
 const fixed = (digits, scale = 1) => (value) => (value === null || value === undefined ? MISSING : (value * scale).toFixed(digits));
 const asScore = fixed(2);
-const asRatio = (ratio) => String(Number(ratio.toFixed(4)));
+const asRatio = (ratio) => String(Number(ratio.toFixed(5)));
 const asMegabytes = (bytes) => (bytes === null ? MISSING : bytes >= 1e10 ? `${(bytes / 1e9).toFixed(1)} GB` : `${significant(bytes / 1e6)} MB`);
 const significant = (value) => (value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(2));
 const asP = (p) => (p < 0.001 ? "p < 0.001" : `p = ${p.toFixed(3)}`);

@@ -2,7 +2,7 @@
 const state = { run: null, aware: false, task: null, ratio: null, hidden: new Set(), sort: null };
 const THEMES = { auto: "light or dark: as the system", light: "light", dark: "dark" };
 
-const runOf = (table) => JSON.stringify([table.model, table.run_id]);
+const runOf = (table) => JSON.stringify([table.model, table.run_id, table.follows]);
 const tablesOfRun = () => DATA.tables.filter((table) => runOf(table) === state.run);
 
 function options(select, entries, chosen) {
@@ -13,8 +13,9 @@ function options(select, entries, chosen) {
 function drawFilters() {
   const { table } = state;
   const runs = [...new Map(DATA.tables.map((one) => [runOf(one), one])).values()];
-  const twice = (model) => runs.filter((one) => one.model === model).length > 1;
-  options("model", runs.map((one) => [runOf(one), twice(one.model) ? `${one.model}, run ${one.run_id}` : one.model]), state.run);
+  const twice = (model) => new Set(runs.filter((one) => one.model === model).map((one) => one.run_id)).size > 1;
+  const named = (one) => [one.model, twice(one.model) ? `run ${one.run_id}` : "", one.follows ? "agreement" : ""].filter(Boolean).join(", ");
+  options("model", runs.map((one) => [runOf(one), named(one)]), state.run);
   options("task", [...(table.tasks.length > 1 ? [[null, "all, mean"]] : []), ...table.tasks.map((task) => [task, task])], state.task);
   options("ratio", [[null, "all"], ...ratiosOf(table).map((ratio) => [ratio, `${asRatio(ratio)} removed`])], state.ratio);
   byId("aware").setAttribute("aria-checked", String(table.query_aware));
@@ -61,7 +62,7 @@ function drawTiles() {
 
 function drawWords() {
   const { table } = state;
-  byId("about").textContent = `${table.model} · run ${table.run_id} · compressed ${table.query_aware ? "with the question in view (query-aware)" : "before any question is known (query-agnostic)"}`;
+  byId("about").textContent = `${table.model} · run ${table.run_id} · compressed ${table.query_aware ? "with the question in view (query-aware)" : "before any question is known (query-agnostic)"}${table.follows ? " · accuracy is agreement with the full cache: next tokens that are the same" : ""}`;
   byId("ties").hidden = !table.ties.length;
   byId("ties").textContent = table.ties.join("\n");
   byId("times").hidden = !table.times?.differ;

@@ -8,6 +8,7 @@ const COLUMNS = [
   { name: "cache", value: (cell) => cell.resident_bytes, text: asMegabytes, tip: "bytes of keys and values of the compressed cache" },
   { name: "prefill s", value: (cell) => cell.prefill_seconds, text: fixed(2), tip: "the one forward that all presses share" },
   { name: "compress s", value: (cell) => cell.compress_seconds, text: fixed(2), tip: "scoring and evicting" },
+  { name: "pays from", value: (cell) => cell.pays_from, text: (n) => count(n, "question"), tip: "questions about a context from which on compressing it took less time than keeping it whole; a dash: never, or not measured" },
   { name: "ms a token", value: (cell) => cell.ms_per_token, text: fixed(1), tip: "of an answer, reading the question included" },
 ];
 

@@ -10,6 +10,7 @@ import torch
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.forward import read
+from kvzip_press.leaderboard.rows.results import KL
 from kvzip_press.model.devices import input_device
 
 
@@ -46,6 +47,11 @@ class Agreement:
         """Number of tokens until the first whose most likely one is not the same."""
         return self.same.index(False) if False in self.same else len(self.same)
 
+    @property
+    def tags(self) -> dict[str, float]:
+        """What rows say of it besides the share."""
+        return {KL: self.mean_kl, "until_first": float(self.until_first)}
+
     def __add__(self, other: "Agreement") -> "Agreement":
         return Agreement(self.kl + other.kl, self.same + other.same)
 
@@ -77,3 +83,19 @@ def log_probabilities(
     steps += [read(model, rows, said[:, i : i + 1]) for i in range(length - 1)]
     logits = torch.stack(steps, dim=1).double()
     return torch.cat([logits[row, : len(ids)] for row, ids in enumerate(written)]).log_softmax(dim=-1)
+
+
+@torch.no_grad()
+def log_probabilities_at_once(
+    model: Any, cache: RaggedCache, question: Sequence[int], written: Sequence[int]
+) -> torch.Tensor:
+    """Returns what `log_probabilities` does for one answer, out of one forward instead of one a token.
+
+    Nothing leaves the cache while an answer is written, so both are the same up to rounding.
+
+    Returns:
+        Log probabilities, fp32 ``[tokens of the answer, vocabulary]``.
+    """
+    attach(model)
+    ids = torch.tensor([[*question, *written[:-1]]], device=input_device(model))
+    return read(model, cache.fork(), ids, n_last=len(written))[0].float().log_softmax(dim=-1)

@@ -15,7 +15,6 @@ from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.compat import DynamicCache
 from kvzip_press.decoding.generation import eos_ids, generate
 from kvzip_press.errors import BudgetMismatchError, InvalidArgumentError
-from kvzip_press.leaderboard.rows.results import KL
 from kvzip_press.leaderboard.running.contexts import Context, prompt_ids
 from kvzip_press.leaderboard.running.following import FullAnswer, follow, full_answer
 from kvzip_press.leaderboard.running.measured import Measured
@@ -97,7 +96,7 @@ class Writing:
             None,
             score=agreement.share,
             references=full.tokens[0].tolist(),
-            tags={KL: agreement.mean_kl, "until_first": float(agreement.until_first)},
+            tags=agreement.tags,
         )
 
 

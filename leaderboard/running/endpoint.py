@@ -17,7 +17,7 @@ from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.answering import question_ids
 from kvzip_press.decoding.generation import eos_ids
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.running.plan import Run, Work
+from kvzip_press.leaderboard.running.plan import ANSWER, Run, Work
 from kvzip_press.press import Press
 
 CONTEXT = "kvzip-press-leaderboard"  # one name: each cache takes the place of the one before
@@ -48,11 +48,16 @@ class Endpoint:
 
     def check(self, run: Run, works: Sequence[Work]) -> None:
         """Raises InvalidArgumentError for a run that a server cannot answer, and if there is none of this model."""
-        others = [work.sample.sample_id for work in works if work.sample.multi_turn or not work.sample.context]
+        others = [
+            work.sample.sample_id
+            for work in works
+            if work.sample.multi_turn or not work.sample.context or work.measure != ANSWER
+        ]
         if run.batch_size != 1 or others:
             raise InvalidArgumentError(
                 "expected single questions about a context each, in batches of 1, for a server, got a batch size of "
-                f"{run.batch_size} and {len(others)} samples that are conversations or have no context"
+                f"{run.batch_size} and {len(others)} samples that are conversations, have no context or are measured "
+                "by agreement"
             )
         names = [one.get("id") for one in self._ask("/v1/models").get("data", [])]
         if self.model_name not in names:

@@ -88,15 +88,9 @@ def _task(node: "_Node") -> TaskSpec:
     task: Any = node.checked("options" if options else "task", lambda: get_task(name, **options))
     measure = node.take("measure", str, ANSWER)
     named = task.name if measure == ANSWER else f"{task.name}, {measure}"  # a task may be there with both
-    spec: TaskSpec = node.checked(
-        "measure",
-        lambda: TaskSpec(
-            replace(task, name=node.take("name", str, named)),
-            n_contexts=node.take("contexts", int),
-            length_tokens=node.take("tokens", int, 0),
-            measure=measure,
-        ),
-    )
+    task = replace(task, name=node.take("name", str, named))
+    n_contexts, length_tokens = node.take("contexts", int), node.take("tokens", int, 0)
+    spec: TaskSpec = node.checked("measure", lambda: TaskSpec(task, n_contexts, length_tokens, measure))
     node.finish()
     return spec
 

@@ -45,11 +45,11 @@ class TaskSpec:
         task: The task.
         n_contexts: Number of contexts.
         length_tokens: Their length in tokens.
-        measure: "answer" scores answers by the task's metric. "agreement", for samples without a context, lets the full
-            cache write ``max_new_tokens`` tokens and each press read them: the score is the share of next tokens whose
+        measure: "answer" scores answers by the task's metric. "agreement" lets the full cache write ``max_new_tokens``
+            tokens, sampled by the run's seed, and each press read them: the score is the share of next tokens whose
             most likely one is the same, and the rows' tags have ``kl_nats``, the mean KL divergence from the full
             cache's probabilities, and ``until_first``, the tokens until the first other. So small models, which solve
-            nothing, compare presses too.
+            nothing, compare presses too. Not for conversations (``multi_turn``).
 
     Raises:
         InvalidArgumentError: No such measure.
@@ -145,7 +145,7 @@ def plan(run: Run, tokenizer: Any) -> list[Work]:
 
     Raises:
         InvalidArgumentError: A task without samples, a sample without questions, two with the same name, or a sample
-            with a context whose agreement is to be measured.
+            that is a conversation whose agreement is to be measured.
     """
 
     def count_tokens(text: str) -> int:
@@ -193,10 +193,9 @@ def _check_samples(spec: TaskSpec, samples: Sequence[Sample]) -> None:
     if not samples:
         raise InvalidArgumentError(f"expected samples of the task {task.name!r}, got none: is its data set empty?")
     for sample in samples:
-        if spec.measure == AGREEMENT and sample.context:
+        if spec.measure == AGREEMENT and sample.multi_turn:
             raise InvalidArgumentError(
-                f"expected measure: {AGREEMENT} of tasks without a context, such as repeated_paragraph, got "
-                f"{task.name}/{sample.sample_id}"
+                f"expected measure: {AGREEMENT} of single questions, got a conversation, {task.name}/{sample.sample_id}"
             )
         if not sample.questions:
             raise InvalidArgumentError(f"expected questions in {task.name}/{sample.sample_id}, got none")

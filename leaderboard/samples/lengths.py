@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.samples.task import TokenCounter
 
 _IDLE = ("And", "so", "it", "went", "on", "from", "day", "to", "day", "and", "nobody", "thought", "much", "of", "it.")
@@ -39,7 +40,11 @@ def fill(
 
     The units' token counts do not quite add up to that of the whole text, so the whole is counted again until no more
     units fit.
+
+    Raises:
+        InvalidArgumentError: The needles alone are longer than that.
     """
+    check_room(count_tokens(frame.text(needles)), length_tokens)
     units: list[str] = []
     while True:
         room = length_tokens - count_tokens(frame.text([*needles, *units]))
@@ -50,6 +55,15 @@ def fill(
     while units and count_tokens(frame.text([*needles, *units])) > length_tokens:
         units.pop()
     return units
+
+
+def check_room(needed: int, length_tokens: int) -> None:
+    """Raises InvalidArgumentError if what is asked for needs more tokens than there are."""
+    if needed > length_tokens:
+        raise InvalidArgumentError(
+            f"expected length_tokens of at least {needed}, which what is asked for takes alone, got {length_tokens}: "
+            "give more, or ask for less"
+        )
 
 
 def take(filler: Iterator[str], room: int, count_tokens: TokenCounter, joiner: str = " ") -> list[str]:

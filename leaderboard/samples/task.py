@@ -96,9 +96,11 @@ class Task(Protocol):
         Args:
             seed: Any integer.
             n: Number of contexts.
-            length_tokens: Wanted length of a context, without the chat template. A task whose facts are longer makes
-                the shortest context that holds them.
+            length_tokens: Wanted length of a context, without the chat template.
             count_tokens: Counts tokens; give the model's own counter if the length must be exact.
+
+        Raises:
+            InvalidArgumentError: What is asked for does not fit into the length.
         """
         ...
 
@@ -126,7 +128,10 @@ class GeneratedTask(ABC):
     ) -> Iterator[Sample]:
         """See `Task.samples`."""
         for index in range(n):
-            yield self._sample(seed, index, length_tokens, count_tokens)
+            try:
+                yield self._sample(seed, index, length_tokens, count_tokens)
+            except InvalidArgumentError as error:
+                raise InvalidArgumentError(f"task {self.name!r}: {error}") from error
 
     def score(self, prediction: str, question: Question) -> float:
         """Returns 1.0 if the value is in the answer."""

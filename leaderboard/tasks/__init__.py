@@ -1,9 +1,9 @@
 """The tasks by name. Each task or family has a folder, whose module is imported when the task is asked for."""
 
 import importlib
+from dataclasses import fields
 from typing import Any, get_type_hints
 
-from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.options import check_kinds, check_name
 from kvzip_press.leaderboard.samples.task import Task
 
@@ -26,6 +26,7 @@ GENERATED = {
     "niah_multikey": f"{_PACKAGE}.niah.task:MultikeyTask",
     "niah_multiquery": f"{_PACKAGE}.niah.task:MultiqueryTask",
     "niah_multivalue": f"{_PACKAGE}.niah.task:MultivalueTask",
+    "niah_paraphrased": f"{_PACKAGE}.niah_paraphrased.task:ParaphrasedTask",
     "niah_single": f"{_PACKAGE}.niah.task:SingleTask",
     "prefix_suffix": f"{_PACKAGE}.prefix_suffix.task:PrefixSuffixTask",
     "profile_qa": f"{_PACKAGE}.profile_qa.task:ProfileQATask",
@@ -55,11 +56,14 @@ WITHOUT_CONTEXT = {
 """Tasks for presses that evict while decoding, made here or from an installed package: name -> ``module:Class``."""
 
 FROM_PACKAGES = {
+    "agent_recall": f"{_PACKAGE}.agent_conversations.task:AgentRecallTask",
+    "agent_replies": f"{_PACKAGE}.agent_conversations.task:AgentRepliesTask",
     "bank_manual": f"{_PACKAGE}.bank_manual.task:BankManualTask",
     "gsm8k_100_context": f"{_PACKAGE}.gsm8k.task:GSM8K100Task",
     "humaneval_functions": f"{_PACKAGE}.humaneval_functions.task:HumanEvalFunctionsTask",
     "python_reference": f"{_PACKAGE}.python_reference.task:PythonReferenceTask",
     "stdlib_functions": f"{_PACKAGE}.stdlib_functions.task:StdlibFunctionsTask",
+    "verse_lookup": f"{_PACKAGE}.verse_lookup.task:VerseLookupTask",
 }
 """Tasks on real text that Python or an installed package (extra ``real``) brings along: name -> ``module:Class``."""
 
@@ -83,9 +87,9 @@ def get_task(name: str, *, preset: str = "default", **options: Any) -> Task:
     module, _, class_name = TASKS[name].partition(":")
     task_class = getattr(importlib.import_module(module), class_name)
     check_name(f"a preset of task {name!r}", preset, task_class.presets)
+    known = [field.name for field in fields(task_class) if field.name != "name"]
+    for option in options:
+        check_name(f"an option of task {name!r}", option, known)
     check_kinds(options, get_type_hints(task_class))
-    try:
-        task: Task = task_class(**{**task_class.presets[preset], **options}, name=name)
-    except TypeError as error:
-        raise InvalidArgumentError(f"task {name!r}: {error}") from error
+    task: Task = task_class(**{**task_class.presets[preset], **options}, name=name)
     return task

@@ -19,7 +19,7 @@ from kvzip_press.testing import ByteTokenizer, tiny_model
 
 TASKS = (
     TaskSpec(get_task("hidden_facts", n_keys=2, max_new_tokens=1), n_contexts=2, length_tokens=100),
-    TaskSpec(get_task("profile_qa", n_people=1, n_attributes=2, max_new_tokens=1), n_contexts=1, length_tokens=100),
+    TaskSpec(get_task("profile_qa", n_people=1, n_attributes=2, max_new_tokens=1), n_contexts=1, length_tokens=160),
 )
 
 

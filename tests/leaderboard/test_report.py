@@ -15,6 +15,7 @@ pytest.importorskip("scipy")
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.analysis.maps import columns, head_maps, needle_maps
 from kvzip_press.leaderboard.analysis.summary import summarise, summarise_tasks
+from kvzip_press.leaderboard.pictures.everything import _folder_of as folder_of_table
 from kvzip_press.leaderboard.report import write_report
 from kvzip_press.leaderboard.report.data import page_data, rounded
 from kvzip_press.leaderboard.report.examples import examples
@@ -104,6 +105,7 @@ def test_the_cells_are_those_of_the_table_with_their_comparisons(make_table: Mak
     assert worst["against_full"]["difference"] == pytest.approx(worst["accuracy"] - full["accuracy"], abs=1e-4)
     assert (full["relative"], full["against_full"]) == (1.0, None)
     assert found["random", 0.9375, "niah"]["against_full"]["p_value"] < 0.05
+    assert full["pays_from"] is None and worst["pays_from"] == found["random", 0.9375, "niah"]["pays_from"] == 13
     assert table["areas"]["areas"]["KVzip"] > table["areas"]["areas"]["random"]
 
 
@@ -116,6 +118,19 @@ def test_runs_models_and_query_aware_rows_are_tables_of_their_own(make_table: Ma
         ("bigger", "other", False),
     ]
     assert [len(table["heads"]) for table in tables] == [0, 0, 4]
+
+
+def test_rows_that_follow_the_full_cache_are_a_table_of_their_own_in_the_same_run(make_table: MakeTable) -> None:
+    """On the page, in the folders of pictures and in the summary of a run."""
+    rows = make_table(2, tasks=("replies",))
+    followed = [replace(row, tags={"kl_nats": 0.5}, answer_seconds=None) for row in rows]
+    tables = page_data([*make_table(2), *followed], [])["tables"]
+    assert [(table["run_id"], table["follows"], table["tasks"]) for table in tables] == [
+        ("0123456789ab", False, ["niah", "profile_qa"]),
+        ("0123456789ab", True, ["replies"]),
+    ]
+    assert {cell["pays_from"] for cell in tables[1]["cells"]} == {None}
+    assert folder_of_table(followed) == f"{folder_of_table(make_table(2))}-agreement"
 
 
 def test_a_head_map_is_the_mean_over_contexts(make_heads: MakeHeads) -> None:

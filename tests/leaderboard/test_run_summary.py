@@ -50,6 +50,20 @@ def rows_in(folder: Path) -> list[Row]:
     return list(read_rows(folder / "rows.jsonl"))
 
 
+def test_rows_that_follow_the_full_cache_are_summed_up_apart_and_not_scored_again(run: Path, tmp_path: Path) -> None:
+    """Their score does not follow from a text; a changed one is seen by the hash of all rows."""
+    file, first = tmp_path / "summary.json", rows_in(run)
+    write(run, [*first[:4], *(replace(row, score=0.25, tags={"kl_nats": 0.5}) for row in first[4:])])
+    RunSummary.of(run).save(file)
+    assert RunSummary.load(file).accuracies == {"kvzip @ 0.7": 0.5, "random @ 0.7, agreement": 0.25}
+    assert "4 scores follow from their predictions; of 4 the metric is not known here, or is agreement" in verify(
+        run, file
+    )
+    write(run, [replace(row, score=0.75) if row.tags else row for row in rows_in(run)])
+    with pytest.raises(InvalidArgumentError, match="rows_sha256"):
+        verify(run, file)
+
+
 def test_what_was_run_is_verified_in_any_order(run: Path, tmp_path: Path) -> None:
     file = tmp_path / "summary.json"
     made = RunSummary.of(run)

@@ -125,10 +125,13 @@ def test_lengths_are_exact_in_a_real_vocabulary(name: str, smollm2_tokenizer: An
 
 
 @every_task
-def test_a_length_too_small_for_the_facts_gives_the_facts_alone(name: str) -> None:
-    shortest = make(get_task(name), length_tokens=1)[0]
-    assert 0 < count_words(shortest.context) < 400
-    assert shortest.questions
+def test_a_length_too_small_for_the_facts_is_refused_with_what_they_take(name: str) -> None:
+    said = rf"task '{name}': expected length_tokens of at least (\d+), which .* alone, got 5: give more"
+    with pytest.raises(InvalidArgumentError, match=said) as refused:
+        make(get_task(name), n=1, length_tokens=5)
+    (least,) = map(int, re.findall(r"at least (\d+)", str(refused.value)))
+    (shortest,) = make(get_task(name), n=1, length_tokens=least)
+    assert count_words(shortest.context) <= least < 400
 
 
 @every_preset

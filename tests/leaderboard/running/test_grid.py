@@ -100,12 +100,41 @@ def test_a_task_may_be_asked_and_followed_in_one_grid(tmp_path: Path) -> None:
         load_grid(grid_file(tmp_path, tasks=[{**task, "measure": "kl"}]))
 
 
+def test_a_misspelt_key_or_option_of_a_task_is_named_with_what_there_is(tmp_path: Path) -> None:
+    (task,) = GRID["tasks"]
+    for wrong, message in (
+        (
+            {"task": "hidden_facts", "contxts": 2},
+            r"tasks\[0\]\.contexts: expected an integer, got nothing; is 'contxts'",
+        ),
+        ({**task, "contexts": "two"}, r"tasks\[0\]\.contexts: expected an integer, got 'two'"),
+        ({**task, "tokens": 3.5}, r"tasks\[0\]\.tokens: expected an integer, got 3\.5"),
+        ({**task, "token": 300}, r"tasks\[0\]\.token: expected a key out of .*; did you mean 'tokens'"),
+        (
+            {**task, "options": {"n_key": 3}},
+            r"tasks\[0\]\.options: .* max_new_tokens, n_digits, n_keys, got 'n_key'; did you mean 'n_keys'",
+        ),
+    ):
+        with pytest.raises(InvalidArgumentError, match=f"mine.yaml: {message}"):
+            load_grid(grid_file(tmp_path, tasks=[wrong]))
+
+
 @pytest.mark.parametrize("name", grid_names())
 def test_every_grid_of_the_package_loads_and_has_its_baselines(name: str) -> None:
     grid = load_grid(name)
     assert grid.description.endswith(".")
     assert grid.run.presses[0] == PressSpec("none", "full cache", compression_ratios=(0.0,))
     assert {spec.name for spec in grid.run.presses} <= set(press_names())
+
+
+def test_the_grids_of_the_evidence_differ_in_model_and_tasks_only() -> None:
+    """So that ranks of presses on both models are of the same cells; each has a seed of its own among the grids."""
+    large, small = load_grid("evidence").run, load_grid("evidence-smollm2").run
+    assert (large.presses, large.compression_ratios) == (small.presses, small.compression_ratios)
+    assert {"model", "int8", "k8v4", "int4"} <= {spec.options.get("storage", "model") for spec in large.presses}
+    assert large.compression_ratios[-1] == 1 - 1 / 32
+    others = {load_grid(name).run.seed for name in grid_names() if not name.startswith("evidence")}
+    assert large.seed == small.seed and large.seed not in others
 
 
 @pytest.mark.parametrize("name", ["smollm2-cpu", "smollm2-full"])

@@ -27,7 +27,7 @@ RUN = Run(
     "tiny",
     (
         TaskSpec(get_task("hidden_facts", n_keys=2, max_new_tokens=2), n_contexts=7, length_tokens=120),
-        TaskSpec(get_task("profile_qa", n_people=1, n_attributes=2, max_new_tokens=2), 3, 120),
+        TaskSpec(get_task("profile_qa", n_people=1, n_attributes=2, max_new_tokens=2), 3, 160),
     ),
     (PressSpec("none", "full cache", compression_ratios=(0.0,)), PressSpec("random", "random")),
     (0.5, 0.9),

@@ -45,7 +45,7 @@ run_in(sys.argv[2], RUNS[sys.argv[3]](), make_model(), on_row=lambda row: time.s
 def make_run() -> Run:
     tasks = (
         TaskSpec(get_task("hidden_facts", n_keys=2, max_new_tokens=2), n_contexts=6, length_tokens=120),
-        TaskSpec(get_task("profile_qa_turns", n_people=1, n_attributes=2, max_new_tokens=2), 2, 120),
+        TaskSpec(get_task("profile_qa_turns", n_people=1, n_attributes=2, max_new_tokens=2), 2, 160),
     )
     presses = (PressSpec("none", "full cache", compression_ratios=(0.0,)), PressSpec("random", "random"))
     return Run("tiny", tasks, presses, (0.5, 0.9), seed=3)

@@ -1,0 +1,1 @@
+"""Needles that are asked for in other words."""

@@ -1,0 +1,1 @@
+"""Verses by their addresses."""
