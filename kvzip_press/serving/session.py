@@ -125,7 +125,7 @@ class Session:
             UnsupportedCacheError: It is no cache of one context, compressed in every layer, or not in the pool's
                 storage.
         """
-        with self._lock:
+        with self._lock, computing():
             self._check_open()
             self._contexts.add(name, cache)
 

@@ -243,6 +243,7 @@ def test_a_replayed_step_neither_waits_nor_allocates(tokenizer: ByteTokenizer) -
     """The scheduler waits once a step, for the tokens; the step itself never does."""
     model = tiny_model("llama", num_layers=2).to("cuda")
     session = opened(model, tokenizer, {}, graph=True, max_rows=4)
+    session._eos = set()
     for _ in range(3):
         session.submit("Good morning", max_new_tokens=40)
     for _ in range(4):
