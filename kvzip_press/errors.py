@@ -32,6 +32,10 @@ class RunDirectoryError(KVzipPressError, OSError):
     """A run's directory is in use, of another run, damaged, or cannot be written. The message names the path."""
 
 
+class SessionClosedError(KVzipPressError, RuntimeError):
+    """A session was closed before an answer was complete, or was asked after that."""
+
+
 class BudgetMismatchError(KVzipPressError, RuntimeError):
     """A cache holds more or less than its press was asked for, so that the figures about it would be false."""
 

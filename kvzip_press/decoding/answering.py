@@ -176,7 +176,7 @@ def answer_ids(
             f"expected prefixes as texts, and max_new_tokens of 0 or more, got {prefixes!r:.80} and {bounds!r:.80}"
         )
     check_streamer(streamer, len(questions))
-    asked = _Asked(questions, prefixes, bounds, split_special_tokens, _seeded(sampling, seed), streamer, watch)
+    asked = _Asked(questions, prefixes, bounds, split_special_tokens, seeded(sampling, seed), streamer, watch)
     if not keep:
         return _answered(model, tokenizer, cache, asked)[0]
     with cache.turn_lock:  # one turn after another: each begins where the one before it ends
@@ -185,7 +185,7 @@ def answer_ids(
     return answers
 
 
-def _seeded(sampling: Sampling | None, seed: int | None) -> Sampling | None:
+def seeded(sampling: Sampling | None, seed: int | None) -> Sampling | None:
     """Returns how to sample with a seed, which one of the two may give."""
     if seed is None:
         return sampling

@@ -80,7 +80,7 @@ def generate(
         UnsupportedCacheError: There is padding, but the cache is not compressed.
     """
     input_ids = _checked_ids(model, cache, input_ids, max_new_tokens)
-    choose = _watched(_chosen_by(sampling), watch)
+    choose = _watched(chooser(sampling), watch)
     check_streamer(streamer, input_ids.shape[0])
     padding = None if attention_mask is None else padding_in(attention_mask, (input_ids.shape[0], input_ids.shape[1]))
     input_ids = input_ids.to(input_device(model))
@@ -119,7 +119,12 @@ def _checked_ids(model: Any, cache: Any, input_ids: object, max_new_tokens: obje
     return ids
 
 
-def _chosen_by(sampling: Sampling | None) -> Callable[[torch.Tensor], torch.Tensor]:
+def chooser(sampling: Sampling | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the function that chooses tokens: ids ``[batch]`` from logits ``[batch, vocabulary]``.
+
+    Raises:
+        InvalidArgumentError: This is neither None nor a ``Sampling``.
+    """
     if not isinstance(sampling, Sampling | None):
         raise InvalidArgumentError(
             f"expected sampling as Sampling(temperature=..., top_k=..., top_p=...) or None, got {sampling!r:.80}"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvzip_press import compat
 from kvzip_press.attention.implementation import attach, attention_forward, masks_left_out
+from kvzip_press.decoding import capture
 from kvzip_press.decoding.eviction import DecodeEviction, decode_eviction_in
 from kvzip_press.decoding.forward import check_reading, forward, next_positions, read
 from kvzip_press.decoding.new_groups import group_if_due, tokens_to_grouping
@@ -24,15 +25,12 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.devices import input_device
 from kvzip_press.model.structure import attention_layers, text_decoder
 from kvzip_press.model.twin import twin_of
-from kvzip_press.model.watching import alone, computing
+from kvzip_press.model.watching import computing
 
 if TYPE_CHECKING:
     from torch import nn
 
 logger = logging.getLogger(__name__)
-
-_OTHERS_COMPUTE = "another thread is computing, and a capture has to be alone"
-_TRIALS = 2  # steps before the capture, in which kernels are compiled and libraries set up
 
 
 class DecodeStep:
@@ -90,7 +88,7 @@ class DecodeStep:
             raise InvalidArgumentError(f"compile=True: expected a step in a CUDA graph, but {self.reason}")
         if graph is None and self.reason is not None and self._device.type == "cuda":
             # of other threads, a server would hear at every answer
-            level = logging.DEBUG if self.reason == _OTHERS_COMPUTE else logging.WARNING
+            level = logging.DEBUG if self.reason == capture.OTHERS_COMPUTE else logging.WARNING
             logger.log(level, "decoding without a CUDA graph: %s", self.reason)
 
     def _capture(self, max_new_tokens: int, compiled: bool) -> None:
@@ -99,16 +97,9 @@ class DecodeStep:
         if (n_left := tokens_to_grouping(self.cache)) is not None:
             max_new_tokens = min(max_new_tokens, max(n_left, 1))
         step = _StaticStep(self.model, self.cache, max_new_tokens, self._positions, self._device, self._eviction)
-        with alone() as is_alone:
-            if not is_alone:
-                self.reason = _OTHERS_COMPUTE
-                return
-            try:
-                step.capture(compiled)
-            except RuntimeError as error:
-                self.reason = f"the capture failed: {error}"
-                return
-        self._static = step
+        self.reason = capture.reason_after(lambda: step.capture(compiled))
+        if self.reason is None:
+            self._static = step
 
     @property
     def captured(self) -> bool:
@@ -197,8 +188,7 @@ class _StaticStep:
         positions = next_positions(cache, self.cache.batch_size, device) if positions is None else positions
         self.positions.copy_(positions[:, None])
         self.n_steps = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits: torch.Tensor | None = None
+        self.graph: capture.Captured | None = None
 
     @torch.no_grad()
     def run(self, compiled: nn.Module | None = None) -> torch.Tensor:
@@ -214,21 +204,10 @@ class _StaticStep:
 
     def capture(self, compiled: bool = False) -> None:
         """Runs the step as a trial, undoes that, and captures it."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.cuda.device(self.positions.device))
-            model = stack.enter_context(_compiled_layers(self.model, self.cache)) if compiled else None
-            start = self.positions.clone()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(_TRIALS):
-                    self.run(model)
-                    self._rewind(start)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.logits = self.run(model)
-        self.graph = graph
+        start, device = self.positions.clone(), self.positions.device
+        compiling = _compiled_layers(self.model, self.cache) if compiled else nullcontext()
+        with compiling as model:
+            self.graph = capture.captured(lambda: self.run(model), device, undo=lambda: self._rewind(start))
 
     def _rewind(self, positions: torch.Tensor) -> None:
         self.cache.restart()
@@ -238,14 +217,10 @@ class _StaticStep:
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         self.token_ids.copy_(token_ids[:, None])
-        if self.graph is None:
-            self.logits = self.run()
-        else:
-            self.graph.replay()
+        logits = self.run() if self.graph is None else self.graph.replay()
         self.n_steps += 1
         self.cache.count(1)
-        assert self.logits is not None
-        return self.logits
+        return logits
 
     def close(self) -> None:
         self.cache.write_back(self.n_steps)
@@ -254,13 +229,7 @@ class _StaticStep:
 
 def _reason_against(model: nn.Module, cache: Any, device: torch.device) -> str | None:
     """Returns why this model with this cache cannot be captured, as far as is known beforehand; None if it may be."""
-    if device.type != "cuda":
-        return f"the model is on {device.type}"
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        return "the model lies on several devices"
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return "the model's modules are moved or offloaded by hooks"
-    return reason_against(cache)
+    return capture.reason_against(model, device) or reason_against(cache)
 
 
 class _PassingCache(compat.Cache):

@@ -22,13 +22,17 @@ class Stream:
 
     Attributes:
         ids: The token ids of the answer so far, without the one that ends it.
-        is_done: Whether the answer is complete.
+        is_done: Whether nothing more comes.
+        finish_reason: Why nothing more comes: "stop" (the model ended its answer), "length" (``max_new_tokens`` are
+            written), "room" (the row has no room for more, see the session's ``max_tokens``), "cancelled", "closed"
+            (the session was closed before the answer was complete) or "error"; None until then.
     """
 
     def __init__(self, tokenizer: Any, run: Callable[[Stream], None], cancel: Callable[[Stream], None]) -> None:
         self._tokenizer, self._run, self._cancel = tokenizer, run, cancel
         self.ids: list[int] = []
         self.is_done = False
+        self.finish_reason: str | None = None
         self.error: BaseException | None = None
 
     def __iter__(self) -> Iterator[str]:
@@ -51,6 +55,7 @@ class Stream:
         Raises:
             KVzipPressError: What kept the request from being answered.
             RuntimeError: Likewise, such as a lack of memory.
+            SessionClosedError: The session was closed before the answer was complete; ``ids`` has what there was.
         """
         while not self.is_done:
             self._run(self)
@@ -61,9 +66,11 @@ class Stream:
         """Ends the answer here; its row is free for others."""
         self._cancel(self)
 
-    def end(self, error: BaseException | None = None) -> None:
-        """Notes that the answer is complete, or what has kept it from that."""
-        self.error, self.is_done = error, True
+    def end(self, error: BaseException | None = None, *, reason: str = "stop") -> None:
+        """Notes that the answer is complete, or what has kept it from that; what has ended stays as it ended."""
+        if not self.is_done:
+            self.error, self.finish_reason = error, reason
+            self.is_done = True  # last: other threads look at it without a lock
 
     def _raise(self) -> None:
         if self.error is not None:

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from kvzip_press import KVzipPress, RandomPress, compress
+from kvzip_press.decoding import capture
 from kvzip_press.decoding.generation import generate
 from kvzip_press.decoding.sampling import Sampling
 from kvzip_press.decoding.step import DecodeStep, _compiled_layers, _StaticStep
@@ -129,6 +130,41 @@ def test_where_a_graph_is_impossible_it_is_said(caplog) -> None:
         DecodeStep(model, cache, max_new_tokens=1, compile=True)
     with pytest.raises(InvalidArgumentError, match="max_new_tokens >= 1, got 0"):
         DecodeStep(model, cache, max_new_tokens=0)
+
+
+class Rerun:
+    """Stands in for a captured graph: runs the step anew."""
+
+    def __init__(self, run) -> None:
+        self.replay = run
+
+
+def test_a_captured_step_is_tried_undone_and_replayed(monkeypatch) -> None:
+    """Without a GPU, with a stand-in for the graph; a capture that fails leaves an eager step with the reason."""
+
+    def captured(run, device, *, undo):
+        assert device.type == "cpu"
+        for _ in range(2):
+            run()
+            undo()
+        return Rerun(run)
+
+    monkeypatch.setattr(capture, "captured", captured)
+    monkeypatch.setattr(capture, "reason_against", lambda *_: None)
+    model = tiny_model()
+    cache, token = asked(model)
+    expected, _ = run(DecodeStep(model, cache.fork(), max_new_tokens=5, graph=False), token, 5)
+    with DecodeStep(model, cache.fork(), max_new_tokens=5, graph=True) as step:
+        assert (step.captured, step.reason) == (True, None)
+        assert run(step, token, 5)[0] == expected
+
+    def failing(*_, **__):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(capture, "captured", failing)
+    step = DecodeStep(model, cache, max_new_tokens=5)
+    assert (step.captured, step.reason) == (False, "the capture failed: no")
+    assert run(step, token, 5)[0] == expected
 
 
 def test_generate_equals_transformers_for_a_batch() -> None:

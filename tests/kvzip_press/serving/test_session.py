@@ -10,10 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from kvzip_press import KVzipPress, RaggedCache, RandomPress, answer, compress
-from kvzip_press.decoding.answering import answer_ids
-from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
+from kvzip_press import KVzipPress, RaggedCache, RandomPress, Sampling, answer, compress
+from kvzip_press.decoding.answering import answer_ids, question_ids
+from kvzip_press.errors import (
+    CacheMismatchError,
+    InvalidArgumentError,
+    SessionClosedError,
+    UnsupportedCacheError,
+    UnsupportedModelError,
+)
+from kvzip_press.serving import known_contexts
 from kvzip_press.serving import session as session_module
+from kvzip_press.serving.row_step import RowStep
 from kvzip_press.serving.rows import Rows
 from kvzip_press.serving.session import Session
 from kvzip_press.serving.stream import Stream
@@ -138,8 +146,6 @@ def test_a_character_is_shown_once_it_is_complete() -> None:
 
 
 def test_a_request_without_a_context_is_the_plain_model(make: Made, model: Any, tokenizer: ByteTokenizer) -> None:
-    from kvzip_press.decoding.answering import question_ids
-
     stream = make().submit("Good morning to you", max_new_tokens=6)
     stream.text()
     ids = torch.tensor([question_ids(tokenizer, "Good morning to you")])
@@ -156,7 +162,132 @@ def test_an_end_token_ends_an_answer(
     stream = session.submit(QUESTIONS[2][1], "lighthouse", max_new_tokens=14)
     stream.text()
     assert stream.ids == expected[2][: expected[2].index(expected[2][4])]
+    assert stream.finish_reason == "stop"
     assert_idle(session)
+
+
+def test_an_answer_ends_where_its_row_has_no_more_room(
+    make: Made, folder: Path, model: Any, tokenizer: ByteTokenizer, caches: dict[str, RaggedCache]
+) -> None:
+    """Its tokens are the first of the long answer, and the stream says why it ends; its neighbour goes on."""
+    session = make(folder, max_tokens=30)
+    long, short = (
+        session.submit(question, "archive", max_new_tokens=64) for question in ("What does room four hold?", "x")
+    )
+    long.text()
+    assert (long.finish_reason, short.finish_reason) == ("room", None)
+    short.text()
+    for stream, question in ((long, "What does room four hold?"), (short, "x")):
+        alone = answer_ids(model, tokenizer, caches["archive"], question, max_new_tokens=27)[0]
+        n = 30 - len(question_ids(tokenizer, question))
+        assert stream.ids == alone[:n] and len(stream.ids) == n
+        assert stream.finish_reason == "room"
+    n_room = len(short.ids)
+    exact = session.submit("x", "archive", max_new_tokens=n_room)
+    exact.text()
+    assert (exact.ids, exact.finish_reason) == (short.ids, "length"), "as many as were asked for"
+    assert_idle(session)
+
+
+def test_rows_sample_each_with_its_own_seed(
+    make: Made, folder: Path, model: Any, tokenizer: ByteTokenizer, caches: dict[str, RaggedCache]
+) -> None:
+    """As `answer` samples alone, whoever shares the batch; PyTorch's own random numbers stay as they are."""
+    session, state = make(folder), torch.get_rng_state()
+    warm = Sampling(temperature=3.0, top_k=20)
+    seeds = [1, 2, None, 1]
+    streams = [
+        session.submit("Which?", "archive", max_new_tokens=8, sampling=None if seed is None else warm, seed=seed)
+        for seed in seeds
+    ]
+    for stream, seed in zip(streams, seeds, strict=True):
+        stream.text()
+        sampling = None if seed is None else warm
+        alone = answer_ids(
+            model, tokenizer, caches["archive"], "Which?", max_new_tokens=8, sampling=sampling, seed=seed
+        )
+        assert stream.ids == alone[0]
+    assert streams[0].ids == streams[3].ids != streams[1].ids
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("n_good", [0, 4])
+def test_sampling_that_fails_ends_its_own_answer(
+    n_good: int, make: Made, folder: Path, expected: list[list[int]]
+) -> None:
+    """At its first token or later: the others of the batch get theirs from the same step."""
+    session, drawn = make(folder), []
+
+    def failing(logits: torch.Tensor) -> torch.Tensor:
+        if len(drawn) == n_good:
+            raise ZeroDivisionError("no probability")
+        drawn.append(1)
+        return logits.argmax(-1)
+
+    streams = ask_all(session)
+    session._waiting[2].sampler = failing
+    with pytest.raises(ZeroDivisionError, match="no probability"):
+        streams[2].text()
+    assert (streams[2].finish_reason, streams[2].ids) == ("error", expected[2][:n_good])
+    for number in (0, 1, 3, 4, 5):
+        assert streams[number].text() and streams[number].ids == expected[number]
+    assert_idle(session)
+
+
+def test_a_session_that_is_closed_ends_its_streams(make: Made, folder: Path, expected: list[list[int]]) -> None:
+    """Those that run and those that wait raise instead of passing off what there is; what was complete stays."""
+    with make(folder, max_rows=2) as session:
+        streams = ask_all(session)
+        streams[1].text()
+        read = iter(streams[0])
+        assert next(read)
+    session.close()
+    assert_idle(session)
+    assert streams[1].text() and (streams[1].ids, streams[1].finish_reason) == (expected[1], "length")
+    for stream in (streams[0], streams[2], streams[5]):
+        stream.cancel()
+        with pytest.raises(SessionClosedError, match="closed before its answer"):
+            stream.text()
+        assert stream.finish_reason == "closed"
+    with pytest.raises(SessionClosedError):
+        list(read)
+    assert 0 < len(streams[0].ids) < 9 and streams[5].ids == []
+    with pytest.raises(SessionClosedError, match="got one that was closed"):
+        session.submit("Which?", "archive")
+    with pytest.raises(SessionClosedError, match="got one that was closed"):
+        session.add("more", None)  # type: ignore[arg-type]
+    assert session.step() is False
+
+
+def test_a_session_is_closed_while_other_threads_read(make: Made, folder: Path) -> None:
+    """Each reader hears of it; none waits for ever."""
+    session, seen = make(folder, max_tokens=900), []
+    streams = [session.submit("Which?", "archive", max_new_tokens=800) for _ in range(4)]
+    session._eos = set()
+
+    def read(stream: Stream) -> None:
+        try:
+            for _ in stream:
+                pass
+        except SessionClosedError:
+            seen.append(stream)
+
+    threads = [threading.Thread(target=read, args=(stream,)) for stream in streams]
+    for thread in threads:
+        thread.start()
+    while not streams[0].ids:
+        streams[0]._run(streams[0])
+    session.close()
+    for thread in threads:
+        thread.join(60)
+    assert {id(stream) for stream in seen} == {id(stream) for stream in streams}
+    assert_idle(session)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text"])
+def test_a_model_with_sliding_windows_is_refused(architecture: str, tokenizer: ByteTokenizer) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"sliding windows in layers \[0, 2\].*kvzip_press.answer"):
+        Session(tiny_model(architecture), tokenizer, pool_bytes=10**6)
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4", "k8v4"])
@@ -195,9 +326,9 @@ def test_contexts_that_do_not_fit_together_take_turns(
 ) -> None:
     """Room for the larger one alone: each is loaded when it is asked about, and waits unread while the other is."""
     loaded: list[str] = []
-    load = session_module.packed_file
+    load = known_contexts.packed_file
     monkeypatch.setattr(
-        session_module, "packed_file", lambda path, *rest: loaded.append(path.stem) or load(path, *rest)
+        known_contexts, "packed_file", lambda path, *rest: loaded.append(path.stem) or load(path, *rest)
     )
     size = max(bytes_of(make(), cache) for cache in caches.values())
     session = make(folder, pool_bytes=size)
@@ -282,6 +413,7 @@ def test_a_cancelled_answer_leaves_its_row_to_others(make: Made, folder: Path, e
         assert streams[number].text() and streams[number].ids == expected[number]
     streams[1].cancel()
     assert streams[1].ids == expected[1], "what is done stays"
+    assert [streams[number].finish_reason for number in (0, 1, 4)] == ["cancelled", "length", "cancelled"]
     assert_idle(session)
 
 
@@ -307,9 +439,9 @@ def test_what_fails_in_a_request_is_its_own(
 
 
 def test_a_step_that_fails_or_is_interrupted_is_run_again(
-    make: Made, folder: Path, model: Any, expected: list[list[int]]
+    make: Made, folder: Path, model: Any, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half-way through the layers: what they wrote already is written again."""
+    """Half-way through the layers: what they wrote already is written again. So it is if tokens were not looked at."""
     session, fails = make(folder), [KeyboardInterrupt(), RuntimeError("once")]
     streams = ask_all(session)
     session.step()
@@ -325,6 +457,11 @@ def test_a_step_that_fails_or_is_interrupted_is_run_again(
             with pytest.raises(kind):
                 session.step()
             assert [len(stream.ids) for stream in streams] == lengths
+        with monkeypatch.context() as patched:
+            patched.setattr(session_module, "next_tokens", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                session.step()
+        assert [len(stream.ids) for stream in streams] == lengths
         assert [stream.text() and stream.ids for stream in streams] == expected
     finally:
         handle.remove()
@@ -389,8 +526,12 @@ def test_a_cache_that_cannot_be_shared_is_refused(
 
 def test_what_is_asked_has_to_fit(make: Made, folder: Path, model: Any, tokenizer: ByteTokenizer) -> None:
     session = make(folder)
-    with pytest.raises(InvalidArgumentError, match="at most 90 tokens, got 13 and 79: ask for fewer"):
-        session.submit("0123456789", "archive", max_new_tokens=79)
+    with pytest.raises(InvalidArgumentError, match="room for an answer in a row of 90 tokens, got 93: ask a shorter"):
+        session.submit("0123456789" * 9, "archive")
+    with pytest.raises(InvalidArgumentError, match=r"expected sampling=Sampling\(temperature=...\) with seed=3"):
+        session.submit("Which?", "archive", seed=3)
+    with pytest.raises(InvalidArgumentError, match="expected sampling as Sampling"):
+        session.submit("Which?", "archive", sampling=0.7)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="max_new_tokens of 1 and more, got 0"):
         session.submit("Which?", "archive", max_new_tokens=0)
     with pytest.raises(InvalidArgumentError, match="expected one question"):
@@ -414,6 +555,6 @@ def test_a_row_sees_nothing_of_what_requests_before_it_have_left(make: Made, mod
     rows.values.normal_()
     rows.join(model, [5, 6, 7], 0)
     rows.join(model, list(range(5, 15)), 0)
-    got = rows.step(model, [9, 10])
+    got = RowStep(model, rows)([9, 10])
     for own, ids in zip(got, ([5, 6, 7, 9], [*range(5, 15), 10]), strict=True):
         torch.testing.assert_close(own, model(torch.tensor([ids])).logits[0, -1], rtol=1e-4, atol=1e-4)
