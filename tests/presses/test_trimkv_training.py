@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 from kvzip_press.cli.main import app
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.decoding import TrimKVGates, TrimKVPress
-from kvzip_press.presses.decoding.trimkv_teacher import lessons
-from kvzip_press.presses.decoding.trimkv_training import TrimKVRecipe, cross_entropy, train
+from kvzip_press.presses.decoding.trimkv.attended import lessons
+from kvzip_press.presses.decoding.trimkv.foreseen import cross_entropy
+from kvzip_press.presses.decoding.trimkv.recipe import TrimKVRecipe
+from kvzip_press.presses.decoding.trimkv.training import train
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +37,7 @@ def test_what_was_worth_keeping_is_what_later_queries_look_at_most(model, monkey
     """Pair by pair in fp64, also if the queries are looked at in parts."""
     ids, moments = rows_of(1)[0], [13, 30, 47]
     text = oracles.Text.read_by(model, torch.tensor([ids]))
-    monkeypatch.setattr("kvzip_press.presses.decoding.trimkv_teacher._QUERIES", 7)
+    monkeypatch.setattr("kvzip_press.presses.decoding.trimkv.attended._QUERIES", 7)
     lesson = lessons(model, ids, moments, MEMORY)[0]
     for head in range(2):
         attention = torch.stack([text.attention(head, query, list(range(48))).amax(dim=0) for query in range(48)])
