@@ -97,6 +97,14 @@ def train(
 
     parent = work if work is not None else out.with_name(out.name + ".work")
     _check_places(out, parent, data or [], is_folder=method == "trimkv")
+    trimkv = TrimKVRecipe(
+        512 if memory_size is None else memory_size,
+        512 if dim is None else dim,
+        steps,
+        1e-3 if lr is None else lr,
+        seed=seed,
+        objective=ATTENTION if objective is None else objective,
+    )
     recipe = training.Recipe(
         tokens=tokens,
         held_out_tokens=held_out_tokens,
@@ -107,14 +115,6 @@ def train(
         piece_tokens=piece_tokens,
         disk_bytes=int(disk_gb * 1e9),
         weighting=weighting,
-    )
-    trimkv = TrimKVRecipe(
-        512 if memory_size is None else memory_size,
-        512 if dim is None else dim,
-        steps,
-        1e-3 if lr is None else lr,
-        seed=seed,
-        objective=objective or ATTENTION,
     )
     loaded, tokenizer = load(model, device, dtype)
     with _alone(out) as lock, _shown() as (on_progress, seconds):
