@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvzip_press.cli.outputs import check_file_to_write, check_place_to_write
 from kvzip_press.errors import DiskFullError, InvalidArgumentError, KVzipPressError, RunDirectoryError
 from kvzip_press.files import sweep_temporaries
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
@@ -189,15 +190,18 @@ def _check_method(method: str, of_trimkv: dict[str, Any], of_fastkvzip: dict[str
 
 
 def _check_places(out: Path, parent: Path, data: list[str], *, is_folder: bool) -> None:
-    """Raises at once for what would fail, or destroy a text, hours later."""
+    """Raises at once for what would fail, or destroy a text or a model's config, hours later."""
+    from kvzip_press.presses.decoding.trimkv.gates import WEIGHTS, check_is_for_gates
+
     if is_folder and out.exists() and not out.is_dir():
         raise InvalidArgumentError(f"expected --out to be a folder to write, got the file {out}")
     if is_folder:
+        check_place_to_write(out / WEIGHTS)
+        check_is_for_gates(out)
         return
-    if out.is_dir() or out.absolute() == parent.absolute():
+    if out.absolute() == parent.absolute():
         raise InvalidArgumentError(f"expected --out to be a file to write, got the folder {out}")
-    if out.exists() and any(Path(one).exists() and out.samefile(one) for one in data):
-        raise InvalidArgumentError(f"expected --out to be another file than --data, got {out} for both")
+    check_file_to_write(out, data, named="--data")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kvzip_press.cli.inputs import regular, text_of
+from kvzip_press.cli.outputs import check_file_to_write
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
 from kvzip_press.terminal import printable, progress
@@ -42,6 +43,7 @@ def compute(
     """
     if method not in METHODS:
         raise InvalidArgumentError(f"expected --method to be one of {METHODS}, got {method!r}")
+    check_file_to_write(out, text or ())
     texts = _texts(text)
     loaded, tokenizer = load(model, device, dtype)
     scores = _compute(method, chunk_size, loaded, tokenizer, list(texts.values()))

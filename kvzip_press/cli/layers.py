@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvzip_press.cli.inputs import text_of
+from kvzip_press.cli.outputs import check_file_to_write
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
 from kvzip_press.terminal import printable, progress
 
@@ -51,6 +52,7 @@ def share(
     from kvzip_press.sharing.search import checked_order, find_shared_layers
 
     tried_first = checked_order(order)
+    check_file_to_write(out, text or ())
     texts = {str(path): text_of(path) for path in text} if text else builtin_pages()
     loaded, tokenizer = load(model, device, dtype)
     with progress(Console()) as show:

@@ -15,6 +15,7 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.decoding import TrimKVGates, TrimKVPress
 from kvzip_press.presses.decoding.trimkv.attended import lessons
 from kvzip_press.presses.decoding.trimkv.foreseen import cross_entropy
+from kvzip_press.presses.decoding.trimkv.gates import check_is_for_gates
 from kvzip_press.presses.decoding.trimkv.recipe import OBJECTIVES, TrimKVRecipe
 from kvzip_press.presses.decoding.trimkv.training import train
 from kvzip_press.testing import ByteTokenizer, tiny_model
@@ -188,3 +189,20 @@ def test_the_command_refuses_what_cannot_be_trained(tmp_path) -> None:
         done = CliRunner().invoke(app, given + more)
         assert done.exit_code and reason in str(done.exception), more
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(InvalidArgumentError, match="which is no folder"):
+        CliRunner().invoke(
+            app, [*given, "--out", str(tmp_path / "file" / "new"), "--method", "trimkv"], catch_exceptions=False
+        )
+
+
+def test_a_config_of_something_else_is_not_replaced(tmp_path) -> None:
+    """The folder of a model has one of the same name; gates of before are replaced."""
+    for content in ('{"model_type": "llama"}', "no JSON"):
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+        words = ["--model", "smollm2", "--data", "x.txt", "--method", "trimkv", "--out", str(tmp_path)]
+        with pytest.raises(InvalidArgumentError, match=r"config\.json is of something else"):
+            CliRunner().invoke(app, ["gates", "train", *words], catch_exceptions=False)
+        assert (tmp_path / "config.json").read_text(encoding="utf-8") == content
+    (tmp_path / "config.json").write_text('{"retention_gate": "rg"}', encoding="utf-8")
+    check_is_for_gates(tmp_path)
+    check_is_for_gates(tmp_path / "new")
