@@ -50,7 +50,7 @@ class PressSpec:
         """
         for file in self.files.values():
             file.check()
-        files = {name: file.path for name, file in self.files.items()}
+        files: dict[str, Any] = {name: file.path for name, file in self.files.items()}
         return get_press(self.name, **self.options, **files, **options)
 
 

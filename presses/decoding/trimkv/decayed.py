@@ -58,8 +58,8 @@ class DecayedModel:
             module.config._attn_implementation = _NAME
             module.decayed = functools.partial(self._attend, layer.layer_idx, originals[layer.layer_idx])
             module.register_forward_pre_hook(functools.partial(self._enter, layer.layer_idx), with_kwargs=True)
-        self._decoder: Any = text_decoder(self.twin)
-        self._whole = [layer.forward for layer in self._decoder.layers]
+        decoder: Any = text_decoder(self.twin)
+        self._decoder, self._whole = decoder, [layer.forward for layer in decoder.layers]
 
     def read(self, input_ids: torch.Tensor, gates: Gates) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads a text from an empty cache.

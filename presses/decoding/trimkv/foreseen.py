@@ -41,7 +41,7 @@ class Foresight:
     def backward(self, gates: Gates) -> float:
         """Adds the gradients of gates for the text, and returns the loss, the mean over layers."""
         total = torch.stack([self._nats(gates[layer_idx], lesson) for layer_idx, lesson in self.lessons.items()]).sum()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         return float(total.detach()) / len(self.lessons)
 
     @torch.no_grad()
