@@ -30,7 +30,7 @@ from kvzip_press.leaderboard.progress import quiet_loading, row_bar
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.line_file import read_lines
 from kvzip_press.leaderboard.rows.results import Row
-from kvzip_press.leaderboard.running.availability import available
+from kvzip_press.leaderboard.running.availability import available, check_files
 from kvzip_press.leaderboard.running.endpoint import Endpoint
 from kvzip_press.leaderboard.running.plan import Run, Work, count_rows, plan, shard
 from kvzip_press.leaderboard.running.ray_executor import Cluster, run_with_ray
@@ -81,6 +81,8 @@ def launch(
     def say(line: str) -> None:
         console.print(plain(line, "yellow"))
 
+    if not skip_unavailable:
+        check_files(run)
     place = get_device(device)
     check_writable(Path(output) / LOCK, "the lock of the run in --output", parents=True)
     with console.status(plain(f"loading {run.model_name}")):
@@ -133,6 +135,7 @@ def launch_with_ray(
         KVzipPressError: See `run_with_ray`.
     """
     console = console or Console()
+    check_files(run)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_writable(Path(output) / LOCK, "the lock of the run in --output", parents=True)
     cluster = Cluster(workers, address, gpus_each=float(device.startswith("cuda")))

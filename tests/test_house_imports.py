@@ -32,6 +32,7 @@ ROOMS = (
         "torch_file",
         "locks",
         "terminal",
+        "training",
         "arguments",
         "model",
         "budget",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvzip_press.cli.inputs import text_of
+from kvzip_press.cli.outputs import check_file_to_write
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
 from kvzip_press.terminal import printable, progress
 
@@ -48,15 +49,14 @@ def profile(
     from rich.console import Console
 
     from kvzip_press.budget.share_file import write_shares
-    from kvzip_press.files import check_writable
     from kvzip_press.heads.share_search import find_shares
     from kvzip_press.presses.kvzip_head import builtin_pages
     from kvzip_press.registry import get_press
 
     made = get_press(press, compression_ratio)
+    check_file_to_write(out, text or ())
     texts = {str(path): text_of(path) for path in text} if text else builtin_pages()
     n_held_out = len(texts) // 3 if held_out is None else held_out
-    check_writable(out, "--out", parents=True)
     loaded, tokenizer = load(model, device, dtype)
     with progress(Console()) as show:
         show("trying shares")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvzip_press.cli.outputs import check_file_to_write
 from kvzip_press.errors import DiskFullError, InvalidArgumentError, KVzipPressError, RunDirectoryError
 from kvzip_press.files import check_writable, sweep_temporaries
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
@@ -51,8 +52,16 @@ def train(
     lr: Annotated[float | None, typer.Option("--lr", help="Learning rate; default 0.2, of trimkv 0.001.")] = None,
     dim: Annotated[int | None, typer.Option("--dim", help="Dimensions of a gate; default 16, of trimkv 512.")] = None,
     memory_size: Annotated[
-        int, typer.Option("--memory-size", help="Of trimkv: pairs of a head that are worth keeping.")
-    ] = 512,
+        int | None,
+        typer.Option("--memory-size", help="Of trimkv: pairs of a head that are worth keeping; default 512."),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            "--objective",
+            help="Of trimkv: attention, the default, by forward passes alone; or distillation, the paper's.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
     weighting: Annotated[
         str | None, typer.Option("--weighting", help="Of the teacher's rows: surprisal or probability; default none.")
@@ -77,18 +86,26 @@ def train(
     A run that was killed continues where it was when the same command is given again. The model itself is not changed.
     Only what the run made is removed; another run that writes the same file at the same time is refused.
 
-    With --method trimkv the teacher is what the full cache still looks at, later in the text; a killed run then begins
-    anew, but for sampled texts.
+    With --method trimkv the teacher is what the full cache still looks at, later in the text (--objective attention),
+    or what the model says with it (--objective distillation), which goes back through the whole model.
     """
-    if method not in METHODS:
-        raise InvalidArgumentError(f"expected --method to be one of {METHODS}, got {method!r}")
+    _check_method(method, {"--memory-size": memory_size, "--objective": objective}, {"--weighting": weighting})
     if bool(data) == self_generated:
         raise InvalidArgumentError("expected one of --data and --self-generated, got both or none")
-    from kvzip_press.presses.decoding.trimkv_training import TrimKVRecipe
+    from kvzip_press.presses.decoding.trimkv.recipe import ATTENTION, TrimKVRecipe
     from kvzip_press.presses.fastkvzip import training
+    from kvzip_press.training.folder import WorkFolder
 
     parent = work if work is not None else out.with_name(out.name + ".work")
     _check_places(out, parent, data or [], is_folder=method == "trimkv")
+    trimkv = TrimKVRecipe(
+        512 if memory_size is None else memory_size,
+        512 if dim is None else dim,
+        steps,
+        1e-3 if lr is None else lr,
+        seed=seed,
+        objective=ATTENTION if objective is None else objective,
+    )
     recipe = training.Recipe(
         tokens=tokens,
         held_out_tokens=held_out_tokens,
@@ -100,17 +117,16 @@ def train(
         disk_bytes=int(disk_gb * 1e9),
         weighting=weighting,
     )
-    trimkv = TrimKVRecipe(memory_size, dim or 512, steps, 1e-3 if lr is None else lr, seed=seed)
     loaded, tokenizer = load(model, device, dtype)
     with _alone(out) as lock, _shown() as (on_progress, seconds):
-        folder = training.WorkFolder.inside(parent, out)
+        folder = WorkFolder.inside(parent, out)
         found = None if self_generated else training.texts_of(data or [], tokenizer, recipe)
         with folder.held():
             found = found or training.self_generated(
                 loaded, tokenizer, recipe, folder.path / "sampled", batch_size=batch_size, progress=on_progress
             )
             if method == "trimkv":
-                save, report = _trained_trimkv(loaded, trimkv, found[0], out, model, on_progress)
+                save, report = _trained_trimkv(loaded, trimkv, found[0], (out, model), folder, on_progress)
             else:
                 save, report = _trained_fastkvzip(
                     training.Training(loaded, tokenizer, recipe, *found, folder, on_progress), out
@@ -141,35 +157,51 @@ def _trained_trimkv(
     model: Any,
     recipe: Any,
     data: tuple[Any, Any],
-    out: Path,
-    name: str,
+    out: tuple[Path, str],
+    folder: Any,
     on_progress: Callable[[str, int, int, str], None],
 ) -> Trained:
-    from kvzip_press.presses.decoding.trimkv_training import train as train_trimkv
+    from kvzip_press.presses.decoding.trimkv.training import train as train_trimkv
 
+    path, name = out
     texts, held_out = ([piece.ids for piece in some] for some in data)
-    gates, found = train_trimkv(model, recipe, texts, held_out, on_progress)
+    gates, found = train_trimkv(model, recipe, texts, held_out, on_progress, folder=folder)
 
     def report(_: dict[str, float]) -> None:
         typer.echo(
-            printable(f"{out}: {gates!r}; ") + f"of the pairs worth keeping in held-out texts the gates keep "
+            printable(f"{path}: {gates!r}; ") + f"of the pairs worth keeping in held-out texts the gates keep "
             f"{found.gates:.1%}, and the newest pairs are {found.newest:.1%} of them; loss {found.loss:.3f}"
         )
 
-    return lambda: gates.save(out, base_model=name, memory_size=recipe.memory_size), report
+    return lambda: gates.save(path, base_model=name, memory_size=recipe.memory_size), report
+
+
+def _check_method(method: str, of_trimkv: dict[str, Any], of_fastkvzip: dict[str, Any]) -> None:
+    """Raises for a method that there is not, and for options that the method would not look at."""
+    if method not in METHODS:
+        raise InvalidArgumentError(f"expected --method to be one of {METHODS}, got {method!r}")
+    foreign = of_fastkvzip if method == "trimkv" else of_trimkv
+    given = [name for name, value in foreign.items() if value is not None]
+    if given:
+        (other,) = (one for one in METHODS if one != method)
+        raise InvalidArgumentError(
+            f"expected options of --method {method}, got {' and '.join(given)}, which are of --method {other}"
+        )
 
 
 def _check_places(out: Path, parent: Path, data: list[str], *, is_folder: bool) -> None:
-    """Raises at once for what would fail, or destroy a text, hours later."""
+    """Raises at once for what would fail, or destroy a text or a model's config, hours later."""
+    from kvzip_press.presses.decoding.trimkv.gates import WEIGHTS, check_is_for_gates
+
     if is_folder and out.exists() and not out.is_dir():
         raise InvalidArgumentError(f"expected --out to be a folder to write, got the file {out}")
     if is_folder:
+        check_writable(out / WEIGHTS, "what is written into --out", parents=True)
+        check_is_for_gates(out)
         return
-    if out.is_dir() or out.absolute() == parent.absolute():
+    if out.absolute() == parent.absolute():
         raise InvalidArgumentError(f"expected --out to be a file to write, got the folder {out}")
-    if out.exists() and any(Path(one).exists() and out.samefile(one) for one in data):
-        raise InvalidArgumentError(f"expected --out to be another file than --data, got {out} for both")
-    check_writable(out, "--out", parents=True)
+    check_file_to_write(out, data, named="--data")
 
 
 @contextmanager

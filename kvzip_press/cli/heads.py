@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kvzip_press.cli.inputs import regular, text_of
+from kvzip_press.cli.outputs import check_file_to_write
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
 from kvzip_press.terminal import printable, progress
@@ -40,12 +41,11 @@ def compute(
     The longer the texts, and the closer to what the model will read, the better: KVzip used 88 thousand tokens of a
     book.
     """
-    from kvzip_press.files import check_writable
 
     if method not in METHODS:
         raise InvalidArgumentError(f"expected --method to be one of {METHODS}, got {method!r}")
+    check_file_to_write(out, text or ())
     texts = _texts(text)
-    check_writable(out, "--out", parents=True)
     loaded, tokenizer = load(model, device, dtype)
     scores = _compute(method, chunk_size, loaded, tokenizer, list(texts.values()))
     scores.save(out)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvzip_press.cli.inputs import text_of
+from kvzip_press.cli.outputs import check_file_to_write
 from kvzip_press.loading.command_options import DeviceOption, DtypeOption, ModelOption, load
 from kvzip_press.terminal import printable, progress
 
@@ -44,7 +45,6 @@ def share(
     from rich.console import Console
 
     from kvzip_press.errors import InvalidArgumentError
-    from kvzip_press.files import check_writable
     from kvzip_press.model.identity import facts_of
     from kvzip_press.model.structure import attention_layers
     from kvzip_press.presses.kvzip_head import builtin_pages
@@ -52,8 +52,8 @@ def share(
     from kvzip_press.sharing.search import checked_order, find_shared_layers
 
     tried_first = checked_order(order)
+    check_file_to_write(out, text or ())
     texts = {str(path): text_of(path) for path in text} if text else builtin_pages()
-    check_writable(out, "--out", parents=True)
     loaded, tokenizer = load(model, device, dtype)
     with progress(Console()) as show:
         show("trying pairs of layers")

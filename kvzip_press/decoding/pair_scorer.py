@@ -59,6 +59,11 @@ class PairScorer(DecodeScorer):
             for layer in full_attention_layers(model)
         }
 
+    @property
+    def holds_queries(self) -> bool:
+        """Whether queries lie in the cache's tails until they are looked at."""
+        return self.look.sees_queries
+
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Watches nothing: the layers see their queries themselves."""

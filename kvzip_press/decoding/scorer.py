@@ -38,6 +38,11 @@ class DecodeScorer(ABC):
     #: Whether what it does in a decode step can be captured in a CUDA graph.
     can_be_captured: ClassVar[bool] = True
 
+    @property
+    def holds_queries(self) -> bool:
+        """Whether queries lie in the cache's tails until they are looked at."""
+        return False
+
     def adopt(self, layers: Layers, *, stays: bool) -> None:
         """Called when the eviction meets a cache, before anything else is asked about it.
 

@@ -71,14 +71,14 @@ class Surprisals:
         if reading.input_ids is None:
             return
         hidden_states = output[0]
-        ids, head = reading.input_ids.to(hidden_states.device), _head_of(self._model)
+        ids, head = reading.input_ids.to(hidden_states.device), head_of(self._model)
         self._values = hidden_states.new_zeros(ids.shape, dtype=torch.float32)
         for row, (first, end) in enumerate(token_bounds(reading.valid)):
             self._values[row, first] = torch.inf
             self._values[row, first + 1 : end] = _surprisals(head, hidden_states[row, first:end], ids[row, first:end])
 
 
-def _surprisals(head: _Head, hidden_states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _surprisals(head: Head, hidden_states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Returns ``-log p`` of all tokens of a row but the first, fp32 ``[n - 1]``, given ``[n, hidden_size]``."""
     parts = []
     start, at_once, end = 0, 1, ids.shape[0] - 1  # the first slice says how large the vocabulary is
@@ -91,10 +91,10 @@ def _surprisals(head: _Head, hidden_states: torch.Tensor, ids: torch.Tensor) -> 
     return torch.cat(parts) if parts else hidden_states.new_zeros(0, dtype=torch.float32)
 
 
-_Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _head_of(model: nn.Module) -> _Head:
+def head_of(model: nn.Module) -> Head:
     """Returns what makes logits of hidden states and their ids, with all that the model does to them (scale, softcap).
 
     It is the model's own forward in a twin whose decoder returns what it is told. The twin has no hooks: those that are

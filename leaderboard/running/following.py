@@ -1,8 +1,9 @@
 """Follows the full cache: reads what it wrote once more inside a press, and compares what each expects next.
 
 Between two evictions nothing leaves the cache, so the tokens of that stretch are read in one forward: what is compared,
-and what goes, is as if they had been written one by one. Only the queries that a cache keeps until they are looked at
-may take less memory then, so that the first stretches are read token by token, as they are written.
+and what goes, is as if they had been written one by one. So that the most that a cache holds is seen, the first
+stretches end a token earlier; where queries are kept until they are looked at, which may take less memory in a
+stretch, they are read token by token, as they are written.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def follow(model: Any, press: Press, answer: FullAnswer) -> Followed:
 
 
 class _Stretches:
-    """How many tokens can be read at once, up to the one with which pairs go; one by one until that was seen twice."""
+    """How many tokens can be read at once, up to the one with which pairs go; fewer until that was seen twice."""
 
     def __init__(self, model: Any, cache: Any) -> None:
         self._eviction = decode_eviction_in(model, cache)
@@ -123,7 +124,9 @@ class _Stretches:
         n_left = self._eviction.tokens_to_eviction(self._cache)
         self._n_evictions += n_left > self._n_left > 0
         self._n_left = n_left
-        return 1 if self._n_evictions < _SEEN else min(n_left, _AT_ONCE)
+        if self._n_evictions >= _SEEN:
+            return min(n_left, _AT_ONCE)
+        return 1 if self._eviction.scorer.holds_queries else min(max(n_left - 1, 1), _AT_ONCE)
 
 
 def _read(model: Any, cache: Any, ids: torch.Tensor, n_last: int) -> torch.Tensor:

@@ -8,11 +8,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kvzip_press import get_press
 from kvzip_press.budget.amount import check_compression_ratio
 from kvzip_press.cache.codecs.by_name import storage_named
 from kvzip_press.cache.codecs.model_dtype import ModelDtype
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, did_you_mean
+from kvzip_press.leaderboard.running.made_files import MadeFile
 from kvzip_press.leaderboard.running.plan import ANSWER, PressSpec, Run, TaskSpec
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.leaderboard.yaml_files import read_yaml
@@ -145,6 +145,7 @@ def _press(node: "_Node") -> PressSpec:
         label=node.take("label", str, name),
         options=options,
         compression_ratios=_ratios(node) if "compression_ratios" in node.values else None,
+        files=_files(node, options),
     )
 
     if "budgets" not in node.values:  # each is made with its budget, without which it may not be one
@@ -153,10 +154,25 @@ def _press(node: "_Node") -> PressSpec:
     return spec
 
 
+def _files(node: "_Node", options: Mapping[str, Any]) -> dict[str, MadeFile]:
+    """Returns the files that a press needs, by the name of its option, as they are now."""
+    found = {}
+    for given in node.mappings("files"):
+        name = given.path.rpartition(".")[2]
+        if name in (*options, "name", "compression_ratio"):
+            raise InvalidArgumentError(
+                f"{given.path}: expected an option that is not given elsewhere, got {name!r:.80}"
+            )
+        file = MadeFile(given.take("path", str), given.take("command", str))
+        given.finish()
+        found[name] = given.checked("path", file.looked_at)
+    return found
+
+
 def _make(spec: PressSpec) -> None:
-    """Makes a press, so that what is wrong with its options is said now."""
+    """Makes a press, so that what is wrong with its options is said now; but for files, which a run asks for."""
     try:
-        get_press(spec.name, **spec.options)
+        replace(spec, files={}).press()
     except MissingDependencyError:  # the run reports this, or leaves the press out
         pass
     except TypeError as error:
@@ -199,6 +215,14 @@ class _Node:
         if not values:
             raise InvalidArgumentError(f"{self._at(key)}: expected at least one, got none")
         return [_Node(f"{self._at(key)}[{index}]", value) for index, value in enumerate(values)]
+
+    def mappings(self, key: str) -> "list[_Node]":
+        """Returns the mappings in a mapping, by names; none if there is no such key."""
+        values: Mapping[Any, Any] = self.take(key, dict, {})
+        for name in values:
+            if not isinstance(name, str) or not name.isidentifier():
+                raise InvalidArgumentError(f"{self._at(key)}: expected the names of options, got {name!r:.80}")
+        return [_Node(f"{self._at(key)}.{name}", value) for name, value in values.items()]
 
     def options(self, *elsewhere: str) -> Mapping[str, Any]:
         """Returns the mapping of further arguments, none of which may be one that is given ``elsewhere``."""

@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+from kvzip_press import get_press
 from kvzip_press.budget.amount import check_compression_ratio
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.options import check_name
 from kvzip_press.leaderboard.rows.results import run_id
+from kvzip_press.leaderboard.running.made_files import MadeFile
 from kvzip_press.leaderboard.samples.task import Sample, Task, version_of
+from kvzip_press.press import Press
 from kvzip_press.version import __version__
 
 T = TypeVar("T")
@@ -29,12 +32,26 @@ class PressSpec:
         options: Further arguments of the press.
         compression_ratios: Fractions removed; None for the run's own. It is ``(0.0,)`` for a reference such as "none",
             and for a press whose options decide how much is kept (``budget``, ``layer_ratios``).
+        files: Further arguments that are files made beforehand, by name.
     """
 
     name: str
     label: str
     options: Mapping[str, Any] = field(default_factory=dict)
     compression_ratios: tuple[float, ...] | None = None
+    files: Mapping[str, MadeFile] = field(default_factory=dict)
+
+    def press(self, **options: Any) -> Press:
+        """Makes the press, with its options, its files and some more options.
+
+        Raises:
+            InvalidArgumentError: A file is not there or was changed, or an option is wrong.
+            MissingDependencyError: A package is not installed.
+        """
+        for file in self.files.values():
+            file.check()
+        files: dict[str, Any] = {name: file.path for name, file in self.files.items()}
+        return get_press(self.name, **self.options, **files, **options)
 
 
 @dataclass(frozen=True)
@@ -115,7 +132,11 @@ class Run:
             }
             for spec in self.tasks
         ]
-        values = {**asdict(self), "tasks": tasks, "kvzip_press": __version__}
+        presses = [
+            {key: value for key, value in asdict(press).items() if key != "files" or value}  # runs of before had none
+            for press in self.presses
+        ]
+        values = {**asdict(self), "tasks": tasks, "presses": presses, "kvzip_press": __version__}
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return plain
 

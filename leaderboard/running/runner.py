@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from kvzip_press import get_press, prefill
+from kvzip_press import prefill
 from kvzip_press.budget.amount import Ratio
 from kvzip_press.budget.scores import Scores
 from kvzip_press.cache.ragged_cache import RaggedCache
@@ -108,7 +108,7 @@ class _Loop:
         self.done, self.on_heads = done, on_heads
         self.shapes_seen: set[tuple[int, int, int]] = set()
         self.presses = {
-            (spec.label, ratio): get_press(spec.name, compression_ratio=ratio, **spec.options)
+            (spec.label, ratio): spec.press(compression_ratio=ratio)
             for spec in run.presses
             for ratio in run.ratios(spec)
         }

@@ -10,8 +10,7 @@ from kvzip_press.presses.decoding.snapkv import SnapKVDecodePress
 from kvzip_press.presses.decoding.streaming_llm import StreamingLLMDecodePress
 from kvzip_press.presses.decoding.tova import TOVADecodePress
 from kvzip_press.presses.decoding.triattention import QueryStatistics, TriAttentionPress, calibrate_queries
-from kvzip_press.presses.decoding.trimkv import TrimKVPress
-from kvzip_press.presses.decoding.trimkv_gates import TrimKVGates
+from kvzip_press.presses.decoding.trimkv import TrimKVGates, TrimKVPress
 
 __all__ = [
     "DecodePress",

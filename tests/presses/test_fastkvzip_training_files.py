@@ -28,12 +28,12 @@ from kvzip_press.errors import (
     RunDirectoryError,
 )
 from kvzip_press.presses.fastkvzip import Gates
-from kvzip_press.presses.fastkvzip.training import Agreement, Recipe, Training, WorkFolder
+from kvzip_press.presses.fastkvzip.training import Agreement, Recipe, Training
 from kvzip_press.presses.fastkvzip.training.documents import Piece, read_texts
-from kvzip_press.presses.fastkvzip.training.folder import MARKER
 from kvzip_press.presses.fastkvzip.training.self_generation import SelfGeneration
 from kvzip_press.presses.fastkvzip.training.shards import Shards
 from kvzip_press.testing import ByteTokenizer, tiny_model
+from kvzip_press.training.folder import MARKER, WorkFolder
 
 TOKENIZER = ByteTokenizer()
 MODEL = tiny_model(num_layers=2)

@@ -231,8 +231,23 @@ def test_the_command_writes_what_the_function_returns(model, statistics, tmp_pat
         (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
         words += ["--text", str(tmp_path / f"{number}.txt")]
     done = CliRunner().invoke(app, ["queries", "calibrate", *words], catch_exceptions=False)
-    assert done.exit_code == 0 and "as long as queries are on average" in done.output
+    assert done.exit_code == 0 and "as long as queries are on average. These are few" in done.output
     assert torch.equal(QueryStatistics.load(tmp_path / "queries.safetensors").centres, statistics.centres)
+
+
+def test_the_command_refuses_at_once_what_it_could_not_write(tmp_path) -> None:
+    """Before a model is loaded; a text that it reads is never what it writes."""
+    text = tmp_path / "answers.txt"
+    text.write_text("an answer", encoding="utf-8")
+    for out, reason in (
+        (text, "another file than --text"),
+        (tmp_path, "a file to write, got the folder"),
+        (text / "new", "which is no folder"),
+    ):
+        words = ["--model", "no such model", "--text", str(text), "--out", str(out)]
+        with pytest.raises(InvalidArgumentError, match=reason):
+            CliRunner().invoke(app, ["queries", "calibrate", *words], catch_exceptions=False)
+    assert text.read_text(encoding="utf-8") == "an answer" and [*tmp_path.iterdir()] == [text]
 
 
 @pytest.mark.embedded

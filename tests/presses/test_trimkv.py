@@ -14,7 +14,7 @@ from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.hidden_states import watching_hidden_states
 from kvzip_press.presses.decoding import TrimKVPress
-from kvzip_press.presses.decoding.trimkv_gates import TrimKVGates
+from kvzip_press.presses.decoding.trimkv.gates import TrimKVGates
 from kvzip_press.presses.kvzip import KVzipPress
 from kvzip_press.testing import tiny_model
 

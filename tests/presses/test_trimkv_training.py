@@ -13,9 +13,13 @@ from typer.testing import CliRunner
 from kvzip_press.cli.main import app
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.decoding import TrimKVGates, TrimKVPress
-from kvzip_press.presses.decoding.trimkv_teacher import lessons
-from kvzip_press.presses.decoding.trimkv_training import TrimKVRecipe, cross_entropy, train
+from kvzip_press.presses.decoding.trimkv.attended import lessons
+from kvzip_press.presses.decoding.trimkv.foreseen import cross_entropy
+from kvzip_press.presses.decoding.trimkv.gates import check_is_for_gates
+from kvzip_press.presses.decoding.trimkv.recipe import OBJECTIVES, TrimKVRecipe
+from kvzip_press.presses.decoding.trimkv.training import train
 from kvzip_press.testing import ByteTokenizer, tiny_model
+from kvzip_press.training.folder import WorkFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEMORY = 12
@@ -35,7 +39,7 @@ def test_what_was_worth_keeping_is_what_later_queries_look_at_most(model, monkey
     """Pair by pair in fp64, also if the queries are looked at in parts."""
     ids, moments = rows_of(1)[0], [13, 30, 47]
     text = oracles.Text.read_by(model, torch.tensor([ids]))
-    monkeypatch.setattr("kvzip_press.presses.decoding.trimkv_teacher._QUERIES", 7)
+    monkeypatch.setattr("kvzip_press.presses.decoding.trimkv.attended._QUERIES", 7)
     lesson = lessons(model, ids, moments, MEMORY)[0]
     for head in range(2):
         attention = torch.stack([text.attention(head, query, list(range(48))).amax(dim=0) for query in range(48)])
@@ -87,7 +91,58 @@ def test_a_folder_as_released_is_written_and_read_back(tmp_path) -> None:
     TrimKVPress(budget=16, buffer=4, gate=tmp_path / "gates").requires(model)
 
 
+def equal(gates: TrimKVGates, others: TrimKVGates) -> bool:
+    pairs = ((x, others.layers[i][name]) for i, gate in gates.layers.items() for name, x in gate.items())
+    return all(torch.equal(x, other) for x, other in pairs)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_killed_training_goes_on_bit_by_bit(model, tmp_path, monkeypatch, objective) -> None:
+    """From what was kept last; and anew, if that is damaged or there is none yet."""
+    monkeypatch.setattr("kvzip_press.presses.decoding.trimkv.training._SECONDS_A_STATE", 0.0)
+    rows, recipe = rows_of(6), TrimKVRecipe(memory_size=MEMORY, width=8, steps=60, lr=0.01, objective=objective)
+    whole, found = train(model, recipe, rows[:4], rows[4:])
+    seen: list[int] = []
+
+    def until(last: int) -> Any:
+        def progress(stage: str, done: int, *_: Any) -> None:
+            seen.append(done)
+            if stage == "training" and done >= last:
+                raise KeyboardInterrupt
+
+        return progress
+
+    folder = WorkFolder(tmp_path / "work")
+    for last in (21, 41):
+        with pytest.raises(KeyboardInterrupt):
+            train(model, recipe, rows[:4], rows[4:], until(last), folder=folder)
+    seen.clear()
+    gates, again = train(model, recipe, rows[:4], rows[4:], until(1000), folder=folder)
+    assert min(done for done in seen if done > 2) >= 41 and equal(gates, whole) and again == found
+    (tmp_path / "work" / "state-000.safetensors").write_bytes(b"damaged")
+    gates, again = train(model, recipe, rows[:4], rows[4:], folder=folder)
+    assert equal(gates, whole) and again == found
+    with pytest.raises(InvalidArgumentError, match="recipe"):
+        train(model, TrimKVRecipe(**{**vars(recipe), "seed": 1}), rows[:4], rows[4:], folder=folder)
+    with folder.held():
+        folder.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_distilled_gates_hold_fewer_pairs_at_less_loss(model) -> None:
+    """On texts that they were not trained on; and the attention objective's share is told beside."""
+    rows = rows_of(24)
+    recipe = TrimKVRecipe(memory_size=4, width=16, steps=120, lr=0.02, objective="distillation")
+    _, found = train(model, recipe, rows[:16], rows[16:])
+    _, begun = train(model, TrimKVRecipe(**{**vars(recipe), "steps": 1, "lr": 1e-9}), rows[:16], rows[16:])
+    assert found.loss < 0.8 * begun.loss and 0 < found.gates < 1 and found.newest == begun.newest
+
+
 def test_values_out_of_range_are_refused(model) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"objective out of .*, got 'distilation'.*'distillation'"):
+        TrimKVRecipe(objective="distilation")
+    with pytest.raises(InvalidArgumentError, match="capacity_weight"):
+        TrimKVRecipe(capacity_weight=float("nan"))
     with pytest.raises(InvalidArgumentError, match="memory_size"):
         TrimKVRecipe(memory_size=0)
     with pytest.raises(InvalidArgumentError, match="more than memory_size=48 tokens"):
@@ -125,6 +180,29 @@ def test_the_command_refuses_what_cannot_be_trained(tmp_path) -> None:
     for more, reason in (
         (["--out", str(tmp_path / "new"), "--method", "kvzap"], "--method"),
         (["--out", str(tmp_path / "file"), "--method", "trimkv"], "a folder to write"),
+        (["--out", str(tmp_path / "new"), "--method", "trimkv", "--objective", "paper"], "an objective out of"),
+        (["--out", str(tmp_path / "new"), "--method", "trimkv", "--weighting", "surprisal"], "of --method fastkvzip"),
+        (["--out", str(tmp_path / "new"), "--objective", "distillation"], "of --method trimkv"),
+        (["--out", str(tmp_path / "new"), "--memory-size", "64"], "--memory-size, which are of --method trimkv"),
+        (["--out", str(tmp_path / "new"), "--method", "trimkv", "--dim", "0"], "width, steps and moments of 1"),
     ):
         done = CliRunner().invoke(app, given + more)
-        assert done.exit_code and reason in str(done.exception)
+        assert done.exit_code and reason in str(done.exception), more
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(InvalidArgumentError, match="which is no folder"):
+        CliRunner().invoke(
+            app, [*given, "--out", str(tmp_path / "file" / "new"), "--method", "trimkv"], catch_exceptions=False
+        )
+
+
+def test_a_config_of_something_else_is_not_replaced(tmp_path) -> None:
+    """The folder of a model has one of the same name; gates of before are replaced."""
+    for content in ('{"model_type": "llama"}', "no JSON"):
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+        words = ["--model", "smollm2", "--data", "x.txt", "--method", "trimkv", "--out", str(tmp_path)]
+        with pytest.raises(InvalidArgumentError, match=r"config\.json is of something else"):
+            CliRunner().invoke(app, ["gates", "train", *words], catch_exceptions=False)
+        assert (tmp_path / "config.json").read_text(encoding="utf-8") == content
+    (tmp_path / "config.json").write_text('{"retention_gate": "rg"}', encoding="utf-8")
+    check_is_for_gates(tmp_path)
+    check_is_for_gates(tmp_path / "new")

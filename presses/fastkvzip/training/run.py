@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.errors import CacheFileError, DiskFullError, InvalidArgumentError, RunDirectoryError
-from kvzip_press.files import digest_of, replacing, to_json
+from kvzip_press.errors import CacheFileError, DiskFullError, InvalidArgumentError
+from kvzip_press.files import digest_of, to_json
 from kvzip_press.model.devices import input_device
 from kvzip_press.model.identity import facts_of, num_kv_heads
 from kvzip_press.model.structure import text_config
@@ -27,12 +27,11 @@ from kvzip_press.presses.fastkvzip.gates import Gates
 from kvzip_press.presses.fastkvzip.training.documents import Piece, digest
 from kvzip_press.presses.fastkvzip.training.evaluation import Agreement, evaluate
 from kvzip_press.presses.fastkvzip.training.features import features_of, layer_indices
-from kvzip_press.presses.fastkvzip.training.folder import WorkFolder
 from kvzip_press.presses.fastkvzip.training.optimise import Optimiser, Stacked, initial
 from kvzip_press.presses.fastkvzip.training.recipe import Progress, Recipe
 from kvzip_press.presses.fastkvzip.training.shards import Shards
-from kvzip_press.presses.fastkvzip.training.states import read_state, write_state
-from kvzip_press.untrusted import parse_json, read_text
+from kvzip_press.training.folder import WorkFolder
+from kvzip_press.training.states import read_state, write_state
 from kvzip_press.version import __version__
 
 State = tuple[Stacked, Stacked]  # parameters and the optimiser's momentum
@@ -77,7 +76,7 @@ class Training:
         self.name = digest_of(to_json(self.provenance).encode())
         self.rounds = self._rounds()
         with self.work.held():
-            self._claim_folder()
+            self.work.claim(self.provenance)
 
     def run(self) -> tuple[Gates, Agreement]:
         """Trains the gates; returns them and their agreement on held-out documents, which their provenance has too.
@@ -88,7 +87,7 @@ class Training:
             OSError: The features cannot be written for another reason.
         """
         with self.work.held():
-            self._claim_folder()
+            self.work.claim(self.provenance)
             parameters = self._trained()
         gates = self._gates(parameters, self.provenance)
         documents = [piece.ids for piece in self.held_out]
@@ -203,27 +202,6 @@ class Training:
             "recipe": json.dumps(asdict(self.recipe)),
             "kvzip_press": __version__,
         }
-
-    def _claim_folder(self) -> None:
-        """Records which training the folder holds, or checks that the existing record is the same."""
-        path = self.work.path / "training.json"
-        if not path.exists():
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(self.provenance, indent=1), encoding="utf-8")
-            return
-        try:
-            known = parse_json(read_text(path))
-            differing = sorted(key for key, value in self.provenance.items() if known.get(key) != value)
-        except (OSError, ValueError, AttributeError) as error:
-            raise RunDirectoryError(
-                f"expected the record of a training at {path}, got {type(error).__name__}: {error}; remove that file "
-                "if it is of this training, or name another folder"
-            ) from error
-        if differing:
-            raise InvalidArgumentError(
-                f"expected {self.work.path} to be new or to hold this training, got one of other {differing}: "
-                "name another folder, or remove it"
-            )
 
 
 def _is_full(error: Exception) -> bool:

@@ -46,7 +46,7 @@ def one_by_one(model: Any, press: Any, answer: FullAnswer) -> tuple[Agreement, i
     return Agreement.of(answer.logits.log_softmax(-1), torch.stack(logits).log_softmax(-1)), most
 
 
-@pytest.mark.parametrize("name", ["random_decode", "tova_decode", "h2o", "rkv"])
+@pytest.mark.parametrize("name", ["random_decode", "streaming_llm_decode", "knorm_decode", "tova_decode", "h2o", "rkv"])
 def test_stretches_are_as_single_tokens(model: Any, full: FullAnswer, name: str) -> None:
     """The same pairs go at the same tokens, and the most bytes are the same to the byte."""
     press = get_press(name, budget=24, buffer=9)

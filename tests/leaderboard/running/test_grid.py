@@ -10,11 +10,14 @@ import pytest
 import yaml
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.launch import launch
+from kvzip_press.leaderboard.running.availability import available, check_files
 from kvzip_press.leaderboard.running.grid import grid_names, load_grid
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
 from kvzip_press.leaderboard.samples.task import approximate_tokens
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.registry import press_names
+from kvzip_press.testing import tiny_model
 
 GRID = {
     "description": "Two presses.",
@@ -87,6 +90,49 @@ def test_budgets_of_a_press_are_presses_of_their_own(tmp_path: Path) -> None:
     ):
         with pytest.raises(InvalidArgumentError, match=message):
             load_grid(grid_file(tmp_path, presses=[{**press, "budgets": budgets}]))
+
+
+def test_a_file_that_a_command_makes_is_an_argument_of_the_press(tmp_path: Path) -> None:
+    """It may be absent when the grid is read; its contents, not its age, are a part of the run's configuration."""
+    file = tmp_path / "gates"
+    made = {"path": str(file), "command": "kvzip-press gates train --out gates"}
+    press = {"press": "trimkv", "label": "TrimKV", "budgets": [64], "options": {"buffer": 16}, "files": {"gate": made}}
+    presses = [GRID["presses"][0], press]
+    before = load_grid(grid_file(tmp_path, presses=presses)).run
+    for check in (lambda: check_files(before), before.presses[1].press):
+        with pytest.raises(InvalidArgumentError, match="made beforehand by `kvzip-press gates train --out gates`"):
+            check()
+    assert "files" not in before.config["presses"][0]
+    file.mkdir()
+    (file / "part").write_text("one", encoding="utf-8")
+    first, again = (load_grid(grid_file(tmp_path, presses=presses)).run for _ in range(2))
+    check_files(first)
+    assert first.run_id == again.run_id != before.run_id
+    (file / "part").write_text("two", encoding="utf-8")
+    with pytest.raises(InvalidArgumentError, match="changed or made since"):
+        check_files(first)
+    assert load_grid(grid_file(tmp_path, presses=presses)).run.run_id != first.run_id
+    for files, message in (
+        ({"gate": {"path": "x"}}, r"presses\[1\]\.files\.gate\.command: expected a text, got nothing"),
+        ({"gate": {**made, "by": "x"}}, r"presses\[1\]\.files\.gate\.by: expected a key out of path, command"),
+        ({"buffer": made}, r"presses\[1\]\.files\.buffer: expected an option that is not given elsewhere"),
+        ({"a b": made}, r"presses\[1\]\.files: expected the names of options"),
+        (["gate"], r"presses\[1\]\.files: expected a mapping"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            load_grid(grid_file(tmp_path, presses=[GRID["presses"][0], {**press, "files": files}]))
+
+
+def test_a_press_without_its_file_is_left_out_or_refused(tmp_path: Path) -> None:
+    """Refused before a model is loaded."""
+    made = {"path": str(tmp_path / "gates"), "command": "make it"}
+    press = {"press": "trimkv", "label": "TrimKV", "budgets": [64], "options": {"buffer": 16}, "files": {"gate": made}}
+    run = load_grid(grid_file(tmp_path, presses=[GRID["presses"][0], press], model="no such model")).run
+    with pytest.raises(InvalidArgumentError, match=r"TrimKV, 64 tokens: .*`make it`; or leave it out"):
+        launch(run, tmp_path / "run")
+    said: list[str] = []
+    assert [spec.name for spec in available(run.presses, tiny_model(), said.append)] == ["none"]
+    assert len(said) == 1 and "left out: TrimKV, 64 tokens" in said[0] and "`make it`" in said[0]
 
 
 def test_a_task_may_be_asked_and_followed_in_one_grid(tmp_path: Path) -> None:

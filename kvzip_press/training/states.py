@@ -1,19 +1,22 @@
-"""The state of a training after a round: a safetensors file with the parameters and the optimiser's momentum."""
+"""The state of a training: a safetensors file with the parameters and what the optimiser remembers."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
+import torch
+
 from kvzip_press.errors import KVzipPressError, RunDirectoryError
 from kvzip_press.files import digest_of, digest_of_tensor, opened, to_json, write_tensors
-from kvzip_press.presses.fastkvzip.training.optimise import Stacked
+
+Tensors = dict[str, torch.Tensor]
 
 _KINDS = ("parameter.", "state.")
 logger = logging.getLogger(__name__)
 
 
-def write_state(path: Path, training: str, parameters: Stacked, momentum: Stacked) -> None:
+def write_state(path: Path, training: str, parameters: Tensors, momentum: Tensors) -> None:
     """Writes a state with its SHA-256, whole or not at all.
 
     Raises:
@@ -27,7 +30,7 @@ def write_state(path: Path, training: str, parameters: Stacked, momentum: Stacke
     write_tensors(path, tensors, {"contents": _contents(training, tensors)})
 
 
-def read_state(path: Path, training: str) -> tuple[Stacked, Stacked] | None:
+def read_state(path: Path, training: str) -> tuple[Tensors, Tensors] | None:
     """Returns parameters and momentum, or None, with a note, if the file is damaged or of another training."""
     expected = f"expected the state of a training at {path}"
     try:
@@ -38,7 +41,7 @@ def read_state(path: Path, training: str) -> tuple[Stacked, Stacked] | None:
             if (file.metadata() or {}).get("contents") != _contents(training, tensors):
                 raise RunDirectoryError(f"{expected}, got one that was changed, or of another training")
     except KVzipPressError as error:
-        logger.warning("%s: the round is trained again", error)
+        logger.warning("%s: trained again from the state before it", error)
         return None
     parameters, momentum = (
         {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
@@ -47,5 +50,5 @@ def read_state(path: Path, training: str) -> tuple[Stacked, Stacked] | None:
     return parameters, momentum
 
 
-def _contents(training: str, tensors: Stacked) -> str:
+def _contents(training: str, tensors: Tensors) -> str:
     return digest_of(to_json([training, {name: digest_of_tensor(tensor) for name, tensor in tensors.items()}]).encode())

@@ -17,7 +17,7 @@ from kvzip_press.decoding.scorer import HiddenStateScorer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.hidden_states import watching_hidden_states
 from kvzip_press.prefilling.whole import Observer, Prefill
-from kvzip_press.presses.decoding.trimkv_gates import TrimKVGates, activation_of
+from kvzip_press.presses.decoding.trimkv.gates import TrimKVGates, activation_of
 from kvzip_press.presses.decoding.windows import RecentPress
 
 

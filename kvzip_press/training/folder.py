@@ -7,17 +7,17 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kvzip_press.errors import KVzipPressError, RunDirectoryError
+from kvzip_press.errors import InvalidArgumentError, KVzipPressError, RunDirectoryError
 from kvzip_press.files import replacing, sweep_temporaries
 from kvzip_press.locks import Lock
 from kvzip_press.untrusted import parse_json, read_text
 
-MARKER, LOCK = "kvzip-press-gates.json", ".kvzip-press-gates.lock"
+MARKER, LOCK, RECORD = "kvzip-press-gates.json", ".kvzip-press-gates.lock", "training.json"
 _KIND = "folder of a training of gates"
 _MADE = re.compile(r"training\.json|state-\d{3,}\.safetensors|" + re.escape(MARKER))  # in the folder itself
 _MADE_IN = {  # folders that a training makes, and what it makes in them
@@ -77,6 +77,35 @@ class WorkFolder:
             RunDirectoryError: The lock was removed or replaced.
         """
         self._lock.check()
+
+    def claim(self, training: Mapping[str, str]) -> None:
+        """Records which training the folder holds, or checks that the existing record is the same.
+
+        Args:
+            training: What the training depends on, in words.
+
+        Raises:
+            InvalidArgumentError: The folder holds a training of other data, another model or another recipe.
+            RunDirectoryError: The record cannot be read.
+        """
+        path = self.path / RECORD
+        if not path.exists():
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(dict(training), indent=1), encoding="utf-8")
+            return
+        try:
+            known = parse_json(read_text(path))
+            differing = sorted(key for key in {*known, *training} if known.get(key) != training.get(key))
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise RunDirectoryError(
+                f"expected the record of a training at {path}, got {type(error).__name__}: {error}; remove that file "
+                "if it is of this training, or name another folder"
+            ) from error
+        if differing:
+            raise InvalidArgumentError(
+                f"expected {self.path} to be new or to hold this training, got one of other {differing}: "
+                "name another folder, or remove it"
+            )
 
     def clear(self, folder: Path) -> None:
         """Removes what the training made in one of its folders, and the folder if nothing else is in it.

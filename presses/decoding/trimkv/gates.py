@@ -162,6 +162,23 @@ def log_beta(gate: Mapping[str, torch.Tensor], hidden_states: torch.Tensor, act:
     return logsigmoid(linear(hidden, last, gate["bias"])).transpose(1, 2).contiguous()
 
 
+def check_is_for_gates(folder: Path) -> None:
+    """Raises InvalidArgumentError for a folder whose ``config.json`` is of something else, such as a model.
+
+    Raises:
+        InvalidArgumentError: Gates saved there would replace it.
+    """
+    try:
+        config = _config_beside(folder / WEIGHTS)
+    except (OSError, ValueError):
+        config = {"": "not to be read"}
+    if config and "retention_gate" not in config:
+        raise InvalidArgumentError(
+            f"expected a folder of TrimKV's gates, or one without config.json, got {folder}, whose config.json is of "
+            "something else and would be replaced: name another folder"
+        )
+
+
 def activation_of(model: Any) -> Any:
     """Returns a model's activation, which is that of its gates."""
     from transformers.activations import ACT2FN
