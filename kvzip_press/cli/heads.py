@@ -41,7 +41,6 @@ def compute(
     The longer the texts, and the closer to what the model will read, the better: KVzip used 88 thousand tokens of a
     book.
     """
-
     if method not in METHODS:
         raise InvalidArgumentError(f"expected --method to be one of {METHODS}, got {method!r}")
     check_file_to_write(out, text or ())

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from kvzip_press import prefill
+from kvzip_press import get_press, prefill
 from kvzip_press.budget.amount import Ratio
 from kvzip_press.budget.scores import Scores
 from kvzip_press.cache.ragged_cache import RaggedCache

@@ -241,8 +241,8 @@ def test_the_command_refuses_at_once_what_it_could_not_write(tmp_path) -> None:
     text.write_text("an answer", encoding="utf-8")
     for out, reason in (
         (text, "another file than --text"),
-        (tmp_path, "a file to write, got the folder"),
-        (text / "new", "which is no folder"),
+        (tmp_path, "which is a folder"),
+        (text / "new", "is no folder"),
     ):
         words = ["--model", "no such model", "--text", str(text), "--out", str(out)]
         with pytest.raises(InvalidArgumentError, match=reason):
