@@ -111,15 +111,16 @@ def run(bench: Bench, case: RankingCase) -> None:
     first = case.tensors(bench.device)
     n_bytes = first["marks"].nbytes + first["sizes"].nbytes + 8 * case.n_lists * case.budget  # lists: read, written
     copies = [first, *(case.tensors(bench.device) for _ in range(copies_for(n_bytes) - 1))]
-    options = {
-        "num_key_value_heads": case.num_key_value_heads,
-        "budget": case.budget,
-        "per_query_head": case.per_query_head,
-    }
-    wide = {**first, "query": first["query"].double(), "marks": first["marks"].double()}
-    expected = recall_ranking(**wide, **options, impl="reference")
+    rank = partial(
+        recall_ranking,
+        num_key_value_heads=case.num_key_value_heads,
+        budget=case.budget,
+        per_query_head=case.per_query_head,
+    )
+    query, marks, *others = first.values()
+    expected = rank(query.double(), marks.double(), *others, impl="reference")
     for impl in _IMPLS:
-        calls = [partial(recall_ranking, **copy, **options, impl=impl) for copy in copies]
+        calls = [partial(rank, *copy.values(), impl=impl) for copy in copies]
         try:
             error = check(f"{case}, {impl}", calls[0](), expected)
         except ValueError as reason:  # how the dispatch says that it cannot do this
