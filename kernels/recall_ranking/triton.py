@@ -10,6 +10,7 @@ from group to group: a running maximum then spreads it over the group's pairs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ GROUPS_PER_THREAD = 4  # until a program has 16 warps
 
 def recall_ranking(inputs: RankingInputs) -> tuple[Tensor, Tensor]:
     """See :func:`kvzip_press.kernels.recall_ranking.recall_ranking`; for supported inputs only."""
+    names = ["sizes", "order", "cu_seqlens", *([] if inputs.row_index is None else ["row_index"])]
+    # Before the first launch: the second one reads some of it before it waits.
+    inputs = replace(inputs, **{name: getattr(inputs, name).contiguous() for name in names})
     return listed(inputs, products(inputs))
 
 
@@ -66,21 +70,20 @@ def products(inputs: RankingInputs) -> Tensor:
 
 
 def listed(inputs: RankingInputs, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks groups by the products of :func:`products`, and lists the pairs of the best."""
+    """Ranks groups by the products of :func:`products`, and lists the pairs of the best; all tensors are contiguous."""
     query, heads = inputs.query, inputs.num_key_value_heads
     n_lists, budget = inputs.n_lists, inputs.budget
     index, scratch = (torch.empty(n_lists * budget, dtype=torch.int32, device=query.device) for _ in range(2))
     if n_lists == 0:
         return index, torch.zeros(1, dtype=torch.int32, device=query.device)
     bounds = torch.empty(n_lists + 1, dtype=torch.int32, device=query.device)
-    sizes = inputs.sizes.contiguous()
     block_c = max(32, triton.next_power_of_2(inputs.n_groups))
     with on_device(query.device):
         _list_kernel[(n_lists,)](
             logits,
-            sizes,
-            inputs.order.contiguous(),
-            inputs.cu_seqlens.contiguous(),
+            inputs.sizes,
+            inputs.order,
+            inputs.cu_seqlens,
             _row_index(inputs),
             scratch,
             index,
@@ -104,7 +107,7 @@ def listed(inputs: RankingInputs, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _row_index(inputs: RankingInputs) -> Tensor:
     """Returns which packed row a row reads, or a stand-in that is never read."""
-    return inputs.cu_seqlens if inputs.row_index is None else inputs.row_index.contiguous()
+    return inputs.cu_seqlens if inputs.row_index is None else inputs.row_index
 
 
 def _early(device: torch.device) -> dict[str, Any]:
@@ -222,9 +225,6 @@ def _list_kernel(
     own = program // LISTS  # its segment, counted over the batch
     offs_s, offs_c, offs_b = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_B)
     mask_s, mask_c = offs_s < n_segments, offs_c < n_groups
-    scratch_ptr += program.to(tl.int64) * budget
-    for tile in range(0, budget, BLOCK_B):
-        tl.store(scratch_ptr + tile + offs_b, tl.zeros([BLOCK_B], tl.int32), tile + offs_b < budget)
     segments = offs_s
     if HAS_ROWS:
         segments = (tl.load(row_index_ptr + offs_s // HEADS, mask_s, other=0) * HEADS).to(tl.int32) + offs_s % HEADS
@@ -234,15 +234,18 @@ def _list_kernel(
     segment = tl.sum(tl.where(offs_s == own, segments, 0), 0).to(tl.int64)
     n_own = tl.sum(tl.where(offs_s == own, n_listed, 0), 0)
     bound = tl.sum(tl.where(offs_s < own, n_listed, 0), 0) * LISTS + program % LISTS * n_own
-    tl.store(bounds_ptr + program, bound)
-    if program == tl.num_programs(0) - 1:
-        tl.store(bounds_ptr + program + 1, bound + n_own)
     sizes_ptr += segment * (n_groups + 1)
     n_first = tl.minimum(tl.load(sizes_ptr), budget)
     sizes = tl.load(sizes_ptr + 1 + offs_c, mask_c, other=0)
-    if USE_PDL:  # all above was there before the products were
+    if USE_PDL:  # what is read above was there before the products were
         gdc_wait()
         gdc_launch_dependents()
+    tl.store(bounds_ptr + program, bound)
+    if program == tl.num_programs(0) - 1:
+        tl.store(bounds_ptr + program + 1, bound + n_own)
+    scratch_ptr += program.to(tl.int64) * budget
+    for tile in range(0, budget, BLOCK_B):
+        tl.store(scratch_ptr + tile + offs_b, tl.zeros([BLOCK_B], tl.int32), tile + offs_b < budget)
     logits_ptr += program.to(tl.int64) * MEMBERS * n_groups
     if TOGETHER:
         worth = _expected_together(logits_ptr, sizes, n_groups, mask_c, offs_c, MEMBERS, BLOCK_C)
