@@ -4,8 +4,9 @@
 
 The full cache writes an answer to each question about a context, which is then read again, token by token. "Found" is
 the share of the top pairs that a step lists: of each query head, layer and token, as many pairs of the context as the
-budget has, by exact attention. "Mass" is the attention of the listed pairs over that of the top pairs. Both leave out
-the first layers, which read everything. The rest compares the next-token probabilities with those of the full cache.
+budget has, by exact attention. "Mass" is the attention of the listed pairs over that of the top pairs. "Again" is the
+share of a step's pairs that the step before had listed too. All leave out the first layers, which read everything. The
+rest compares the next-token probabilities with those of the full cache.
 """
 
 import statistics
@@ -41,6 +42,7 @@ class Cell:
 
     found: list[float] = field(default_factory=list)
     mass: list[float] = field(default_factory=list)
+    again: list[float] = field(default_factory=list)
     agreement: Agreement = field(default_factory=lambda: Agreement((), ()))
     group_bytes: list[float] = field(default_factory=list)
 
@@ -108,9 +110,10 @@ def measure(
     """Adds to a cell what a cache that recalls does about one context."""
     for index, layer in cache.ragged_layers():
         if isinstance(layer.packed, RecalledPairs):
-            found, mass = found_by(layer.packed, queries[index])
-            cell.found.append(found)
-            cell.mass.append(mass)
+            for part, value in zip(
+                (cell.found, cell.mass, cell.again), found_by(layer.packed, queries[index]), strict=True
+            ):
+                part.append(value)
             held = layer.packed.groups
             cell.group_bytes.append(sum(one.nbytes for one in held.tensors) / layer.packed.total)
     cell.agreement += Agreement.of(expected, log_probabilities(model, cache, asked, written))
@@ -132,12 +135,12 @@ def observed(
     return said, {index: torch.cat(of_layer) for index, of_layer in seen.items()}
 
 
-def found_by(packed: RecalledPairs, queries: torch.Tensor) -> tuple[float, float]:
-    """Returns the share of the top pairs that steps list, and the attention of the listed pairs over that of the top.
+def found_by(packed: RecalledPairs, queries: torch.Tensor) -> tuple[float, float, float]:
+    """Returns "found", "mass" and "again", see above.
 
     Args:
         packed: The pairs of one row.
-        queries: ``[steps, num_attention_heads, 1, head_dim]``.
+        queries: ``[steps, num_attention_heads, 1, head_dim]``, two steps or more.
     """
     steps, heads = queries.shape[:2]
     kv_heads, recall = packed.num_heads, packed.recall
@@ -159,14 +162,15 @@ def found_by(packed: RecalledPairs, queries: torch.Tensor) -> tuple[float, float
         chosen = is_listed[:, head, where]
         found.append(float(chosen.gather(1, top.indices).float().mean()))
         mass.append(float(((weights * chosen).sum(-1) / top.values.sum(-1)).mean()))
-    return statistics.mean(found), statistics.mean(mass)
+    again = (is_listed[1:] & is_listed[:-1]).sum() / is_listed[1:].sum()
+    return statistics.mean(found), statistics.mean(mass), float(again)
 
 
 def _table(cells: dict[tuple[int, str], Cell]) -> Table:
-    names = "budget", "read by", "found", "mass", "KL", "same tokens", "groups, bytes a pair"
+    names = "budget", "read by", "found", "mass", "again", "KL", "same tokens", "groups, bytes a pair"
     table = Table(*names)
     for (budget, name), cell in cells.items():
-        of_lists = [f"{statistics.mean(one):.3f}" if one else "" for one in (cell.found, cell.mass)]
+        of_lists = [f"{statistics.mean(one):.3f}" if one else "" for one in (cell.found, cell.mass, cell.again)]
         said = f"{cell.agreement.mean_kl:.4f}", f"{cell.agreement.share:.3f}"
         group_bytes = f"{statistics.mean(cell.group_bytes):.1f}" if cell.group_bytes else ""
         table.add_row(str(budget) if budget else "", name, *of_lists, *said, group_bytes)

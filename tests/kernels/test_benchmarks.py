@@ -27,6 +27,7 @@ from kvzip_press.kernels.benchmarks import (
     kv_scoring,
     ragged_attention,
     ragged_pack,
+    recall_ranking,
     replay_attention,
     row_codec,
 )
@@ -53,6 +54,7 @@ SCRIPTS = [
     "kv_scoring",
     "ragged_attention",
     "ragged_pack",
+    "recall_ranking",
     "replay_attention",
     "row_codec",
 ]
@@ -84,7 +86,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CallingBench:
 
 @pytest.fixture(autouse=True)
 def _few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for script in (codecs, context_attention, gathered_attention, kv_scoring, ragged_attention, row_codec):
+    scripts = (codecs, context_attention, gathered_attention, kv_scoring, ragged_attention, recall_ranking, row_codec)
+    for script in scripts:
         monkeypatch.setattr(script, "copies_for", lambda n_bytes: 2)
 
 
@@ -429,6 +432,24 @@ def test_attention_to_listed_pairs_is_measured_beside_a_context_of_them_alone(be
     assert impls_of(bench) == {"contiguous", "listed", "copied first", "a list for each query head"}
     assert {row.impl: row.bytes for row in bench.rows}["listed"] == 2 * 20 * 2 * 16 * 2
     assert all(row.error is not None and row.error < gathered_attention.ERROR_LIMIT for row in bench.rows)
+
+
+@pytest.mark.parametrize("case", recall_ranking.CASES, ids=str)
+def test_ranking_is_measured_and_lists_of_other_pairs_are_refused(
+    case: recall_ranking.RankingCase, bench: CallingBench
+) -> None:
+    size = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
+    small = replace(case, group_size=7, context=90, budget=30, **size)
+    recall_ranking.run(bench, small)
+    assert impls_of(bench) == {"ours reference"}
+    rows, vectors = 2 * case.batch, 2 if case.has_bounds else 1
+    listed = 8 * 30 * rows * (3 if case.per_query_head else 1)
+    assert {row.bytes for row in bench.rows} == {rows * (11 * 16 * 2 * vectors + 12 * 4) + listed}
+    index, bounds = torch.arange(40), torch.tensor([0, 20, 40])
+    with pytest.raises(WrongResultError, match="got 20 others of 40"):
+        recall_ranking.check("impl", (index + 10, bounds), (index, bounds))
+    with pytest.raises(WrongResultError, match="expected lists at"):
+        recall_ranking.check("impl", (index, bounds), (index, bounds + 1))
 
 
 def paged_attention(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:

@@ -23,7 +23,9 @@ TEXT = "The key of the red box is under the mat, and the mat is at the door of t
 
 @pytest.mark.parametrize("per_query_head", [False, True])
 def test_what_is_found_is_counted_pair_by_pair(per_query_head: bool) -> None:
-    """The share of the top pairs of each head and step, and the attention of what is listed over that of the top."""
+    """The share of the top pairs of each head and step, the attention of what is listed over that of the top, and what
+    the step before had listed too.
+    """
     recall = ClusterRecall(budget=20, n_sink=2, full_layers=1, cluster_size=6, per_query_head=per_query_head)
     cache = with_recall(compress(MODEL, ByteTokenizer(), TEXT, get_press("none")), recall)
     _, queries = observed(MODEL, cache, [[5, 6], [7]], [[8, 9, 10], [11, 12, 13]])
@@ -31,16 +33,19 @@ def test_what_is_found_is_counted_pair_by_pair(per_query_head: bool) -> None:
     packed = dict(cache.ragged_layers())[1].packed
     assert isinstance(packed, RecalledPairs)
     keys = packed.columns["keys"].double().view(2, -1, 16)
-    found, mass = [], []
+    found, mass, lists = [], [], []
     for step, head in product(range(4), range(4)):
         index, _ = listed(recall, packed.groups, queries[1][step : step + 1], 2, width=packed.width)
         number = head if per_query_head else head // 2
         own = {int(pair) - head // 2 * keys.shape[1] for pair in index[20 * number : 20 * (number + 1)]}
+        lists.append(own)
         weights = (keys[head // 2] @ queries[1][step, head, 0].double() / 4).softmax(0).tolist()
         top = set(sorted(range(len(weights)), key=lambda i: -weights[i])[:20])
         found.append(len(own & top) / 20)
         mass.append(sum(weights[i] for i in own) / sum(weights[i] for i in top))
-    assert found_by(packed, queries[1]) == pytest.approx((sum(found) / 16, sum(mass) / 16), abs=1e-5)
+    again = sum(len(own & before) for own, before in zip(lists[4:], lists[:-4], strict=True)) / (12 * 20)
+    assert 0 < again < 1
+    assert found_by(packed, queries[1]) == pytest.approx((sum(found) / 16, sum(mass) / 16, again), abs=1e-5)
 
 
 def test_every_way_is_compared_at_the_same_budget() -> None:

@@ -46,10 +46,6 @@ class ClusterRecall(Recall):
         wide = keys.to(accumulation_dtype(keys.dtype))
         return _means(wide, groups, wide.new_zeros(n_groups, keys.shape[1])).to(keys.dtype)
 
-    def query_marks(self, query: torch.Tensor) -> torch.Tensor:
-        """Returns the queries as they are."""
-        return query
-
 
 def k_means(keys: torch.Tensor, n_clusters: int, *, n_iterations: int, seed: int) -> torch.Tensor:
     """Assigns keys to clusters by the cosine to their means, which follow until no key changes its cluster.

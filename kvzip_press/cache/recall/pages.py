@@ -37,7 +37,3 @@ class PageRecall(Recall):
         bounds = keys.new_zeros(n_groups, keys.shape[1])
         high, low = (bounds.scatter_reduce(0, index, keys, kind, include_self=False) for kind in ("amax", "amin"))
         return torch.cat([high, low], -1)
-
-    def query_marks(self, query: torch.Tensor) -> torch.Tensor:
-        """Returns the positive and the negative part of each query, ``[..., 2 * head_dim]``."""
-        return torch.cat([query.clamp(min=0), query.clamp(max=0)], -1)

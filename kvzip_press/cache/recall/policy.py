@@ -14,7 +14,7 @@ from kvzip_press.errors import InvalidArgumentError
 class Recall(ABC):
     """Lets a decode step read ``budget`` pairs of each head's context: whole groups, best first, the last one cut.
 
-    A subclass says how the keys of a head are divided into groups, what is noted of a group, and how a query ranks it.
+    A subclass says how the keys of a head are divided into groups, and what is noted of a group for queries to rank it.
 
     Args:
         budget: Context pairs that a head reads in a step, the first tokens among them; all if it has no more.
@@ -63,17 +63,14 @@ class Recall(ABC):
 
     @abstractmethod
     def marks(self, keys: torch.Tensor, groups: torch.Tensor, n_groups: int) -> torch.Tensor:
-        """Returns what is noted of each group, ``[n_groups, ...]`` in the dtype of ``keys``.
+        """Returns what is noted of each group, in the dtype of ``keys``, and what queries are taken to give with it.
+
+        ``[n_groups, head_dim]``, a vector whose product with a query stands for those of the group's keys; or
+        ``[n_groups, 2 * head_dim]``, the greatest and the least value of each channel, and the largest product within
+        these bounds stands for them.
 
         Args:
             keys: ``[n, head_dim]``.
             groups: int64 ``[n]``, each number below ``n_groups`` at least once.
             n_groups: Number of groups.
-        """
-
-    @abstractmethod
-    def query_marks(self, query: torch.Tensor) -> torch.Tensor:
-        """Returns what is multiplied with the marks of a group to rank it, for queries ``[..., head_dim]``.
-
-        The product is what the query's product with a key of the group is taken to be.
         """

@@ -32,14 +32,12 @@ class RecalledPairs(PackedPairs):
         groups: The groups, as :mod:`kvzip_press.cache.recall.groups` holds them.
         recall: How pairs are grouped and ranked.
         width: Pairs that the longest list of a step has.
-        all_full: Whether all lists have as many.
         is_offloaded: Whether the columns lie in host memory; ``cu_seqlens`` and the groups do not.
     """
 
     groups: Held = field(kw_only=True)
     recall: Recall = field(kw_only=True)
     width: int = field(kw_only=True)
-    all_full: bool = field(kw_only=True)
     is_offloaded: bool = field(kw_only=True)
 
     @classmethod
@@ -72,7 +70,7 @@ class RecalledPairs(PackedPairs):
             pairs.storage,
             groups=grouped(recall, pairs),
             recall=recall,
-            **_lengths(pairs, recall),
+            width=_width(pairs, recall),
             is_offloaded=offload,
         )
 
@@ -102,7 +100,6 @@ class RecalledPairs(PackedPairs):
             row_index=row_index,
             scaling=options.get("scaling"),
             width=self.width,
-            all_full=self.all_full,
         )
         attend_to = self._attend_by_query_head if self.recall.per_query_head else self._attend_to
         return attend_to(query, lists, (tail_keys, tail_values), options)
@@ -209,14 +206,10 @@ class RecalledPairs(PackedPairs):
 
     def _with(self, pairs: PackedPairs, groups: Held) -> RecalledPairs:
         """Returns other pairs, whose columns lie where these lie, with their groups."""
-        bounds, lengths = groups.cu_seqlens, _lengths(pairs, self.recall)
-        return replace(self, columns=pairs.columns, cu_seqlens=bounds, groups=groups, **lengths)
+        bounds, width = groups.cu_seqlens, _width(pairs, self.recall)
+        return replace(self, columns=pairs.columns, cu_seqlens=bounds, groups=groups, width=width)
 
 
-def _lengths(pairs: PackedPairs, recall: Recall) -> dict[str, Any]:
-    """Returns how long the lists of a step are, which no step has to read from the device."""
-    if not pairs.num_rows:
-        return {"width": 0, "all_full": True}
-    shortest, longest = (int(one) for one in pairs.seqlens.aminmax())
-    width = min(recall.budget, longest)
-    return {"width": width, "all_full": shortest >= width}
+def _width(pairs: PackedPairs, recall: Recall) -> int:
+    """Returns how long the longest list of a step is, which no step has to read from the device."""
+    return min(recall.budget, int(pairs.seqlens.max())) if pairs.num_rows else 0

@@ -19,6 +19,8 @@ from kvzip_press.attention.queries import queries_watched
 from kvzip_press.cache.file.checks import check_record
 from kvzip_press.cache.file.reading import read_record
 from kvzip_press.compat import DynamicCache
+from kvzip_press.decoding.static_layers import reason_against
+from kvzip_press.decoding.step import DecodeStep, _compiled_layers, _StaticStep
 from kvzip_press.errors import CacheFileError, CacheMismatchError, InvalidArgumentError, UnsupportedModelError
 from kvzip_press.model.identity import facts_of
 from kvzip_press.prefilling.replay import Replay
@@ -244,6 +246,31 @@ def test_a_long_context_in_chunks_and_eviction_while_decoding_work_with_shared_l
                 model(ids_of(TEXT[:40]), past_key_values=out)
             kvzip_press.generate(model, out, ids_of("When?"), max_new_tokens=12)
         assert int(RaggedCache.of(out).seqlens(1).max()) <= 24
+
+
+@torch.no_grad()
+def test_steps_that_a_graph_could_hold_are_those_of_other_steps(model: Any) -> None:
+    """Static layers are read where they lie, step by step, also from between compiled layers; nothing moves."""
+    from torch._dynamo.testing import CompileCounter
+
+    with share_layers(model, SOURCES):
+        cache = kvzip_press.compress(model, TOKENIZER, [TEXT[:30], TEXT[30:60]], RandomPress(0.4))
+        read_rows(model, cache, ids_of("When?"))
+        eager, compiled = cache.fork(), cache.fork()
+        assert reason_against(cache) is None
+        first = DecodeStep(model, cache.fork(), max_new_tokens=1)(torch.tensor([5, 6]))
+        static = _StaticStep(model, cache, 4, None, torch.device("cpu"))
+        before = [tensor.data_ptr() for _, layer in cache.ragged_layers() for tensor in layer.tensors]
+        step = DecodeStep(model, eager, max_new_tokens=4)
+        tokens = torch.tensor([[5, 6], [7, 8], [9, 10], [11, 12]])
+        for token in tokens:
+            torch.testing.assert_close(static(token), step(token), rtol=1e-4, atol=3e-4)
+        assert [tensor.data_ptr() for _, layer in cache.ragged_layers() for tensor in layer.tensors] == before
+        one = _StaticStep(model, compiled, 4, None, torch.device("cpu"))
+        one.token_ids.copy_(tokens[0][:, None])
+        torch._dynamo.reset()
+        with _compiled_layers(model, one.cache, backend=CompileCounter()) as twin:
+            torch.testing.assert_close(one.run(twin), first, rtol=1e-4, atol=3e-4)
 
 
 def test_a_file_says_which_layers_share_and_is_refused_without(model: Any, tmp_path: Path) -> None:
