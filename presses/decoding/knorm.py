@@ -18,7 +18,8 @@ class KnormDecodePress(DecodePress):
     A pair of key k is worth ``-||k||_2``, in fp32, after RoPE (which leaves norms as they are). The paper's experiments
     leave layers 0 and 1 whole, where this does not hold. A layer that is left whole outgrows any budget, so these keep
     their newest pairs instead, ``budget`` tokens' worth like every other layer. The authors' code returns pairs sorted
-    by norm; here they stay in order.
+    by norm; here they stay in order. Models that normalise keys before RoPE (Qwen3, Gemma 3) have keys of one norm, but
+    for learned scales and rounding: those decide then.
 
     Args:
         skip_layers: Indices of the layers that keep their newest pairs (0 and 1); () for none. Under the allocation
