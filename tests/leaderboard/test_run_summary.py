@@ -236,10 +236,10 @@ def test_the_committed_runs_are_verified(name: str, tmp_path: Path) -> None:
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert "kvzip-press leaderboard run --grid" in readme and "verify" in readme
     first, *others = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-    row = Row.from_line(first)[0]
-    (tmp_path / "rows.jsonl").write_text(
-        "\n".join([replace(row, score=1 - row.score).to_line(), *others, ""]), encoding="utf-8"
-    )
+    row, has_seal = Row.from_line(first)
+    changed = replace(row, score=1 - row.score)
+    line = changed.to_line() if has_seal else changed.to_json()  # as the lines of older versions are
+    (tmp_path / "rows.jsonl").write_text("\n".join([line, *others, ""]), encoding="utf-8")
     with pytest.raises(InvalidArgumentError, match="rows_sha256"):
         verify(tmp_path, folder / "summary.json")
 
