@@ -152,7 +152,7 @@ def test_a_file_of_another_kind_inside_a_folder_is_one_line(
 GRID = """\
 model: tiny
 compression_ratios: [0.5]
-tasks: [{task: hidden_facts, contexts: 1, tokens: 120}]
+tasks: [{task: hidden_facts, contexts: 1, tokens: 160}]
 presses: [{press: random}]
 """
 

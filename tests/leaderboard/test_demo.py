@@ -108,6 +108,6 @@ def test_the_presses_of_the_demo_are_those_of_the_readme() -> None:
     per_cell = sum(
         len(sample.questions) * spec.n_contexts
         for spec in run.tasks
-        for sample in spec.task.samples(seed=0, n=1, length_tokens=100)
+        for sample in spec.task.samples(seed=0, n=1, length_tokens=450)
     )
     assert per_cell >= 60

@@ -40,7 +40,7 @@ def test_allocations_are_compared_at_equal_bytes(run: Callable[..., dict[str, An
     figures = run(
         allocations,
         contexts=2,
-        tokens=120,
+        tokens=210,
         task=["hidden_facts"],
         scorer=["kvzip"],
         removed=[0.6],

@@ -22,7 +22,7 @@ def run(tmp_path_factory) -> tuple[str, list[Row]]:
     app = typer.Typer()
     app.command()(heads.main)
     path = tmp_path_factory.mktemp("heads") / "rows.jsonl"
-    options = ["--contexts", "1", "--tokens", "400", "--window", "100", "--draws", "2", "--out", str(path)]
+    options = ["--contexts", "1", "--tokens", "600", "--window", "100", "--draws", "2", "--out", str(path)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heads, "load_model", lambda name: (tiny_model(), ByteTokenizer()))
         patch.setattr(heads, "REMOVED", (0.5,))
