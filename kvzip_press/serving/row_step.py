@@ -110,7 +110,7 @@ class RowStep:
             if self.reason not in (None, capture.OTHERS_COMPUTE):  # others end, what failed fails again
                 self._graphs.clear()
                 self._weights.clear()
-                self._can_be_captured = False
+                self._can_be_captured = self._is_required  # who requires graphs hears of it at each step
                 self._fall_back(self.reason, is_news=True)
         return self._graphs.get(size)
 
