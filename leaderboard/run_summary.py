@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, RunDirectoryError
 from kvzip_press.files import digest_of, replacing, to_json
-from kvzip_press.leaderboard.analysis.summary import Cell, split_tables, summarise
+from kvzip_press.leaderboard.analysis.summary import split_tables, summarise
 from kvzip_press.leaderboard.launch import incomplete, rows_of
 from kvzip_press.leaderboard.rows.results import Row, run_id
 from kvzip_press.leaderboard.rows.sealed_line import SealedLine
 from kvzip_press.leaderboard.running.grid import grid_names, load_grid
+from kvzip_press.leaderboard.running.plan import ANSWER
 from kvzip_press.leaderboard.running.run_directory import RUN, RunRecord
 from kvzip_press.leaderboard.samples.task import Question, Task, version_of
 from kvzip_press.leaderboard.tasks import TASKS, get_task
@@ -46,8 +47,8 @@ class RunSummary(SealedLine):
         rows_sha256: Hash of all rows, sorted, so that shards may be joined in any order. Fields that a row has by
             default do not count, so that those of later versions change nothing.
         n_rows: Number of rows.
-        accuracies: ``press @ removed fraction`` -> accuracy, as tables show it; with ", agreement" behind it, of rows
-            that follow the full cache.
+        accuracies: ``press @ removed fraction`` -> accuracy, as tables show it; of rows that follow the full cache the
+            share of next tokens, under that name and ``, agreement``, and their divergence under ``, KL in nats``.
         n_questions: The same -> how many questions that is the mean of.
         provenance: What the run depends on besides its configuration.
     """
@@ -77,15 +78,15 @@ class RunSummary(SealedLine):
             raise RunDirectoryError(f"expected a whole run in {directory}, got {note}: go on with it first")
         if not rows:
             raise RunDirectoryError(f"expected a run with rows in {directory}, got none")
-        cells = {_name_of(cell): cell for table in split_tables(rows) for cell in summarise(table)}
+        figures, counts = _figures(rows)
         return cls(
             run_id=rows[0].run_id if record is None else record.run_id,
             model=rows[0].model,
             config_sha256=None if record is None else digest_of(to_json(record.config).encode()),
             rows_sha256=_digest_of_rows(rows),
             n_rows=len(rows),
-            accuracies={name: cell.accuracy for name, cell in cells.items()},
-            n_questions={name: cell.n_questions for name, cell in cells.items()},
+            accuracies=figures,
+            n_questions=counts,
             provenance={} if record is None else record.provenance,
         )
 
@@ -179,8 +180,17 @@ def _record_of(directory: str | os.PathLike[str]) -> RunRecord | None:
     return RunRecord.read(directory) if os.path.lexists(Path(directory) / RUN) else None
 
 
-def _name_of(cell: Cell) -> str:
-    return f"{cell.press} @ {cell.compression_ratio:g}{'' if cell.kl is None else ', agreement'}"
+def _figures(rows: Iterable[Row]) -> tuple[dict[str, float], dict[str, int]]:
+    """Returns the figures of all tables of a run by name, and how many questions they are means of."""
+    figures, counts = dict[str, float](), dict[str, int]()
+    for table in split_tables(rows):
+        for cell in summarise(table):
+            name = f"{cell.press} @ {cell.compression_ratio:g}"
+            if cell.kl is not None:
+                figures[f"{name}, KL in nats"], counts[f"{name}, KL in nats"] = cell.kl, cell.n_questions
+                name = f"{name}, agreement"
+            figures[name], counts[name] = cell.accuracy, cell.n_questions
+    return figures, counts
 
 
 def _equal(said: Any, found: Any) -> bool:
@@ -226,9 +236,14 @@ def _task_named(name: str) -> Task | None:
 
 
 def _task_of(entry: Mapping[str, Any]) -> tuple[str, Task | None]:
-    """Returns a task's name in a run and the task as it was configured; None if this version does not have it."""
+    """Returns a task's name in a run and the task as it was configured; None if this version does not have it.
+
+    Nor is there one that scores rows that follow the full cache: their score is of probabilities, not of a prediction.
+    """
     options, kind = dict(entry["task"]), entry["kind"]
     name = str(options.pop("name", ""))
+    if entry.get("measure", ANSWER) != ANSWER:
+        return name, None
     names = [known for known, target in TASKS.items() if target.endswith(f":{kind}")]
     if name not in names and len(names) != 1:
         return name, None  # several tasks share a class and take their part from their name, which a grid replaced

@@ -75,6 +75,25 @@ def test_what_was_run_is_verified_in_any_order(run: Path, tmp_path: Path) -> Non
     assert "8 scores follow from their predictions" in verify(run, file)
 
 
+def test_rows_that_follow_the_full_cache_have_figures_of_their_own(run: Path, tmp_path: Path) -> None:
+    """In the same run; their scores are no metric's, whatever the task."""
+    task, press = get_task("hidden_facts"), PressSpec("kvzip", "kvzip")
+    tasks = (TaskSpec(replace(task, name="facts"), 2, 100), TaskSpec(replace(task, name="f, a"), 2, 100, "agreement"))
+    config = Run("tiny", tasks, (press,), (0.7,)).config
+    first, second = (replace(row, run_id=run_id(config)) for row in rows_in(run)[:2])
+    rows = [first, second]
+    for row, kl in zip(rows[:2], (0.25, 0.75), strict=True):
+        rows.append(replace(row, task="f, a", score=0.5, tags={**row.tags, "kl_nats": kl, "until_first": 3.0}))
+    (run / "run.json").write_text(RunRecord(run_id(config), config, {"torch": "2"}, 4).to_line())
+    write(run, rows)
+    made = RunSummary.of(run)
+    figures = {"kvzip @ 0.7": 0.5, "kvzip @ 0.7, agreement": 0.5, "kvzip @ 0.7, KL in nats": 0.5}
+    assert made.accuracies == figures and made.n_questions == dict.fromkeys(figures, 2)
+    made.save(tmp_path / "summary.json")
+    said = verify(run, tmp_path / "summary.json")
+    assert "2 scores follow from their predictions; of 2 the metric is not known here" in said
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
