@@ -40,6 +40,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "OMP_NUM_THREADS": "1",
+    "PYTHONSAFEPATH": "1",  # vLLM runs modules of its own with -m, where the folder they run in comes first
 }
 # room for one context at a time, and pages for fewer than eight requests: contexts are dropped, requests preempted
 OPTIONS = [
