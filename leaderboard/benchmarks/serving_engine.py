@@ -79,10 +79,10 @@ class Job:
     """What is measured of one engine.
 
     Attributes:
-        engine: "plain": vLLM alone, where a context is a shared prefix in its pages and a first token costs a prefill of
-            what is not there; "cascade": the same with cascade attention, where that vLLM has it; "full": vLLM alone,
-            whose pages its DecodeBenchConnector fills, a full cache for each user, as many as fit at once; "ours",
-            "ours-int8": vLLM with our pool.
+        engine: "plain": vLLM alone, where a context is a shared prefix in its pages and a first token costs a prefill
+            of what is not there; "cascade": the same with cascade attention, where that vLLM has it; "full": vLLM
+            alone, whose pages its DecodeBenchConnector fills, a full cache for each user, as many as fit at once;
+            "ours", "ours-int8": vLLM with our pool.
         shape: Of the model, a name in :data:`SHAPES`.
         load: What users do.
         pool_gb: Memory for contexts, in 1e9 bytes.

@@ -1,8 +1,8 @@
-"""Carries wheels to a machine without a network, through a transfer that takes a few files of a limited size at a time.
+r"""Carries wheels to a machine without a network, through a transfer that takes few files of limited sizes at a time.
 
 Here, where the wheels are, without what this GPU cannot run and what the benchmark does not need::
 
-    python leaderboard/benchmarks/wheel_pieces.py cut vllm-*.whl --output pieces --piece-mb 60 --architecture 90 \\
+    python leaderboard/benchmarks/wheel_pieces.py cut vllm-*.whl --output pieces --piece-mb 60 --architecture 90 \
         --without 'vllm/vllm_flash_attn/_vllm_fa2_C*' --without 'vllm/_moe_C*' --without 'vllm/vllm-rs'
 
 There, when all pieces have come, with the python that is to have them::

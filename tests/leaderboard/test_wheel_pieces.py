@@ -54,7 +54,7 @@ def wheel(tmp_path: Path) -> Path:
         "thing/_C.abi3.so": container((2, 80, code(30000)), (2, 90, code(10000))),
         "thing/_unused_C.abi3.so": code(20000),
         "thing-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n",
-        "thing-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "thing-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     with zipfile.ZipFile(path, "w") as file:
         for name, data in files.items():

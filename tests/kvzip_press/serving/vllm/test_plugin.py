@@ -22,7 +22,7 @@ from kvzip_press.kernels.row_codec import decode_rows
 from kvzip_press.serving.packing import Packing, packed_cache
 from kvzip_press.serving.rotation import Rotation
 from kvzip_press.serving.shares import Share
-from kvzip_press.serving.vllm import requests, steps
+from kvzip_press.serving.vllm import replicas, requests, steps
 from kvzip_press.serving.vllm.facts import ServedModel
 from kvzip_press.serving.vllm.plugin import engine_options, register
 from kvzip_press.serving.vllm.replicas import SchedulerPool, WorkerPool
@@ -162,6 +162,27 @@ def test_a_file_may_come_meanwhile(
     assert_reads(pools[1], row_of(pools, "a", "later"), caches["archive"], model)
     caches["lighthouse"].save(folder / "later.safetensors")
     assert_reads(pools[1], row_of(pools, "b", "later"), caches["lighthouse"], model)
+
+
+def test_the_scheduler_reads_a_file_once_however_often_its_context_is_dropped_or_waited_for(
+    served: ServedModel, folder: Path, caches: dict[str, RaggedCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked at every step while a request waits."""
+    from dataclasses import replace
+
+    size = max(sum(int(layer.packed.cu_seqlens[-1]) for _, layer in cache.ragged_layers()) for cache in caches.values())
+    pools, read = pools_of(replace(served, pool_bytes=size * served.shape.pair_bytes)), []
+    counts = replicas.pair_counts
+    monkeypatch.setattr(replicas, "pair_counts", lambda path: read.append(path.stem) or counts(path))  # type: ignore[func-returns-value]
+    for turn in range(4):
+        row_of(pools, str(turn), ("lighthouse", "archive")[turn % 2])
+        for _ in range(3):
+            assert not pools[0].admit("waiting", ("archive", "lighthouse")[turn % 2])
+        pools[0].finish(str(turn))
+    assert sorted(read) == ["archive", "lighthouse"]
+    caches["archive"].save(folder / "lighthouse.safetensors")
+    row_of(pools, "changed", "lighthouse")
+    assert sorted(read) == ["archive", "lighthouse", "lighthouse"]
 
 
 def test_kept_turns_are_part_of_the_context(
