@@ -92,7 +92,7 @@ def _check(shape: str, asked: str, known: Sequence[str] | dict[str, Row]) -> Non
 
 def measure(job: Job, rows: Sequence[str], output: Path, seconds: float) -> None:
     """Measures the rows of an engine that are missing. One in which it dies is noted as failed, and left out."""
-    figures, failed = output / "figures.jsonl", set()
+    figures, failed = output / "figures.jsonl", set[str]()
     while left := [row for row in _rows_of(job.engine, rows) if row not in {*known(job, figures), *failed}]:
         typer.echo(f"{job.engine}: {', '.join(left)}")
         ended = run(job, left, figures, output / f"{job.engine}.log", seconds)

@@ -193,7 +193,7 @@ def test_contexts_of_random_pairs_are_as_long_as_asked_in_scheduler_and_worker(
 ) -> None:
     base = ModuleType("kvzip_press.serving.vllm.connector")
     vars(base)["ContextConnector"] = object
-    workers = ModuleType("kvzip_press.serving.vllm.workers")
+    workers = ModuleType("kvzip_press.serving.vllm.attention")
     vars(workers)["served_by"] = None
     monkeypatch.setitem(sys.modules, base.__name__, base)
     monkeypatch.setitem(sys.modules, workers.__name__, workers)

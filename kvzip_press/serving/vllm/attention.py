@@ -1,4 +1,4 @@
-"""What layers of attention have in common on a GPU and on a CPU: pages for own tokens, the pool for their context."""
+"""What layers of attention share on a GPU and on a CPU: pages for own tokens, this process's pool for contexts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,31 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.serving.vllm.facts import ServedModel
+from kvzip_press.serving.vllm.replicas import WorkerPool
 from kvzip_press.serving.vllm.steps import Step
-from kvzip_press.serving.vllm.workers import WORKERS, worker_for
+
+WORKERS: list[WorkerPool] = []  # one at most
+
+
+def served_by(vllm_config: Any) -> ServedModel:
+    """Returns the model that an engine serves contexts of, by its configuration."""
+    return ServedModel.read(vllm_config.kv_transfer_config.get_from_extra_config("served_model", ""))
+
+
+def worker_for(vllm_config: Any) -> WorkerPool:
+    """Returns this process's pool, made when it is first asked for.
+
+    On a GPU that is while weights are loaded, so that vLLM counts its memory before it takes the rest for pages.
+    """
+    served = served_by(vllm_config)
+    if not WORKERS or WORKERS[0].served != served:
+        rank = get_tensor_model_parallel_rank()
+        WORKERS[:] = [WorkerPool(served, device=vllm_config.device_config.device, rank=rank)]
+    return WORKERS[0]
 
 
 class ReadsContexts:
@@ -53,7 +74,7 @@ class ReadsContexts:
         if attn_metadata is None:  # vLLM measures memory: what our kernels take for as many tokens is to be counted too
             Step.of_none(WORKERS[0], len(query), self.num_heads).attend(query, layer.layer_name)
             own: Any = super()
-            return own.forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)  # type: ignore[no-any-return]
+            return own.forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         n_tokens = attn_metadata.num_actual_tokens
         query, out = query[:n_tokens], output[:n_tokens]
         tail = out, self.attend_to_pages(query, kv_cache, attn_metadata, out)

@@ -11,9 +11,9 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.serving.vllm.attention import served_by, worker_for
 from kvzip_press.serving.vllm.replicas import Orders, SchedulerPool
 from kvzip_press.serving.vllm.requests import context_of
-from kvzip_press.serving.vllm.workers import served_by, worker_for
 
 
 @dataclass

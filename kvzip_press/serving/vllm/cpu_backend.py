@@ -34,13 +34,12 @@ class ContextAttentionImpl(ReadsContexts, CPUAttentionBackendImpl):
         """See :class:`ReadsContexts`."""
         pages = _pages(kv_cache)
         lse = query.new_full(query.shape[:2], -torch.inf, dtype=accumulation_dtype(query.dtype))
-        options = {"scaling": self.scale, "softcap": self.logits_soft_cap or None}
         for row, (start, stop) in enumerate(pairwise(metadata.query_start_loc.tolist())):
             if stop == start:
                 continue
-            own = (_own(one, metadata, row) for one in pages)
-            tokens = query[start:stop].transpose(0, 1)[None]
-            got, own_lse = attention_with_lse(tokens, *own, causal=True, **options)
+            keys, values = (_own(one, metadata, row) for one in pages)
+            tokens, softcap = query[start:stop].transpose(0, 1)[None], self.logits_soft_cap or None
+            got, own_lse = attention_with_lse(tokens, keys, values, causal=True, scaling=self.scale, softcap=softcap)
             out[start:stop], lse[start:stop] = got[0].transpose(0, 1), own_lse[0].t()
         return lse
 

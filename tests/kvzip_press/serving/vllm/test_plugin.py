@@ -441,7 +441,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setitem(sys.modules, name, module)
     ours = [
         f"kvzip_press.serving.vllm.{name}"
-        for name in ("attention", "connector", "cpu_backend", "cuda_backend", "names", "workers")
+        for name in ("attention", "connector", "cpu_backend", "cuda_backend", "names")
     ]
     for name in ours:
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -557,7 +557,7 @@ def test_the_pool_and_what_a_step_takes_are_there_when_memory_is_measured(
 ) -> None:
     """vLLM loads weights, measures memory and captures a few graphs, and only then makes the connector."""
     vllm["config"], impl = config_of(facts), impl_of(name)
-    workers = importlib.import_module("kvzip_press.serving.vllm.workers").WORKERS
+    workers = importlib.import_module("kvzip_press.serving.vllm.attention").WORKERS
     for _ in range(2):
         impl.process_weights_after_loading(torch.float32)
     [early] = workers

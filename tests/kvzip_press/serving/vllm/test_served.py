@@ -240,7 +240,12 @@ def test_two_hundred_requests_arrive_at_random_and_some_clients_go(served: Serve
             answers.append(pool.submit(ask, request))
         right = [answer.result() for answer in answers]
     assert all(right), f"{right.count(False)} of 200 differ"
+    with ThreadPoolExecutor(
+        max_workers=8
+    ) as pool:  # eight long answers at once need three times the pages that there are
+        long = list(pool.map(lambda _: tuple(served.ids(None, QUESTIONS[1], n_tokens=80)), range(8)))
     assert served.preemptions() > before, "pages were scarce"
+    assert len(set(long)) == 1
     for name in TEXTS:
         served.assert_answers(name, QUESTIONS[2])
 
