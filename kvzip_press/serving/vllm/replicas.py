@@ -53,6 +53,7 @@ class SchedulerPool:
         self._folder = ContextFolder(served.folder, served.check)
         self._pool = ContextPool(self._shape, served.pool_bytes, device="meta")
         self._loaded: dict[str, ContextFile] = {}
+        self._outlines: dict[str, tuple[ContextFile, PackedContext]] = {}
         self._held: dict[str, Held] = {}  # by request
         self._failed: set[str] = set()
         self._orders = Orders()
@@ -98,7 +99,7 @@ class SchedulerPool:
         file = self._folder.find(name)
         held = self._pool.hold(name) if self._loaded.get(name) == file else None
         if held is None:
-            outline = self._outline(file)
+            outline = self._outline(name, file)
             if not self._pool.put(name, outline):
                 return None
             self._loaded[name] = file
@@ -107,8 +108,14 @@ class SchedulerPool:
         self._orders.pool.append(("hold", name, "", 0))
         return held
 
-    def _outline(self, file: ContextFile) -> PackedContext:
-        """Returns the first worker's part of a context, without its pairs."""
+    def _outline(self, name: str, file: ContextFile) -> PackedContext:
+        """Returns the first worker's part of a context, without its pairs; a file is read when it is new or changed."""
+        noted = self._outlines.get(name)
+        if noted is None or noted[0] != file:
+            noted = self._outlines[name] = file, self._read(file)
+        return noted[1]
+
+    def _read(self, file: ContextFile) -> PackedContext:
         record = read_record(file.path)
         lengths = pair_counts(file.path) + (record.n_seen - record.n_context)
         own, shape = lengths[:, self._share.heads(lengths.shape[1])], self._shape

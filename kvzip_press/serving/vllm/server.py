@@ -59,7 +59,11 @@ def serve(
         served.write(facts)
         template.write_text(question_template(tokenizer), encoding="utf-8")
         command = server_command(path, model_name, served, facts, template)
-        environment = {**os.environ, "VLLM_PLUGINS": allowed_plugins(os.environ.get("VLLM_PLUGINS"))}
+        environment = {
+            "PYTHONSAFEPATH": "1",  # run with -m, vLLM would import what lies in this folder before its own packages
+            **os.environ,
+            "VLLM_PLUGINS": allowed_plugins(os.environ.get("VLLM_PLUGINS")),
+        }
         return subprocess.run([*command, *options], env=environment, check=False).returncode
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,11 +42,21 @@ class Step:
                 behind the last request fill up a captured graph, and read nothing.
             num_attention_heads: Query heads of this process.
         """
-        pool, starts = worker.pool, metadata.query_start_loc
+        starts = metadata.query_start_loc
         rows = worker.row_of_block[metadata.block_table[:, 0].long()]
         tokens = torch.arange(metadata.num_actual_tokens, dtype=starts.dtype, device=starts.device)
         request = torch.searchsorted(starts[1:], tokens, right=True).clamp(max=len(rows) - 1)
-        contexts = torch.where(tokens < starts[-1], rows[request], 0)
+        return cls._about(torch.where(tokens < starts[-1], rows[request], 0), worker, num_attention_heads)
+
+    @classmethod
+    def of_none(cls, worker: WorkerPool, n_tokens: int, num_attention_heads: int) -> Step:
+        """Returns a step whose tokens read no context, which takes as much memory as any of as many tokens."""
+        contexts = torch.zeros(n_tokens, dtype=torch.int32, device=worker.pool.begins.device)
+        return cls._about(contexts, worker, num_attention_heads)
+
+    @classmethod
+    def _about(cls, contexts: torch.Tensor, worker: WorkerPool, num_attention_heads: int) -> Step:
+        pool = worker.pool
         plan = plan_contexts(contexts, pool.begins, pool.lengths, num_attention_heads=num_attention_heads)
         turns: list[Turn | None] = [None] * pool.shape.num_layers
         if not pool.shape.has_turned_keys:
@@ -58,6 +69,7 @@ class Step:
         return context_attention(query, pool.keys, pool.values, self.plan, index, turn=self.turns[index], **options)
 
 
+@cache  # asked by each layer of each step that is not in a graph
 def layer_index(name: str) -> int:
     """Returns the index in a layer's name."""
     found = _LAYER.search(name)

@@ -81,6 +81,20 @@ def test_a_layer_may_turn_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Rotation(frequencies, ("none",)).turned(keys, 0, 50) is keys
 
 
+def test_rounding_that_adds_up_over_layers_is_not_taken_for_another_way_of_turning() -> None:
+    """Forty layers in half precision differ by more than the tolerance, each of them by less."""
+    model = tiny_model("llama", num_layers=40, dtype=torch.bfloat16)
+    pairs = [rotation._probe(model, 8, start)[0] for start in (0, 4096)]
+    frequencies = rotation.fixed_frequencies(model)
+    errors = [
+        rotation._difference(rotation._turned(keys, frequencies, "halves", 4096), moved)
+        for keys, moved in zip(*pairs, strict=True)
+    ]
+    assert max(errors) > rotation._TOLERANCE, "or this test shows nothing"
+    assert Rotation.of(model).layouts == ("halves",) * 40
+    assert not any(layer.self_attn._forward_pre_hooks for layer in model.model.layers)
+
+
 def test_half_precision_is_turned_in_fp32() -> None:
     frequencies = torch.tensor([1.0, 0.1], dtype=torch.float64)
     keys = torch.randn(64, 4)

@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "OMP_NUM_THREADS": "1",
+    "PYTHONSAFEPATH": "1",  # vLLM runs modules of its own with -m, where the folder they run in comes first
 }
 
 
@@ -118,12 +119,10 @@ def test_answers_of_the_engine_are_those_of_answer(engine: Any, model: Any, toke
 def test_what_cannot_be_answered_is_refused_and_the_engine_lives(
     engine: Any, place: Path, tokenizer: ByteTokenizer, model: Any
 ) -> None:
-    from vllm.exceptions import VLLMValidationError
-
     whole = (place / "contexts" / "archive.safetensors").read_bytes()
     (place / "contexts" / "torn.safetensors").write_bytes(whole[:-30])
     for name in ("unknown", "../contexts/archive", "torn"):
-        with pytest.raises(VLLMValidationError, match="expected"):
+        with pytest.raises(ValueError, match="expected"):  # our own in vLLM 0.24, since then one of vLLM's
             ask(engine, tokenizer, [(name, "Who?")])
     (place / "contexts" / "late.safetensors").write_bytes(whole)
     [ids] = ask(engine, tokenizer, [("late", "Who?")])

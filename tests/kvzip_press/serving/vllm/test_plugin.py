@@ -22,13 +22,14 @@ from kvzip_press.kernels.row_codec import decode_rows
 from kvzip_press.serving.packing import Packing, packed_cache
 from kvzip_press.serving.rotation import Rotation
 from kvzip_press.serving.shares import Share
-from kvzip_press.serving.vllm import requests
+from kvzip_press.serving.vllm import replicas, requests, steps
 from kvzip_press.serving.vllm.facts import ServedModel
 from kvzip_press.serving.vllm.plugin import engine_options, register
 from kvzip_press.serving.vllm.replicas import SchedulerPool, WorkerPool
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 POOL_BYTES = 10**6
+LAYER = SimpleNamespace(layer_name="model.layers.1.self_attn.attn")
 
 
 @pytest.fixture
@@ -161,6 +162,27 @@ def test_a_file_may_come_meanwhile(
     assert_reads(pools[1], row_of(pools, "a", "later"), caches["archive"], model)
     caches["lighthouse"].save(folder / "later.safetensors")
     assert_reads(pools[1], row_of(pools, "b", "later"), caches["lighthouse"], model)
+
+
+def test_the_scheduler_reads_a_file_once_however_often_its_context_is_dropped_or_waited_for(
+    served: ServedModel, folder: Path, caches: dict[str, RaggedCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked at every step while a request waits."""
+    from dataclasses import replace
+
+    size = max(sum(int(layer.packed.cu_seqlens[-1]) for _, layer in cache.ragged_layers()) for cache in caches.values())
+    pools, read = pools_of(replace(served, pool_bytes=size * served.shape.pair_bytes)), []
+    counts = replicas.pair_counts
+    monkeypatch.setattr(replicas, "pair_counts", lambda path: read.append(path.stem) or counts(path))  # type: ignore[func-returns-value]
+    for turn in range(4):
+        row_of(pools, str(turn), ("lighthouse", "archive")[turn % 2])
+        for _ in range(3):
+            assert not pools[0].admit("waiting", ("archive", "lighthouse")[turn % 2])
+        pools[0].finish(str(turn))
+    assert sorted(read) == ["archive", "lighthouse"]
+    caches["archive"].save(folder / "lighthouse.safetensors")
+    row_of(pools, "changed", "lighthouse")
+    assert sorted(read) == ["archive", "lighthouse", "lighthouse"]
 
 
 def test_kept_turns_are_part_of_the_context(
@@ -318,13 +340,21 @@ class Metadata:
     block_table: torch.Tensor
 
 
-class Builder:
-    def build(self, metadata: Metadata) -> Metadata:
-        return metadata
-
-
 class Impl:
+    """vLLM's layer of attention on a CPU, as far as it is read."""
+
     num_heads, scale, logits_soft_cap = 4, 0.25, 0
+    sliding_window: Any = -1
+    alibi_slopes = sinks = kv_sharing_target_layer_name = None
+    attn_type = "decoder"
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        assert act_dtype == torch.float32
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        assert args[5] is None, "only while memory is measured"
+        filled: torch.Tensor = args[6].fill_(0)
+        return filled
 
 
 class Enumerated(Enum):
@@ -350,15 +380,8 @@ class FlashImpl(Impl):
     """vLLM's layer of FlashAttention, as far as it is read."""
 
     head_size, vllm_flash_attn_version = 16, 3
-    sliding_window, alibi_slopes, sinks = (-1, -1), None, None
-
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        assert act_dtype == torch.float32
-
-    def forward(self, *args: Any) -> torch.Tensor:
-        assert args[5] is None, "only while memory is measured"
-        filled: torch.Tensor = args[6].fill_(0)
-        return filled
+    sliding_window: Any = (-1, -1)
+    fa4_hd256 = batch_invariant_enabled = False
 
 
 def paged_attention(
@@ -392,8 +415,6 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "vllm.v1.attention.backends.cpu_attn": {
             "CPUAttentionBackend": object,
             "CPUAttentionBackendImpl": Impl,
-            "CPUAttentionMetadata": Metadata,
-            "CPUAttentionMetadataBuilder": Builder,
         },
         "vllm.v1.attention.backends.registry": {
             "AttentionBackendEnum": Enumerated,
@@ -402,8 +423,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "vllm.v1.attention.backends.flash_attn": {
             "FlashAttentionBackend": object,
             "FlashAttentionImpl": FlashImpl,
-            "FlashAttentionMetadata": FlashMetadata,
-            "FlashAttentionMetadataBuilder": Builder,
+            "FlashAttentionMetadataBuilder": object,
         },
         "vllm.v1.attention.backends.fa_utils": {"flash_attn_varlen_func": paged_attention},
         "vllm.utils.torch_utils": {"canonicalize_singleton_dim_strides": lambda pages: pages},
@@ -420,7 +440,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
     ours = [
-        f"kvzip_press.serving.vllm.{name}" for name in ("connector", "cpu_backend", "cuda_backend", "names", "workers")
+        f"kvzip_press.serving.vllm.{name}"
+        for name in ("attention", "connector", "cpu_backend", "cuda_backend", "names")
     ]
     for name in ours:
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -429,8 +450,11 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         sys.modules.pop(name, None)
 
 
-def parallel_of(world_size: int, tensor_parallel_size: int, decode_context: int = 1) -> Any:
+def parallel_of(
+    world_size: int, tensor_parallel_size: int, decode_context: int = 1, use_ubatching: bool = False
+) -> Any:
     return SimpleNamespace(
+        use_ubatching=use_ubatching,
         world_size=world_size,
         tensor_parallel_size=tensor_parallel_size,
         decode_context_parallel_size=decode_context,
@@ -441,6 +465,7 @@ def config_of(facts: Path, **changes: Any) -> Any:
     options: dict[str, Any] = {
         "cache_config": SimpleNamespace(enable_prefix_caching=False, cache_dtype="auto"),
         "parallel_config": parallel_of(1, 1),
+        "model_config": SimpleNamespace(enable_sleep_mode=False),
         "compilation_config": SimpleNamespace(static_forward_context={}),
         "speculative_config": None,
         "lora_config": None,
@@ -494,6 +519,8 @@ def test_the_connector_goes_through_the_life_of_a_request(
         ({"parallel_config": parallel_of(1, 1, 2)}, "--decode-context-parallel-size"),
         ({"speculative_config": object()}, "--speculative-config"),
         ({"lora_config": object()}, "--enable-lora"),
+        ({"model_config": SimpleNamespace(enable_sleep_mode=True)}, "--enable-sleep-mode"),
+        ({"parallel_config": parallel_of(1, 1, use_ubatching=True)}, "--enable-dbo"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -516,21 +543,91 @@ def test_an_engine_that_would_not_look_at_contexts_is_refused(vllm: Any, facts: 
         worker.register_kv_caches(dict.fromkeys([*layers, "model.layers.1.attn"]))
 
 
-def test_a_gpus_pool_is_there_before_memory_is_measured(vllm: Any, facts: Path) -> None:
+IMPLS = ["cpu_backend.ContextAttentionImpl", "cuda_backend.ContextFlashImpl"]
+
+
+def impl_of(name: str) -> Any:
+    module, _, attribute = name.partition(".")
+    return getattr(importlib.import_module(f"kvzip_press.serving.vllm.{module}"), attribute)()
+
+
+@pytest.mark.parametrize("name", IMPLS)
+def test_the_pool_and_what_a_step_takes_are_there_when_memory_is_measured(
+    name: str, vllm: Any, facts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM loads weights, measures memory and captures a few graphs, and only then makes the connector."""
-    backend = importlib.import_module("kvzip_press.serving.vllm.cuda_backend")
-    workers = importlib.import_module("kvzip_press.serving.vllm.workers").WORKERS
-    vllm["config"], impl = config_of(facts), backend.ContextFlashImpl()
+    vllm["config"], impl = config_of(facts), impl_of(name)
+    workers = importlib.import_module("kvzip_press.serving.vllm.attention").WORKERS
     for _ in range(2):
         impl.process_weights_after_loading(torch.float32)
     [early] = workers
+    attended: list[int] = []
+    attend = steps.context_attention
+
+    def counted(query: torch.Tensor, *args: Any, **options: Any) -> Any:
+        attended.append(len(query))
+        return attend(query, *args, **options)
+
+    monkeypatch.setattr(steps, "context_attention", counted)
     output = torch.full((2, 4, 16), torch.nan)
-    assert impl.forward(None, output, None, None, None, None, output).eq(0).all()
+    assert impl.forward(LAYER, output, None, None, None, None, output).eq(0).all()
+    assert attended == [2], "with as many tokens as vLLM measures with"
     _, worker = connectors(facts)
     assert worker._worker is early and early.row_of_block.numel() == 64
-    impl.sinks = torch.zeros(4)
-    with pytest.raises(InvalidArgumentError, match="got a model with attention sinks"):
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sinks": torch.zeros(4)}, "attention sinks"),
+        ({"sliding_window": (127, 0)}, "sliding windows"),
+        ({"sliding_window": 128}, "sliding windows"),
+        ({"alibi_slopes": torch.zeros(4)}, "ALiBi"),
+        ({"attn_type": "encoder"}, "attention that is not a decoder's"),
+        ({"kv_sharing_target_layer_name": "model.layers.0.attn"}, "layers that read another layer's keys"),
+        ({"fa4_hd256": True}, "heads of 256 numbers in FlashAttention 4"),
+        ({"batch_invariant_enabled": True}, "VLLM_BATCH_INVARIANT"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("name", IMPLS)
+def test_layers_that_cannot_be_merged_with_a_context_are_refused_when_they_are_loaded(
+    name: str, changes: dict[str, Any], message: str, vllm: Any, facts: Path
+) -> None:
+    vllm["config"], impl = config_of(facts), impl_of(name)
+    vars(impl).update(changes)
+    with pytest.raises(InvalidArgumentError, match=f"expected plain causal attention, got a model with .*{message}"):
         impl.process_weights_after_loading(torch.float32)
+
+
+def test_a_graph_does_not_keep_the_contexts_of_its_warm_up(
+    vllm: Any, facts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were metadata shared by both, a graph would have no look-up in it, and answer about one context for ever."""
+    scheduler, worker = connectors(facts)
+    attention = importlib.import_module("kvzip_press.serving.vllm.attention")
+    metadata = Metadata(3, torch.tensor([0, 3]), torch.tensor([3]), torch.tensor([[5]]))
+    warm = attention.step_of(metadata, 4)
+    assert attention.step_of(metadata, 4) is warm, "once a step, for all layers"
+    monkeypatch.setattr(attention, "is_captured", lambda device: device.type == "cpu")
+    scheduler.get_num_new_matched_tokens(request_of("archive"), 0)
+    scheduler.update_state_after_alloc(request_of("archive"), blocks_of(5), 0)
+    worker.bind_connector_metadata(scheduler.build_connector_meta(None))
+    captured = attention.step_of(metadata, 4)
+    assert warm.plan.context_of_token.tolist() == [0] * 3 and captured.plan.context_of_token.tolist() == [1] * 3
+    assert attention.step_of(metadata, 4) is captured
+
+
+@pytest.mark.parametrize(
+    "name", ["rswa_prefix_lens", "mm_prefix_query_range_tensor", "mm_prefix_range_tensor", "causal"]
+)
+def test_a_step_of_other_attention_is_refused(name: str, vllm: Any, facts: Path) -> None:
+    connectors(facts)
+    metadata = Metadata(3, torch.tensor([0, 3]), torch.tensor([3]), torch.tensor([[5]]))
+    vars(metadata)[name] = torch.zeros(1)
+    attention = importlib.import_module("kvzip_press.serving.vllm.attention")
+    with pytest.raises(InvalidArgumentError, match=f"expected a step of plain causal attention, got one with {name}"):
+        attention.step_of(metadata, 4)
 
 
 @pytest.mark.parametrize("layout", ["vLLM 0.24", "vLLM 0.32"])
@@ -549,13 +646,11 @@ def test_flash_attention_over_pages_and_ours_over_the_pool_are_one(
         scheduler.update_state_after_alloc(request_of(name, str(number)), blocks_of(first), 0)
     starts, seen, blocks = torch.tensor([0, 3, 4, 4]), torch.tensor([3, 20, 0]), torch.tensor([[5, 0], [9, 1], [0, 0]])
     metadata = FlashMetadata(5, starts.int(), seen.int(), blocks.int())
-    built = backend.ContextFlashMetadataBuilder().build(metadata)
-    worker.bind_connector_metadata(scheduler.build_connector_meta(None))  # after the builder, as vLLM does
+    worker.bind_connector_metadata(scheduler.build_connector_meta(None))
     pages = torch.randn(12, 2, 16, 2, 16)
     cache = pages if layout == "vLLM 0.24" else torch.cat(pages.unbind(1), -1).transpose(1, 2)
     impl, query, output = backend.ContextFlashImpl(), torch.randn(6, 4, 16), torch.full((6, 4, 16), torch.nan)
-    layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn")
-    assert impl.forward(layer, query, None, None, cache, built, output) is output
+    assert impl.forward(LAYER, query, None, None, cache, metadata, output) is output
     assert not backend.ContextFlashMetadataBuilder().use_cascade_attention()
     pool, row = worker._worker.pool, int(worker._worker.row_of_block[5])
     keys, values = (decode_rows(one, torch.float32) if storage == "int8" else one for one in (pool.keys, pool.values))
@@ -584,10 +679,8 @@ def test_attention_over_pages_and_pool_is_one_attention(vllm: Any, facts: Path, 
     for number, name in enumerate(("archive", None, "lighthouse")):
         scheduler.get_num_new_matched_tokens(request_of(name, str(number)), 0)
         scheduler.update_state_after_alloc(request_of(name, str(number)), blocks_of(blocks[number][0]), 0)
-    built = backend.ContextMetadataBuilder().build(
-        Metadata(8, torch.tensor([0, 5, 7, 8]), torch.tensor(n_seen), torch.tensor(blocks))
-    )
-    worker.bind_connector_metadata(scheduler.build_connector_meta(None))  # after the builder, as vLLM does
+    metadata = Metadata(8, torch.tensor([0, 5, 7, 8]), torch.tensor(n_seen), torch.tensor(blocks))
+    worker.bind_connector_metadata(scheduler.build_connector_meta(None))
     cache, impl = torch.full((64, 2, 32, 2 * 16), torch.nan), backend.ContextAttentionImpl()
     keys, values = torch.randn(2, sum(n_seen), 2, 16)
     slots = torch.cat(
@@ -595,8 +688,7 @@ def test_attention_over_pages_and_pool_is_one_attention(vllm: Any, facts: Path, 
     )
     impl.do_kv_cache_update(None, keys, values, cache, torch.cat([slots, torch.tensor([-1])]))
     query, output = torch.randn(8, 4, 16), torch.full((8, 4, 16), torch.nan)
-    layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn")
-    assert impl.forward(layer, query, None, None, cache, built, output) is output
+    assert impl.forward(LAYER, query, None, None, cache, metadata, output) is output
     pool, rows = worker._worker.pool, [int(worker._worker.row_of_block[own[0]]) for own in blocks]
     own = zip(query.split(n_new), keys.split(n_seen), values.split(n_seen), output.split(n_new), rows, strict=True)
     for queries, own_keys, own_values, got, row in own:
@@ -610,7 +702,6 @@ def test_attention_over_pages_and_pool_is_one_attention(vllm: Any, facts: Path, 
             group = queries[:, 2 * head : 2 * head + 2].transpose(0, 1)[None]
             expected, _ = attention_with_lse(group, all_keys, all_values, causal=True, scaling=0.25)
             torch.testing.assert_close(got[:, 2 * head : 2 * head + 2].transpose(0, 1)[None], expected)
-    assert impl.forward(layer, query, None, None, cache, None, output) is output, "while memory is measured"
 
 
 def test_the_entry_point_replaces_the_cpu_backend(vllm: Any, facts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -621,7 +712,7 @@ def test_the_entry_point_replaces_the_cpu_backend(vllm: Any, facts: Path, monkey
     for path in vllm.values():
         module, _, attribute = path.rpartition(".")
         backend = getattr(importlib.import_module(module), attribute)
-        assert backend.get_impl_cls().reads_contexts and backend.get_builder_cls()
+        assert backend.get_impl_cls().reads_contexts
     module, _, attribute = options["logits_processors"][0].partition(":")
     names = getattr(importlib.import_module(module), attribute)
     with pytest.raises(ValueError, match="expected the name of a context"):

@@ -30,6 +30,7 @@ def started(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: ByteTokenize
         served = ServedModel.read(env[requests.FACTS])
         template = Path(command[command.index("--chat-template") + 1]).read_text(encoding="utf-8")
         commands.append((command, served, template))
+        assert env["PYTHONSAFEPATH"] == "1", "a folder named as a package, where the server is started, is not one"
         return subprocess.CompletedProcess(command, 7)
 
     monkeypatch.setenv(requests.FACTS, "")
