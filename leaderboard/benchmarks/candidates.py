@@ -1,0 +1,231 @@
+"""Compares candidates for a better score than KVzip's on the same questions, all from one replay of each context.
+
+``python -m kvzip_press.leaderboard.benchmarks.candidates measure --grid weighting-qwen05 --seed 2028 --shard 0/8
+--rows rows/2028-0.jsonl`` answers a grid's questions (its tasks, its ratios; its presses do not matter) under each
+candidate; shards may run side by side. ``... candidates compare rows/*.jsonl --choose 2028 --confirm 2029`` then prints
+the differences from KVzip on the first seed, chooses the best candidate there, and prints it alone on the second, whose
+contexts it has not seen: one comparison a ratio, so that its p-values are what they say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvzip_press import get_press, load_model, prefill
+from kvzip_press.decoding.answering import answer_ids, decoded
+from kvzip_press.errors import InvalidArgumentError, did_you_mean
+from kvzip_press.leaderboard.analysis.statistics import Comparison, compare
+from kvzip_press.leaderboard.analysis.summary import summarise
+from kvzip_press.leaderboard.benchmarks.candidate_scores import CANDIDATES, KVZIP, candidate_scores
+from kvzip_press.leaderboard.progress import row_bar
+from kvzip_press.leaderboard.rows.results import Row, RowWriter, read_rows
+from kvzip_press.leaderboard.running.contexts import Context, contexts_of
+from kvzip_press.leaderboard.running.grid import load_grid
+from kvzip_press.leaderboard.running.plan import Run, plan, shard
+from kvzip_press.leaderboard.samples.task import version_of
+from kvzip_press.model.devices import get_device
+from kvzip_press.model.structure import max_positions
+from kvzip_press.terminal import plain
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+GAINED, KEPT = 0.8, 0.7
+"""Candidates should gain at ratios from the first on, and lose nothing up to the second."""
+MAY_LOSE = 0.01
+
+
+@app.command("measure")
+def measure(
+    grid: Annotated[str, typer.Option(help="A grid, whose model, tasks and ratios are taken.")] = "weighting-smollm2",
+    rows: Annotated[
+        Path, typer.Option(help="Where rows go; those of a file that is there stay, and are not made again.")
+    ] = Path("outputs/candidates/rows.jsonl"),
+    seed: Annotated[int | None, typer.Option(help="Seed of the contexts; default the grid's.")] = None,
+    candidate: Annotated[
+        list[str] | None, typer.Option(help="Name of a candidate; several times. Default: all.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Only tasks of these names; several times.")] = None,
+    removed: Annotated[
+        list[float] | None, typer.Option(help="Fraction removed; several times. Default the grid's.")
+    ] = None,
+    contexts: Annotated[int | None, typer.Option(help="Contexts a task; default the grid's.")] = None,
+    replay: Annotated[str, typer.Option(help="full or local.")] = "full",
+    shard_of: Annotated[str, typer.Option("--shard", help="I/N: only contexts I, I+N ...")] = "0/1",
+    model: Annotated[str | None, typer.Option(help="Path or hub id of a model; default the grid's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default the grid's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default the GPU if any.")] = None,
+) -> None:
+    """Answers the questions of a grid under each candidate and with the full cache."""
+    names = list(dict.fromkeys((KVZIP, *(candidate or CANDIDATES))))
+    for name in names:
+        if name not in CANDIDATES:
+            raise typer.BadParameter(f"expected a candidate, got {name!r}{did_you_mean(name, CANDIDATES)}")
+    run = _run(load_grid(grid).run, seed, task, removed, contexts, dtype)
+    index, _, count = shard_of.partition("/")
+    loaded, tokenizer = load_model(run.model_name if model is None else model, dtype=run.dtype)
+    loaded.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
+    works = shard(plan(run, tokenizer), int(index), int(count))
+    limit = max_positions(loaded)
+    found = [context for work in works for context in contexts_of(work, run, tokenizer, limit)]
+    done = {row.key for row in read_rows(rows)} if rows.exists() else set()
+    n_rows = sum(len(context.questions) for context in found) * (1 + len(names) * len(run.compression_ratios))
+    with RowWriter(rows) as writer, row_bar(Console(), n_rows) as on_row:
+        for context in found:
+            for row in _rows(run, context, loaded, tokenizer, names, replay, done):
+                writer.write(row)
+                on_row(row)
+
+
+def _run(
+    run: Run,
+    seed: int | None,
+    tasks: Sequence[str] | None,
+    removed: Sequence[float] | None,
+    contexts: int | None,
+    dtype: str | None,
+) -> Run:
+    """Returns a grid's run with what the command asks for instead."""
+    specs = [spec for spec in run.tasks if not tasks or spec.task.name in tasks]
+    if not specs:
+        raise typer.BadParameter(f"expected tasks out of {[spec.task.name for spec in run.tasks]}, got {tasks}")
+    return replace(
+        run,
+        tasks=tuple(spec if contexts is None else replace(spec, n_contexts=contexts) for spec in specs),
+        seed=run.seed if seed is None else seed,
+        compression_ratios=tuple(removed or run.compression_ratios),
+        dtype=dtype or run.dtype,
+        presses=(),
+    )
+
+
+def _rows(
+    run: Run, context: Context, model: Any, tokenizer: Any, names: Sequence[str], replay: str, done: set[Any]
+) -> Iterator[Row]:
+    """Yields the missing rows of a context: of the full cache, then candidate by candidate."""
+    cells = [("full cache", 0.0), *((name, ratio) for name in names for ratio in run.compression_ratios)]
+    cells = [cell for cell in cells if not _keys(context, *cell) <= done]
+    if not cells:
+        return
+    watching = [get_press("kvzip", weighting="surprisal")]
+    read = prefill(model, tokenizer, [list(context.ids)], observers=watching)
+    scores = candidate_scores(read, [name for name in names if any(name == cell[0] for cell in cells)], replay=replay)
+    scores["full cache"] = get_press("none").score(read)
+    prefixes = [question.answer_prefix for question in context.questions]
+    bounds = [question.max_new_tokens for question in context.questions]
+    for name, ratio in cells:
+        cache = read.evict(scores[name], ratio)
+        kept = cache.kept_fraction
+        answers = answer_ids(model, tokenizer, cache, context.texts, prefixes, bounds)
+        for number, ids in enumerate(answers):
+            yield _row(run, context, number, name, ratio, kept, decoded(tokenizer, ids))
+
+
+def _keys(context: Context, name: str, ratio: float) -> set[Any]:
+    work = context.work
+    return {
+        (work.task.name, work.sample.sample_id, question.question_id, name, ratio, False)
+        for question in context.questions
+    }
+
+
+def _row(run: Run, context: Context, number: int, name: str, ratio: float, kept: float, prediction: str) -> Row:
+    question, work = context.questions[number], context.work
+    unmeasured = dict.fromkeys(
+        ("n_answer_tokens", "resident_bytes", "dense_bytes", "prefill_seconds", "score_seconds", "evict_seconds")
+    )
+    return Row(
+        run_id=run.run_id,
+        task=work.task.name,
+        model=run.model_name,
+        press=name,
+        compression_ratio=ratio,
+        kept_fraction=kept,
+        sample_id=work.sample.sample_id,
+        question_id=question.question_id,
+        seed=run.seed,
+        prediction=prediction,
+        references=question.references,
+        score=work.task.score(prediction, question),
+        query_aware=False,
+        n_context_tokens=len(context.ids),
+        answer_seconds=None,
+        tags=dict(question.tags),
+        task_version=version_of(work.task),
+        question=question.text,
+        **unmeasured,
+    )
+
+
+@app.command("compare")
+def compare_rows(
+    files: Annotated[list[Path], typer.Argument(help="Files of rows, of any seeds and shards.")],
+    choose: Annotated[int, typer.Option(help="The seed whose contexts choose the best candidate.")],
+    confirm: Annotated[int | None, typer.Option(help="The seed that confirms it; none: only choose.")] = None,
+) -> None:
+    """Prints differences from KVzip, and what is left of the best candidate's on contexts that it was not chosen on."""
+    if choose == confirm:
+        raise typer.BadParameter(f"expected other contexts to confirm on than to choose on, got seed {choose} for both")
+    every = [row for path in files for row in read_rows(path)]
+    asked = {seed: [row for row in every if row.seed == seed] for seed in (choose, confirm) if seed is not None}
+    for seed, rows in asked.items():
+        if not rows:
+            raise InvalidArgumentError(f"expected rows of seed {seed}, got those of {sorted({r.seed for r in every})}")
+    found = differences(asked[choose])
+    best = chosen(found)
+    Console().print(_table(asked[choose], found, f"seed {choose}: all candidates"))
+    Console().print(plain(f"best where it should gain, of those that lose nothing: {best or 'none'}"))
+    if confirm is not None and best is not None:
+        rows = [row for row in asked[confirm] if row.press in (KVZIP, best, "full cache")]
+        Console().print(_table(rows, differences(rows), f"seed {confirm}: the one that was chosen"))
+
+
+def differences(rows: Sequence[Row]) -> list[Comparison]:
+    """Returns the differences of candidates from KVzip on the same questions."""
+    return [one for one in compare(rows, KVZIP) if one.press != "full cache"]
+
+
+def chosen(found: Sequence[Comparison]) -> str | None:
+    """Returns the candidate with the largest mean gain, of those that lose nothing elsewhere; None if none gains."""
+    gains: dict[str, float] = {}
+    for name in dict.fromkeys(one.press for one in found):
+        of_ratio = {one.compression_ratio: one.difference for one in found if one.press == name}
+        if all(difference >= -MAY_LOSE for ratio, difference in of_ratio.items() if ratio <= KEPT):
+            gained = [difference for ratio, difference in of_ratio.items() if ratio >= GAINED]
+            gains[name] = sum(gained) / len(gained) if gained else 0.0
+    best = max(gains, key=lambda name: gains[name], default=None)
+    return best if best is not None and gains[best] > 0 else None
+
+
+def _table(rows: Sequence[Row], found: Sequence[Comparison], title: str) -> Table:
+    """Returns a table of accuracies (KVzip) and of differences from them with standard errors and p-values."""
+    ratios = sorted({one.compression_ratio for one in found})
+    table = Table("candidate", *(f"{ratio:g} removed" for ratio in ratios), title=plain(title, "table.title"))
+    means = {(cell.press, cell.compression_ratio): cell for cell in summarise(rows)}
+    table.add_row(KVZIP, *(f"{means[KVZIP, ratio].accuracy:.3f}" for ratio in ratios))
+    by_cell = {(one.press, one.compression_ratio): one for one in found}
+    for name in dict.fromkeys(one.press for one in found):
+        table.add_row(name, *(_shown(by_cell.get((name, ratio))) for ratio in ratios))
+    n = len({(row.task, row.sample_id, row.question_id) for row in rows})
+    full = means.get(("full cache", 0.0))
+    table.caption = (
+        f"{n} questions; full cache {full.accuracy:.3f}; p of the sign-flip test, not adjusted" if full else ""
+    )
+    return table
+
+
+def _shown(one: Comparison | None) -> str:
+    if one is None:
+        return ""
+    interval = "" if one.interval is None else f" ({one.interval[0]:+.3f} to {one.interval[1]:+.3f})"
+    return f"{one.difference:+.3f}{interval} p {one.p_value:.3g}"
+
+
+if __name__ == "__main__":
+    app()
