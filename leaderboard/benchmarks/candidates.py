@@ -5,20 +5,27 @@
 candidate; shards may run side by side. ``... candidates compare rows/*.jsonl --choose 2028 --confirm 2029`` then prints
 the differences from KVzip on the first seed, chooses the best candidate there, and prints it alone on the second, whose
 contexts it has not seen: one comparison a ratio, so that its p-values are what they say.
+
+With ``--along`` a candidate does not write an answer of its own, but reads the full cache's, in one forward instead of
+one a token. The score is 1 where the full cache is right and each of its tokens would be the candidate's too; rows also
+have the divergence from the full cache's probabilities, which tells candidates apart long before answers do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvzip_press import get_press, load_model, prefill
+from kvzip_press import compat, get_press, load_model, prefill, question_ids
+from kvzip_press.attention.implementation import attach
 from kvzip_press.decoding.answering import answer_ids, decoded
 from kvzip_press.errors import InvalidArgumentError, did_you_mean
 from kvzip_press.leaderboard.analysis.statistics import Comparison, compare
@@ -30,7 +37,7 @@ from kvzip_press.leaderboard.running.contexts import Context, contexts_of
 from kvzip_press.leaderboard.running.grid import load_grid
 from kvzip_press.leaderboard.running.plan import Run, plan, shard
 from kvzip_press.leaderboard.samples.task import version_of
-from kvzip_press.model.devices import get_device
+from kvzip_press.model.devices import get_device, input_device
 from kvzip_press.model.structure import max_positions
 from kvzip_press.terminal import plain
 
@@ -39,6 +46,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 GAINED, KEPT = 0.8, 0.7
 """Candidates should gain at ratios from the first on, and lose nothing up to the second."""
 MAY_LOSE = 0.01
+FULL = "full cache"
 
 
 @app.command("measure")
@@ -57,6 +65,7 @@ def measure(
     ] = None,
     contexts: Annotated[int | None, typer.Option(help="Contexts a task; default the grid's.")] = None,
     replay: Annotated[str, typer.Option(help="full or local.")] = "full",
+    along: Annotated[bool, typer.Option(help="Read the full cache's answers instead of writing own ones.")] = False,
     shard_of: Annotated[str, typer.Option("--shard", help="I/N: only contexts I, I+N ...")] = "0/1",
     model: Annotated[str | None, typer.Option(help="Path or hub id of a model; default the grid's.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default the grid's.")] = None,
@@ -78,7 +87,7 @@ def measure(
     n_rows = sum(len(context.questions) for context in found) * (1 + len(names) * len(run.compression_ratios))
     with RowWriter(rows) as writer, row_bar(Console(), n_rows) as on_row:
         for context in found:
-            for row in _rows(run, context, loaded, tokenizer, names, replay, done):
+            for row in _rows(run, context, loaded, tokenizer, names, replay, done, along=along):
                 writer.write(row)
                 on_row(row)
 
@@ -106,25 +115,99 @@ def _run(
 
 
 def _rows(
-    run: Run, context: Context, model: Any, tokenizer: Any, names: Sequence[str], replay: str, done: set[Any]
+    run: Run,
+    context: Context,
+    model: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    replay: str,
+    done: set[Any],
+    *,
+    along: bool,
 ) -> Iterator[Row]:
     """Yields the missing rows of a context: of the full cache, then candidate by candidate."""
-    cells = [("full cache", 0.0), *((name, ratio) for name in names for ratio in run.compression_ratios)]
+    cells = [(FULL, 0.0), *((name, ratio) for name in names for ratio in run.compression_ratios)]
     cells = [cell for cell in cells if not _keys(context, *cell) <= done]
     if not cells:
         return
-    watching = [get_press("kvzip", weighting="surprisal")]
-    read = prefill(model, tokenizer, [list(context.ids)], observers=watching)
+    read = prefill(model, tokenizer, [list(context.ids)], observers=[get_press("kvzip", weighting="surprisal")])
     scores = candidate_scores(read, [name for name in names if any(name == cell[0] for cell in cells)], replay=replay)
-    scores["full cache"] = get_press("none").score(read)
-    prefixes = [question.answer_prefix for question in context.questions]
-    bounds = [question.max_new_tokens for question in context.questions]
+    scores[FULL] = get_press("none").score(read)
+    answers = _Followed.of(model, tokenizer, read.evict(scores[FULL], 0.0), context) if along else None
     for name, ratio in cells:
         cache = read.evict(scores[name], ratio)
         kept = cache.kept_fraction
-        answers = answer_ids(model, tokenizer, cache, context.texts, prefixes, bounds)
-        for number, ids in enumerate(answers):
-            yield _row(run, context, number, name, ratio, kept, decoded(tokenizer, ids))
+        if answers is not None:
+            said, tags = answers.under(cache)
+        else:
+            said, tags = _written(model, tokenizer, cache, context), [{}] * len(context.questions)
+        for number, ids in enumerate(said):
+            yield _row(run, context, number, name, ratio, kept, decoded(tokenizer, ids), tags[number])
+
+
+def _written(model: Any, tokenizer: Any, cache: Any, context: Context) -> list[list[int]]:
+    prefixes = [question.answer_prefix for question in context.questions]
+    bounds = [question.max_new_tokens for question in context.questions]
+    return answer_ids(model, tokenizer, cache, context.texts, prefixes, bounds)
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """The full cache's answers to the questions of a context, up to the token with which they are right."""
+
+    model: Any
+    asked: list[list[int]]
+    written: list[list[int]]
+    right: list[bool]
+    expected: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, full: Any, context: Context) -> _Followed:
+        written, right = [], []
+        for ids, question in zip(_written(model, tokenizer, full, context), context.questions, strict=True):
+            scored = (context.work.task.score(decoded(tokenizer, ids[:n]), question) for n in range(1, len(ids) + 1))
+            n_right = next((n for n, score in enumerate(scored, 1) if score == 1), None)
+            right.append(n_right is not None)
+            written.append(ids[:n_right] or [0])
+        texts = zip(context.texts, context.questions, strict=True)
+        asked = [list(question_ids(tokenizer, text, answer_prefix=one.answer_prefix)) for text, one in texts]
+        return cls(model, asked, written, right, _log_probabilities(model, full, asked, written))
+
+    def under(self, cache: Any) -> tuple[list[list[int]], list[dict[str, float | str]]]:
+        """Returns what a cache makes of the answers: the same if they are right and its own; and tags for the rows."""
+        found = _log_probabilities(self.model, cache, self.asked, self.written)
+        said: list[list[int]] = []
+        tags: list[dict[str, float | str]] = []
+        for ids, right, expected, got in zip(self.written, self.right, self.expected, found, strict=True):
+            same = bool((got.argmax(dim=-1) == torch.tensor(ids, device=got.device)).all())
+            said.append(ids if right and same else [])
+            tags.append({"divergence": float((expected.exp() * (expected - got)).sum(dim=-1).mean())})
+        return said, tags
+
+
+@torch.no_grad()
+def _log_probabilities(
+    model: Any, cache: Any, asked: Sequence[Sequence[int]], written: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """Returns what a cache expects of the tokens of each answer, fp32 ``[tokens, vocabulary]``, in one forward."""
+    attach(model)
+    rows = cache.fork()
+    rows.batch_repeat_interleave(len(asked))
+    ids = [[*question, *answer] for question, answer in zip(asked, written, strict=True)]
+    width, start, device = max(map(len, ids)), cache.get_seq_length(), input_device(model)
+    padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=device)  # on the right: unseen
+    positions = torch.arange(start, start + width, device=device).expand(len(ids), -1)
+    first = min(map(len, asked)) - 1
+    logits = model(
+        input_ids=padded,
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=width - first,
+        **compat.cache_argument(model, rows),
+    ).logits
+    starts = [len(question) - 1 - first for question in asked]
+    parts = [logits[i, begin : begin + len(written[i])] for i, begin in enumerate(starts)]
+    return [part.float().log_softmax(dim=-1) for part in parts]
 
 
 def _keys(context: Context, name: str, ratio: float) -> set[Any]:
@@ -135,11 +218,17 @@ def _keys(context: Context, name: str, ratio: float) -> set[Any]:
     }
 
 
-def _row(run: Run, context: Context, number: int, name: str, ratio: float, kept: float, prediction: str) -> Row:
+def _row(
+    run: Run,
+    context: Context,
+    number: int,
+    name: str,
+    ratio: float,
+    kept: float,
+    prediction: str,
+    tags: Mapping[str, float | str],
+) -> Row:
     question, work = context.questions[number], context.work
-    unmeasured = dict.fromkeys(
-        ("n_answer_tokens", "resident_bytes", "dense_bytes", "prefill_seconds", "score_seconds", "evict_seconds")
-    )
     return Row(
         run_id=run.run_id,
         task=work.task.name,
@@ -155,11 +244,16 @@ def _row(run: Run, context: Context, number: int, name: str, ratio: float, kept:
         score=work.task.score(prediction, question),
         query_aware=False,
         n_context_tokens=len(context.ids),
+        n_answer_tokens=None,
+        resident_bytes=None,
+        dense_bytes=None,
+        prefill_seconds=None,
+        score_seconds=None,
+        evict_seconds=None,
         answer_seconds=None,
-        tags=dict(question.tags),
+        tags={**question.tags, **tags},
         task_version=version_of(work.task),
         question=question.text,
-        **unmeasured,
     )
 
 
@@ -182,13 +276,13 @@ def compare_rows(
     Console().print(_table(asked[choose], found, f"seed {choose}: all candidates"))
     Console().print(plain(f"best where it should gain, of those that lose nothing: {best or 'none'}"))
     if confirm is not None and best is not None:
-        rows = [row for row in asked[confirm] if row.press in (KVZIP, best, "full cache")]
+        rows = [row for row in asked[confirm] if row.press in (KVZIP, best, FULL)]
         Console().print(_table(rows, differences(rows), f"seed {confirm}: the one that was chosen"))
 
 
 def differences(rows: Sequence[Row]) -> list[Comparison]:
     """Returns the differences of candidates from KVzip on the same questions."""
-    return [one for one in compare(rows, KVZIP) if one.press != "full cache"]
+    return [one for one in compare(rows, KVZIP) if one.press != FULL]
 
 
 def chosen(found: Sequence[Comparison]) -> str | None:
@@ -208,16 +302,28 @@ def _table(rows: Sequence[Row], found: Sequence[Comparison], title: str) -> Tabl
     ratios = sorted({one.compression_ratio for one in found})
     table = Table("candidate", *(f"{ratio:g} removed" for ratio in ratios), title=plain(title, "table.title"))
     means = {(cell.press, cell.compression_ratio): cell for cell in summarise(rows)}
-    table.add_row(KVZIP, *(f"{means[KVZIP, ratio].accuracy:.3f}" for ratio in ratios))
+    apart = {key: statistics.mean(values) for key, values in _divergences(rows).items() if None not in values}
+    table.add_row(KVZIP, *(f"{means[KVZIP, ratio].accuracy:.3f}{_nats(apart, KVZIP, ratio)}" for ratio in ratios))
     by_cell = {(one.press, one.compression_ratio): one for one in found}
     for name in dict.fromkeys(one.press for one in found):
-        table.add_row(name, *(_shown(by_cell.get((name, ratio))) for ratio in ratios))
+        table.add_row(name, *(_shown(by_cell.get((name, ratio))) + _nats(apart, name, ratio) for ratio in ratios))
     n = len({(row.task, row.sample_id, row.question_id) for row in rows})
-    full = means.get(("full cache", 0.0))
+    full = means.get((FULL, 0.0))
     table.caption = (
         f"{n} questions; full cache {full.accuracy:.3f}; p of the sign-flip test, not adjusted" if full else ""
     )
     return table
+
+
+def _divergences(rows: Sequence[Row]) -> dict[tuple[str, float], list[Any]]:
+    found: dict[tuple[str, float], list[Any]] = {}
+    for row in rows:
+        found.setdefault((row.press, row.compression_ratio), []).append(row.tags.get("divergence"))
+    return found
+
+
+def _nats(apart: Mapping[tuple[str, float], float], name: str, ratio: float) -> str:
+    return f", {apart[name, ratio]:.3f} nats" if (name, ratio) in apart else ""
 
 
 def _shown(one: Comparison | None) -> str:

@@ -38,12 +38,12 @@ def main(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default the GPU if any.")] = None,
 ) -> None:
     """Runs the comparison and prints it."""
+    loaded: Any
+    tokenizer: Any
     if shape is not None:
         where = torch.device("meta") if calculate else get_device(device)
-        loaded, tokenizer = (
-            random_model(get_shape(shape), where, get_dtype(dtype or "bf16") or torch.bfloat16),
-            ByteTokenizer(),
-        )
+        loaded = random_model(get_shape(shape), where, get_dtype(dtype or "bf16") or torch.bfloat16)
+        tokenizer = ByteTokenizer()
     else:
         loaded, tokenizer = load_model(model)
         loaded.to(get_device(device))
@@ -108,12 +108,13 @@ class ScoringFlops:
             chunk_size: Tokens that are replayed at a time.
             local: Whether the replay attends to its own chunk only.
         """
-        config, decoder = text_config(model), text_decoder(model)
+        config, layers = text_config(model), text_decoder(model).layers
+        assert isinstance(layers, torch.nn.ModuleList)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = config.num_attention_heads * head_dim * config.num_hidden_layers
         chunk = min(chunk_size, n_tokens)
         past = chunk if local else n_tokens
-        matrices = sum(p.numel() for p in decoder.layers.parameters() if p.dim() == 2)
+        matrices = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
         return cls(
             layers=2.0 * matrices * n_tokens,
             attention=4.0 * width * (past + chunk / 2) * n_tokens,

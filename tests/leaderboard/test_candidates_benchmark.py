@@ -91,6 +91,21 @@ def test_what_becomes_of_the_scores() -> None:
     )
 
 
+def test_weights_take_pairs_from_a_head_that_copies() -> None:
+    """Why weights alone can lose: they move the budget to heads in which some row looks at any pair.
+
+    Head 0 copies: row i looks at pair i. In head 1 every row looks at every pair a little. Four rows of six predict
+    what was expected. Unweighted, the copying head has the six largest scores; weighted, two of them.
+    """
+    nats = torch.tensor([0.3, 6.0, 0.2, 0.1, 6.0, 0.3])
+    shares = torch.stack([torch.eye(6) * 0.9, torch.full((6, 6), 1 / 6)])  # [heads, rows, pairs]
+    unweighted, weighted = (scoring.ROW_STATISTICS[name](shares, nats) for name in ("kvzip", "surprisal"))
+    within = scoring.MIXTURES["heads of kvzip"].mix({0: unweighted}, {0: weighted})[0]
+    copied = [set(x.flatten().argsort(descending=True)[:6].tolist()) & set(range(6)) for x in (unweighted, weighted)]
+    assert copied == [set(range(6)), {1, 4}]
+    assert within.sort(dim=-1).values.tolist() == unweighted.sort(dim=-1).values.tolist()
+
+
 @pytest.fixture
 def app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Runs the benchmark's commands on a tiny model and grid."""
@@ -121,6 +136,21 @@ def test_rows_are_made_once_and_compared_on_two_seeds(app, tmp_path: Path) -> No
     assert list(read_rows(files[0])) == rows
     shown = app("compare", *files, "--choose", "1", "--confirm", "2").output
     assert "seed 1: all candidates" in shown and "heads of kvzip" in shown and "4 questions" in shown
+
+
+def test_what_the_full_cache_wrote_is_read_in_one_forward(app, tmp_path: Path) -> None:
+    """Nothing removed, nothing diverges; the score is the full cache's, whose right answers are the same then."""
+    path = str(tmp_path / "rows.jsonl")
+    done = app("measure", "--along", "--rows", path, "--candidate", "surprisal", "--removed", "0", "--removed", "0.9")
+    assert done.exit_code == 0, done.output
+    rows = list(read_rows(path))
+    of_full = {(row.sample_id, row.question_id): row.score for row in rows if row.press == "full cache"}
+    for row in rows:
+        apart = float(row.tags["divergence"])
+        assert abs(apart) < 1e-5 if row.compression_ratio == 0 else apart > 1e-4
+        assert row.score <= of_full[row.sample_id, row.question_id]
+        assert row.compression_ratio or row.score == of_full[row.sample_id, row.question_id]
+    assert " nats" in app("compare", path, "--choose", "1").output
 
 
 def test_a_seed_does_not_confirm_itself(app, tmp_path: Path) -> None:
