@@ -13,6 +13,7 @@ have the divergence from the full cache's probabilities, which tells candidates 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -302,11 +303,11 @@ def _table(rows: Sequence[Row], found: Sequence[Comparison], title: str) -> Tabl
     ratios = sorted({one.compression_ratio for one in found})
     table = Table("candidate", *(f"{ratio:g} removed" for ratio in ratios), title=plain(title, "table.title"))
     means = {(cell.press, cell.compression_ratio): cell for cell in summarise(rows)}
-    apart = {key: statistics.mean(values) for key, values in _divergences(rows).items() if None not in values}
-    table.add_row(KVZIP, *(f"{means[KVZIP, ratio].accuracy:.3f}{_nats(apart, KVZIP, ratio)}" for ratio in ratios))
+    table.add_row(KVZIP, *(f"{means[KVZIP, ratio].accuracy:.3f}" for ratio in ratios))
+    apart = divergences(rows)
     by_cell = {(one.press, one.compression_ratio): one for one in found}
     for name in dict.fromkeys(one.press for one in found):
-        table.add_row(name, *(_shown(by_cell.get((name, ratio))) + _nats(apart, name, ratio) for ratio in ratios))
+        table.add_row(name, *(_shown(by_cell.get((name, ratio)), apart.get((name, ratio))) for ratio in ratios))
     n = len({(row.task, row.sample_id, row.question_id) for row in rows})
     full = means.get((FULL, 0.0))
     table.caption = (
@@ -315,22 +316,35 @@ def _table(rows: Sequence[Row], found: Sequence[Comparison], title: str) -> Tabl
     return table
 
 
-def _divergences(rows: Sequence[Row]) -> dict[tuple[str, float], list[Any]]:
-    found: dict[tuple[str, float], list[Any]] = {}
+def divergences(rows: Sequence[Row]) -> dict[tuple[str, float], float]:
+    """Returns the divergence under each candidate and ratio in units of KVzip's, if rows have it.
+
+    It is the geometric mean over contexts of that over the questions that both answered; below 1e-4 nats all is one.
+    """
+    logs: dict[tuple[str, float], dict[tuple[str, str], dict[str, float]]] = {}
     for row in rows:
-        found.setdefault((row.press, row.compression_ratio), []).append(row.tags.get("divergence"))
+        if isinstance(nats := row.tags.get("divergence"), float):
+            of_context = logs.setdefault((row.press, row.compression_ratio), {})
+            of_context.setdefault((row.task, row.sample_id), {})[row.question_id] = math.log(max(nats, 1e-4))
+    found = {}
+    for (name, ratio), contexts in logs.items():
+        base = logs.get((KVZIP, ratio), {})
+        apart = [
+            [value - base[context][question] for question, value in asked.items() if question in base[context]]
+            for context, asked in contexts.items()
+            if context in base
+        ]
+        if means := [statistics.mean(values) for values in apart if values]:
+            found[name, ratio] = math.exp(statistics.mean(means))
     return found
 
 
-def _nats(apart: Mapping[tuple[str, float], float], name: str, ratio: float) -> str:
-    return f", {apart[name, ratio]:.3f} nats" if (name, ratio) in apart else ""
-
-
-def _shown(one: Comparison | None) -> str:
+def _shown(one: Comparison | None, apart: float | None) -> str:
     if one is None:
         return ""
     interval = "" if one.interval is None else f" ({one.interval[0]:+.3f} to {one.interval[1]:+.3f})"
-    return f"{one.difference:+.3f}{interval} p {one.p_value:.3g}"
+    times = "" if apart is None else f", {apart:.2f} x its divergence"
+    return f"{one.difference:+.3f}{interval} p {one.p_value:.3g}{times}"
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ class KVzipPress(AllocatingPress):
         uniform = prefill.uniform_attention() if plain else None
         return Scores(layers, prefill.protected(self.n_sink), self.policy, uniform=uniform)
 
+    @torch.no_grad()
     def show_replays(self, prefill: Prefill, look: Callable[[ReplayedChunks], None]) -> None:
         """Replays every row of a prefill as scoring does, and shows the attention of each layer in each forward.
 

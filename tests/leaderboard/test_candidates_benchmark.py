@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,16 @@ def test_what_the_full_cache_wrote_is_read_in_one_forward(app, tmp_path: Path) -
         assert abs(apart) < 1e-5 if row.compression_ratio == 0 else apart > 1e-4
         assert row.score <= of_full[row.sample_id, row.question_id]
         assert row.compression_ratio or row.score == of_full[row.sample_id, row.question_id]
-    assert " nats" in app("compare", path, "--choose", "1").output
+    apart = candidates.divergences(rows)
+    assert apart["kvzip", 0.9] == 1 and apart["surprisal", 0.0] == pytest.approx(1)
+    logs = {row.press: [] for row in rows if row.compression_ratio == 0.9}
+    for row in rows:
+        if row.compression_ratio == 0.9:
+            logs[row.press].append(math.log(float(row.tags["divergence"])))
+    mean = {press: sum(values) / len(values) for press, values in logs.items()}  # as many questions in each context
+    assert apart["surprisal", 0.9] == pytest.approx(math.exp(mean["surprisal"] - mean["kvzip"]))
+    shown = " ".join(app("compare", path, "--choose", "1").output.split())
+    assert f"{apart['surprisal', 0.9]:.2f} x" in shown
 
 
 def test_a_seed_does_not_confirm_itself(app, tmp_path: Path) -> None:
