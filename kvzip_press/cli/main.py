@@ -216,7 +216,10 @@ def ask(
 def profile(
     model: Annotated[str | None, typer.Option("--model", help="Path or hub id of a model, or smollm2.")] = None,
     shape: Annotated[
-        str | None, typer.Option("--shape", help="Random weights of llama3.1-8b, qwen2.5-7b, qwen3-8b or gemma3-12b.")
+        str | None,
+        typer.Option(
+            "--shape", help="Random weights of qwen2.5-0.5b, llama3.1-8b, qwen2.5-7b, qwen3-8b or gemma3-12b."
+        ),
     ] = None,
     context_length: Annotated[
         list[int] | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
@@ -106,20 +107,41 @@ class KVzipPress(AllocatingPress):
             InvalidArgumentError: The prefill has no token ids (``inputs_embeds``), which a replay needs; or rows are
                 weighted, nobody watched it, and it cannot be run once more, since it is not a whole context.
         """
+        layers = prefill.blank_scores()
+        with _hidden_norms(prefill.model, self.kvzip_plus) as norms:
+
+            def look(seen: ReplayedChunks) -> None:
+                scores = _score_chunk(seen.attention, norms.get(seen.layer_idx), seen.weights)
+                for columns, chunk_scores in zip(seen.columns, scores, strict=True):
+                    layers[seen.layer_idx][seen.row, :, columns] = chunk_scores
+
+            self.show_replays(prefill, look)
+        plain = not self.kvzip_plus and self.weighting is None  # else scores are no weights of attention
+        uniform = prefill.uniform_attention() if plain else None
+        return Scores(layers, prefill.protected(self.n_sink), self.policy, uniform=uniform)
+
+    @torch.no_grad()
+    def show_replays(self, prefill: Prefill, look: Callable[[ReplayedChunks], None]) -> None:
+        """Replays every row of a prefill as scoring does, and shows the attention of each layer in each forward.
+
+        Args:
+            prefill: The prefill; the cache is only read.
+            look: Called once for each forward and layer, in order.
+
+        Raises:
+            InvalidArgumentError: See :meth:`score`.
+        """
         if prefill.input_ids is None:
             raise InvalidArgumentError("expected input_ids: KVzip repeats the context's tokens, got inputs_embeds only")
         prompts = _Prompts.of(prefill.tokenizer or self.tokenizer or find_tokenizer(prefill.model))
         protected = prefill.protected(self.n_sink)
-        weights, layers = self._weights(prefill), prefill.blank_scores()
-        with _hidden_norms(prefill.model, self.kvzip_plus) as norms:
-            for row in range(prefill.valid.shape[0]):
-                n_sink = int(protected[row].sum())
-                self._score_row(prefill, row, n_sink, prompts, norms, None if weights is None else weights[row], layers)
-        plain = not self.kvzip_plus and self.weighting is None  # else scores are no weights of attention
-        return Scores(layers, protected, self.policy, uniform=prefill.uniform_attention() if plain else None)
+        nats = self._nats(prefill)
+        for row in range(prefill.valid.shape[0]):
+            n_sink = int(protected[row].sum())
+            self._replay_row(prefill, row, n_sink, prompts, None if nats is None else nats[row], look)
 
-    def _weights(self, prefill: Prefill) -> list[RowWeights] | None:
-        """Returns the weights of the replays of each row; None if all are 1.
+    def _nats(self, prefill: Prefill) -> list[torch.Tensor] | None:
+        """Returns the surprisals ``[n]`` of each row's tokens; None if rows are not weighted.
 
         They follow from the model and the context alone, so the surprisals that any press watched will do.
         """
@@ -129,32 +151,37 @@ class KVzipPress(AllocatingPress):
         found = next(watched, None) or prefill.observed(self)
         assert isinstance(found, Surprisals)
         valid = prefill.valid.to(found.values.device)
-        return [RowWeights.of(self.weighting, nats[tokens]) for nats, tokens in zip(found.values, valid, strict=True)]
+        return [nats[tokens] for nats, tokens in zip(found.values, valid, strict=True)]
 
-    def _score_row(
+    def _replay_row(
         self,
         prefill: Prefill,
         row: int,
         n_sink: int,
         prompts: _Prompts,
-        norms: dict[int, torch.Tensor],
-        weights: RowWeights | None,
-        layers: dict[int, torch.Tensor],
+        nats: torch.Tensor | None,
+        look: Callable[[ReplayedChunks], None],
     ) -> None:
         assert prefill.input_ids is not None
         first = int(prefill.valid[row].nonzero()[0, 0])
         tokens = prefill.input_ids[row][prefill.valid[row]].tolist()
-        batch: Sequence[slice] = ()
+        columns: Sequence[slice] = ()
         of_rows: torch.Tensor | None = None
+        weights: torch.Tensor | None = None
 
-        def look(layer_idx: int, attention: ReplayedAttention) -> None:
-            scores = _score_chunk(attention, norms.get(layer_idx), of_rows)
-            for chunk, chunk_scores in zip(batch, scores, strict=True):
-                layers[layer_idx][row, :, first + chunk.start : first + chunk.stop] = chunk_scores
+        def show(layer_idx: int, attention: ReplayedAttention) -> None:
+            look(ReplayedChunks(row, columns, layer_idx, attention, of_rows, weights))
 
-        replay = Replay(prefill, row, n_sink, look)
+        weighted = (
+            ()
+            if self.weighting is None or nats is None
+            else (RowWeights(pad(nats, (0, 1)), 0.0), RowWeights.of(self.weighting, nats))
+        )
+        replay = Replay(prefill, row, n_sink, show)
         for batch, input_ids in self._batches(tokens, n_sink, prompts):
-            of_rows = None if weights is None else weights.of_replays(batch, len(input_ids[0]))
+            columns = [slice(first + chunk.start, first + chunk.stop) for chunk in batch]
+            if weighted:
+                of_rows, weights = (rows.of_replays(batch, len(input_ids[0])) for rows in weighted)
             replay.run(input_ids, batch, local=self.replay == "local")
 
     def _batches(
@@ -191,6 +218,29 @@ class _Prompts:
             return [*self.first, *self.suffix, *tokens[chunk]]
         before = tokens[max(n_sink, chunk.start - OVERLAP) : chunk.start] if self.following else []
         return [*self.following, *before, *self.suffix, *tokens[chunk]]
+
+
+@dataclass(frozen=True)
+class ReplayedChunks:
+    """The attention of one layer in one forward of a replay.
+
+    Attributes:
+        row: The row of the prefill.
+        columns: For each batch row of the forward, the columns of the span that it replays.
+        layer_idx: The layer.
+        attention: Its tensors.
+        nats: fp32 ``[len(columns), n_rows]``, the surprisal of the token that each replayed row predicts; infinite for
+            a token that nothing stood before, 0 for one of the prompt and for what follows the context. None if rows
+            are not weighted.
+        weights: The weights of the rows, like ``nats``.
+    """
+
+    row: int
+    columns: Sequence[slice]
+    layer_idx: int
+    attention: ReplayedAttention
+    nats: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 
 class SurprisalObserver(Surprisals):

@@ -263,7 +263,14 @@ def test_without_kvpress_its_presses_are_left_out_with_a_line(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("llama3.1-8b", 8.03), ("qwen2.5-7b", 7.62), ("qwen3-8b", 8.19), ("gemma3-12b", 11.77)]
+    ("name", "billions"),
+    [
+        ("qwen2.5-0.5b", 0.494),
+        ("llama3.1-8b", 8.03),
+        ("qwen2.5-7b", 7.62),
+        ("qwen3-8b", 8.19),
+        ("gemma3-12b", 11.77),
+    ],
 )
 def test_a_shape_has_the_published_number_of_parameters(name: str, billions: float) -> None:
     model = shapes.random_model(shapes.get_shape(name), torch.device("meta"), torch.bfloat16)
