@@ -24,11 +24,10 @@ from kvzip_press.serving.folder import ContextFolder
 from kvzip_press.serving.known_contexts import KnownContexts
 from kvzip_press.serving.packing import Packing
 from kvzip_press.serving.pool import NO_CONTEXT, ContextPool
-from kvzip_press.serving.request import Chosen, Request, next_tokens
 from kvzip_press.serving.rotation import Rotation
 from kvzip_press.serving.row_step import RowStep
 from kvzip_press.serving.rows import Rows
-from kvzip_press.serving.stream import Stream
+from kvzip_press.serving.stream import Chosen, Request, Stream, next_tokens
 
 
 class Session:

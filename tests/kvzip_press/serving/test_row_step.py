@@ -92,6 +92,26 @@ def test_rows_join_and_leave_captured_steps(
             assert ids == alone[0]
 
 
+@pytest.mark.parametrize("context", ["archive", None])
+def test_an_answer_grows_in_one_captured_step(
+    context: str | None,
+    graphs: list[RecordedGraph],
+    model: Any,
+    tokenizer: ByteTokenizer,
+    caches: dict[str, RaggedCache],
+) -> None:
+    """Far beyond the length that it had when the step was captured: no length is a part of the graph."""
+    ids = []
+    for graph in (False, None):
+        session = opened(model, tokenizer, caches, graph=graph)
+        session._eos = set()
+        stream = session.submit("x", context, max_new_tokens=40)
+        stream.text()
+        ids.append(stream.ids)
+    assert ids[0] == ids[1]
+    assert (len(ids[1]), len(graphs)) == (40, 1)
+
+
 @pytest.mark.parametrize("architecture", ["qwen3", "phi3"])
 def test_a_pool_of_codes_is_read_by_captured_steps(
     architecture: str, graphs: list[RecordedGraph], tokenizer: ByteTokenizer
