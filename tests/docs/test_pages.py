@@ -125,7 +125,7 @@ def test_the_defaults_of_a_method_are_those_of_its_press(page: str, name: str) -
 def test_the_defaults_of_presses_that_evict_while_the_model_writes_are_on_their_page() -> None:
     """Those of all in the table, those of each press in its section, or where it differs."""
     text = text_of(METHODS / "decoding.md")
-    rows = [row for row in rows_of(text[text.index("## Defaults") : text.index("## StreamingLLM")]) if row[0]]
+    rows = [row for row in rows_of(text[text.index("## Defaults") : text.index("## Memory")]) if row[0]]
     shared = {row[0].strip("`"): ast.literal_eval(row[1].strip("`")) for row in rows}
     base = {field.name: field.default for field in dataclasses.fields(kvzip_press.DecodePress)}
     assert {name: base[name] for name in shared} == shared
