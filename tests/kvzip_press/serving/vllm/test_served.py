@@ -1,6 +1,6 @@
 """`kvzip-press serve` as users start it: many requests at once, clients that go, files that come, are torn or change.
 
-``--soak 2000`` asks as many more, of this server and of vLLM alone, and compares by how much their processes grow.
+``--soak 6000`` asks as many more, of this server and of vLLM alone, and compares by how much their processes grow.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def test_nothing_grows(served: Served, request: pytest.FixtureRequest) -> None:
     """vLLM alone grows in its worker, by 2 MB now and then; what contexts add is little more than nothing."""
     n_requests: int = request.config.getoption("--soak")
     if not n_requests:
-        pytest.skip("asks for --soak 2000")
+        pytest.skip("asks for --soak 6000")
     place = served.folder.parent
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(place / "model")]
     command += ["--dtype", "float32", "--no-enable-prefix-caching", *OPTIONS[2:]]
