@@ -43,7 +43,7 @@ class TaskRange:
 
 
 def task_ranges(task_cells: Sequence[Cell]) -> list[TaskRange]:
-    """Returns what each task can show; empty for a table without a full cache.
+    """Returns what each task can show; empty for a table without a full cache, or one of agreement with it.
 
     A task counts if the full cache is above the floor by two of its standard errors and 0.1 besides, and below 0.99.
 
@@ -51,7 +51,8 @@ def task_ranges(task_cells: Sequence[Cell]) -> list[TaskRange]:
         task_cells: Cells of one table, from `summarise_tasks`.
     """
     full = find_full(task_cells)
-    return [_range(cell, _floor(cell.task, task_cells)) for cell in task_cells if cell.press == full]
+    of_full = [cell for cell in task_cells if cell.press == full and cell.kl is None]  # it agrees with itself
+    return [_range(cell, _floor(cell.task, task_cells)) for cell in of_full]
 
 
 def _range(cell: Cell, floor: float) -> TaskRange:

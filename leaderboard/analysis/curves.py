@@ -35,7 +35,7 @@ def areas_under_curves(cells: Sequence[Cell]) -> Areas | None:
 
     A curve joins measured points by straight lines and ends at the full cache, if there is one: a press that removes
     nothing is the full cache. Nothing is extrapolated: the range begins at the largest of the presses' smallest kept
-    fractions and ends at the smallest of their largest. None if that range is empty.
+    fractions and ends at the smallest of their largest. None if that range is empty, or if no press has two amounts.
 
     Args:
         cells: Cells of one table, for all tasks or for one. Those without a measured kept fraction are left out.
@@ -67,6 +67,8 @@ def _n_ratios(cells: Sequence[Cell]) -> Counter[str]:
 def _areas(curves: dict[str, list[Point]], n_ratios: Counter[str]) -> Areas | None:
     """Returns the areas; by ratios, since a press that removed nothing shares its point with the full cache."""
     most = max((n_ratios[press] for press in curves), default=0)
+    if most < 2:  # budgets, say, each of which is a row of its own: a line to the full cache would be invented
+        return None
     whole = [points for press, points in curves.items() if n_ratios[press] == most]
     low = max((points[0][0] for points in whole), default=math.nan)
     high = min((points[-1][0] for points in whole), default=math.nan)

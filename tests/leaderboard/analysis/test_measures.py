@@ -44,6 +44,7 @@ def test_areas_are_over_the_logarithm_of_bytes(make_row) -> None:
     assert found.areas == {"a": pytest.approx(0.625), "b": pytest.approx(1.0), "short": None}
     unknown = [replace(cell, resident_bytes=None) for cell in cells]
     assert areas_over_bytes(unknown) is None
+    assert areas_over_bytes([*cells[:2], cells[3]]) is None  # an amount each: no curve, but a line to the full cache
 
 
 def test_a_press_measured_at_nothing_removed_shares_a_point_with_the_full_cache_and_has_an_area(make_row) -> None:
@@ -129,6 +130,8 @@ def test_a_task_counts_where_presses_can_differ(make_row) -> None:
     spread = [replace(row, score=float(i % 2)) for i, row in enumerate(rows) if row.task == "fair"]
     assert not task_ranges(summarise_tasks(spread))[0].counts  # 0.7 on average, but with a large error
     assert task_ranges(summarise_tasks([row for row in rows if row.press == "random"])) == []
+    followed = [replace(row, tags={"kl_nats": 0.0}) for row in rows]
+    assert task_ranges(summarise_tasks(followed)) == []  # the full cache agrees with itself, whatever the task
 
 
 def test_models_agree_by_ranks_within_a_ratio(make_row) -> None:
