@@ -256,7 +256,10 @@ def _with_contexts(chosen: Run, contexts: int | None) -> Run:
 
 
 def _shard(text: str) -> tuple[int, int]:
+    from kvzip_press.leaderboard.running.plan import check_shard
+
     index, slash, count = text.partition("/")
     if not slash or not index.isdigit() or not count.isdigit():
         raise InvalidArgumentError(f"expected --shard I/N, such as 0/4, got {text!r}")
+    check_shard(int(index), int(count))
     return int(index), int(count)

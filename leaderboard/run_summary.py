@@ -142,8 +142,10 @@ def verify(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> s
     config, grid = (record.config, "") if record is not None else _grid_of(found.run_id)
     tasks = {row.task: _task_named(row.task) for row in rows} if config is None else _tasks(config)
     n_scored = _check_scores(rows, tasks)
-    unscored = found.n_rows - n_scored
-    left = f"; of {unscored} the metric is not known here, or is agreement" if unscored else ""
+    n_followed = sum(row.follows_full_cache for row in rows)
+    unscored = found.n_rows - n_scored - n_followed
+    left = f"; of {unscored} the metric is not known here" if unscored else ""
+    left += f"; {n_followed} are of agreement, which predictions do not tell" if n_followed else ""
     what = "rows" if record is None else f"rows and the configuration {found.run_id}"
     return (
         f"{found.n_rows} {what} are those of {file}; {n_scored} scores follow from their predictions{left}; "

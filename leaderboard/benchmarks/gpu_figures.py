@@ -84,8 +84,9 @@ def _kernel(name: str, minutes: float, makes: str = "") -> Figure:
     return Figure(f"kernel-{name.replace('_', '-')}", command, minutes, made)
 
 
-def _bench(name: str, minutes: float, makes: str, *options: str, called: str = "") -> Figure:
-    return Figure(called or name.replace("_", "-"), ("-m", f"{_BENCHMARKS}.{name}", *options), minutes, makes)
+def _bench(name: str, minutes: float, makes: str, *options: str, called: str = "", goes_on: bool = False) -> Figure:
+    command = ("-m", f"{_BENCHMARKS}.{name}", *options)
+    return Figure(called or name.replace("_", "-"), command, minutes, makes, goes_on=goes_on)
 
 
 def _profile(shape: str, minutes: float, makes: str = "", *options: str) -> Figure:
@@ -108,6 +109,11 @@ FIGURES = (
     _kernel("ragged_pack", 10),
     _kernel("replay_attention", 10),
     Figure(
+        "kernel-recall-ranking",
+        ("-m", f"{_KERNELS}.recall_ranking", "--output", f"{_FOLDER}/recall_ranking-h200.csv"), 10,
+        "docs/howto/recall.md, what ranking costs; no file of it is published",
+    ),
+    Figure(
         "kernel-row-codec", ("-m", f"{_KERNELS}.row_codec", "--output", f"{_FOLDER}/row_codec-h200.csv"), 10,
         "what encoding and decoding rows costs; no file of it is published",
     ),
@@ -126,12 +132,18 @@ FIGURES = (
     ),
     _bench("weighting", 8, "docs/methods/kvzip.md, the cost of weighting", "--model", _QWEN, "--tokens", "16000"),
     _bench(
-        "serving", 12, "docs/howto/serving.md, ours (needs vLLM)",
-        "--engine", "ours", "--output", f"{_FOLDER}/serving.jsonl", called="serving-ours",
+        "serving", 28, "docs/howto/serving.md, the table of users (needs vLLM)", "--output", f"{_FOLDER}/serving",
+        goes_on=True,
     ),
-    _bench(
-        "serving", 12, "docs/howto/serving.md, vLLM alone (needs vLLM)",
-        "--engine", "plain", "--output", f"{_FOLDER}/serving.jsonl", called="serving-plain",
+    _bench("session", 8, "docs/howto/serving.md, without a server", "--shape", "llama3.1-8b"),
+    *(
+        _bench(
+            "allocations", 12, f"docs/howto/budgets.md, allocations by {scorer}", "--model", model, "--scorer", scorer,
+            "--task", "hidden_facts", "--contexts", "34", "--tokens", "1800",
+            "--output", f"{_FOLDER}/allocations.json", called=f"allocations-{name}-{scorer}",
+        )
+        for name, model in (("smollm2", "smollm2"), ("qwen05", _QWEN))
+        for scorer in ("kvzip", "snapkv", "expected_attention")
     ),
     _profile("qwen2.5-7b", 15),
     _profile("qwen3-8b", 15),

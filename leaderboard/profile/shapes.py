@@ -40,20 +40,6 @@ class Shape:
 #: Name -> sizes. Qwen3 publishes 40960 positions and stretches them to 131072 (YaRN), which costs no time: the random
 #: model gets all 131072, so that every shape can be measured at every length.
 SHAPES: dict[str, Shape] = {
-    "qwen2.5-0.5b": Shape(
-        "qwen2",
-        {
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-            "rope_theta": 1e6,
-            "tie_word_embeddings": True,
-            "max_position_embeddings": 131072,
-        },
-    ),
     "llama3.1-8b": Shape(
         "llama",
         {
@@ -66,6 +52,20 @@ SHAPES: dict[str, Shape] = {
             "vocab_size": 128256,
             "rope_theta": 5e5,
             "rope_scaling": _LLAMA3_ROPE,
+            "max_position_embeddings": 131072,
+        },
+    ),
+    "qwen2.5-0.5b": Shape(
+        "qwen2",
+        {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
             "max_position_embeddings": 131072,
         },
     ),

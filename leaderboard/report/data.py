@@ -48,6 +48,7 @@ def _correlation(one: Sequence[Row], other: Sequence[Row]) -> dict[str, Any] | N
     return {
         "runs": [[row.model, row.run_id] for row in (first, second)],
         "query_aware": first.query_aware,
+        "follows": first.follows_full_cache,
         "mean": found.mean,
         "interval": found.interval,
         "by_ratio": [[ratio, value, found.n_presses[ratio]] for ratio, value in found.by_ratio.items()],

@@ -68,13 +68,13 @@ function drawAreasOf(id, areas, name, axis, asPlace, table, shown) {
 /** How the ranks of presses in the run that is shown correlate with those on other models. */
 function drawCorrelations({ table }) {
   const mine = runOf(table);
-  const found = DATA.correlations.filter((one) => one.query_aware === table.query_aware && one.runs.some(([model, run_id]) => runOf({ model, run_id }) === mine));
+  const found = DATA.correlations.filter((one) => one.query_aware === table.query_aware && one.runs.some(([model, run_id]) => runOf({ model, run_id, follows: one.follows }) === mine));
   byId("correlations").hidden = !found.length;
   if (!found.length) return;
   const ratios = [...new Set(found.flatMap((one) => one.by_ratio.map(([ratio]) => ratio)))].sort((a, b) => a - b);
   const head = ["other model", "mean", "95 %", ...ratios.map((ratio) => `${asRatio(ratio)} removed`)].map((name) => el("th", { scope: "col" }, name));
   const rows = found.map((one) => {
-    const place = one.runs.findIndex(([model, run_id]) => runOf({ model, run_id }) !== mine);
+    const place = one.runs.findIndex(([model, run_id]) => runOf({ model, run_id, follows: one.follows }) !== mine);
     const at = new Map(one.by_ratio.map(([ratio, value, n]) => [ratio, [value, n]]));
     const figures = ratios.map((ratio) => el("td", {}, at.has(ratio) ? `${at.get(ratio)[0] === null ? MISSING : signed(at.get(ratio)[0])} (${at.get(ratio)[1]})` : MISSING));
     return el("tr", {}, el("th", { scope: "row" }, one.runs[place][0]), el("td", {}, el("b", {}, one.mean === null ? MISSING : signed(one.mean))),

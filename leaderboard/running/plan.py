@@ -200,9 +200,14 @@ def shard(works: Sequence[T], index: int, count: int) -> list[T]:
     Raises:
         InvalidArgumentError: ``index`` is not in 0..count-1.
     """
+    check_shard(index, count)
+    return list(works[index::count])
+
+
+def check_shard(index: int, count: int) -> None:
+    """Raises InvalidArgumentError if ``index`` is not in 0..count-1."""
     if not 0 <= index < count:
         raise InvalidArgumentError(f"expected shard I/N with 0 <= I < N, got {index}/{count}")
-    return list(works[index::count])
 
 
 def _names(placed: Iterable[tuple[float, Work]]) -> Iterable[str]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from kvzip_press.errors import MissingDependencyError
 from kvzip_press.leaderboard import demo
 from kvzip_press.leaderboard.rows.results import read_rows
-from kvzip_press.leaderboard.running import availability
+from kvzip_press.leaderboard.running import plan
 from kvzip_press.leaderboard.running.grid import load_grid
 from kvzip_press.leaderboard.running.plan import TaskSpec
 from kvzip_press.leaderboard.tasks import get_task
@@ -25,7 +25,7 @@ TASKS = (
 
 @pytest.fixture(autouse=True)
 def without_weights_and_kvpress(monkeypatch: pytest.MonkeyPatch) -> None:
-    get_press = availability.get_press
+    get_press = plan.get_press
 
     def get_press_without_kvpress(name: str, **options: Any) -> Any:
         if name in ("snapkv", "adakv_expected_attention"):
@@ -33,7 +33,7 @@ def without_weights_and_kvpress(monkeypatch: pytest.MonkeyPatch) -> None:
         return get_press(name, **options)
 
     monkeypatch.setattr(demo, "load_model", lambda name: (tiny_model(num_layers=1), ByteTokenizer()))
-    monkeypatch.setattr(availability, "get_press", get_press_without_kvpress)
+    monkeypatch.setattr(plan, "get_press", get_press_without_kvpress)
 
 
 def run(directory: Path, **options: Any) -> tuple[demo.Demo, str]:

@@ -57,9 +57,7 @@ def test_rows_that_follow_the_full_cache_are_summed_up_apart_and_not_scored_agai
     RunSummary.of(run).save(file)
     figures = {"kvzip @ 0.7": 0.5, "random @ 0.7, agreement": 0.25, "random @ 0.7, KL in nats": 0.5}
     assert RunSummary.load(file).accuracies == figures
-    assert "4 scores follow from their predictions; of 4 the metric is not known here, or is agreement" in verify(
-        run, file
-    )
+    assert "4 scores follow from their predictions; 4 are of agreement" in verify(run, file)
     write(run, [replace(row, score=0.75) if row.tags else row for row in rows_in(run)])
     with pytest.raises(InvalidArgumentError, match="rows_sha256"):
         verify(run, file)
@@ -92,7 +90,7 @@ def test_rows_that_follow_the_full_cache_have_figures_of_their_own(run: Path, tm
     assert made.accuracies == figures and made.n_questions == dict.fromkeys(figures, 2)
     made.save(tmp_path / "summary.json")
     said = verify(run, tmp_path / "summary.json")
-    assert "2 scores follow from their predictions; of 2 the metric is not known here" in said
+    assert "2 scores follow from their predictions; 2 are of agreement" in said
 
 
 @pytest.mark.parametrize(

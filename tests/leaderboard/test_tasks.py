@@ -175,6 +175,8 @@ def test_where_several_answers_are_wanted_each_counts_its_part(name: str, parts:
 def places(name: str, sample: Sample, question: Question) -> list[int]:
     """Where in the context what is asked for begins: found again in the text."""
     context = sample.context
+    if name == "niah_paraphrased":  # its facts begin with whom they are about
+        return [context.index(f"{question.references[0]} {question.question_id}.")]
     if name.startswith(("niah", "hidden")):
         ends = [re.search(rf"(is|include) {value}\.", context).start() for value in question.references]  # type: ignore[union-attr]
         return [context.rfind("The ", 0, end) for end in ends]

@@ -24,6 +24,7 @@ PRESSES = (
     PressSpec("random", "random", options={"seed": 3}),
     PressSpec("kvzip", "KVzip", options={"chunk_size": 128}),
 )
+MAKES_PRESSES = "kvzip_press.leaderboard.running.plan.get_press"
 TIMES = ("prefill_seconds", "score_seconds", "evict_seconds", "answer_seconds")
 
 
@@ -181,7 +182,7 @@ def test_a_press_that_decides_its_own_budget_watches_and_scores_once_a_ratio(
 ) -> None:
     scored, watched = [], []
     prefill, score = runner.prefill, press.score
-    monkeypatch.setattr(runner, "get_press", lambda name, compression_ratio: press(compression_ratio))
+    monkeypatch.setattr(MAKES_PRESSES, lambda name, compression_ratio: press(compression_ratio))
     monkeypatch.setattr(
         runner,
         "prefill",

@@ -28,6 +28,7 @@ from kvzip_press.presses.random import RandomPress
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 TOKENIZER = ByteTokenizer()
+MAKES_PRESSES = "kvzip_press.leaderboard.running.plan.get_press"
 TIMES = ("prefill_seconds", "score_seconds", "evict_seconds", "answer_seconds")
 NONE, RANDOM = PressSpec("none", "full cache", compression_ratios=(0.0,)), PressSpec("random", "random")
 KVZIP = PressSpec("kvzip", "kvzip", options={"chunk_size": 64})
@@ -210,7 +211,7 @@ def decoding_press(monkeypatch: pytest.MonkeyPatch) -> None:
     def get(name: str, **options: Any) -> Any:
         return DecodingPress(**options) if name == "decoding" else get_press(name, **options)
 
-    monkeypatch.setattr(runner, "get_press", get)
+    monkeypatch.setattr(MAKES_PRESSES, get)
 
 
 def test_a_sample_without_a_context_is_written_in_the_press_context(model: Any, decoding_press: None) -> None:
@@ -315,7 +316,7 @@ def test_a_run_of_nothing_or_of_two_with_one_name_is_refused() -> None:
 
 
 def only(press: type[RandomPress], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "get_press", lambda name, compression_ratio: press(compression_ratio))
+    monkeypatch.setattr(MAKES_PRESSES, lambda name, compression_ratio: press(compression_ratio))
 
 
 @dataclass(frozen=True)
@@ -348,7 +349,8 @@ def test_protected_pairs_explain_what_is_kept_beyond_the_ratio(
     model: Any, monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
     monkeypatch.setattr(
-        runner, "get_press", lambda name, compression_ratio: ProtectsHalf(compression_ratio, inside=inside)
+        MAKES_PRESSES,
+        lambda name, compression_ratio: ProtectsHalf(compression_ratio, inside=inside),
     )
     kept = [row.kept_fraction for row in execute(run_of(LinesTask(), PressSpec("x", "x"), n=1), model)]
     expected = [0.5, 0.5] if inside else [0.75, 0.55]
@@ -419,7 +421,8 @@ class FirstTen(Allocation):
 
 def test_an_allocation_with_a_rule_of_its_own_is_measured(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        runner, "get_press", lambda name, compression_ratio: RandomPress(compression_ratio, allocation=FirstTen())
+        MAKES_PRESSES,
+        lambda name, compression_ratio: RandomPress(compression_ratio, allocation=FirstTen()),
     )
     rows = execute(run_of(LinesTask(), PressSpec("x", "x"), n=1), model)
     assert {row.kept_fraction for row in rows} == {(10 + 4) / len([1, *TOKENIZER.encode(TEXT)])} or len(rows) == 6
