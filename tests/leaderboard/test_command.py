@@ -120,8 +120,10 @@ def test_presses_that_are_not_to_be_had_end_the_run_or_are_left_out(
             raise MissingDependencyError("found no package")
         return get_press(name, **options)
 
-    monkeypatch.setattr(plan, "get_press", absent)
     with pytest.raises(KVzipPressError, match="expected gates for"):
+        command("run", "--grid", grid, "--output", tmp_path / "a", "--device", "cpu")
+    monkeypatch.setattr(plan, "get_press", absent)
+    with pytest.raises(KVzipPressError, match="found no package"):
         command("run", "--grid", grid, "--output", tmp_path / "a", "--device", "cpu")
     printed = command("run", "--grid", grid, "--output", tmp_path / "b", "--device", "cpu", "--skip-unavailable")
     for label in ("fastkvzip (expected gates", "kvzip_head (expected", "gone (found no package"):
