@@ -187,7 +187,11 @@ class ContextPool:
         """
         with self._lock:
             if name not in self._residents:
-                raise InvalidArgumentError(f"expected a context out of {', '.join(self.names)}, got {name!r:.80}")
+                here = ", ".join(self.names) or "none yet"
+                raise InvalidArgumentError(
+                    f"expected a context that is in the pool ({here}), got {name!r:.80}: ask about it first, which "
+                    "brings it there"
+                )
             self._residents[name].is_pinned = pinned
 
     def drop(self, name: str) -> None:

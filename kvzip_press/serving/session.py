@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from kvzip_press.arguments.model import check_model, check_tokenizer
+from kvzip_press.arguments.numbers import whole
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.answering import seeded
@@ -76,8 +78,13 @@ class Session:
         max_tokens: int = 1024,
         graph: bool | None = None,
     ) -> None:
-        if min(max_rows, max_tokens) < 1:
-            raise InvalidArgumentError(f"expected max_rows and max_tokens of 1 and more, got {max_rows}, {max_tokens}")
+        call = "Session(model, tokenizer, folder, pool_bytes=...)"
+        check_model(model, call)
+        check_tokenizer(tokenizer, call)
+        pool_bytes = whole("pool_bytes", pool_bytes)
+        max_rows, max_tokens = whole("max_rows", max_rows), whole("max_tokens", max_tokens)
+        if graph is not None and not isinstance(graph, bool):
+            raise InvalidArgumentError(f"expected graph to be True, False or None, got {graph!r:.80}")
         shape, device = PoolShape.of(model, storage), input_device(model)
         rotation = Rotation.of(model)
         self.pool = ContextPool(shape, pool_bytes, device=device)
@@ -158,8 +165,7 @@ class Session:
                 the question leaves its row no room for an answer; or there is a seed, but no sampling.
             SessionClosedError: The session was closed.
         """
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise InvalidArgumentError(f"expected max_new_tokens of 1 and more, got {max_new_tokens!r:.80}")
+        max_new_tokens = whole("max_new_tokens", max_new_tokens)
         sampling = seeded(sampling, seed)
         sampler = None if sampling is None else chooser(sampling)
         stream = Stream(self._tokenizer, self._step_for, self._cancel)

@@ -149,7 +149,9 @@ def test_what_is_pinned_stays() -> None:
     pool.pin("a", pinned=False)
     assert pool.put("b", context(50))
     assert "a" not in pool.names
-    with pytest.raises(InvalidArgumentError, match="expected a context out of c, b, got 'a'"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"expected a context that is in the pool \(c, b\), got 'a': ask about it first"
+    ):
         pool.pin("a")
 
 

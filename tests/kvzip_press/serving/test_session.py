@@ -524,6 +524,31 @@ def test_a_cache_that_cannot_be_shared_is_refused(
         make().add("other", compress(other, tokenizer, "Some text.", RandomPress(0.5)))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_rows": 0}, "max_rows as a whole number of 1 and more, got 0"),
+        ({"max_rows": 2.5}, "max_rows as a whole number of 1 and more, got 2.5"),
+        ({"max_tokens": "3"}, "max_tokens as a whole number of 1 and more, got '3'"),
+        ({"pool_bytes": "1GB"}, "pool_bytes as a whole number of 1 and more, got '1GB'"),
+        ({"pool_bytes": float("nan")}, "pool_bytes as a whole number of 1 and more, got nan"),
+        ({"graph": "no"}, "expected graph to be True, False or None, got 'no'"),
+        ({"tokenizer": None}, "expected a tokenizer, got None"),
+        ({"model": "smollm2"}, r"load it first, model, tokenizer = load_model\('smollm2'\)"),
+    ],
+)
+def test_what_a_session_is_begun_with_is_checked(
+    given: dict[str, Any], message: str, model: Any, tokenizer: ByteTokenizer
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        Session(**({"model": model, "tokenizer": tokenizer, "pool_bytes": 10**6} | given))
+
+
+def test_a_pool_takes_bytes_as_one_writes_them(model: Any, tokenizer: ByteTokenizer) -> None:
+    session = Session(model, tokenizer, pool_bytes=1e6)  # type: ignore[arg-type]
+    assert session.pool.shape == Session(model, tokenizer, pool_bytes=10**6).pool.shape
+
+
 def test_what_is_asked_has_to_fit(make: Made, folder: Path, model: Any, tokenizer: ByteTokenizer) -> None:
     session = make(folder)
     with pytest.raises(InvalidArgumentError, match="room for an answer in a row of 90 tokens, got 93: ask a shorter"):
@@ -532,14 +557,12 @@ def test_what_is_asked_has_to_fit(make: Made, folder: Path, model: Any, tokenize
         session.submit("Which?", "archive", seed=3)
     with pytest.raises(InvalidArgumentError, match="expected sampling as Sampling"):
         session.submit("Which?", "archive", sampling=0.7)  # type: ignore[arg-type]
-    with pytest.raises(InvalidArgumentError, match="max_new_tokens of 1 and more, got 0"):
+    with pytest.raises(InvalidArgumentError, match="max_new_tokens as a whole number of 1 and more, got 0"):
         session.submit("Which?", "archive", max_new_tokens=0)
     with pytest.raises(InvalidArgumentError, match="expected one question"):
         session.submit(None, "archive")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="expected the name of a context, got 'archive'"):
         make().submit("Which?", "archive")
-    with pytest.raises(InvalidArgumentError, match="max_rows and max_tokens of 1 and more"):
-        make(max_rows=0)
     short = tiny_model("llama", num_layers=2, max_position_embeddings=64)
     near_its_end = Session(short, tokenizer, pool_bytes=10**6, max_tokens=60)
     near_its_end.add("hall", compress(short, tokenizer, "A lamp of brass stands in the hall.", RandomPress(0.5)))
