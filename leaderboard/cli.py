@@ -108,7 +108,12 @@ def reuse(
     """Prints the seconds of many questions about one context: compressed once, kept whole, or read anew each time."""
     from kvzip_press.leaderboard.launch import reuse_tables
 
-    numbers = [int(part) if part.strip().isdecimal() else 0 for part in questions.split(",")]  # 0 is refused there
+    parts = [part.strip() for part in questions.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise InvalidArgumentError(
+            f"expected --questions as numbers with commas, such as 1,8,64, got {questions!r:.80}"
+        )
+    numbers = [int(part) for part in parts]
     for line in reuse_tables(directory, form, numbers).splitlines():
         typer.echo(printable(line))
 

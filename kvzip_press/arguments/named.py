@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,16 @@ def made(name: str, compression_ratio: float, **options: Any) -> Any:
     return press
 
 
-def _check_options(name: str, target: Callable[..., Any], options: Mapping[str, object]) -> None:
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Raises InvalidArgumentError if the press of a name takes no option of one of these names.
+
+    Raises:
+        MissingDependencyError: The press needs a package that is missing.
+    """
+    _check_options(name, resolved(find(name).target), options)
+
+
+def _check_options(name: str, target: Callable[..., Any], options: Iterable[str]) -> None:
     """Raises InvalidArgumentError if the target takes no option of a name; one that takes any checks them itself."""
     parameters = inspect.signature(target).parameters
     if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):

@@ -104,8 +104,8 @@ def check_decodes(label: str, press: Press, *, keeps_all: bool) -> None:
     """Raises InvalidArgumentError for a press that evicts pairs, but not while decoding."""
     if not keeps_all and not press.evicts_while_decoding:
         raise InvalidArgumentError(
-            f"expected presses that evict while decoding (`decoding: true`), or the full cache, for samples without a "
-            f"context, got {label!r}"
+            "expected presses that evict while decoding (a `budget`, or `decoding: true`), or the full cache, in a run "
+            f"with samples without a context, got {label!r}: give such tasks a grid of their own"
         )
 
 

@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kvzip_press.arguments.named import check_options
 from kvzip_press.budget.amount import check_compression_ratio
 from kvzip_press.cache.codecs.by_name import storage_named
 from kvzip_press.cache.codecs.model_dtype import ModelDtype
@@ -173,6 +174,7 @@ def _make(spec: PressSpec) -> None:
     """Makes a press, so that what is wrong with its options is said now; but for files, which a run asks for."""
     try:
         replace(spec, files={}).press()
+        check_options(spec.name, spec.files)
     except MissingDependencyError:  # the run reports this, or leaves the press out
         pass
     except TypeError as error:

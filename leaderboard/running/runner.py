@@ -79,7 +79,9 @@ def execute(
         InvalidArgumentError: An unknown press, a context that does not fit the model, or a server that does not answer.
         BudgetMismatchError: A cache does not hold what was asked for.
     """
-    loop = _Loop(run, model, tokenizer, done, on_heads, endpoint)
+    loop, works = _Loop(run, model, tokenizer, done, on_heads, endpoint), list(works)
+    if any(not work.sample.context for work in works):
+        loop.check_decoding()
     limit = max_positions(model)
     contexts = (context for work in works for context in contexts_of(work, run, tokenizer, limit))
     for batch in batches(filter(loop.lacks, contexts), run.batch_size):
@@ -116,6 +118,11 @@ class _Loop:
     def lacks(self, context: Context) -> bool:
         """Returns whether any row of a context is missing."""
         return bool(self._wanted([context]))
+
+    def check_decoding(self) -> None:
+        """Raises InvalidArgumentError if a press cannot answer where there is no context, before anything is asked."""
+        for (label, ratio), press in self.presses.items():
+            check_decodes(label, press, keeps_all=ratio == 0 and isinstance(press.amount, Ratio))
 
     def rows(self, batch: Sequence[Context]) -> Iterator[Row]:
         """Yields the missing rows of contexts that are read together."""
@@ -283,7 +290,6 @@ class _Loop:
         writing = Writing(self.model, self.tokenizer, context)
         for spec, ratio in wanted:
             press = self.presses[spec.label, ratio]
-            check_decodes(spec.label, press, keeps_all=ratio == 0 and isinstance(press.amount, Ratio))
             for asked in self._missing([context], spec, ratio):
                 found = writing.under(spec.label, press, asked.number)
                 cell = _Cell(spec, ratio, found.cache, [found.measured], 0.0, 0.0, 0.0)

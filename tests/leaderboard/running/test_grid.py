@@ -118,6 +118,7 @@ def test_a_file_that_a_command_makes_is_an_argument_of_the_press(tmp_path: Path)
         ({"buffer": made}, r"presses\[1\]\.files\.buffer: expected an option that is not given elsewhere"),
         ({"a b": made}, r"presses\[1\]\.files: expected the names of options"),
         (["gate"], r"presses\[1\]\.files: expected a mapping"),
+        ({"gat": made}, r"expected options of 'trimkv' among .*, got 'gat'; did you mean 'gate'"),
     ):
         with pytest.raises(InvalidArgumentError, match=message):
             load_grid(grid_file(tmp_path, presses=[GRID["presses"][0], {**press, "files": files}]))

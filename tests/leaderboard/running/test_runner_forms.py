@@ -259,6 +259,17 @@ def test_only_what_evicts_while_decoding_and_within_its_budget_is_run(
         execute(run_of(LinesTask(context=""), press), model)
 
 
+def test_a_press_that_cannot_answer_without_a_context_is_refused_before_anything_is_asked(model: Any) -> None:
+    """Whichever task comes first: rows of a grid that has to be changed would be lost."""
+    with_context, without = (
+        run_of(LinesTask(name=name, context=text), NONE, RANDOM, n=1) for name, text in (("a", TEXT), ("b", ""))
+    )
+    run = replace(with_context, tasks=(*with_context.tasks, *without.tasks))
+    rows = iter(runner.execute(run, plan(run, TOKENIZER), model, TOKENIZER))
+    with pytest.raises(InvalidArgumentError, match="without a context, got 'random': give such tasks a grid of"):
+        next(rows)
+
+
 # What does not fit ---------------------------------------------------------------------------------------------------
 
 
