@@ -1,10 +1,10 @@
-"""Shows hidden states as they enter attention, layer by layer, while a forward runs; none of them is kept."""
+"""Shows hidden states as they enter attention, layer by layer, while a forward runs; they themselves are not kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -36,3 +36,29 @@ def watching_hidden_states(
         for layer in full_attention_layers(model):
             stack.enter_context(before_forward(layer.module, before, is_mine=is_mine))
         yield
+
+
+class FromHiddenStates:
+    """Holds what a function makes of the hidden states of each layer, while it is open, when attention begins.
+
+    Args:
+        model: The model to watch.
+        make: Called with a layer's index and its hidden states ``[batch, query_length, hidden_size]``.
+
+    Attributes:
+        layers: ``layer_idx ->`` what was made, of the layers that have run.
+    """
+
+    def __init__(self, model: nn.Module, make: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
+        self.layers: dict[int, torch.Tensor] = {}
+        self._model, self._make, self._watching = model, make, ExitStack()
+
+    def __enter__(self) -> Self:
+        self._watching.enter_context(watching_hidden_states(self._model, self._look))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._watching.close()
+
+    def _look(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
+        self.layers[layer_idx] = self._make(layer_idx, hidden_states)

@@ -22,25 +22,18 @@ import torch
 
 from kvzip_press.kernels.benchmarks.cases import uneven_lengths
 from kvzip_press.kernels.benchmarks.report import commit
+from kvzip_press.leaderboard.profile.shapes import SHAPES as PUBLISHED
 from kvzip_press.serving.shares import Share
 from kvzip_press.serving.vllm import plugin, requests
 from kvzip_press.serving.vllm.facts import ServedModel
 
-LLAMA = {
+LLAMA = {  # with plain RoPE: how frequencies are stretched costs no time
+    **{name: size for name, size in PUBLISHED["llama3.1-8b"].sizes.items() if name != "rope_scaling"},
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    "rope_theta": 500000.0,
 }
 TINY = {
     "vocab_size": 512,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,7 +15,7 @@ from kvzip_press.cache.compressible import compressible_layers
 from kvzip_press.decoding.eviction import DecodeEviction, Schedule
 from kvzip_press.decoding.scorer import HiddenStateScorer
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model.hidden_states import watching_hidden_states
+from kvzip_press.model.hidden_states import FromHiddenStates
 from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import AllocatingPress, ObservingPress
 from kvzip_press.presses.fastkvzip.finding import gates_for
@@ -166,7 +165,7 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
         return valid & (tokens_after < size)
 
 
-class GateObserver:
+class GateObserver(FromHiddenStates):
     """Holds the gates' scores of one forward; each layer's are computed when its attention begins.
 
     Args:
@@ -178,16 +177,9 @@ class GateObserver:
     """
 
     def __init__(self, press: FastKVzipPress, model: nn.Module) -> None:
-        self.layers: dict[int, torch.Tensor] = {}
-        self._press, self._model, self._gates = press, model, press.gates(model)
-        self._watching = ExitStack()
-
-    def __enter__(self) -> GateObserver:
-        self._watching.enter_context(watching_hidden_states(self._model, self._look))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._watching.close()
+        gates = press.gates(model)
+        super().__init__(model, lambda layer_idx, hidden_states: gates.scores(hidden_states, layer_idx))
+        self._press = press
 
     def scores(self, prefill: Prefill) -> Scores:
         """Returns the scores of the prefill that was watched, with 0 at padding."""
@@ -203,6 +195,3 @@ class GateObserver:
         return Scores(
             layers, prefix | window, self._press.policy, protected_count=counted, carried=self._press.decoding
         )
-
-    def _look(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
-        self.layers[layer_idx] = self._gates.scores(hidden_states, layer_idx)

@@ -74,7 +74,8 @@ def parted_attention(
     mask = first.tail_mask if has_tail else None
     exact = (query, query) if rows is None else tuple(packed.contiguous() for packed in rows.dense)
     shape = lists.shape(head_dim, query.device, has_tail=has_tail)
-    of_a, of_b = _CodesOf.of(coded[0]), _CodesOf.of(coded[-1])
+    of_a = _CodesOf.of(coded[0])
+    of_b = of_a if len(coded) == 1 else _CodesOf.of(coded[1])
     with split.on_device(query.device):
         _attend_parts_kernel[(n_programs, n_row_blocks)](
             query,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import random
 import re
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,7 +49,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class ConversationTask:
+class ConversationTask(ABC):
     """The base class: the end of a conversation, as long as asked, cut at a line; conversations in a drawn order."""
 
     presets: ClassVar[Presets] = {"default": {}}

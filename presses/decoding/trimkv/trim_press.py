@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -15,7 +14,7 @@ from kvzip_press.decoding.eviction import DecodeEviction
 from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.decoding.scorer import HiddenStateScorer
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.model.hidden_states import watching_hidden_states
+from kvzip_press.model.hidden_states import FromHiddenStates
 from kvzip_press.prefilling.whole import Observer, Prefill
 from kvzip_press.presses.decoding.trimkv.gates import TrimKVGates, activation_of
 from kvzip_press.presses.decoding.windows import RecentPress
@@ -99,7 +98,7 @@ class TrimKVPress(RecentPress):
         return super().observer(model) if watched_by_another else GateObserver(self, model)
 
 
-class GateObserver:
+class GateObserver(FromHiddenStates):
     """Holds ``log beta`` of one forward's tokens; each layer's is computed when its attention begins.
 
     Args:
@@ -108,19 +107,8 @@ class GateObserver:
     """
 
     def __init__(self, press: TrimKVPress, model: nn.Module) -> None:
-        self.layers: dict[int, torch.Tensor] = {}
-        self._press, self._model, self._log_beta = press, model, press.log_beta(model)
-        self._watching = ExitStack()
-
-    def __enter__(self) -> GateObserver:
-        self._watching.enter_context(watching_hidden_states(self._model, self._look))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._watching.close()
-
-    def _look(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
-        self.layers[layer_idx] = self._log_beta(layer_idx, hidden_states)
+        super().__init__(model, press.log_beta(model))
+        self._press = press
 
     def scores(self, prefill: Prefill) -> Scores:
         """Returns what the prompt's pairs are worth at its end; they carry ``log beta``."""
