@@ -111,7 +111,7 @@ def reuse(
     parts = [part.strip() for part in questions.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise InvalidArgumentError(
-            f"expected --questions as numbers with commas, such as 1,8,64, got {questions!r:.80}"
+            f"expected --questions as rising numbers of questions from 1 on, such as 1,8,64, got {questions!r:.80}"
         )
     numbers = [int(part) for part in parts]
     for line in reuse_tables(directory, form, numbers).splitlines():

@@ -125,6 +125,9 @@ function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
   byId("theme").textContent = { auto: "◐ auto", light: "☀ light", dark: "☾ dark" }[theme];
   byId("theme").setAttribute("aria-label", `colours: ${THEMES[theme]}`);
+}
+
+function storeTheme(theme) {
   try { localStorage.setItem("kvzip-press-theme", theme); } catch { /* a page that is a file may have no storage */ }
 }
 
@@ -136,7 +139,9 @@ function start() {
   setTheme(storedTheme() in THEMES ? storedTheme() : "auto");
   byId("theme").addEventListener("click", () => {
     const names = Object.keys(THEMES);
-    setTheme(names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length]);
+    const chosen = names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length];
+    setTheme(chosen);
+    storeTheme(chosen); // only what a reader chose: a page that is merely read must not overwrite it
   });
   byId("empty").hidden = DATA.tables.length > 0;
   byId("main").hidden = !DATA.tables.length;

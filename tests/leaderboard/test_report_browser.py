@@ -71,6 +71,20 @@ class Page:
         n_shown = "return document.querySelector('.answers').children.length"
         WebDriverWait(self.driver, 30).until(lambda _: self.run(n_shown))
 
+    def read_again(self, theme: str | None) -> None:
+        """Reads the page again as one who had chosen this theme.
+
+        The storage is the browser's and not the page's: what one process of it has written, the next one may see a
+        moment later, so it is read again until it does.
+        """
+        stored = "return localStorage.getItem('kvzip-press-theme')"
+
+        def read(_: object) -> bool:
+            self.driver.refresh()
+            return bool(self.run(stored) == theme)
+
+        WebDriverWait(self.driver, 30).until(read)
+
     def colour(self, selector: str, name: str) -> str:
         return self.run("return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, name)  # type: ignore[no-any-return]
 
@@ -111,8 +125,9 @@ def open_page(driver: Any, tmp_path: Path) -> Iterator[Open]:
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
         driver.get((tmp_path / "page.html").as_uri())
         driver.execute_script("localStorage.clear()")
-        driver.refresh()
-        return Page(driver)
+        page = Page(driver)
+        page.read_again(None)
+        return page
 
     for log in ("browser", "performance"):
         driver.get_log(log)
@@ -216,7 +231,7 @@ def test_the_dark_page_follows_the_system_and_the_switch(open_page: Open, make_t
         page.one("#theme").click()
         assert page.one("html").get_attribute("data-theme") == expected
         assert (luminance(page.colour("body", "backgroundColor")) < 100) is dark
-    page.driver.refresh()
+    page.read_again("dark")
     assert page.one("html").get_attribute("data-theme") == "dark"
     page.one("#theme").click()
     assert page.one("html").get_attribute("data-theme") == "auto"
