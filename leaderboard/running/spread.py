@@ -40,14 +40,14 @@ class Worker:
         self.model, self.tokenizer = load()
         self.works = plan(run, self.tokenizer)
 
-    def describe(self, shard_of: tuple[int, int]) -> Described:
+    def describe(self, shard_of: tuple[int, int], n_workers: int) -> Described:
         """Returns the run's record, the groups of a shard, and how many rows these have."""
         limit = max_positions(self.model)
         places = shard(range(len(self.works)), *shard_of)
         for place in places:
             contexts_of(self.works[place], self.run, self.tokenizer, limit)  # raises if one does not fit
         record = RunRecord.of(self.run, self.model, count_rows(self.run, self.works))
-        return record, list(self._groups(places)), count_rows(self.run, [self.works[place] for place in places])
+        return record, list(self._groups(places, n_workers)), count_rows(self.run, [self.works[place] for place in places])
 
     def rows(self, group: Group, done: Collection[RowKey]) -> Found:
         """Returns the missing rows of a group, and what its heads kept."""
@@ -56,11 +56,12 @@ class Worker:
         rows = execute(self.run, works, self.model, self.tokenizer, done=done, on_heads=heads.append)
         return list(rows), heads
 
-    def _groups(self, places: Sequence[int]) -> Iterator[Group]:
+    def _groups(self, places: Sequence[int], n_workers: int) -> Iterator[Group]:
         of_task: dict[str, list[int]] = {}
         for place in places:
             of_task.setdefault(self.works[place].task.name, []).append(place)
-        size = self.run.batch_size
+        # Smaller than the run's batches if some workers would have nothing to do, or much less than others.
+        size = max(min(self.run.batch_size, len(places) // (2 * n_workers)), 1)
         parts = [same[start : start + size] for same in of_task.values() for start in range(0, len(same), size)]
         for part in sorted(parts):
             works = [self.works[place] for place in part]
@@ -119,7 +120,7 @@ def spread(
     """
     for number in range(workers.count):
         workers.start(number)
-    workers.ask(0, "describe", shard_of)
+    workers.ask(0, "describe", shard_of, workers.count)
     try:
         _, (record, groups, n_rows) = workers.wait()
     except WorkerDiedError as error:

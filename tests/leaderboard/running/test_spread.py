@@ -166,6 +166,15 @@ def test_a_run_goes_on_with_what_is_missing_and_shards_are_of_the_whole(tmp_path
     assert by_key(read_rows(tmp_path / "run" / "rows.jsonl")) == serial
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(1, {1, 2}), (2, {1, 2}), (3, {1}), (9, {1})])
+def test_batches_are_small_enough_for_every_worker(count: int, sizes: set[int]) -> None:
+    worker = Worker(RUN, lambda: (tiny_model(num_layers=1), ByteTokenizer()))
+    record, groups, n_rows = worker.describe((0, 1), count)
+    assert sorted(place for group in groups for place in group.places) == list(range(10))
+    assert {len(group.places) for group in groups} == sizes
+    assert n_rows == 60 == record.n_rows
+
+
 @pytest.mark.parametrize("count", [1, 3, 9])
 def test_every_second_answer_may_be_a_death(count: int, tmp_path: Path, serial: list[Row]) -> None:
     workers = Here(RUN, count, dies=lambda number: number % 2 == 1)
