@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -50,6 +51,8 @@ def test_serve_starts_the_server_over_the_folder(started: list[Any], folder: Pat
     assert (options["-m"], options["--served-model-name"]) == ("vllm.entrypoints.openai.api_server", "tiny")
     assert "--no-enable-prefix-caching" in command and command[-3:] == ["--port", "9", "--x"]
     assert command[command.index("--dtype") + 1] == "float32"
+    module, name = command[command.index("--middleware") + 1].rsplit(".", 1)
+    assert isinstance(getattr(importlib.import_module(module), name), type), "vLLM imports it"
     config = json.loads(command[command.index("--kv-transfer-config") + 1])
     assert config["kv_connector"] == "ContextConnector"
     path = config["kv_connector_extra_config"]["served_model"]
