@@ -47,7 +47,11 @@ class Worker:
         for place in places:
             contexts_of(self.works[place], self.run, self.tokenizer, limit)  # raises if one does not fit
         record = RunRecord.of(self.run, self.model, count_rows(self.run, self.works))
-        return record, list(self._groups(places, n_workers)), count_rows(self.run, [self.works[place] for place in places])
+        return (
+            record,
+            list(self._groups(places, n_workers)),
+            count_rows(self.run, [self.works[place] for place in places]),
+        )
 
     def rows(self, group: Group, done: Collection[RowKey]) -> Found:
         """Returns the missing rows of a group, and what its heads kept."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,7 +65,30 @@ def serve(
             **os.environ,
             **with_own_plugin(os.environ.get("VLLM_PLUGINS")),
         }
-        return subprocess.run([*command, *options], env=environment, check=False).returncode
+        return run_until_it_ends([*command, *options], environment)
+
+
+def run_until_it_ends(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs a program and returns its exit status. When this process is asked to end, the program is asked, too.
+
+    A SIGTERM (``docker stop``, systemd) is handed on; ctrl-C reaches both from the terminal. Either way the program
+    ends by itself, and what was made for it can be removed.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        return subprocess.run(command, env=environment, check=False).returncode
+    started: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(number: int, _: object) -> None:
+        for process in started:
+            process.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, hand_on), signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        started.append(subprocess.Popen(command, env=environment))
+        return started[0].wait()
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
 
 
 def with_own_plugin(allowed: str | None) -> dict[str, str]:
