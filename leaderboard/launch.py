@@ -303,11 +303,11 @@ def print_correlation(
     mine, theirs = (_answered(rows_of(directory)) for directory in (path, other))
     found = correlation_of_rows(mine, theirs)
     for ratio, value in found.by_ratio.items():
-        console.print(plain(f"{ratio:g} removed, {found.n_presses[ratio]} presses: {value:+.2f}"))
+        console.print(plain(f"{ratio:g} removed, {found.n_presses[ratio]} presses: {value:+z.2f}"))
     models = f"{mine[0].model} and {theirs[0].model}"
-    said = "" if found.interval is None else f" [{found.interval[0]:+.2f}, {found.interval[1]:+.2f}]"
+    said = "" if found.interval is None else f" [{found.interval[0]:+z.2f}, {found.interval[1]:+z.2f}]"
     console.print(
-        plain(f"Spearman's rank correlation of accuracies on {models}, mean over ratios: {found.mean:+.2f}{said}")
+        plain(f"Spearman's rank correlation of accuracies on {models}, mean over ratios: {found.mean:+z.2f}{said}")
     )
     if said:
         console.print(plain("In brackets: 95 % of such means with contexts drawn anew, for these presses"))

@@ -245,7 +245,7 @@ def _report(agreement: Any, seconds: dict[str, float]) -> None:
     table = Table("layer", "loss", "agreement", "rank correlation")
     columns = (agreement.loss, agreement.agreement, agreement.rank_correlation)
     for layer_idx, *values in zip(agreement.layer_indices, *columns, strict=True):
-        table.add_row(str(layer_idx), *(f"{value:.3f}" for value in values))
-    means = ", ".join(f"{name} {value:.3f}" for name, value in agreement.summary.items())
+        table.add_row(str(layer_idx), *(f"{value:z.3f}" for value in values))
+    means = ", ".join(f"{name} {value:z.3f}" for name, value in agreement.summary.items())
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     Console().print(table, f"held out, {agreement.tokens} tokens: {means}\n{times}", markup=False)

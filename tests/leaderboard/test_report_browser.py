@@ -463,6 +463,18 @@ def test_models_are_a_filter_and_how_alike_they_rank_presses_is_stated(open_page
     assert not page.one("#correlations").is_displayed()
 
 
+def test_a_difference_that_is_rounded_to_0_has_no_minus(open_page: Open, make_row: MakeRow) -> None:
+    cells = [("full cache", 0.0, 1.0), ("KVzip", 0.5, 0.996), ("KVzip", 0.75, 0.99)]
+    rows = [
+        make_row(press=press, compression_ratio=ratio, sample_id=str(i), score=score)
+        for press, ratio, score in cells
+        for i in range(2)
+    ]
+    labels = {point.get_attribute("aria-label") for point in open_page(rows).all("#by-bytes .point")}
+    for ratio, said in (("0.5", "+0.00"), ("0.75", "−0.01")):
+        assert any(label.startswith(f"KVzip, {ratio} removed") and f"{said} [" in label for label in labels), labels
+
+
 def test_one_model_has_no_correlation(open_page: Open, make_table: MakeTable) -> None:
     assert not open_page(make_table(2) + make_table(2, run_id="again")).one("#correlations").is_displayed()
 
