@@ -326,8 +326,12 @@ def _measures(rows: Sequence[Row], cells: Sequence[Cell], judgement: Judgement) 
     """Says what the table below its figures has to say: areas over bytes, what could be found, which tasks count."""
     said = []
     if areas := areas_over_bytes(cells):
-        shown = ", ".join(f"{press} {area:.3f}" for press, area in areas.areas.items() if area is not None)
+        ends = {press: f" (measured to {end / 1e6:.3g} MB)" for press, end in areas.ends.items()}
+        known = [(press, area) for press, area in areas.areas.items() if area is not None]
+        shown = ", ".join(f"{press} {area:.3f}{ends.get(press, '')}" for press, area in known)
         said.append(f"Area under accuracy over {areas.low / 1e6:.3g} to {areas.high / 1e6:.3g} MB (log axis): {shown}")
+        if any(press in ends for press, _ in known):
+            said.append("Beyond what was measured of a press, its area is that of a straight line to the full cache.")
     found = [one.detectable for one in judgement.against_full.values() if one.detectable]
     if found:
         said.append(

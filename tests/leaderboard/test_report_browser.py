@@ -332,6 +332,15 @@ def test_a_single_length_is_a_map_of_presses_by_depth_and_a_single_task_one_by_r
 
 def test_budgets_say_their_range(page: Page) -> None:
     assert page.reads("#areas-title") == "Mean accuracy over kept fractions from 0.06 to 1.00"
+    assert "(to" not in page.reads("#areas-bytes-bars") and "In brackets" not in page.reads("#areas-bytes-note")
+
+
+def test_an_area_says_where_its_press_was_measured_last(open_page: Open, make_row: MakeRow) -> None:
+    points = [("full cache", 0.0, 16), ("a", 0.0, 16), ("a", 0.75, 4), ("a, int4", 0.0, 4), ("a, int4", 0.75, 1)]
+    rows = [make_row(press=press, compression_ratio=ratio, resident_bytes=n * 10**6) for press, ratio, n in points]
+    page = open_page(rows)
+    assert page.reads("#areas-bytes-bars").count("(to 4.00 MB)") == 1
+    assert "In brackets: where a press was measured last" in page.reads("#areas-bytes-note")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
