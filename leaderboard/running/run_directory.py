@@ -93,8 +93,8 @@ class RunRecord(SealedLine):
 
         Rows of a press depend on no other press, so those of this run are rows of the other one, too.
         """
-        mine, theirs = self.config.get("presses"), other.config["presses"]
-        if not isinstance(mine, list) or not all(press in theirs for press in mine):
+        mine, theirs = self.config.get("presses"), other.config.get("presses")
+        if not isinstance(mine, list) or not isinstance(theirs, list) or not all(press in theirs for press in mine):
             return []
         if replace(self, config={**self.config, "presses": theirs}).differences(other):
             return []

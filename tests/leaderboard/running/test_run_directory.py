@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -547,6 +548,38 @@ def test_a_fault_at_any_write_of_a_run_loses_no_row_and_the_next_run_goes_on(
         assert len(list(read_heads(path / "heads.jsonl"))) == 1
         assert {one.name for one in path.iterdir()} == {"run.json", "rows.jsonl", "heads.jsonl", "lock"}, fault
     assert rounds.count("write to a file") >= 5
+
+
+@pytest.mark.parametrize("error", [FULL, FORBIDDEN, TORN], ids=["full", "forbidden", "torn"])
+def test_a_fault_while_a_run_takes_over_the_rows_of_one_with_fewer_presses_loses_none(
+    tmp_path: Path, make_row: Callable[..., Row], make_heads: Callable[..., list[HeadBudgets]], error: OSError
+) -> None:
+    presses, rounds = [{"label": "a"}, {"label": "b"}], list[str]()
+    configs = {"seed": 3, "presses": presses[:1]}, {"seed": 3, "presses": presses}
+    fewer, more = (RunRecord(run_id(config), config, {}, 3) for config in configs)
+    rows = [make_row(run_id=fewer.run_id, question_id=str(number)) for number in range(3)]
+    with RunDirectory(tmp_path / "0", fewer) as directory:
+        directory.write_heads(make_heads(fewer.run_id)[0])
+        for row in rows:
+            directory.write(row)
+
+    def take_over(path: Path) -> None:
+        with RunDirectory(path, more) as directory:
+            assert directory.done == {row.key for row in rows}
+
+    shutil.copytree(tmp_path / "0", tmp_path / "1")  # each round has a directory of its own, made before
+    for fault, raised in every_fault(lambda: take_over(tmp_path / str(len(rounds) + 1)), error):
+        path = tmp_path / str(len(rounds) + 1)
+        rounds.append(fault)
+        assert raised is None or isinstance(raised, KVzipPressError), (fault, raised)
+        there = [replace(row, run_id=fewer.run_id) for row in read_rows(path / "rows.jsonl")]
+        assert there == rows, fault
+        take_over(path)
+        assert list(read_rows(path / "rows.jsonl")) == [replace(row, run_id=more.run_id) for row in rows], fault
+        assert [heads.run_id for heads in read_heads(path / "heads.jsonl")] == [more.run_id]
+        assert {one.name for one in path.iterdir()} == {"run.json", "rows.jsonl", "heads.jsonl", "lock"}, fault
+        shutil.copytree(tmp_path / "0", tmp_path / str(len(rounds) + 1))
+    assert len(rounds) >= 8
 
 
 # Versions of tasks ---------------------------------------------------------------------------------------------------
