@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvzip_press.arguments.model import check_model
@@ -59,6 +60,9 @@ class Press(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # A value of another kind is refused before the class compares it with its range.
+        if "__post_init__" in cls.__dict__:
+            setattr(cls, "__post_init__", _checked_fields(cls.__post_init__))  # noqa: B010  # mypy, as below
         # What an author returns is checked, and named, here; and a budget is applied: scorers need no code for it.
         if "score" in cls.__dict__:
             setattr(cls, "score", _checked_score(cls.score))  # noqa: B010  # mypy: a method is not assigned to
@@ -67,6 +71,7 @@ class Press(ABC):
 
     def __post_init__(self) -> None:
         with _named(self):
+            _check_kinds(self)
             policy, amount = self.policy, self.amount  # raises for values out of range
             storage_named(self.storage)
         if not isinstance(policy, Policy) or not isinstance(amount, Amount):
@@ -184,6 +189,45 @@ def _named(press: Press, method: str = "") -> Iterator[None]:
         if name in str(error):
             raise
         raise InvalidArgumentError(f"{name}{method}: {error}") from error
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and value == value  # noqa: PLR0124  # NaN is not
+
+
+_KINDS = {"bool": ("True or False", _is_bool), "int": ("an int", _is_int), "float": ("a number", _is_number)}
+
+
+def _check_kinds(press: Press) -> None:
+    """Raises InvalidArgumentError for a field that is declared as bool, int or float and holds something else, or NaN.
+
+    Fields of wider types (``float | None``) are their class's own to check, and so are ranges.
+    """
+    for one in fields(press):
+        declared: Any = getattr(one.type, "__name__", one.type)  # a text under `from __future__ import annotations`
+        if declared not in _KINDS or not one.init or one.name == "compression_ratio":  # which the amount explains
+            continue
+        (what, is_one), value = _KINDS[declared], getattr(press, one.name)
+        if not is_one(value):
+            raise InvalidArgumentError(f"expected {one.name} to be {what}, got {value!r:.80}")
+
+
+def _checked_fields(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(post_init)
+    def checked(self: Press) -> None:
+        with _named(self):
+            _check_kinds(self)
+        post_init(self)
+
+    return checked
 
 
 def _checked_score(score: Callable[[Any, Prefill], Scores]) -> Callable[[Any, Prefill], Scores]:

@@ -327,11 +327,11 @@ def print_correlation(
     mine, theirs = (_answered(rows_of(directory)) for directory in (path, other))
     found = correlation_of_rows(mine, theirs)
     for ratio, value in found.by_ratio.items():
-        console.print(plain(f"{ratio:g} removed, {found.n_presses[ratio]} presses: {value:+.2f}"))
+        console.print(plain(f"{ratio:g} removed, {found.n_presses[ratio]} presses: {value:+z.2f}"))
     models = f"{mine[0].model} and {theirs[0].model}"
-    said = "" if found.interval is None else f" [{found.interval[0]:+.2f}, {found.interval[1]:+.2f}]"
+    said = "" if found.interval is None else f" [{found.interval[0]:+z.2f}, {found.interval[1]:+z.2f}]"
     console.print(
-        plain(f"Spearman's rank correlation of accuracies on {models}, mean over ratios: {found.mean:+.2f}{said}")
+        plain(f"Spearman's rank correlation of accuracies on {models}, mean over ratios: {found.mean:+z.2f}{said}")
     )
     if said:
         console.print(plain("In brackets: 95 % of such means with contexts drawn anew, for these presses"))
@@ -350,8 +350,12 @@ def _measures(rows: Sequence[Row], cells: Sequence[Cell], judgement: Judgement) 
     """Says what the table below its figures has to say: areas over bytes, what could be found, which tasks count."""
     said = []
     if areas := areas_over_bytes(cells):
-        shown = ", ".join(f"{press} {area:.3f}" for press, area in areas.areas.items() if area is not None)
+        ends = {press: f" (measured to {end / 1e6:.3g} MB)" for press, end in areas.ends.items()}
+        known = [(press, area) for press, area in areas.areas.items() if area is not None]
+        shown = ", ".join(f"{press} {area:.3f}{ends.get(press, '')}" for press, area in known)
         said.append(f"Area under accuracy over {areas.low / 1e6:.3g} to {areas.high / 1e6:.3g} MB (log axis): {shown}")
+        if any(press in ends for press, _ in known):
+            said.append("Beyond what was measured of a press, its area is that of a straight line to the full cache.")
     found = [one.detectable for one in judgement.against_full.values() if one.detectable]
     if found:
         said.append(

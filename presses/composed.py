@@ -16,6 +16,7 @@ from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.model.watching import Watcher
 from kvzip_press.prefilling.whole import Observer, Prefill, Scorer
 from kvzip_press.press import Press
 
@@ -122,7 +123,7 @@ class ComposedPress(Press):
         return Scores(layers, protected, Policy(self.amount, Decided(per_head=counts, like="global")))
 
 
-class Observers:
+class Observers(Watcher):
     """The observers of a composition's presses, all of which watch the same forward.
 
     Args:
@@ -131,18 +132,11 @@ class Observers:
     """
 
     def __init__(self, press: ComposedPress, by_press: dict[Scorer, Observer]) -> None:
-        self.by_press = by_press
-        self._press, self._watching = press, ExitStack()
+        self._press, self.by_press = press, by_press
 
-    def __enter__(self) -> Observers:
-        with ExitStack() as stack:  # if one fails to begin, those before it are ended
-            for observer in self.by_press.values():
-                stack.enter_context(observer)
-            self._watching = stack.pop_all()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._watching.close()
+    def _watch(self, stack: ExitStack) -> None:
+        for observer in self.by_press.values():
+            stack.enter_context(observer)
 
     def scores(self, prefill: Prefill) -> Scores:
         """Returns the scores of the prefill that was observed."""

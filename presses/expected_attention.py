@@ -20,7 +20,7 @@ from kvzip_press.budget.amount import is_int
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import AttentionLayer, full_attention_layers, layer_index
-from kvzip_press.model.watching import before_forward
+from kvzip_press.model.watching import Watcher, before_forward
 from kvzip_press.prefilling.query_window import being_read, token_bounds
 from kvzip_press.prefilling.rotation import Rotation, Turn, mean_embeddings
 from kvzip_press.prefilling.whole import Prefill
@@ -119,7 +119,7 @@ class ExpectedAttentionPress(AllocatingPress, ObservingPress):
         return paid
 
 
-class QueryMoments:
+class QueryMoments(Watcher):
     """Sums up the queries of one forward, before RoPE, layer by layer.
 
     Args:
@@ -131,21 +131,14 @@ class QueryMoments:
         self._press, self._model = press, model
         self._moments: dict[int, tuple[Turn, torch.Tensor, torch.Tensor, float]] = {}
         self._entered: dict[int, tuple[torch.Tensor, dict[str, Any]]] = {}
-        self._watching = ExitStack()
         self._counted = torch.empty(0)
 
-    def __enter__(self) -> QueryMoments:
+    def _watch(self, stack: ExitStack) -> None:
         self._counted = being_read(self._model).without_first(self._press.n_sink)
-        with ExitStack() as stack:
-            for layer in full_attention_layers(self._model):
-                stack.enter_context(before_forward(layer.module, self._enter))
-            stack.enter_context(queries_watched(self._model, self._look))
-            self._watching = stack.pop_all()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._watching.close()
-        self._entered = {}
+        stack.callback(self._entered.clear)
+        for layer in full_attention_layers(self._model):
+            stack.enter_context(before_forward(layer.module, self._enter))
+        stack.enter_context(queries_watched(self._model, self._look))
 
     def scores(self, prefill: Prefill) -> Scores:
         """Returns the scores of the prefill that was watched."""

@@ -20,6 +20,7 @@ from kvzip_press.budget.allocators import AboveUniform, AllocationLike, Pyramid
 from kvzip_press.budget.amount import is_int
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.model.watching import Watcher
 from kvzip_press.prefilling.query_window import LastQueries, being_read
 from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import AllocatingPress, ObservingPress
@@ -127,7 +128,7 @@ def leankv_press(
     return SnapKVPress(compression_ratio, AboveUniform(factor=low), window_size=window_size, **chosen)
 
 
-class WindowObserver:
+class WindowObserver(Watcher):
     """Keeps the queries of the observation window of one forward.
 
     Args:
@@ -138,15 +139,10 @@ class WindowObserver:
     def __init__(self, press: SnapKVPress, model: nn.Module) -> None:
         self._press, self._model = press, model
         self._window: LastQueries | None = None
-        self._watching = ExitStack()
 
-    def __enter__(self) -> WindowObserver:
+    def _watch(self, stack: ExitStack) -> None:
         window = LastQueries(self._model, being_read(self._model).valid, self._press.window_size)
-        self._window = self._watching.enter_context(window)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._watching.close()
+        self._window = stack.enter_context(window)
 
     def scores(self, prefill: Prefill) -> Scores:
         """Returns the scores of the prefill that was watched."""

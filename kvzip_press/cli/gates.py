@@ -48,12 +48,14 @@ def train(
     ] = False,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to train on.")] = 1_000_000,
     held_out_tokens: Annotated[int, typer.Option("--held-out-tokens", help="Tokens to evaluate with.")] = 20_000,
-    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.")] = 5000,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 5000,
     lr: Annotated[float | None, typer.Option("--lr", help="Learning rate; default 0.2, of trimkv 0.001.")] = None,
-    dim: Annotated[int | None, typer.Option("--dim", help="Dimensions of a gate; default 16, of trimkv 512.")] = None,
+    dim: Annotated[
+        int | None, typer.Option("--dim", min=1, help="Dimensions of a gate; default 16, of trimkv 512.")
+    ] = None,
     memory_size: Annotated[
         int | None,
-        typer.Option("--memory-size", help="Of trimkv: pairs of a head that are worth keeping; default 512."),
+        typer.Option("--memory-size", min=1, help="Of trimkv: pairs of a head that are worth keeping; default 512."),
     ] = None,
     objective: Annotated[
         str | None,
@@ -62,7 +64,7 @@ def train(
             help="Of trimkv: attention, the default, by forward passes alone; or distillation, the paper's.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of everything that is drawn.")] = 0,
     weighting: Annotated[
         str | None, typer.Option("--weighting", help="Of the teacher's rows: surprisal or probability; default none.")
     ] = None,
@@ -90,6 +92,7 @@ def train(
     or what the model says with it (--objective distillation), which goes back through the whole model.
     """
     _check_method(method, {"--memory-size": memory_size, "--objective": objective}, {"--weighting": weighting})
+    _check_above_0({"--lr": lr, "--disk-gb": disk_gb})
     if bool(data) == self_generated:
         raise InvalidArgumentError("expected one of --data and --self-generated, got both or none")
     from kvzip_press.presses.decoding.trimkv.recipe import ATTENTION, TrimKVRecipe
@@ -189,19 +192,24 @@ def _check_method(method: str, of_trimkv: dict[str, Any], of_fastkvzip: dict[str
         )
 
 
-def _check_places(out: Path, parent: Path, data: list[str], *, is_folder: bool) -> None:
+def _check_above_0(given: dict[str, float | None]) -> None:
+    """Raises for an option that is given and not above 0, by the name that was typed; the recipe calls it otherwise."""
+    for name, value in given.items():
+        if value is not None and not value > 0:
+            raise InvalidArgumentError(f"expected {name} above 0, got {value}")
+
+
+def _check_places(out: Path, work: Path, data: list[str], *, is_folder: bool) -> None:
     """Raises at once for what would fail, or destroy a text or a model's config, hours later."""
     from kvzip_press.presses.decoding.trimkv.gates import WEIGHTS, check_is_for_gates
 
-    if is_folder and out.exists() and not out.is_dir():
-        raise InvalidArgumentError(f"expected --out to be a folder to write, got the file {out}")
     if is_folder:
-        check_writable(out / WEIGHTS, "what is written into --out", parents=True)
+        check_writable(out / WEIGHTS, "what is written into the folder --out", parents=True)
         check_is_for_gates(out)
         return
-    if out.absolute() == parent.absolute():
-        raise InvalidArgumentError(f"expected --out to be a file to write, got the folder {out}")
     check_file_to_write(out, data, named="--data")
+    if out.absolute() == work.absolute():
+        raise InvalidArgumentError(f"expected --work to be another place than --out, got {out} for both")
 
 
 @contextmanager
@@ -245,7 +253,7 @@ def _report(agreement: Any, seconds: dict[str, float]) -> None:
     table = Table("layer", "loss", "agreement", "rank correlation")
     columns = (agreement.loss, agreement.agreement, agreement.rank_correlation)
     for layer_idx, *values in zip(agreement.layer_indices, *columns, strict=True):
-        table.add_row(str(layer_idx), *(f"{value:.3f}" for value in values))
-    means = ", ".join(f"{name} {value:.3f}" for name, value in agreement.summary.items())
+        table.add_row(str(layer_idx), *(f"{value:z.3f}" for value in values))
+    means = ", ".join(f"{name} {value:z.3f}" for name, value in agreement.summary.items())
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     Console().print(table, f"held out, {agreement.tokens} tokens: {means}\n{times}", markup=False)

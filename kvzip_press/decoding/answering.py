@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, overload
+from typing import Any, cast, overload
 
 import torch
 
-from kvzip_press.arguments.ids import described
+from kvzip_press.arguments.ids import described, is_id
 from kvzip_press.arguments.model import check_tokenizer, takes_model
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.padding import left_padded, padding_in
@@ -21,7 +21,6 @@ from kvzip_press.model.chat import chat_frame, encode, turn_break
 from kvzip_press.model.devices import input_device
 
 ASKED_AT_ONCE = 32  # questions in one batch of a longer list: its rows share the context, but not their tails
-_T = TypeVar("_T")
 
 
 @overload
@@ -169,12 +168,8 @@ def answer_ids(
         raise InvalidArgumentError(
             f"expected a question as text, or a list of questions as texts, got {question!r:.80}"
         )
-    prefixes = _one_each("answer_prefix", answer_prefix, str, len(questions))
-    bounds = _one_each("max_new_tokens", max_new_tokens, int, len(questions))
-    if not all(isinstance(text, str) for text in prefixes) or min(bounds) < 0:
-        raise InvalidArgumentError(
-            f"expected prefixes as texts, and max_new_tokens of 0 or more, got {prefixes!r:.80} and {bounds!r:.80}"
-        )
+    prefixes: list[str] = _one_each("answer_prefix", "a text", answer_prefix, _is_text, len(questions))
+    bounds: list[int] = _one_each("max_new_tokens", "an int of 0 or more", max_new_tokens, _is_bound, len(questions))
     check_streamer(streamer, len(questions))
     asked = _Asked(questions, prefixes, bounds, split_special_tokens, seeded(sampling, seed), streamer, watch)
     if not keep:
@@ -203,12 +198,24 @@ def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def _one_each(name: str, given: _T | Sequence[_T], kind: type[_T], n: int) -> list[_T]:
+def _one_each(name: str, what: str, given: Any, is_one: Callable[[object], bool], n: int) -> list[Any]:
     """Returns ``n`` values: the one given for all, or those of the list that is given."""
-    values = [given] * n if isinstance(given, kind) else list(given)  # type: ignore[arg-type]
+    if is_one(given):
+        return [given] * n
+    values = list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping) else [given]
+    if not all(map(is_one, values)):
+        raise InvalidArgumentError(f"expected {name} to be {what}, or a list of such, got {given!r:.80}")
     if len(values) != n:
         raise InvalidArgumentError(f"expected {name} once, or one for each of {n} questions, got {len(values)}")
     return values
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_bound(value: object) -> bool:
+    return is_id(value) and cast("int", value) >= 0
 
 
 def question_ids(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
 
 from kvzip_press.model.structure import full_attention_layers, layer_index
-from kvzip_press.model.watching import before_forward
+from kvzip_press.model.watching import Watcher, before_forward
 
 Look = Callable[[int, torch.Tensor], None]
 
@@ -38,7 +38,7 @@ def watching_hidden_states(
         yield
 
 
-class FromHiddenStates:
+class FromHiddenStates(Watcher):
     """Holds what a function makes of the hidden states of each layer, while it is open, when attention begins.
 
     Args:
@@ -51,14 +51,10 @@ class FromHiddenStates:
 
     def __init__(self, model: nn.Module, make: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
         self.layers: dict[int, torch.Tensor] = {}
-        self._model, self._make, self._watching = model, make, ExitStack()
+        self._model, self._make = model, make
 
-    def __enter__(self) -> Self:
-        self._watching.enter_context(watching_hidden_states(self._model, self._look))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._watching.close()
+    def _watch(self, stack: ExitStack) -> None:
+        stack.enter_context(watching_hidden_states(self._model, self._look))
 
     def _look(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
         self.layers[layer_idx] = self._make(layer_idx, hidden_states)

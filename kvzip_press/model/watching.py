@@ -8,11 +8,12 @@ call it in another with fewer arguments: such a call is foreign, and ignored bef
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 from weakref import ref
 
 from torch import nn
@@ -82,6 +83,25 @@ def _of_mine(look: Callable[..., None], is_mine: Callable[[], bool] | None) -> C
             look(module, *arguments)
 
     return hook
+
+
+class Watcher(ABC):
+    """A context manager that watches forwards while it is open; what it opens for that is said in :meth:`_watch`."""
+
+    _watching: ExitStack
+
+    @abstractmethod
+    def _watch(self, stack: ExitStack) -> None:
+        """Begins to watch: what is entered into the stack ends with this, also if something after it fails to begin."""
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._watch(stack)
+            self._watching = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._watching.close()
 
 
 @dataclass

@@ -16,7 +16,7 @@ from kvzip_press.cache.padding import first_tokens
 from kvzip_press.cache.query_window import QueryWindow
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import AttentionLayer
-from kvzip_press.model.watching import OpenFor
+from kvzip_press.model.watching import OpenFor, Watcher
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Seen:
     softcap: float | None
 
 
-class LastQueries:
+class LastQueries(Watcher):
     """Watches one prefill forward, and keeps the queries of the last tokens of each row, layer by layer.
 
     Args:
@@ -90,14 +90,9 @@ class LastQueries:
         self.bounds = token_bounds(valid)
         self.lengths = tuple(min(end - first, window_size) for first, end in self.bounds)
         self._seen: dict[int, _Seen] = {}
-        self._watching = ExitStack()
 
-    def __enter__(self) -> LastQueries:
-        self._watching.enter_context(queries_watched(self._model, self._look))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._watching.close()
+    def _watch(self, stack: ExitStack) -> None:
+        stack.enter_context(queries_watched(self._model, self._look))
 
     @torch.no_grad()
     def _look(self, layer: AttentionLayer, query: torch.Tensor, kwargs: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from kvzip_press.errors import InvalidArgumentError, UnsupportedModelError
 from kvzip_press.model.structure import text_decoder
 from kvzip_press.model.twin import twin_of
-from kvzip_press.model.watching import after_forward
+from kvzip_press.model.watching import Watcher, after_forward
 from kvzip_press.prefilling.query_window import being_read, token_bounds
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LOGITS_AT_ONCE = 2**25  # numbers: 64 MB as the model makes them, 128 MB in fp32
 
 
-class Surprisals:
+class Surprisals(Watcher):
     """Watches one prefill forward, and computes the surprisal of its tokens when the last layer is done.
 
     The hidden states that the decoder returns go through the model's own head, some tokens at a time: there is no
@@ -42,14 +42,9 @@ class Surprisals:
             )
         self._model = model
         self._values: torch.Tensor | None = None
-        self._watching = ExitStack()
 
-    def __enter__(self) -> Self:
-        self._watching.enter_context(after_forward(text_decoder(self._model), self._look, first=True))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._watching.close()
+    def _watch(self, stack: ExitStack) -> None:
+        stack.enter_context(after_forward(text_decoder(self._model), self._look, first=True))
 
     @property
     def values(self) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from kvzip_press.leaderboard.analysis.summary import Cell, find_full, split
 
 Point = tuple[float, float]
 """A measured kept fraction, or the logarithm of measured bytes, and the accuracy there."""
+
+_AS_FAR = 0.9  # of the farthest measurement: presses at one ratio differ in what they protect, and so in their places
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,15 @@ class Areas:
         high: Where it ends.
         areas: The area of each press over the range, divided by the range's length, so in [0, 1]; None for a press
             that was not measured over all of it.
+        ends: Where a press was measured last, of presses that were measured less far than others (storages of few bits
+            have few bytes even with all pairs). From there on a curve is a straight line to the full cache, and an area
+            of it tells of that line more than of the press.
     """
 
     low: float
     high: float
     areas: dict[str, float | None]
+    ends: dict[str, float] = field(default_factory=dict)
 
 
 def areas_under_curves(cells: Sequence[Cell]) -> Areas | None:
@@ -42,7 +48,8 @@ def areas_under_curves(cells: Sequence[Cell]) -> Areas | None:
     """
     known = [cell for cell in cells if cell.kept_fraction is not None]
     ends = [(1.0, cell.accuracy) for cell in cells if cell.press == find_full(cells)]
-    return _areas(_curves(known, lambda cell: cell.kept_fraction or 0.0, ends), _n_ratios(known))
+    found = _areas(_curves(known, lambda cell: cell.kept_fraction or 0.0, ends), _n_ratios(known))
+    return None if found is None else replace(found, ends=_ends(known, lambda cell: cell.kept_fraction or 0.0))
 
 
 def areas_over_bytes(cells: Sequence[Cell]) -> Areas | None:
@@ -57,7 +64,17 @@ def areas_over_bytes(cells: Sequence[Cell]) -> Areas | None:
     full, known = find_full(cells), [cell for cell in cells if cell.resident_bytes]
     ends = [(_log2(cell), cell.accuracy) for cell in known if cell.press == full]
     found = _areas(_curves(known, _log2, ends), _n_ratios(known))
-    return None if found is None else replace(found, low=2**found.low, high=2**found.high)
+    if found is None:
+        return None
+    return Areas(2**found.low, 2**found.high, found.areas, _ends(known, lambda cell: cell.resident_bytes or 0.0))
+
+
+def _ends(cells: Sequence[Cell], place: Callable[[Cell], float]) -> dict[str, float]:
+    """Returns the last place of each press that was measured less far than the one that was measured farthest."""
+    full = find_full(cells)
+    presses = split((cell for cell in cells if cell.press != full), lambda cell: cell.press)
+    ends = {press[0].press: max(map(place, press)) for press in presses}
+    return {press: end for press, end in ends.items() if end < _AS_FAR * max(ends.values())}
 
 
 def _n_ratios(cells: Sequence[Cell]) -> Counter[str]:

@@ -103,5 +103,5 @@ def _figures(cell: Cell, marks: str) -> tuple[str, ...]:
 
 
 def _figure(value: float | None, decimals: int = 2) -> str:
-    """Formats a number, or a dash if no row has it."""
-    return "-" if value is None else f"{value:.{decimals}f}"
+    """Formats a number, or a dash if no row has it; a divergence just below 0, by rounding, is 0 and not -0."""
+    return "-" if value is None else f"{value:z.{decimals}f}"

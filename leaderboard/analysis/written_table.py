@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from kvzip_press.leaderboard.analysis.curves import areas_over_bytes
+from kvzip_press.leaderboard.analysis.curves import Areas, areas_over_bytes
 from kvzip_press.leaderboard.analysis.references import CellKey
 from kvzip_press.leaderboard.analysis.summary import Cell, find_full
 from kvzip_press.leaderboard.options import check_name
@@ -23,7 +23,8 @@ def written_table(cells: Sequence[Cell], form: str, marks: Mapping[CellKey, str]
     """Returns the accuracies of all presses: a row for each, a column for each removed fraction.
 
     The full cache's row has its accuracy in the first column; the last column is the area under accuracy over resident
-    bytes (`areas_over_bytes`), a dash where a press was not measured over all of its range.
+    bytes (`areas_over_bytes`), a dash where a press was not measured over all of its range. In brackets stands where a
+    press was measured last, if others were measured farther.
 
     Args:
         cells: Cells of one table, from `summarise`.
@@ -42,8 +43,7 @@ def written_table(cells: Sequence[Cell], form: str, marks: Mapping[CellKey, str]
     for press in dict.fromkeys(cell.press for cell in cells):
         at = [0.0, *ratios[1:]] if press == full else ratios
         found = [_figure(known.get((press, ratio)), (marks or {}).get((press, ratio), "")) for ratio in at]
-        area = None if areas is None else areas.areas.get(press)
-        rows.append([press, *found, "-" if area is None else f"{area:.3f}"])
+        rows.append([press, *found, "-" if areas is None else _area(areas, press)])
     return written(head, rows, form)
 
 
@@ -58,6 +58,13 @@ def _figure(cell: Cell | None, mark: str) -> str:
         return "-"
     error = "" if cell.standard_error is None else f" ± {cell.standard_error:.2f}"
     return f"{cell.accuracy:.2f}{error}{mark and ' '}{mark}"
+
+
+def _area(areas: Areas, press: str) -> str:
+    area, end = areas.areas.get(press), areas.ends.get(press)
+    if area is None:
+        return "-"
+    return f"{area:.3f}" if end is None else f"{area:.3f} (to {end / 1e6:.3g} MB)"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

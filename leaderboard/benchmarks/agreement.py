@@ -56,7 +56,7 @@ def main(
     for name, chosen in presses.items():
         found = follow(loaded, chosen, answer)
         one = found.agreement
-        numbers = f"{one.share:.3f}", str(one.until_first), f"{one.mean_kl:.4f}", f"{found.most_bytes / 1e6:.2f}"
+        numbers = f"{one.share:.3f}", str(one.until_first), f"{one.mean_kl:z.4f}", f"{found.most_bytes / 1e6:.2f}"
         table.add_row(name, *numbers)
     Console().print(table)
 

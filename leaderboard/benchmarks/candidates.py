@@ -342,9 +342,9 @@ def divergences(rows: Sequence[Row]) -> dict[tuple[str, float], float]:
 def _shown(one: Comparison | None, apart: float | None) -> str:
     if one is None:
         return ""
-    interval = "" if one.interval is None else f" ({one.interval[0]:+.3f} to {one.interval[1]:+.3f})"
+    interval = "" if one.interval is None else f" ({one.interval[0]:+z.3f} to {one.interval[1]:+z.3f})"
     times = "" if apart is None else f", {apart:.2f} x its divergence"
-    return f"{one.difference:+.3f}{interval} p {one.p_value:.3g}{times}"
+    return f"{one.difference:+z.3f}{interval} p {one.p_value:.3g}{times}"
 
 
 if __name__ == "__main__":

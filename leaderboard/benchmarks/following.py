@@ -127,4 +127,4 @@ def _error(values: Sequence[float]) -> float:
 
 
 def _with_error(values: Sequence[float], digits: int = 3) -> str:
-    return f"{statistics.mean(map(float, values)):.{digits}f} ± {_error(values):.{digits}f}"
+    return f"{statistics.mean(map(float, values)):z.{digits}f} ± {_error(values):.{digits}f}"

@@ -171,7 +171,7 @@ def _table(cells: dict[tuple[int, str], Cell]) -> Table:
     table = Table(*names)
     for (budget, name), cell in cells.items():
         of_lists = [f"{statistics.mean(one):.3f}" if one else "" for one in (cell.found, cell.mass, cell.again)]
-        said = f"{cell.agreement.mean_kl:.4f}", f"{cell.agreement.share:.3f}"
+        said = f"{cell.agreement.mean_kl:z.4f}", f"{cell.agreement.share:.3f}"
         group_bytes = f"{statistics.mean(cell.group_bytes):.1f}" if cell.group_bytes else ""
         table.add_row(str(budget) if budget else "", name, *of_lists, *said, group_bytes)
     return table

@@ -63,7 +63,7 @@ def main(
             ours, equal = (statistics.mean(one) for one in zip(*got, strict=True))
             better = statistics.mean(one < 0 for one in apart)
             said = "equal shares" if found.settings is None else ", ".join(f"{one:g}" for one in found.settings)
-            difference = f"{statistics.mean(apart):+.4f} ± {error:.4f}"
+            difference = f"{statistics.mean(apart):+z.4f} ± {error:.4f}"
             table.add_row(name, f"{ratio:g}", said, f"{equal:.4f}", f"{ours:.4f}", difference, f"{better:.0%}")
             rows.append(
                 {"press": name, "removed": ratio, "settings": found.settings, "equal": equal, "table": ours}

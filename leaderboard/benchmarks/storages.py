@@ -97,7 +97,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         cells: list[Any] = [f"{row['removed']:.1f}", plain(str(row["storage"])), f"{row['times_smaller']:.1f}"]
         for part in ("by_storage", "in_all"):
-            cells += [f"{row['kl_' + part]:.4f} ± {row[f'kl_{part}_se']:.4f}", f"{row['same_' + part]:.3f}"]
+            cells += [f"{row['kl_' + part]:z.4f} ± {row[f'kl_{part}_se']:.4f}", f"{row['same_' + part]:.3f}"]
         table.add_row(*cells)
     return table
 

@@ -71,7 +71,7 @@ def main(
     medians = {key: [statistics.median(part) for part in zip(*found, strict=True)] for key, found in seconds.items()}
     for (replay, weighting), (read, scored) in medians.items():
         base = medians[replay, None]
-        more = "" if weighting is None else f"{(read - base[0] + scored - base[1]) / base[1]:+.1%}"
+        more = "" if weighting is None else f"{(read - base[0] + scored - base[1]) / base[1]:+z.1%}"
         table.add_row(f"kvzip{replay}", weighting or "none", f"{read:.4f}", f"{scored:.4f}", more)
     Console().print(table)
     Console().print(plain(f"{name}, {tokens} tokens, medians of {repeats} runs in turns"))

@@ -58,11 +58,13 @@ function drawAreasOf(id, areas, name, axis, asPlace, table, shown) {
   byId(`${id}-bars`).replaceChildren(el("div", { class: "bars" }, ...found.flatMap(([press, area]) => [
     el("span", {}, marker(table, press), nameOf(press)),
     el("span", { class: "meter", "aria-hidden": "true" }, el("i", { style: `width:${100 * (area ?? 0)}%;background:${lookOf(table, press).colour}` })),
-    el("b", {}, fixed(3)(area)),
+    el("b", {}, fixed(3)(area), press in areas.ends && area !== null ? ` (to ${asPlace(areas.ends[press])})` : null),
   ])));
   const range = `from ${asPlace(areas.low)} to ${asPlace(areas.high)}`;
+  const isShort = found.some(([press, area]) => press in areas.ends && area !== null);
+  const ends = isShort ? " In brackets: where a press was measured last, if others were measured farther; from there on its area is that of a straight line to the full cache." : "";
   byId(`${id}-title`).textContent = `Mean accuracy over ${name} ${range}`;
-  byId(`${id}-note`).textContent = `Area under accuracy over ${axis} ${range}, which all presses share, divided by that range; all tasks.`;
+  byId(`${id}-note`).textContent = `Area under accuracy over ${axis} ${range}, which all presses share, divided by that range; all tasks.${ends}`;
 }
 
 /** How the ranks of presses in the run that is shown correlate with those on other models. */

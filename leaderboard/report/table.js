@@ -29,7 +29,10 @@ function describe(cell) {
   return lines.join("\n");
 }
 
-const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
+function signed(value) {
+  const size = Math.abs(value).toFixed(2);
+  return `${value < 0 && Number(size) ? "−" : "+"}${size}`; // what is rounded to 0 has no minus
+}
 
 function sorted(cells, sort) {
   if (!sort) return cells;

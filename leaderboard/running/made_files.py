@@ -15,8 +15,8 @@ class MadeFile:
     Attributes:
         path: Where it is, from the directory that the run is started in.
         command: What makes it there.
-        sha256: Of its contents; of a folder, of its files' names and contents. Empty while it is not there. A run's
-            configuration has it: rows of two files are not rows of one run.
+        sha256: Of its contents; of a folder, of its files' names and contents. Empty while it is not there, or a folder
+            without files. A run's configuration has it: rows of two files are not rows of one run.
     """
 
     path: str
@@ -35,6 +35,10 @@ class MadeFile:
         """
         found = _digest(Path(self.path))
         if not found:
+            if Path(self.path).is_dir():
+                raise InvalidArgumentError(
+                    f"expected files in {self.path}, which `{self.command}` makes beforehand, got a folder without any"
+                )
             raise InvalidArgumentError(f"expected {self.path} to be there, made beforehand by `{self.command}`")
         if found != self.sha256:
             raise InvalidArgumentError(

@@ -1,9 +1,10 @@
 """The directory of a run: its configuration, its rows, what heads kept, and a lock."""
 
+import logging
 import os
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
@@ -23,6 +24,8 @@ from kvzip_press.untrusted import JSON_BYTES, read_bytes
 OfRun = TypeVar("OfRun", Row, HeadBudgets)
 
 RUN, ROWS, HEADS, LOCK = "run.json", "rows.jsonl", "heads.jsonl", "lock"
+
+logger = logging.getLogger(__name__)
 
 _SAME_MODEL = ("model_revision", "dtype")  # parts of the provenance: rows of two models are not rows of one run
 _SHOWN = 6  # how many differing keys an error names
@@ -85,9 +88,27 @@ class RunRecord(SealedLine):
         said = [(key, *(repr(side[key]) if key in side else "nothing" for side in (mine, theirs))) for key in keys]
         return [f"{key}: {my}, {their}" for key, my, their in said if my != their]
 
+    def added_presses(self, other: "RunRecord") -> list[str]:
+        """Lists the labels of the presses that another run has besides; empty unless that is all in which they differ.
 
-def lines_of(path: Path, kind: type[OfRun], record: RunRecord) -> Iterator[OfRun]:
+        Rows of a press depend on no other press, so those of this run are rows of the other one, too.
+        """
+        mine, theirs = self.config.get("presses"), other.config.get("presses")
+        if not isinstance(mine, list) or not isinstance(theirs, list) or not all(press in theirs for press in mine):
+            return []
+        if replace(self, config={**self.config, "presses": theirs}).differences(other):
+            return []
+        return [press["label"] for press in theirs if press not in mine]
+
+
+def lines_of(path: Path, kind: type[OfRun], record: RunRecord, *, also: str = "") -> Iterator[OfRun]:
     """Yields the rows or head budgets of a run from a file.
+
+    Args:
+        path: The file.
+        kind: The class of its lines.
+        record: The run.
+        also: The id of a second run whose lines may be there; none if empty.
 
     Raises:
         RunDirectoryError: A line is of another run, or there twice; or as `read_lines` raises.
@@ -96,7 +117,7 @@ def lines_of(path: Path, kind: type[OfRun], record: RunRecord) -> Iterator[OfRun
     seen: set[Hashable] = set()
     for line in read_lines(path, kind):
         about = f"task {line.task!r:.80}, sample {line.sample_id!r:.80}, press {line.press!r:.80}"
-        if line.run_id != record.run_id:
+        if line.run_id not in (record.run_id, also):
             raise RunDirectoryError(
                 f"expected {path} to hold lines of the run {record.run_id} only, as {RUN} beside it says, got one of "
                 f"{line.run_id!r:.40} ({about}). Remove such lines, take another directory, or --force to begin again"
@@ -112,6 +133,9 @@ def lines_of(path: Path, kind: type[OfRun], record: RunRecord) -> Iterator[OfRun
 
 class RunDirectory:
     """Appends to the directory of a run, continuing where it stopped. A context manager, which holds the lock.
+
+    A run that has all that the directory's has, and further presses, continues it: the rows that are there become rows
+    of the larger run.
 
     A second process is refused. Locks are the operating system's, so a killed process leaves none behind; beside the
     lock file the files of lines are locked themselves, so that removing the lock file lets nobody in. What killed
@@ -191,7 +215,9 @@ class RunDirectory:
             keep_aside([self.path / name for name in (RUN, ROWS, HEADS)])
         if file.exists():
             there = RunRecord.read(self.path)
-            if differences := there.differences(self.record):
+            if added := there.added_presses(self.record):
+                self._take_over(there, added)
+            elif differences := there.differences(self.record):
                 raise RunDirectoryError(
                     f"{self.path} holds another run, {there.run_id}. It and this one, {self.record.run_id}, differ in "
                     f"{_listed(differences)}. Take another directory, or --force to begin again"
@@ -199,8 +225,33 @@ class RunDirectory:
             return
         if (self.path / ROWS).exists():
             raise RunDirectoryError(f"{self.path} holds {ROWS} without {RUN}: of which run? --force keeps it aside")
+        self._write_record(self.record)
+
+    def _take_over(self, there: RunRecord, added: Sequence[str]) -> None:
+        """Makes the lines of the run that is there lines of this one, which has further presses.
+
+        The record is written last: if this is killed before, the same command does it again.
+        """
+        self._take_lines(ROWS, Row, there)
+        self._take_lines(HEADS, HeadBudgets, there)
+        self._write_record(replace(self.record, provenance=there.provenance))
+        logger.warning(
+            "%s: the run %s goes on as %s, with %s", self.path, there.run_id, self.record.run_id, ", ".join(added)
+        )
+
+    def _take_lines(self, name: str, kind: type[OfRun], there: RunRecord) -> None:
+        file, run_id = self.path / name, self.record.run_id
+        if not file.exists():
+            return
+        with LineWriter(file, kind):  # refuses what no run wrote, as for a run that goes on as it is
+            pass
+        lines = [replace(line, run_id=run_id) for line in lines_of(file, kind, self.record, also=there.run_id)]
         with replacing(file) as temporary:
-            temporary.write_text(self.record.to_line(indent=1) + "\n", encoding="utf-8")
+            temporary.write_text("".join(f"{line.to_line()}\n" for line in lines), encoding="utf-8", newline="\n")
+
+    def _write_record(self, record: RunRecord) -> None:
+        with replacing(self.path / RUN) as temporary:
+            temporary.write_text(record.to_line(indent=1) + "\n", encoding="utf-8")
 
     def _there(self, name: str, kind: type[OfRun]) -> Iterator[OfRun]:
         file = self.path / name

@@ -21,6 +21,7 @@ from kvzip_press.decoding.layer_pairs import LayerPairs, dense_pairs
 from kvzip_press.decoding.pair_scorer import Look, PairScorer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import AttentionLayer
+from kvzip_press.model.watching import Watcher
 from kvzip_press.prefilling.query_window import being_read
 from kvzip_press.prefilling.whole import Observer, Prefill
 from kvzip_press.press import AllocatingPress, Press
@@ -197,7 +198,7 @@ class DecodePress(AllocatingPress):
         )
 
 
-class PromptObserver:
+class PromptObserver(Watcher):
     """Scores a prompt's pairs layer by layer, as each layer attends; no query is kept.
 
     Args:
@@ -211,16 +212,11 @@ class PromptObserver:
     def __init__(self, press: DecodePress, model: nn.Module) -> None:
         self.layers: dict[int, torch.Tensor] = {}
         self._press, self._model = press, model
-        self._watching = ExitStack()
 
-    def __enter__(self) -> PromptObserver:
+    def _watch(self, stack: ExitStack) -> None:
         if start := being_read(self._model).start:
             raise self._press.refusal_of_parts(start)
-        self._watching.enter_context(attention_watched(self._model, self))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._watching.close()
+        stack.enter_context(attention_watched(self._model, self))
 
     @torch.no_grad()
     def __call__(

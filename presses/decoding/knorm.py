@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from kvzip_press.budget.amount import is_int
 from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.decoding.decode_press import DecodePress
@@ -31,14 +33,15 @@ class KnormDecodePress(DecodePress):
         InvalidArgumentError: An index of a layer is negative or no int.
     """
 
-    skip_layers: tuple[int, ...] = field(default=(0, 1), kw_only=True)
+    skip_layers: Sequence[int] = field(default=(0, 1), kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
-        if not all(isinstance(layer_idx, int) and layer_idx >= 0 for layer_idx in self.skip_layers):
+        given = self.skip_layers
+        if not isinstance(given, Sequence) or not all(is_int(layer_idx) and layer_idx >= 0 for layer_idx in given):
             raise InvalidArgumentError(
-                f"KnormDecodePress: expected skip_layers as indices of layers, got {self.skip_layers}"
+                f"KnormDecodePress: expected skip_layers as a sequence of indices of layers, got {given!r:.80}"
             )
+        object.__setattr__(self, "skip_layers", tuple(given))
         super().__post_init__()
 
     def worth(self, pairs: LayerPairs) -> torch.Tensor:

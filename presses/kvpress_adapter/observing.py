@@ -11,7 +11,7 @@ from torch import nn
 from kvzip_press import compat
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import attention_layers, full_attention_layers, text_decoder
-from kvzip_press.model.watching import after_forward, before_forward
+from kvzip_press.model.watching import Watcher, after_forward, before_forward
 from kvzip_press.presses.kvpress_adapter.copies import presses_in
 from kvzip_press.presses.kvpress_adapter.layer_rows import LayerRow
 from kvzip_press.presses.kvpress_adapter.refused import as_ours, later_turn
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvzip_press.presses.kvpress_adapter.wrapped import WrappedPress
 
 
-class KvpressObserver:
+class KvpressObserver(Watcher):
     """Runs one kvpress press during one forward.
 
     A press that acts in its own context is not run here; it is only checked that the forward is a first turn. A press
@@ -36,25 +36,23 @@ class KvpressObserver:
 
     def __init__(self, press: WrappedPress, model: nn.Module) -> None:
         self._press, self._model = press, model
-        self._watching = ExitStack()
         self._rows: dict[int, list[torch.Tensor]] = {}
         self._runs: list[Any] = []  # a copy of the press for each row, which may keep state from layer to layer
         self._ratio_reads: list[str] = []
         self._failure: Exception | None = None
 
-    def __enter__(self) -> KvpressObserver:
+    def _watch(self, stack: ExitStack) -> None:
         watched = [] if self._press.is_native else full_attention_layers(self._model)
         if watched:
             self._runs = [self._new_run()]
         self._rotary_emb = getattr(text_decoder(self._model), "rotary_emb", None)
         first = attention_layers(self._model)[0].module
-        self._watching.enter_context(before_forward(first, self._check))
+        stack.enter_context(before_forward(first, self._check))
         for layer in watched:
-            self._watching.enter_context(after_forward(layer.module, self._look))
-        return self
+            stack.enter_context(after_forward(layer.module, self._look))
 
     def __exit__(self, *exc: object) -> None:
-        self._watching.close()
+        super().__exit__(*exc)
         self._runs = []
 
     @property

@@ -1,6 +1,7 @@
 """What the kernel tests share: devices, the error budget, views inside buffers full of NaN, packed rows made dense."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,21 @@ def assert_accurate() -> Accurate:
         assert error <= budget, f"error {error:.3e} is over the budget {budget:.3e}"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def captured() -> Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]:
+    """Captures a run in a CUDA graph; gives what it returned, which the graph writes anew, and what replays it."""
+
+    def capture(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        run()  # compiles and tunes, which no capture allows
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = run()
+        return output, graph.replay
+
+    return capture
 
 
 @pytest.fixture(scope="session")

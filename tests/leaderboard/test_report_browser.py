@@ -332,6 +332,15 @@ def test_a_single_length_is_a_map_of_presses_by_depth_and_a_single_task_one_by_r
 
 def test_budgets_say_their_range(page: Page) -> None:
     assert page.reads("#areas-title") == "Mean accuracy over kept fractions from 0.06 to 1.00"
+    assert "(to" not in page.reads("#areas-bytes-bars") and "In brackets" not in page.reads("#areas-bytes-note")
+
+
+def test_an_area_says_where_its_press_was_measured_last(open_page: Open, make_row: MakeRow) -> None:
+    points = [("full cache", 0.0, 16), ("a", 0.0, 16), ("a", 0.75, 4), ("a, int4", 0.0, 4), ("a, int4", 0.75, 1)]
+    rows = [make_row(press=press, compression_ratio=ratio, resident_bytes=n * 10**6) for press, ratio, n in points]
+    page = open_page(rows)
+    assert page.reads("#areas-bytes-bars").count("(to 4.00 MB)") == 1
+    assert "In brackets: where a press was measured last" in page.reads("#areas-bytes-note")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -461,6 +470,18 @@ def test_models_are_a_filter_and_how_alike_they_rank_presses_is_stated(open_page
     page.choose("model", "tiny")
     page.one("#aware").click()  # the other model has no such rows
     assert not page.one("#correlations").is_displayed()
+
+
+def test_a_difference_that_is_rounded_to_0_has_no_minus(open_page: Open, make_row: MakeRow) -> None:
+    cells = [("full cache", 0.0, 1.0), ("KVzip", 0.5, 0.996), ("KVzip", 0.75, 0.99)]
+    rows = [
+        make_row(press=press, compression_ratio=ratio, sample_id=str(i), score=score)
+        for press, ratio, score in cells
+        for i in range(2)
+    ]
+    labels = {point.get_attribute("aria-label") for point in open_page(rows).all("#by-bytes .point")}
+    for ratio, said in (("0.5", "+0.00"), ("0.75", "−0.01")):
+        assert any(label.startswith(f"KVzip, {ratio} removed") and f"{said} [" in label for label in labels), labels
 
 
 def test_one_model_has_no_correlation(open_page: Open, make_table: MakeTable) -> None:

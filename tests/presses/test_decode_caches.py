@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from decode_presses import BUDGET, BUFFER, PRESSES, SPENDING, distinct_ids, held, made, ragged, step
 from transformers import DynamicCache
 
 from kvzip_press import RaggedCache, answer, compress
-from kvzip_press.budget.allocators import ALLOCATIONS, Table, allocation_of
-from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.budget.allocators import allocation_of
 from kvzip_press.decoding import step as decoding
 from kvzip_press.decoding.forward import read
 from kvzip_press.decoding.generation import generate
@@ -20,12 +20,8 @@ from kvzip_press.presses.decoding import (
     DecodePress,
     H2OPress,
     KnormDecodePress,
-    KVCompressPress,
-    RandomDecodePress,
     RKVPress,
-    SnapKVDecodePress,
     StreamingLLMDecodePress,
-    TOVADecodePress,
 )
 from kvzip_press.presses.kvzip import KVzipPress
 from kvzip_press.presses.random import RandomPress
@@ -33,52 +29,12 @@ from kvzip_press.testing import ByteTokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TOKENIZER, BUDGET, BUFFER = ByteTokenizer(), 24, 8
-PRESSES: tuple[tuple[type[DecodePress], dict[str, Any]], ...] = (
-    (StreamingLLMDecodePress, {"n_sink": 2}),
-    (KnormDecodePress, {"skip_layers": (0,)}),
-    (TOVADecodePress, {}),
-    (SnapKVDecodePress, {"window_size": 6}),
-    (H2OPress, {}),
-    (KVCompressPress, {"window_size": 6, "allocation": "global"}),
-    (RKVPress, {}),
-    (RandomDecodePress, {}),
-)
-SPENDING = sorted(name for name, kind in ALLOCATIONS.items() if not kind.is_outcome and kind is not Table)
+TOKENIZER = ByteTokenizer()
 every_press = pytest.mark.parametrize("kind_and_options", PRESSES, ids=lambda pair: pair[0].__name__)
-
-
-def made(kind_and_options: tuple[type[DecodePress], dict[str, Any]], **options: Any) -> DecodePress:
-    kind, own = kind_and_options
-    return kind(**{"budget": BUDGET, "buffer": BUFFER} | own | options)
-
-
-def distinct_ids(length: int, batch: int = 1) -> torch.Tensor:
-    rows = [3 + torch.randperm(250, generator=torch.Generator().manual_seed(seed)) for seed in range(batch)]
-    return torch.stack(rows)[:, :length]
-
-
-@torch.no_grad()
-def step(model: Any, cache: Any, ids: torch.Tensor, **given: Any) -> torch.Tensor:
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits[:, -1]
 
 
 def small_model(architecture: str = "llama", **options: Any) -> Any:
     return tiny_model(architecture, vocab_size=256, **options)
-
-
-def ragged(cache: Any) -> list[RaggedLayer]:
-    return [layer for layer in cache.layers if isinstance(layer, RaggedLayer)]
-
-
-def held(cache: Any, row: int = 0) -> list[list[int]]:
-    """Positions of each layer and head, tails included."""
-    positions = []
-    for layer in ragged(cache):
-        end, n = int(layer.next_positions[row]), int(layer.n_tail_tokens[row])
-        tail = list(range(end - n, end))
-        positions += [layer.packed.head_positions(row, h).tolist() + tail for h in range(layer.packed.num_heads)]
-    return positions
 
 
 def storage_bytes(cache: Any) -> int:

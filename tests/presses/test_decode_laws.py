@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from decode_presses import PRESSES as WITHOUT_FILES
+from decode_presses import SPENDING, Made, distinct_ids, held, step
+from decode_presses import made as made_small
 from transformers import DynamicCache
 
 from kvzip_press import RaggedCache, compress
-from kvzip_press.budget.allocators import ALLOCATIONS, Pages, Table, allocation_of
-from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.budget.allocators import Pages, allocation_of
 from kvzip_press.decoding import step as decoding
 from kvzip_press.decoding.generation import generate
 from kvzip_press.decoding.pair_scorer import PairScorer
@@ -19,14 +21,11 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.decoding import (
     DecodePress,
     H2OPress,
-    KnormDecodePress,
     KVCompressPress,
     QueryStatistics,
-    RandomDecodePress,
     RKVPress,
     SnapKVDecodePress,
     StreamingLLMDecodePress,
-    TOVADecodePress,
     TriAttentionPress,
     TrimKVGates,
     TrimKVPress,
@@ -37,31 +36,18 @@ from kvzip_press.presses.random import RandomPress
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 TOKENIZER, HEADS = ByteTokenizer(), 2
-PRESSES = (
-    (StreamingLLMDecodePress, {"n_sink": 2}),
-    (KnormDecodePress, {"skip_layers": (0,)}),
-    (TOVADecodePress, {}),
-    (SnapKVDecodePress, {"window_size": 6}),
-    (H2OPress, {}),
-    (KVCompressPress, {"window_size": 6, "allocation": "global"}),
-    (RKVPress, {}),
-    (TriAttentionPress, {}),
-    (TrimKVPress, {}),
-    (RandomDecodePress, {}),
-)
+PRESSES = (*WITHOUT_FILES, (TriAttentionPress, {}), (TrimKVPress, {}))
 pytestmark = pytest.mark.usefixtures("one_thread")
-# The allocations that spend a budget and need no argument.
-SPENDING = sorted(name for name, kind in ALLOCATIONS.items() if not kind.is_outcome and kind is not Table)
 every_press = pytest.mark.parametrize("kind_and_options", PRESSES, ids=lambda pair: pair[0].__name__)
 
 
-def made(kind_and_options: tuple[type[DecodePress], dict[str, Any]], **options: Any) -> DecodePress:
+def made(kind_and_options: Made, **options: Any) -> DecodePress:
     kind, own = kind_and_options
     if kind is TriAttentionPress:
         own = own | {"queries": statistics()}
     if kind is TrimKVPress:
         own = own | {"gate": gates()}
-    return kind(**{"budget": 24, "buffer": 8} | own | options)
+    return made_small((kind, own), **options)
 
 
 @once
@@ -76,28 +62,6 @@ def gates() -> TrimKVGates:
     return TrimKVGates(
         {i: {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for i in (0, 1)}
     )
-
-
-def distinct_ids(length: int, batch: int = 1) -> torch.Tensor:
-    """No token twice in a row: equal ones would tie."""
-    rows = [3 + torch.randperm(250, generator=torch.Generator().manual_seed(seed)) for seed in range(batch)]
-    return torch.stack(rows)[:, :length]
-
-
-@torch.no_grad()
-def step(model: Any, cache: Any, ids: torch.Tensor, **given: Any) -> torch.Tensor:
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits[:, -1]
-
-
-def held(cache: Any, row: int = 0) -> list[list[int]]:
-    """Positions of each layer and head, tails included."""
-    positions = []
-    for layer in cache.layers:
-        if isinstance(layer, RaggedLayer):
-            end, n = int(layer.next_positions[row]), int(layer.n_tail_tokens[row])
-            tail = list(range(end - n, end))
-            positions += [layer.packed.head_positions(row, head).tolist() + tail for head in range(HEADS)]
-    return positions
 
 
 def n_pairs(cache: Any, row: int = 0) -> int:

@@ -446,7 +446,7 @@ def test_what_would_fail_or_destroy_a_text_in_the_end_is_refused_at_once(invoke,
     for out, said in ((texts, "another file than --data"), (tmp_path / "folder", "--out to be a file")):
         with pytest.raises(InvalidArgumentError, match=said):
             invoke("--out", out)
-    with pytest.raises(InvalidArgumentError, match="--out to be a file"):
+    with pytest.raises(InvalidArgumentError, match="expected --work to be another place than --out"):
         invoke("--out", tmp_path / "new", "--work", tmp_path / "new")
     assert texts.read_bytes() == before
 

@@ -139,11 +139,11 @@ def test_distilled_gates_hold_fewer_pairs_at_less_loss(model) -> None:
 
 
 def test_values_out_of_range_are_refused(model) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"objective out of .*, got 'distilation'.*'distillation'"):
+    with pytest.raises(InvalidArgumentError, match=r"objective to be one of .*, got 'distilation'.*'distillation'"):
         TrimKVRecipe(objective="distilation")
     with pytest.raises(InvalidArgumentError, match="capacity_weight"):
         TrimKVRecipe(capacity_weight=float("nan"))
-    with pytest.raises(InvalidArgumentError, match="memory_size"):
+    with pytest.raises(InvalidArgumentError, match="expected memory_size >= 1, got 0"):
         TrimKVRecipe(memory_size=0)
     with pytest.raises(InvalidArgumentError, match="more than memory_size=48 tokens"):
         train(model, TrimKVRecipe(memory_size=48, steps=1), rows_of(2), rows_of(2))
@@ -179,15 +179,24 @@ def test_the_command_refuses_what_cannot_be_trained(tmp_path) -> None:
     given = ["gates", "train", "--model", "smollm2", "--data", str(tmp_path / "file")]
     for more, reason in (
         (["--out", str(tmp_path / "new"), "--method", "kvzap"], "--method"),
-        (["--out", str(tmp_path / "file"), "--method", "trimkv"], "a folder to write"),
-        (["--out", str(tmp_path / "new"), "--method", "trimkv", "--objective", "paper"], "an objective out of"),
+        (["--out", str(tmp_path / "file"), "--method", "trimkv"], "is no folder"),
+        (
+            ["--out", str(tmp_path / "new"), "--method", "trimkv", "--objective", "paper"],
+            "expected objective to be",
+        ),
         (["--out", str(tmp_path / "new"), "--method", "trimkv", "--weighting", "surprisal"], "of --method fastkvzip"),
         (["--out", str(tmp_path / "new"), "--objective", "distillation"], "of --method trimkv"),
         (["--out", str(tmp_path / "new"), "--memory-size", "64"], "--memory-size, which are of --method trimkv"),
-        (["--out", str(tmp_path / "new"), "--method", "trimkv", "--dim", "0"], "width, steps and moments of 1"),
+        (["--out", str(tmp_path / "new"), "--lr", "0"], "expected --lr above 0, got 0.0"),
+        (["--out", str(tmp_path / "new"), "--disk-gb", "nan"], "expected --disk-gb above 0, got nan"),
+        (["--out", str(tmp_path / "new"), "--work", str(tmp_path / "new")], "expected --work to be another place than"),
     ):
         done = CliRunner().invoke(app, given + more)
         assert done.exit_code and reason in str(done.exception), more
+    for option, least in (("--dim", 1), ("--memory-size", 1), ("--steps", 1), ("--seed", 0)):
+        out = ["--out", str(tmp_path / "new"), "--method", "trimkv"]
+        done = CliRunner().invoke(app, [*given, *out, option, str(least - 1)], env={"TERMINAL_WIDTH": "200"})
+        assert done.exit_code == 2 and f"Invalid value for '{option}'" in done.output, done.output
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     with pytest.raises(InvalidArgumentError, match="is no folder"):
         CliRunner().invoke(

@@ -16,6 +16,7 @@ from kvzip_press.presses.decoding.trimkv.gates import activation_of, log_beta
 from kvzip_press.presses.decoding.trimkv.recipe import TrimKVRecipe
 
 Gates = dict[int, dict[str, torch.Tensor]]
+"""The tensors of each gate by name (:class:`.gates.TrimKVGates`), by layer index; in training fp32, with gradients."""
 
 
 class Foresight:

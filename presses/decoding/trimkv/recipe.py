@@ -43,15 +43,18 @@ class TrimKVRecipe:
     capacity_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        least = min(self.memory_size, self.width, self.steps, self.moments)
-        if least < 1 or self.seed < 0 or not self.lr > 0 or not self.capacity_weight >= 0:
-            raise InvalidArgumentError(
-                "expected memory_size, width, steps and moments of 1 or more, seed >= 0, lr > 0 and "
-                f"capacity_weight >= 0, got {self}"
-            )
+        for name, least in {"memory_size": 1, "width": 1, "steps": 1, "moments": 1, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise InvalidArgumentError(f"expected {name} >= {least}, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise InvalidArgumentError(f"expected lr > 0, got {self.lr}")
+        if not self.capacity_weight >= 0:
+            raise InvalidArgumentError(f"expected capacity_weight >= 0, got {self.capacity_weight}")
         if self.objective not in OBJECTIVES:
-            hint = did_you_mean(str(self.objective), OBJECTIVES)
-            raise InvalidArgumentError(f"expected an objective out of {OBJECTIVES}, got {self.objective!r:.40}{hint}")
+            raise InvalidArgumentError(
+                f"expected objective to be one of {OBJECTIVES}, got {self.objective!r:.40}"
+                f"{did_you_mean(self.objective, OBJECTIVES)}"
+            )
 
     def rate(self, step: int) -> float:
         """Returns the learning rate of a step."""

@@ -19,7 +19,7 @@ from kvzip_press.model.devices import input_device
 from kvzip_press.model.identity import facts_of, num_kv_heads
 from kvzip_press.model.structure import full_attention_layers, text_config
 from kvzip_press.presses.decoding.trimkv.distilled import Distillation
-from kvzip_press.presses.decoding.trimkv.foreseen import Foresight
+from kvzip_press.presses.decoding.trimkv.foreseen import Foresight, Gates
 from kvzip_press.presses.decoding.trimkv.gates import TrimKVGates
 from kvzip_press.presses.decoding.trimkv.recipe import ATTENTION, TrimKVRecipe
 from kvzip_press.training.folder import WorkFolder
@@ -27,7 +27,6 @@ from kvzip_press.training.states import read_state, write_state
 from kvzip_press.version import __version__
 
 Progress = Callable[[str, int, int, str], None]
-Gates = dict[int, dict[str, torch.Tensor]]
 
 _STATE = "state-000.safetensors"
 _SECONDS_A_STATE = 60.0  # of work that a kill may cost

@@ -53,15 +53,18 @@ class Recipe:
         for name, least in {
             "tokens": 64,
             "held_out_tokens": 32,
+            "steps": 1,
+            "batch_size": 1,
+            "dim": 1,
+            "n_sink": 1,
             "seed": 0,
             "piece_tokens": 64,
             "disk_bytes": 1,
         }.items():
             if getattr(self, name) < least:
                 raise InvalidArgumentError(f"expected {name} >= {least}, got {getattr(self, name)}")
-        if min(self.steps, self.batch_size, self.dim, self.n_sink) < 1 or not self.lr > 0:
-            raise InvalidArgumentError(f"expected steps, batch_size, dim, n_sink and lr above 0, got {self}")
-
+        if not self.lr > 0:
+            raise InvalidArgumentError(f"expected lr > 0, got {self.lr}")
         teacher(self.weighting)  # raises for a weighting that there is not
 
     def rate(self, step: int) -> float:

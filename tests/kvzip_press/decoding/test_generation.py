@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -81,6 +83,25 @@ def test_as_many_prefixes_and_bounds_as_questions() -> None:
         answer(model, TOKENIZER, cache, ["Where?", "Why?"], ["", "", ""])
     with pytest.raises(InvalidArgumentError, match="max_new_tokens once, or one for each of 1 questions, got 2"):
         answer(model, TOKENIZER, cache, "Where?", "", [1, 2])
+
+
+@pytest.mark.parametrize("bound", ["6", 1.5, None, -1, True, [1.5, 6], [True, 6], ["a", 6], [None, 6], b"6", {1: 2}])
+def test_a_bound_that_is_no_number_of_tokens_is_refused_before_anything_is_read(bound: Any) -> None:
+    """Alone or in a list: ``[1.5, 6]`` failed when all tokens were written, and ``[True, 6]`` cut an answer at one."""
+    model = tiny_model()
+    cache = compress(model, TOKENIZER, CONTEXT, RandomPress(0.5))
+    with pytest.raises(
+        InvalidArgumentError, match="expected max_new_tokens to be an int of 0 or more, or a list of su"
+    ):
+        answer(model, TOKENIZER, cache, ["Where?", "Why?"], "", bound)
+
+
+@pytest.mark.parametrize("prefix", [None, 5, b"At", ["At", None], [b"At", "At"]])
+def test_a_prefix_that_is_no_text_is_refused(prefix: Any) -> None:
+    model = tiny_model()
+    cache = compress(model, TOKENIZER, CONTEXT, RandomPress(0.5))
+    with pytest.raises(InvalidArgumentError, match="expected answer_prefix to be a text, or a list of such, got"):
+        answer(model, TOKENIZER, cache, ["Where?", "Why?"], prefix)
 
 
 def test_an_empty_question_adds_nothing() -> None:

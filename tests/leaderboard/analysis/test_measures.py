@@ -10,7 +10,7 @@ import pytest
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.analysis.correlation import _correlated, correlation_of_rows, rank_correlation
 from kvzip_press.leaderboard.analysis.counting import task_ranges
-from kvzip_press.leaderboard.analysis.curves import areas_over_bytes
+from kvzip_press.leaderboard.analysis.curves import areas_over_bytes, areas_under_curves
 from kvzip_press.leaderboard.analysis.statistics import compare
 from kvzip_press.leaderboard.analysis.summary import summarise, summarise_tasks
 from kvzip_press.leaderboard.analysis.written_table import written_table
@@ -54,6 +54,20 @@ def test_a_press_measured_at_nothing_removed_shares_a_point_with_the_full_cache_
     found = areas_over_bytes(cells_at(make_row, points))
     assert found is not None and (round(found.low), round(found.high)) == (2_000_000, 4_000_000)
     assert found.areas == {"a": pytest.approx(0.75), "a, int8": pytest.approx(1.0)}
+
+
+def test_an_area_says_where_a_press_was_measured_last_if_others_were_measured_farther(make_row) -> None:
+    """With int4 all pairs take a fourth of the bytes: three halvings of its four are a line to the full cache."""
+    points = [("full cache", 0.0, 16_000_000, 1.0), ("a", 0.0, 15_900_000, 1.0), ("a", 0.75, 4_000_000, 0.25)]
+    points += [("b", 0.0, 16_000_000, 1.0), ("b", 0.75, 4_000_000, 0.5)]
+    points += [("a, int4", 0.0, 4_000_000, 0.5), ("a, int4", 0.75, 1_000_000, 0.25)]
+    cells = cells_at(make_row, points)
+    found = areas_over_bytes(cells)
+    assert found is not None and found.ends == {"a, int4": 4_000_000} and found.areas["a, int4"] == found.areas["b"]
+    of_kept = areas_under_curves(cells)
+    assert of_kept is not None and of_kept.ends == {}
+    said = written_table(cells, "markdown")
+    assert re.search(r"\| a, int4 \|.*\| 0\.750 \(to 4 MB\) \|", said) and re.search(r"\| b \|.*\| 0\.750 \|", said)
 
 
 def table_of(make_row, n_contexts, seed, **values):
@@ -167,7 +181,7 @@ def test_a_written_table_has_presses_by_ratio(make_row) -> None:
         "| --- | ---: | ---: | ---: |",
         "| full cache | 1.00 | - | - |",
         "| a_b & &#124;c&#124; | 0.50 | 0.25 † | 0.562 |",
-        "| late | - | 0.75 | 0.875 |",
+        "| late | - | 0.75 | 0.875 (to 1 MB) |",  # most of it is a line to the full cache
     ]
     latex = written_table(cells, "latex", marks).splitlines()
     assert latex[0] == r"\begin{tabular}{lrrr}" and latex[-1] == r"\end{tabular}"

@@ -197,3 +197,10 @@ def test_rows_that_follow_the_full_cache_are_a_table_of_their_own(make_row: Make
     assert "KL" in shown and "0.400" in shown and "same" in shown and "prefill" not in shown.split("Means")[0]
     assert "ms a" in of_written and "50.0" in of_written and "prefill" not in of_written.split("Means")[0]
     assert "ms a" not in drawn(summarise([make_row()]))
+
+
+def test_a_divergence_just_below_0_is_shown_as_0(make_row: MakeRow) -> None:
+    """Rounding takes the mean of 0 and 0 below it; a table that says -0.000 asks to be explained."""
+    (cell,) = summarise([make_row(prefill_seconds=0.0, tags={"kl_nats": -1e-7})])
+    shown = drawn([cell]).split("Means")[0]
+    assert "0.000" in shown and "-0.000" not in shown

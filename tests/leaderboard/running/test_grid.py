@@ -104,6 +104,8 @@ def test_a_file_that_a_command_makes_is_an_argument_of_the_press(tmp_path: Path)
             check()
     assert "files" not in before.config["presses"][0]
     file.mkdir()
+    with pytest.raises(InvalidArgumentError, match=r"expected files in .*`kvzip-press gates .*a folder without any"):
+        check_files(load_grid(grid_file(tmp_path, presses=presses)).run)
     (file / "part").write_text("one", encoding="utf-8")
     first, again = (load_grid(grid_file(tmp_path, presses=presses)).run for _ in range(2))
     check_files(first)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -288,6 +290,55 @@ def test_the_directory_of_another_run_is_refused_with_the_keys_that_differ(
     assert (tmp_path / "rows.jsonl").read_bytes() == content
 
 
+@pytest.mark.parametrize("n_rows", [3, None])
+def test_a_run_with_further_presses_goes_on_with_the_rows_that_are_there(
+    tmp_path: Path, run: Run, model: Any, whole: list[Row], n_rows: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when a press that was left out, for want of its gates, is to be had later. A kill on the way costs nothing."""
+    fewer = replace(run, presses=run.presses[1:])
+    with suppress(StoppedError):
+        run_in(tmp_path, fewer, model, on_row=n_rows and stop_after(n_rows))
+    before = {row.key for row in read_rows(tmp_path / "rows.jsonl")}
+    began = (tmp_path / "run.json").read_bytes()
+    redone: list[Row] = []
+    with pytest.raises(StoppedError):
+        run_in(tmp_path, run, model, on_row=stop_after(2))
+    assert f"the run {fewer.run_id} goes on as {run.run_id}, with full cache" in caplog.text
+    (tmp_path / "run.json").write_bytes(began)  # as if killed before the record was written
+    run_in(tmp_path, run, model, on_row=redone.append)
+    assert rows_in(tmp_path) == whole
+    assert before.isdisjoint(row.key for row in redone)
+    assert {heads.run_id for heads in read_heads(tmp_path / "heads.jsonl")} == {run.run_id}
+    assert RunRecord.read(tmp_path).n_rows == len(whole)
+    content = (tmp_path / "rows.jsonl").read_bytes()
+    with pytest.raises(RunDirectoryError, match=r"presses\[1\].*: .*, nothing"):  # presses do not go again
+        run_in(tmp_path, fewer, model)
+    assert (tmp_path / "rows.jsonl").read_bytes() == content
+
+
+def test_presses_are_added_only_to_a_run_that_differs_in_nothing_else(tmp_path: Path, run: Run, model: Any) -> None:
+    fewer = replace(run, presses=run.presses[:1])
+    run_in(tmp_path, fewer, model, shard_of=(0, 8))
+    content = [(tmp_path / name).read_bytes() for name in ("run.json", "rows.jsonl", "heads.jsonl")]
+    for other in (
+        replace(run, seed=4),
+        replace(run, presses=(PressSpec("none", "all", compression_ratios=(0.0,)), *run.presses[1:])),
+    ):
+        with pytest.raises(RunDirectoryError, match="holds another run"):
+            run_in(tmp_path, other, model)
+    with pytest.raises(RunDirectoryError, match="model_revision: 'weights:"):
+        run_in(tmp_path, run, tiny_model(num_layers=1, seed=1))
+    (tmp_path / "rows.jsonl").write_bytes(content[1] + b"a note of mine")
+    with pytest.raises(RunDirectoryError, match="this is left as it is"):
+        run_in(tmp_path, run, model)
+    assert (tmp_path / "rows.jsonl").read_bytes() == content[1] + b"a note of mine"
+    foreign = replace(next(read_rows(tmp_path / "rows.jsonl")), run_id="other", question_id="foreign")
+    (tmp_path / "rows.jsonl").write_bytes(content[1] + f"{foreign.to_line()}\n".encode())
+    with pytest.raises(RunDirectoryError, match=r"hold lines of the run .* only"):
+        run_in(tmp_path, run, model)
+    assert [(tmp_path / name).read_bytes() for name in ("run.json", "heads.jsonl")] == [content[0], content[2]]
+
+
 def test_force_begins_again_and_loses_nothing(tmp_path: Path, run: Run, model: Any, whole: list[Row]) -> None:
     other = replace(run, seed=4)
     run_in(tmp_path, other, model, shard_of=(0, 8))
@@ -497,6 +548,38 @@ def test_a_fault_at_any_write_of_a_run_loses_no_row_and_the_next_run_goes_on(
         assert len(list(read_heads(path / "heads.jsonl"))) == 1
         assert {one.name for one in path.iterdir()} == {"run.json", "rows.jsonl", "heads.jsonl", "lock"}, fault
     assert rounds.count("write to a file") >= 5
+
+
+@pytest.mark.parametrize("error", [FULL, FORBIDDEN, TORN], ids=["full", "forbidden", "torn"])
+def test_a_fault_while_a_run_takes_over_the_rows_of_one_with_fewer_presses_loses_none(
+    tmp_path: Path, make_row: Callable[..., Row], make_heads: Callable[..., list[HeadBudgets]], error: OSError
+) -> None:
+    presses, rounds = [{"label": "a"}, {"label": "b"}], list[str]()
+    configs = {"seed": 3, "presses": presses[:1]}, {"seed": 3, "presses": presses}
+    fewer, more = (RunRecord(run_id(config), config, {}, 3) for config in configs)
+    rows = [make_row(run_id=fewer.run_id, question_id=str(number)) for number in range(3)]
+    with RunDirectory(tmp_path / "0", fewer) as directory:
+        directory.write_heads(make_heads(fewer.run_id)[0])
+        for row in rows:
+            directory.write(row)
+
+    def take_over(path: Path) -> None:
+        with RunDirectory(path, more) as directory:
+            assert directory.done == {row.key for row in rows}
+
+    shutil.copytree(tmp_path / "0", tmp_path / "1")  # each round has a directory of its own, made before
+    for fault, raised in every_fault(lambda: take_over(tmp_path / str(len(rounds) + 1)), error):
+        path = tmp_path / str(len(rounds) + 1)
+        rounds.append(fault)
+        assert raised is None or isinstance(raised, KVzipPressError), (fault, raised)
+        there = [replace(row, run_id=fewer.run_id) for row in read_rows(path / "rows.jsonl")]
+        assert there == rows, fault
+        take_over(path)
+        assert list(read_rows(path / "rows.jsonl")) == [replace(row, run_id=more.run_id) for row in rows], fault
+        assert [heads.run_id for heads in read_heads(path / "heads.jsonl")] == [more.run_id]
+        assert {one.name for one in path.iterdir()} == {"run.json", "rows.jsonl", "heads.jsonl", "lock"}, fault
+        shutil.copytree(tmp_path / "0", tmp_path / str(len(rounds) + 1))
+    assert len(rounds) >= 8
 
 
 # Versions of tasks ---------------------------------------------------------------------------------------------------
