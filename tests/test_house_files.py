@@ -71,6 +71,14 @@ def test_no_file_holds_what_is_forbidden(repo_root: Path, repo_files: list[Path]
     assert [line for name, text in texts.items() if text is not None for line in forbidden(name, text)] == []
 
 
+def test_tests_of_vllm_lie_where_make_looks_for_them(repo_root: Path, repo_files: list[Path]) -> None:
+    """`make test-vllm` reads no others: its environment has not what all tests import."""
+    marked = [
+        name for name in repo_files if name.suffix == ".py" and "mark." + "vllm" in (text_of(repo_root / name) or "")
+    ]
+    assert {str(name.parent) for name in marked} == {"tests/kvzip_press/serving/vllm"}
+
+
 def test_no_file_is_larger_than_three_megabytes(repo_root: Path, repo_files: list[Path]) -> None:
     sizes = {str(name): (repo_root / name).stat().st_size for name in repo_files}
     assert {name: size for name, size in sizes.items() if size > MAX_BYTES} == {}

@@ -26,6 +26,8 @@ Score = Callable[[int, torch.Tensor], torch.Tensor]
 
 Aged = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+MOST_WAITING = 32  # tokens: their hidden states are larger than their pairs, and no part of the cache's bytes
+
 
 class DecodeScorer(ABC):
     """Scores the pairs after a compressed prompt; the scores are stored in the tails of the cache's layers.
@@ -118,21 +120,21 @@ def mark_staying(layers: Layers) -> None:
 
 
 class HiddenStateScorer(DecodeScorer):
-    """Scores tokens by the hidden states that enter attention, a buffer of tokens at a time.
+    """Scores tokens by the hidden states that enter attention, several tokens at a time.
 
     Args:
         score: Function that scores some tokens of one layer, see :data:`Score`.
-        buffer: Most tokens whose hidden states wait to be scored.
         aged: Function ``(scores, ages) -> what pairs are worth``, of tensors of one shape, scores fp32 and ages int64:
             the number of tokens that a row has read since the pair's, 0 for the last one. None if that is their score.
+        most_waiting: Most tokens whose hidden states wait to be scored.
     """
 
-    def __init__(self, score: Score, buffer: int, aged: Aged | None = None) -> None:
-        self.score, self.buffer, self.aged = score, buffer, aged
+    def __init__(self, score: Score, aged: Aged | None = None, *, most_waiting: int = MOST_WAITING) -> None:
+        self.score, self.aged, self.most_waiting = score, aged, most_waiting
         self._reading = 0  # tokens of the running forward
         self._block: dict[int, torch.Tensor] = {}  # scores of a forward of several tokens
         self._states: dict[int, torch.Tensor] = {}  # [batch, 1, hidden_size] of the token that is read
-        self._hidden: torch.Tensor | None = None  # [layers, batch, buffer, hidden_size] of tokens without a score
+        self._hidden: torch.Tensor | None = None  # [layers, batch, most_waiting, hidden_size] of tokens without a score
         self._slot: torch.Tensor | None = None  # int64 [1], where the next one goes, on the device
         self._n_rearranged = 0  # of the layers, when the first of these tokens was written
         self._first, self._n_pending = 0, 0  # the column of the first of them in the tail, and how many there are
@@ -176,7 +178,7 @@ class HiddenStateScorer(DecodeScorer):
         states = torch.stack(list(self._states.values()))
         n_layers, batch, _, hidden_size = states.shape
         if self._hidden is None or self._hidden.shape[1] != batch:
-            self._hidden = states.new_empty(n_layers, batch, self.buffer, hidden_size)
+            self._hidden = states.new_empty(n_layers, batch, self.most_waiting, hidden_size)
         if self._slot is None:
             self._slot = torch.full((1,), self._n_pending, device=states.device)
         self._hidden, self._slot = writable(self._hidden), writable(self._slot)
@@ -190,7 +192,7 @@ class HiddenStateScorer(DecodeScorer):
             self._first, self._n_rearranged = _length(layers) - 1, _any(layers).n_rearranged
             self._settle_before_copies(layers)
         self._n_pending += 1
-        if self._n_pending == self.buffer:
+        if self._n_pending == self.most_waiting:
             self.settle(layers)
 
     def settle(self, layers: Layers) -> None:

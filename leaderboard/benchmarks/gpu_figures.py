@@ -4,6 +4,9 @@
 what is not done yet and stops before the time is over, so that a GPU that is lent for half an hour is enough: give the
 same command again, and it goes on. ``--list`` says what there is and which pages it is for; ``--only NAME`` runs some.
 
+Figures whose times count have a GPU to themselves. If there are several GPUs, the first runs these, one after the
+other, and the others the rest at the same time; ``--workers N`` runs a grid in N processes, which share those GPUs.
+
 A figure's output is in ``figures/NAME.log`` as it is printed, its files in ``figures/NAME/``, and how it ended, with
 command, commit and seconds, in ``figures/NAME.json`` the moment that it ends. What failed or ran past its limit is run
 again the next time, what succeeded only with ``--again`` or when its command has changed.
@@ -19,10 +22,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
@@ -36,6 +42,7 @@ _BENCHMARKS = "kvzip_press.leaderboard.benchmarks"
 _QWEN = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 _COMMAND = ("-c", "from kvzip_press.cli.main import main; main()")  # kvzip-press, by the same Python
 _FOLDER = "{folder}"  # in a command: the figure's own
+_WORKERS = "{workers}"  # in a command: how a grid is spread over processes; nothing for one
 _GRACE = 20.0  # seconds between asking a process to end and ending it
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
 
@@ -50,6 +57,7 @@ class Figure:
         minutes: The most that it may take.
         makes: The tables, files and claims that it makes again.
         goes_on: Whether a run that was stopped goes on where it was.
+        times: Whether its times count, so that nothing else may run on its GPU.
     """
 
     name: str
@@ -57,6 +65,7 @@ class Figure:
     minutes: float
     makes: str
     goes_on: bool = False
+    times: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Ending:
         status: "done", "failed" or "stopped" (by its limit, or because the time was over).
         returncode: The process's; None if it was stopped.
         seconds: How long it ran.
-        command: What was run.
+        command: What was run, if a grid by one process.
         commit: The commit of the repository.
     """
 
@@ -84,9 +93,11 @@ def _kernel(name: str, minutes: float, makes: str = "") -> Figure:
     return Figure(f"kernel-{name.replace('_', '-')}", command, minutes, made)
 
 
-def _bench(name: str, minutes: float, makes: str, *options: str, called: str = "", goes_on: bool = False) -> Figure:
+def _bench(
+    name: str, minutes: float, makes: str, *options: str, called: str = "", goes_on: bool = False, times: bool = True
+) -> Figure:
     command = ("-m", f"{_BENCHMARKS}.{name}", *options)
-    return Figure(called or name.replace("_", "-"), command, minutes, makes, goes_on=goes_on)
+    return Figure(called or name.replace("_", "-"), command, minutes, makes, goes_on=goes_on, times=times)
 
 
 def _profile(shape: str, minutes: float, makes: str = "", *options: str) -> Figure:
@@ -95,8 +106,13 @@ def _profile(shape: str, minutes: float, makes: str = "", *options: str) -> Figu
 
 
 def _grid(name: str, minutes: float, makes: str) -> Figure:
-    command = (*_COMMAND, "leaderboard", "run", "--grid", name, "--output", f"{_FOLDER}/run")
-    return Figure(f"grid-{name}", command, minutes, makes, goes_on=True)
+    command = (*_COMMAND, "leaderboard", "run", "--grid", name, "--output", f"{_FOLDER}/run", _WORKERS)
+    return Figure(f"grid-{name}", command, minutes, makes, goes_on=True, times=False)
+
+
+def _made(name: str, minutes: float, *command: str) -> Figure:
+    """Returns what makes a file that a grid needs, where that grid says that it is."""
+    return Figure(name, (*_COMMAND, *command), minutes, f"a file that a grid of {_QWEN} needs", times=False)
 
 
 FIGURES = (
@@ -140,7 +156,7 @@ FIGURES = (
         _bench(
             "allocations", 12, f"docs/howto/budgets.md, allocations by {scorer}", "--model", model, "--scorer", scorer,
             "--task", "hidden_facts", "--contexts", "34", "--tokens", "1800",
-            "--output", f"{_FOLDER}/allocations.json", called=f"allocations-{name}-{scorer}",
+            "--output", f"{_FOLDER}/allocations.json", called=f"allocations-{name}-{scorer}", times=False,
         )
         for name, model in (("smollm2", "smollm2"), ("qwen05", _QWEN))
         for scorer in ("kvzip", "snapkv", "expected_attention")
@@ -148,6 +164,27 @@ FIGURES = (
     _profile("qwen2.5-7b", 15),
     _profile("qwen3-8b", 15),
     _profile("gemma3-12b", 15, "; docs/performance.md, hybrid models"),
+    _made("heads-qwen05", 10, "heads", "compute", "--model", _QWEN, "--out", "outputs/heads-qwen05.safetensors"),
+    _made(
+        "gates-qwen05", 15, "gates", "train", "--model", _QWEN, "--self-generated", "--tokens", "150000",
+        "--out", "outputs/gates-qwen05.safetensors",
+    ),
+    _grid("evidence", 30, f"the ranks of presses on two models, real text (needs {_QWEN}, heads and gates)"),
+    _grid("evidence-smollm2", 30, "the ranks of presses on two models, real text"),
+    _grid("real-v1", 30, f"all real text (needs {_QWEN})"),
+    *(
+        _bench(
+            "sharing", 10, "docs/methods/kvsharer.md", "--model", model, "--contexts", "34",
+            "--output", f"{_FOLDER}/sharing.json", called=f"sharing-{name}", times=False,
+        )
+        for name, model in (("smollm2", "smollm2"), ("qwen05", _QWEN))
+    ),
+    _made("queries-qwen05", 5, "queries", "calibrate", "--model", _QWEN, "--out", "outputs/queries-qwen05.safetensors"),
+    _made(
+        "trimkv-qwen05", 15, "gates", "train", "--method", "trimkv", "--model", _QWEN, "--self-generated",
+        "--tokens", "150000", "--steps", "2000", "--out", "outputs/trimkv-qwen05",
+    ),
+    _grid("decode-qwen05", 30, f"long answers at budgets of 128 to 1024 (needs {_QWEN}, gates and queries)"),
     _grid("smollm2-full", 30, "leaderboard/results/smollm2-full; docs/leaderboard.md (needs kvpress)"),
     _grid("smollm2-storages", 30, "leaderboard/results/storages-smollm2; docs/howto/storages.md"),
     _grid("qwen05-storages", 30, f"leaderboard/results/storages-qwen05; docs/howto/storages.md (needs {_QWEN})"),
@@ -164,6 +201,7 @@ def main(
     listing: Annotated[bool, typer.Option("--list", help="Says what there is, and runs nothing.")] = False,
     minutes: Annotated[float | None, typer.Option("--minutes", help="Stop before so many are over.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Also what is done.")] = False,
+    workers: Annotated[int, typer.Option("--workers", help="Processes of a grid's run.")] = 1,
 ) -> None:
     """Makes the figures that need a GPU, as far as the time goes."""
     chosen = choose(FIGURES, only or ())
@@ -173,9 +211,11 @@ def main(
         return
     if minutes is not None and not minutes > 0:
         raise typer.BadParameter(f"expected --minutes above 0, got {minutes}")
+    if workers < 1:
+        raise typer.BadParameter(f"expected --workers of 1 or more, got {workers}")
     until = None if minutes is None else time.monotonic() + 60 * minutes
     try:
-        left = run_all(chosen, out, until=until, again=again)
+        left = run_side_by_side(chosen, out, visible_gpus(), until=until, again=again, workers=workers)
     except (RunDirectoryError, InvalidArgumentError) as error:
         typer.echo(f"error: {printable(str(error))}", err=True)
         raise typer.Exit(1) from error
@@ -196,7 +236,54 @@ def choose(figures: Sequence[Figure], names: Iterable[str]) -> list[Figure]:
     return [known[name] for name in dict.fromkeys(names)] if names else list(figures)
 
 
-def run_all(figures: Sequence[Figure], out: Path, *, until: float | None = None, again: bool = False) -> list[str]:
+def visible_gpus() -> list[str]:
+    """Returns the GPUs that this process may use, each by the name that CUDA_VISIBLE_DEVICES has for it."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(number) for number in range(torch.cuda.device_count())] if named is None else named.split(",")
+
+
+def run_side_by_side(
+    figures: Sequence[Figure],
+    out: Path,
+    gpus: Sequence[str],
+    *,
+    until: float | None = None,
+    again: bool = False,
+    workers: int = 1,
+) -> list[str]:
+    """Does what :func:`run_all` does, with all but the first of several GPUs for figures whose times do not count.
+
+    Args:
+        figures: What to run.
+        out: The folder; created if it does not exist.
+        gpus: The GPUs, by name.
+        until: As in :func:`run_all`.
+        again: As in :func:`run_all`.
+        workers: As in :func:`run_all`.
+
+    Raises:
+        RunDirectoryError: The folder cannot be written.
+    """
+    if len(gpus) < 2:
+        return run_all(figures, out, until=until, again=again, workers=workers)
+    lanes = [([one for one in figures if one.times], gpus[:1]), ([one for one in figures if not one.times], gpus[1:])]
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        ends = [
+            pool.submit(run_all, lane, out, until=until, again=again, workers=workers, gpus=",".join(names))
+            for lane, names in lanes
+        ]
+        return [name for end in ends for name in end.result()]
+
+
+def run_all(
+    figures: Sequence[Figure],
+    out: Path,
+    *,
+    until: float | None = None,
+    again: bool = False,
+    workers: int = 1,
+    gpus: str | None = None,
+) -> list[str]:
     """Runs figures one after the other, and returns the names of those that are not made.
 
     One that would not end in what is left of the time, by its limit, is left out, unless it can go on; smaller ones
@@ -207,6 +294,8 @@ def run_all(figures: Sequence[Figure], out: Path, *, until: float | None = None,
         out: The folder; created if it does not exist.
         until: When the time is over, on `time.monotonic`'s clock; None for never.
         again: Whether to run what is done, too.
+        workers: Processes of a grid's run.
+        gpus: The GPUs that they see, with commas; None for those that this process sees.
 
     Raises:
         RunDirectoryError: The folder cannot be written.
@@ -226,7 +315,7 @@ def run_all(figures: Sequence[Figure], out: Path, *, until: float | None = None,
             typer.echo(f"{figure.name}: left out, {max(rest, 0):.0f} of its {seconds:.0f} seconds are left")
             left.append(figure.name)
             continue
-        ending = run_one(figure, out, min(seconds, rest))
+        ending = run_one(figure, out, min(seconds, rest), workers=workers, gpus=gpus)
         typer.echo(f"{figure.name}: {ending.status} after {ending.seconds:.0f} s, {out / figure.name}.log")
         if ending.status != DONE:
             left.append(figure.name)
@@ -243,22 +332,29 @@ def is_done(figure: Figure, out: Path) -> bool:
     return isinstance(found, dict) and found.get("status") == DONE and found.get("command") == _command(figure, out)
 
 
-def run_one(figure: Figure, out: Path, limit: float) -> Ending:
+def run_one(figure: Figure, out: Path, limit: float, *, workers: int = 1, gpus: str | None = None) -> Ending:
     """Runs a figure in a process of its own, ended with all its children at the limit; writes how it ended.
 
     Args:
         figure: What to run.
         out: The folder.
         limit: Seconds.
+        workers: Processes of a grid's run.
+        gpus: The GPUs that it sees, with commas; None for those that this process sees.
 
     Raises:
         RunDirectoryError: Something cannot be written.
     """
     (out / figure.name).mkdir(exist_ok=True)
-    command, begin = _command(figure, out), time.monotonic()
+    begin, seen = time.monotonic(), {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
     with (out / f"{figure.name}.log").open("ab" if figure.goes_on else "wb") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            _command(figure, out, workers),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, **seen},
         )
         try:
             returncode: int | None = process.wait(timeout=limit)
@@ -267,7 +363,8 @@ def run_one(figure: Figure, out: Path, limit: float) -> Ending:
         finally:
             _end(process)
     status = STOPPED if returncode is None else FAILED if returncode else DONE
-    ending = Ending(status, returncode, round(time.monotonic() - begin, 1), command, commit(Path(__file__).parent))
+    seconds, state = round(time.monotonic() - begin, 1), commit(Path(__file__).parent)
+    ending = Ending(status, returncode, seconds, _command(figure, out), state)
     with replacing(out / f"{figure.name}.json") as temporary:
         temporary.write_text(_to_json(ending), encoding="utf-8")
     return ending
@@ -278,9 +375,11 @@ def shown(figure: Figure, out: Path) -> str:
     return shlex.join(["python", *_command(figure, out)[1:]]).replace(f"python {shlex.join(_COMMAND)}", "kvzip-press")
 
 
-def _command(figure: Figure, out: Path) -> list[str]:
+def _command(figure: Figure, out: Path, workers: int = 1) -> list[str]:
     folder = str(out / figure.name)
-    return [sys.executable, *(part.replace(_FOLDER, folder) for part in figure.command)]
+    spread = ["--executor", "processes", "--workers", str(workers)] if workers > 1 else []
+    parts = [[part.replace(_FOLDER, folder)] if part != _WORKERS else spread for part in figure.command]
+    return [sys.executable, *chain.from_iterable(parts)]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

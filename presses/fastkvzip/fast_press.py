@@ -104,7 +104,7 @@ class FastKVzipPress(AllocatingPress, ObservingPress):
         def score(layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
             return gates.scores(hidden_states, layer_idx)
 
-        return DecodeEviction(HiddenStateScorer(score, self.buffer), schedule, self.policy.allocation)
+        return DecodeEviction(HiddenStateScorer(score), schedule, self.policy.allocation)
 
     @property
     def schedule(self) -> Schedule | None:

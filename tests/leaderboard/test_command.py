@@ -148,10 +148,18 @@ def test_the_list_names_grids_tasks_and_presses() -> None:
         (["run", "--grid", "quick", "--contexts", "0"], "at least 1, got 0"),
         (
             ["run", "--grid", "quick", "--executor", "slurm"],
-            "expected --executor serial, openai, or ray .* got 'slurm'",
+            "expected --executor to be one of serial, processes, ray, openai, got 'slurm'",
         ),
-        (["run", "--grid", "quick", "--executor", "ray", "--skip-unavailable"], "got 'ray' with --skip-unavailable"),
+        (
+            ["run", "--grid", "quick", "--workers", "8"],
+            "expected --workers with --executor processes or ray, got it",
+        ),
+        (
+            ["run", "--grid", "quick", "--executor", "processes", "--address", "a:1"],
+            "expected --address with --executor ray or openai, got it with 'processes'",
+        ),
         (["run", "--grid", "quick", "--executor", "ray", "--workers", "0"], "expected workers >= 1 .* got 0"),
+        (["run", "--grid", "quick", "--executor", "processes", "--workers", "0"], "one worker or more, got none"),
     ],
 )
 def test_what_is_out_of_range_is_refused(tmp_path: Path, arguments: list[str], message: str) -> None:

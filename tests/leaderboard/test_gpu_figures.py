@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import signal
 import subprocess
@@ -16,7 +17,16 @@ import typer
 from typer.testing import CliRunner
 
 from kvzip_press.leaderboard.benchmarks import gpu_figures
-from kvzip_press.leaderboard.benchmarks.gpu_figures import FIGURES, Figure, choose, is_done, run_all, run_one
+from kvzip_press.leaderboard.benchmarks.gpu_figures import (
+    FIGURES,
+    Figure,
+    choose,
+    is_done,
+    run_all,
+    run_one,
+    run_side_by_side,
+)
+from kvzip_press.leaderboard.running.grid import load_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,6 +117,38 @@ def test_what_does_not_fit_in_the_time_is_left_out_and_shorter_ones_are_not(
     assert run_all([figure("late", ADDS, 0.1, goes_on=True)], tmp_path, until=time.monotonic()) == ["late"]
 
 
+def test_with_several_gpus_those_whose_times_count_have_the_first_alone(tmp_path: Path) -> None:
+    says = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))"
+    figures = [figure("a", says), replace(figure("b", says), times=False), figure("c", says)]
+    assert run_side_by_side(figures, tmp_path / "3", ["4", "5", "6"]) == []
+    assert [(tmp_path / "3" / f"{name}.log").read_text() for name in "abc"] == ["4\n", "5,6\n", "4\n"]
+    assert run_side_by_side(figures, tmp_path / "1", ["0"]) == []
+    outside = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    assert [(tmp_path / "1" / f"{name}.log").read_text() for name in "abc"] == [f"{outside}\n"] * 3
+    bad = [figure("a", FAILS), replace(figure("b", FAILS), times=False)]
+    assert run_side_by_side(bad, tmp_path / "bad", ["0", "1"]) == ["a", "b"]
+
+
+def test_a_grid_is_spread_over_processes_and_then_counts_as_made(tmp_path: Path) -> None:
+    says = "import sys; print(*sys.argv[1:])"
+    one = Figure("grid", ("-c", says, "run", "{workers}"), 1.0, "nothing", times=False)
+    run_one(one, tmp_path, 60, workers=7)
+    assert (tmp_path / "grid.log").read_text() == "run --executor processes --workers 7\n"
+    assert is_done(one, tmp_path)
+    run_one(one, tmp_path, 60)
+    assert (tmp_path / "grid.log").read_text() == "run\n"
+
+
+def test_files_that_grids_need_are_made_where_they_look_for_them() -> None:
+    made = {one.command[one.command.index("--out") + 1]: one for one in FIGURES if "--out" in one.command}
+    for name in ("evidence", "decode-qwen05"):
+        for file in (file for press in load_grid(name).run.presses for file in press.files.values()):
+            command = ["kvzip-press", *made[file.path].command[2:]]
+            assert command == file.command.split(), (name, file.path)
+            order = [one.name for one in FIGURES]
+            assert order.index(made[file.path].name) < order.index(f"grid-{name}")
+
+
 def test_the_command_lists_runs_and_says_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_figures, "FIGURES", (figure("good", ADDS), figure("bad", FAILS)))
 
@@ -154,13 +196,15 @@ def test_every_published_profile_and_run_has_a_figure() -> None:
 @pytest.mark.parametrize("one", FIGURES, ids=lambda one: one.name)
 def test_the_commands_of_figures_parse(one: Figure, tmp_path: Path) -> None:
     """Those of kvzip-press and of benchmarks with typer; those of kernels share one parser."""
-    arguments = [part.replace("{folder}", str(tmp_path)) for part in one.command[2:]]
+    arguments = gpu_figures._command(one, tmp_path, workers=2)[3:]
     if one.command[0] == "-c":
         from kvzip_press.cli.main import app
         from kvzip_press.leaderboard.cli import app as leaderboard
 
-        name, *rest = arguments[1:] if arguments[0] == "leaderboard" else arguments
         command = typer.main.get_command(leaderboard if arguments[0] == "leaderboard" else app)
+        name, *rest = arguments[1:] if arguments[0] == "leaderboard" else arguments
+        while hasattr(command, "commands") and hasattr(command.commands[name], "commands"):
+            command, (name, *rest) = command.commands[name], rest
         command.commands[name].make_context(name, rest)  # type: ignore[attr-defined]
     elif "kernels" not in one.command[1]:
         module = importlib.import_module(one.command[1])

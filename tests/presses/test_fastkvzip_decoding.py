@@ -15,6 +15,7 @@ from kvzip_press.budget.allocators import PerLayer
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding import step as decoding
 from kvzip_press.decoding.generation import generate
+from kvzip_press.decoding.scorer import MOST_WAITING, HiddenStateScorer
 from kvzip_press.errors import CacheMismatchError, InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.model.hidden_states import watching_hidden_states
 from kvzip_press.model.structure import full_attention_layers
@@ -177,6 +178,24 @@ def test_the_cache_never_exceeds_budget_and_buffer_over_a_thousand_steps(length)
     pair_bytes = 2 * 16 * 4
     assert max(sizes) <= n_heads(cache) * (40 * (pair_bytes + 8) + 256 * (pair_bytes + 4) + 64)
     assert cache.get_seq_length() == length + 1000
+
+
+@pytest.mark.parametrize("graph", [False, None], ids=["eager", "static"])
+def test_how_many_hidden_states_wait_for_their_scores_changes_nothing(graph, monkeypatch, static_steps) -> None:
+    """Fewer than the buffer: they are larger than the pairs, and not among the cache's bytes."""
+    model, held, seen = tiny_model(vocab_size=300), set(), HiddenStateScorer.seen
+    ids = 3 + torch.randperm(290, generator=torch.Generator().manual_seed(0))[None]
+    press = press_for(model, budget=120, buffer=100)
+    monkeypatch.setattr(HiddenStateScorer, "seen", lambda self: (seen(self), held.add(self._hidden.shape[2])))
+    logits, cache = steps_written(model, press, ids, 20, graph)
+    assert held == {MOST_WAITING}
+    assert n_pairs(cache)[0] < 220 * n_heads(cache) < ids.shape[1] * n_heads(cache)
+    for n_waiting in (1, 7):
+        monkeypatch.setitem(HiddenStateScorer.__init__.__kwdefaults__, "most_waiting", n_waiting)
+        others, other = steps_written(model, press, ids, 20, graph)
+        torch.testing.assert_close(others, logits, atol=1e-4, rtol=1e-4)
+        assert kept(other) == kept(cache)
+    assert held == {MOST_WAITING, 1, 7}
 
 
 def steps_written(model, press, ids: torch.Tensor, length: int, graph: bool | None):

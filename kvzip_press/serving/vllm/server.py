@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from importlib.metadata import entry_points
+import threading
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from typing import Any
 from kvzip_press.errors import MissingDependencyError, install_command
 from kvzip_press.loading.by_name import load_model
 from kvzip_press.model.chat import chat_frame
-from kvzip_press.serving.vllm.endpoints import ContextEndpoints
+from kvzip_press.serving.vllm.endpoints import ContextRoutes
 from kvzip_press.serving.vllm.facts import ServedModel
 from kvzip_press.serving.vllm.plugin import engine_options
 
@@ -62,22 +63,41 @@ def serve(
         environment = {
             "PYTHONSAFEPATH": "1",  # run with -m, vLLM would import what lies in this folder before its own packages
             **os.environ,
-            "VLLM_PLUGINS": allowed_plugins(os.environ.get("VLLM_PLUGINS")),
+            **with_own_plugin(os.environ.get("VLLM_PLUGINS")),
         }
-        return subprocess.run([*command, *options], env=environment, check=False).returncode
+        return run_until_it_ends([*command, *options], environment)
 
 
-def allowed_plugins(allowed: str | None) -> str:
-    """Returns ``VLLM_PLUGINS`` with our name: vLLM adds routes only of plugins that are named there.
+def run_until_it_ends(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs a program and returns its exit status. When this process is asked to end, the program is asked, too.
+
+    A SIGTERM (``docker stop``, systemd) is handed on; ctrl-C reaches both from the terminal. Either way the program
+    ends by itself, and what was made for it can be removed.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        return subprocess.run(command, env=environment, check=False).returncode
+    started: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(number: int, _: object) -> None:
+        for process in started:
+            process.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, hand_on), signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        started.append(subprocess.Popen(command, env=environment))
+        return started[0].wait()
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
+
+
+def with_own_plugin(allowed: str | None) -> dict[str, str]:
+    """Returns ``VLLM_PLUGINS`` with our plugin among those that a user allows; nothing where all are loaded.
 
     Args:
-        allowed: The variable as it is; None if it is not set, when vLLM loads all plugins but those that add routes.
+        allowed: The variable as it is; None if it is not set.
     """
-    groups = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
-    names = (
-        [one.name for group in groups for one in entry_points(group=group)] if allowed is None else allowed.split(",")
-    )
-    return ",".join(dict.fromkeys([*names, ContextEndpoints.name]))
+    return {} if allowed is None else {"VLLM_PLUGINS": ",".join(dict.fromkeys([*allowed.split(","), "kvzip_press"]))}
 
 
 def _facts(model: Any, contexts: Path, pool_bytes: int, n_ranks: int, storage: str) -> ServedModel:
@@ -106,6 +126,7 @@ def server_command(path: str, name: str, served: ServedModel, facts: Path, templ
         *("--model", path, "--served-model-name", name, "--dtype", _DTYPES[served.dtype]),
         *("--chat-template", str(template), "--no-enable-prefix-caching"),
         *("--tensor-parallel-size", str(served.n_ranks)),
+        *("--middleware", f"{ContextRoutes.__module__}.{ContextRoutes.__name__}"),
         *("--logits-processors", *engine["logits_processors"]),
         *("--kv-transfer-config", json.dumps(engine["kv_transfer_config"])),
     ]

@@ -89,7 +89,7 @@ class TrimKVPress(RecentPress):
         Raises:
             InvalidArgumentError: Gates are missing or do not fit the model.
         """
-        scorer = HiddenStateScorer(self.log_beta(model), self.buffer, retention)
+        scorer = HiddenStateScorer(self.log_beta(model), retention)
         return DecodeEviction(scorer, self.schedule, self.policy.allocation)
 
     def observer(self, model: nn.Module) -> Observer | None:

@@ -16,10 +16,10 @@ import pytest
 from kvzip_press import RandomPress, compress
 from kvzip_press.errors import KVzipPressError
 from kvzip_press.serving.vllm import requests
-from kvzip_press.serving.vllm.endpoints import ContextEndpoints
+from kvzip_press.serving.vllm.endpoints import ContextRoutes
 from kvzip_press.serving.vllm.facts import ServedModel
 from kvzip_press.serving.vllm.requests import NameCheck
-from kvzip_press.serving.vllm.server import allowed_plugins
+from kvzip_press.serving.vllm.server import with_own_plugin
 from kvzip_press.serving.vllm.uploads import Uploads
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
@@ -120,9 +120,10 @@ def send(served: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert path == "/v1/contexts", "behind the prefix that the server's key guards"
         routes[methods[0]] = route
 
-    plugin = ContextEndpoints()
-    plugin.attach_router(SimpleNamespace(add_route=add_route))
-    asyncio.run(plugin.init_state(None, None, None))
+    async def vllm(scope: Any, receive: Any, send: Any) -> None:
+        assert "POST" in routes, "what follows finds them"
+
+    asyncio.run(ContextRoutes(vllm)({"type": "lifespan", "app": SimpleNamespace(add_route=add_route)}, None, None))
 
     def ask(name: object, data: bytes) -> Any:
         if not data:
@@ -145,17 +146,18 @@ def test_the_routes_list_and_add(send: Send, folder: Path) -> None:
         assert status == problem["error"]["code"] == 400 and "expected" in problem["error"]["message"]
 
 
-def test_servers_of_others_get_no_route(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(requests.FACTS, raising=False)
-    ContextEndpoints().attach_router(None)
+def test_requests_pass_the_middleware_as_they_came() -> None:
+    """It stands before the check of the server's key, so it answers nothing."""
+    came: list[Any] = []
+
+    async def vllm(*given: Any) -> None:
+        came.extend(given)
+
+    request = {"type": "http", "path": "/v1/contexts", "app": None}
+    asyncio.run(ContextRoutes(vllm)(request, 1, 2))
+    assert came == [request, 1, 2]
 
 
-def test_the_server_may_load_our_routes_beside_what_it_loaded_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvzip_press.serving.vllm import server
-
-    found = {"vllm.general_plugins": ["kvzip_press", "lora"], "vllm.platform_plugins": ["cpu"]}
-    monkeypatch.setattr(
-        server, "entry_points", lambda group: [SimpleNamespace(name=name) for name in found.get(group, [])]
-    )
-    assert allowed_plugins(None) == "kvzip_press,lora,cpu"
-    assert allowed_plugins("lora") == "lora,kvzip_press"
+def test_our_plugin_is_loaded_beside_those_that_a_user_allows() -> None:
+    assert with_own_plugin(None) == {}, "all are loaded"
+    assert with_own_plugin("lora") == {"VLLM_PLUGINS": "lora,kvzip_press"}

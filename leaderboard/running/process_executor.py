@@ -1,0 +1,124 @@
+"""Workers on this machine: processes that Python starts, one or several to a GPU."""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import connection, get_context
+from typing import Any
+
+import torch
+
+from kvzip_press.errors import InvalidArgumentError, KVzipPressError, WorkerError
+from kvzip_press.leaderboard.running.plan import Run
+from kvzip_press.leaderboard.running.spread import Load, Worker, WorkerDiedError
+
+_SPAWN = get_context("spawn")  # a forked process cannot use CUDA
+_END = 10.0  # seconds that a process has to end
+
+
+class ProcessWorkers:
+    """Workers as processes of this machine: see :class:`~kvzip_press.leaderboard.running.spread.Workers`.
+
+    Args:
+        run: The run.
+        loads: What makes model and tokenizer, for each worker; picklable.
+    """
+
+    def __init__(self, run: Run, loads: Sequence[Load]) -> None:
+        self.run, self.loads, self.count = run, loads, len(loads)
+        self._processes: dict[int, Any] = {}
+        self._pipes: dict[int, connection.Connection] = {}
+        self._asked: set[int] = set()
+
+    def start(self, number: int) -> None:
+        """Begins a process, in place of the one that had this number."""
+        self._end(number)
+        self._pipes[number], theirs = _SPAWN.Pipe()
+        n_threads = max(torch.get_num_threads() // self.count, 1)
+        process = _SPAWN.Process(target=_work, args=(theirs, self.run, self.loads[number], n_threads), daemon=True)
+        process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+        self._processes[number] = process
+
+    def ask(self, number: int, method: str, *arguments: Any) -> None:
+        """Has a process call one of its worker's methods."""
+        self._asked.add(number)
+        with suppress(OSError):  # it is gone, as waiting will find
+            self._pipes[number].send((method, arguments))
+
+    def wait(self) -> tuple[int, Any]:
+        """Waits for any result, and returns it with the worker's number."""
+        numbers = {id(self._pipes[number]): number for number in self._asked}
+        first = connection.wait([self._pipes[number] for number in self._asked])[0]
+        number = numbers[id(first)]
+        self._asked.discard(number)
+        try:
+            result, error = self._pipes[number].recv()
+        except (EOFError, OSError) as ended:
+            process = self._processes[number]
+            process.join(_END)
+            raise WorkerDiedError(number, f"its process ended with {process.exitcode}") from ended
+        if error is not None:
+            raise error
+        return number, result
+
+    def end(self) -> None:
+        """Ends all processes."""
+        for number in list(self._processes):
+            self._end(number)
+
+    def _end(self, number: int) -> None:
+        if number not in self._processes:
+            return
+        process = self._processes.pop(number)
+        self._pipes.pop(number).close()
+        process.terminate()
+        process.join(_END)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+@contextmanager
+def process_workers(run: Run, loads: Sequence[Load]) -> Iterator[ProcessWorkers]:
+    """The workers of a run, which end with this.
+
+    Args:
+        run: The run.
+        loads: What makes model and tokenizer, for each worker; picklable.
+
+    Raises:
+        InvalidArgumentError: There are none.
+    """
+    if not loads:
+        raise InvalidArgumentError("expected one worker or more, got none")
+    workers = ProcessWorkers(run, loads)
+    try:
+        yield workers
+    finally:
+        workers.end()
+
+
+def _work(pipe: connection.Connection, run: Run, load: Load, n_threads: int) -> None:
+    """What a process does: loads the model, and answers until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the first process, which ends this one
+    torch.set_num_threads(n_threads)
+    worker: Worker | None = None
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except (EOFError, OSError):  # the first process is gone, or has ended this one
+            return
+        answer: tuple[Any, Exception | None]
+        try:
+            worker = worker or Worker(run, load)
+            answer = getattr(worker, method)(*arguments), None
+        except KVzipPressError as error:
+            answer = None, error
+        except Exception as error:  # noqa: BLE001  # of any class, which need not be one that can be sent
+            answer = None, WorkerError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        with suppress(OSError):
+            pipe.send(answer)
