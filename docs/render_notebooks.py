@@ -42,6 +42,7 @@ def execute(path: Path) -> NotebookNode:
         client = NotebookClient(
             notebook,
             timeout=TIMEOUT_SECONDS,
+            startup_timeout=TIMEOUT_SECONDS,
             kernel_name="python3",
             coalesce_streams=True,
             resources={"metadata": {"path": folder}},

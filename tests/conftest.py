@@ -25,6 +25,7 @@ from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 from kvzip_press.kernels.triton_support import reason_against_triton  # noqa: E402
 
@@ -37,6 +38,12 @@ for _helper in ("decode_oracles", "decode_presses", "faults", "fuzzing", "growth
 
 # Sums in the same order on every machine, and no machine is taken whole: by one process, or by several (pytest -n).
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+# The same examples each time, however long one takes: by default hypothesis draws others and counts milliseconds.
+settings.register_profile(
+    "steady", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("steady")
 
 TRITON_DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 SKIPPED_FOLDERS = {".git", "build", "dist", "outputs", "__pycache__"}  # where git cannot say what is ours: a tarball

@@ -123,7 +123,7 @@ class Written(io.StringIO):
     def wait_for(self, line: str) -> None:
         """Returns once a line of this form has been written."""
         while not re.search(f"^{line}$", self.getvalue(), re.MULTILINE):
-            assert self.flushed.wait(60), self.getvalue()
+            assert self.flushed.wait(600), self.getvalue()
             self.flushed.clear()
 
 
@@ -139,7 +139,7 @@ def test_without_a_terminal_long_work_writes_plain_lines_to_standard_error(monke
         errors.wait_for(r"answering: 2 of 3, Who \\x1b\? \(\d:\d\d min\)")
         show("sampling", 7)
         errors.wait_for(r"sampling: 7 \(\d:\d\d min\)")
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
     assert console.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
@@ -148,7 +148,7 @@ def test_short_work_and_an_error_leave_no_line_and_no_thread(capsys) -> None:
     with pytest.raises(KeyError), progress(Console(file=io.StringIO())) as show:
         show("reading")
         raise KeyError
-    assert set(threading.enumerate()) == before and capsys.readouterr().err == ""
+    assert set(threading.enumerate()) <= before and capsys.readouterr().err == ""
 
 
 def test_on_a_terminal_each_stage_has_a_bar() -> None:

@@ -67,7 +67,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ):
         monkeypatch.setattr(module, name, load)
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the command waits"))
-    signal.alarm(10)
+    signal.alarm(600)  # a pipe is waited for without end, all else takes seconds, or minutes on a busy machine
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import re
+import signal
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +37,12 @@ def figure(name: str, program: str, minutes: float = 1.0, *, goes_on: bool = Fal
 
 ADDS = "import sys; open(sys.argv[1] + '/runs', 'a').write('x'); print('said')"
 FAILS = "import sys; print('why'); sys.exit(3)"
-SLEEPS = "import time; print('begun', flush=True); time.sleep(60)"
+STARTS_ANOTHER = """
+import subprocess, time
+print(subprocess.Popen(["sleep", "infinity"]).pid, flush=True)
+while True:
+    time.sleep(60)
+"""
 
 
 def ending(out: Path, name: str) -> dict[str, object]:
@@ -58,15 +65,45 @@ def test_what_is_done_is_not_run_again_and_what_failed_is(tmp_path: Path) -> Non
     assert not is_done(figures[0], tmp_path)
 
 
-def test_one_that_runs_past_its_limit_is_ended_with_what_it_started(tmp_path: Path) -> None:
-    program = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True); " + SLEEPS
-    begin = time.monotonic()
-    found = run_one(figure("long", program), tmp_path, 2.0)
-    assert (found.status, found.returncode) == ("stopped", None) and time.monotonic() - begin < 30
-    pid = int((tmp_path / "long.log").read_text().split()[0])
-    state = Path(f"/proc/{pid}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
-    assert not is_done(figure("long", program), tmp_path)
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_one_that_runs_past_its_limit_is_ended_with_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is over once it has started another: neither would end by itself."""
+    started: list[subprocess.Popen[bytes]] = []
+    log = tmp_path / "long.log"
+
+    class Process(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            if not started:
+                started.append(self)
+                while not log.read_text().endswith("\n"):
+                    assert self.poll() is None, log.read_text()
+                    time.sleep(0.01)
+                raise subprocess.TimeoutExpired(self.args, 60.0)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    found = run_one(figure("long", STARTS_ANOTHER), tmp_path, 60.0)
+    assert (found.status, found.returncode) == ("stopped", None)
+    assert started[0].returncode == -signal.SIGTERM, "it was asked to end, and did"
+    other = int(log.read_text())
+    until = time.monotonic() + 600
+    while not has_ended(other):  # it was told, and ends when it has its turn
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert not is_done(figure("long", STARTS_ANOTHER), tmp_path)
+
+
+def test_a_limit_is_seconds_that_a_process_is_waited_for(tmp_path: Path) -> None:
+    found = run_one(figure("long", STARTS_ANOTHER), tmp_path, 0.1)
+    assert (found.status, found.returncode) == ("stopped", None) and found.seconds >= 0.1
 
 
 def test_what_does_not_fit_in_the_time_is_left_out_and_shorter_ones_are_not(

@@ -250,17 +250,22 @@ def test_the_result_of_a_worked_answer(answer: str, expected: str) -> None:
         ("", "1", 0.0),
     ],
 )
-def test_results_are_equal_as_text_number_or_mathematics(answer: str, reference: str, expected: float) -> None:
+def test_results_are_equal_as_text_number_or_mathematics(
+    answer: str, reference: str, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("math_verify")
+    monkeypatch.setattr(mathematics, "TIMEOUT_SECONDS", 600)  # a busy machine takes long, and is not what is judged
     assert math_equal(answer, [reference]) == expected
 
 
-def test_mathematics_that_takes_too_long_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mathematics_that_takes_too_long_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """These would take for ever: that there is an answer, and why, is what the limit is for."""
     pytest.importorskip("math_verify")
     monkeypatch.setattr(mathematics, "TIMEOUT_SECONDS", 1)
-    begin = time.perf_counter()
     assert math_equal(r"\boxed{9^{9^{9^{9}}}}", [r"7^{7^{7^{7^{8}}}}"]) == 0.0
-    assert time.perf_counter() - begin < 60
+    assert "Timeout during" in caplog.text
 
 
 def test_mathematics_works_beside_the_main_thread() -> None:

@@ -260,12 +260,19 @@ def test_a_session_that_is_closed_ends_its_streams(make: Made, folder: Path, exp
 
 
 def test_a_session_is_closed_while_other_threads_read(make: Made, folder: Path) -> None:
-    """Each reader hears of it; none waits for ever."""
-    session, seen = make(folder, max_tokens=900), []
+    """Each reader hears of it, in the middle of its answer or before it; none waits for ever."""
+    session, seen, waiting = make(folder, max_tokens=900), [], threading.Semaphore(0)
     streams = [session.submit("Which?", "archive", max_new_tokens=800) for _ in range(4)]
     session._eos = set()
 
     def read(stream: Stream) -> None:
+        run = stream._run
+
+        def run_later(one: Stream) -> None:
+            waiting.release()
+            run(one)
+
+        stream._run = run_later
         try:
             for _ in stream:
                 pass
@@ -273,14 +280,18 @@ def test_a_session_is_closed_while_other_threads_read(make: Made, folder: Path) 
             seen.append(stream)
 
     threads = [threading.Thread(target=read, args=(stream,)) for stream in streams]
+    with session._lock:  # readers stand before it, so that no answer comes to its end meanwhile
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            assert waiting.acquire(timeout=600)
+        while not streams[0].ids:
+            session.step()
+        session.close()
     for thread in threads:
-        thread.start()
-    while not streams[0].ids:
-        streams[0]._run(streams[0])
-    session.close()
-    for thread in threads:
-        thread.join(60)
+        thread.join(600)
     assert {id(stream) for stream in seen} == {id(stream) for stream in streams}
+    assert [len(stream.ids) > 0 for stream in streams] == [True, True, True, False], "three have rows, one waits"
     assert_idle(session)
 
 
@@ -496,7 +507,7 @@ def test_several_threads_wait_each_for_its_own_answer(make: Made, folder: Path, 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(600)
     assert got == dict(enumerate(expected))
     assert_idle(session)
 

@@ -8,7 +8,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -34,14 +33,21 @@ from kvzip_press.testing import ByteTokenizer, tiny_model
 TOKENIZER = ByteTokenizer()
 TIMES = ("prefill_seconds", "score_seconds", "evict_seconds", "answer_seconds")
 KILLED = """
-import importlib.util, pathlib, sys, time
+import importlib.util, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 faults = importlib.util.spec_from_file_location("faults", pathlib.Path(sys.argv[1]).parents[1] / "faults.py")
 sys.modules["faults"] = importlib.util.module_from_spec(faults)
 faults.loader.exec_module(sys.modules["faults"])
 from test_run_directory import RUNS, make_model, run_in
-run_in(sys.argv[2], RUNS[sys.argv[3]](), make_model(), on_row=lambda row: time.sleep(0.05))
+rows = []
+def on_row(row):
+    rows.append(row)
+    if len(rows) == int(sys.argv[4]):
+        print(flush=True)
+        sys.stdin.read()  # waits to be killed
+run_in(sys.argv[2], RUNS[sys.argv[3]](), make_model(), on_row=on_row)
 """
+N_SURVIVE = 13  # rows, which end in the middle of a context
 
 
 def make_run() -> Run:
@@ -145,18 +151,18 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def process(tmp_path: Path, kind: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that writes a run slowly, when it has written a few rows."""
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), kind]
+    """A process that writes a run, stopped where it has written a few rows."""
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), kind, str(N_SURVIVE)]
     threads = str(torch.get_num_threads())  # sums run in the same order then
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": threads}
-    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "rows.jsonl").exists() or (tmp_path / "rows.jsonl").read_bytes().count(b"\n") < 13:
-        assert child.poll() is None and time.monotonic() < deadline, child.communicate()[1]
-        time.sleep(0.01)
-    yield child
-    child.kill()
-    child.wait()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **pipes) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"\n", child.communicate()[1]
+            yield child
+        finally:
+            child.kill()
 
 
 @pytest.mark.slow
@@ -173,7 +179,7 @@ def test_a_killed_run_loses_the_context_in_flight_at_most_and_leaves_no_lock(
     process.kill()
     process.wait()
     survived, whole = rows_in(tmp_path), undisturbed(kind)
-    assert 13 <= len(survived) < len(whole)
+    assert len(survived) == N_SURVIVE < len(whole)
     before = (tmp_path / "rows.jsonl").read_bytes()
     redone: list[Row] = []
     run_in(tmp_path, run, model, on_row=redone.append)

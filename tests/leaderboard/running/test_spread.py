@@ -6,7 +6,6 @@ What does not depend on the executor is tested with workers that stand in: a rea
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -101,14 +100,8 @@ def test_two_workers_give_the_rows_of_one_and_a_killed_ones_are_done_again(
     tmp_path: Path, serial: list[Row], begin: Begin, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[Any] = []
-
-    def on_row(row: Row) -> None:
-        told.append(row.key)
-        if len(told) == 2:
-            os.kill(pids(tmp_path)[0], signal.SIGKILL)
-
-    with begin(RUN) as workers:
-        spread(workers, tmp_path / "run", on_begin=lambda missing: on_row)
+    with begin(RUN, dies=True) as workers:
+        spread(workers, tmp_path / "run", on_begin=lambda missing: lambda row: told.append(row.key))
     assert len(serial) == 10 * 2 * 3
     assert sorted(told) == [row.key for row in serial]
     assert by_key(read_rows(tmp_path / "run" / "rows.jsonl")) == serial

@@ -86,11 +86,13 @@ def run(hub: ThreadingHTTPServer, cache: Path, *, offline: bool = False, **optio
         "HF_HOME": str(cache),
         "HF_HUB_OFFLINE": str(int(offline)),
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_ETAG_TIMEOUT": "600",  # seconds: the server is this process, which may wait for its turn
+        "HF_HUB_DOWNLOAD_TIMEOUT": "600",
     }
     command = [sys.executable, "-c", PROGRAM, json.dumps(options)]
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     done = subprocess.run(
-        command, env={**environment, **settings}, capture_output=True, text=True, timeout=120, check=False
+        command, env={**environment, **settings}, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
