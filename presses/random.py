@@ -7,8 +7,22 @@ from dataclasses import dataclass
 import torch
 
 from kvzip_press.budget.scores import Scores
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import AllocatingPress
+
+_LAYERS = 100_003  # generators of two seeds share no layer; a prime
+
+
+def check_seed(seed: int) -> None:
+    """Raises InvalidArgumentError for a seed of which no generator of a layer can be made."""
+    if not 0 <= seed < 2**40:
+        raise InvalidArgumentError(f"expected a seed from 0 to {2**40 - 1}, got {seed}")
+
+
+def generator_of(seed: int, layer_idx: int) -> torch.Generator:
+    """Returns the generator of a layer, on the CPU: numbers are the same on every device."""
+    return torch.Generator().manual_seed(int(seed) * _LAYERS + layer_idx)
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,12 @@ class RandomPress(AllocatingPress):
     seed: int = 0
     n_sink: int = 4
 
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.n_sink < 0:
+            raise InvalidArgumentError(f"expected n_sink >= 0, got {self.n_sink}")
+        super().__post_init__()
+
     def score(self, prefill: Prefill) -> Scores:
         """Returns uniform scores in [0, 1).
 
@@ -36,7 +56,7 @@ class RandomPress(AllocatingPress):
         layers = prefill.blank_scores()
         for layer_idx, scores in layers.items():
             for row, valid in enumerate(prefill.valid):
-                generator = torch.Generator().manual_seed(self.seed * 100_003 + layer_idx)
+                generator = generator_of(self.seed, layer_idx)
                 drawn = torch.rand(int(valid.sum()), scores.shape[1], generator=generator).T
                 scores[row, :, valid.to(scores.device)] = drawn.to(scores.device)
         return Scores(layers, prefill.protected(self.n_sink), self.policy)

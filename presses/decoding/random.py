@@ -8,6 +8,7 @@ import torch
 
 from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.presses.decoding.decode_press import DecodePress
+from kvzip_press.presses.random import check_seed, generator_of
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,12 @@ class RandomDecodePress(DecodePress):
 
     seed: int = field(default=0, kw_only=True)
 
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        super().__post_init__()
+
     def worth(self, pairs: LayerPairs) -> torch.Tensor:
         """Returns the numbers of the pairs' positions."""
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + pairs.layer_idx)
+        generator = generator_of(self.seed, pairs.layer_idx)
         drawn = torch.rand(int(pairs.ends.max()), pairs.keys.shape[1], generator=generator).T.to(pairs.keys.device)
         return drawn.expand(len(pairs.ends), -1, -1).gather(2, pairs.positions.clamp(min=0))

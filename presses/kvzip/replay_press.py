@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
+from kvzip_press.arguments.model import check_tokenizer
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.kv_scoring import kv_scoring
@@ -83,6 +84,8 @@ class KVzipPress(AllocatingPress):
             raise InvalidArgumentError(
                 f'expected weighting to be None, "surprisal" or "probability", got {self.weighting!r}'
             )
+        if self.tokenizer is not None:
+            check_tokenizer(self.tokenizer, f"{type(self).__name__}(tokenizer=...)")
         if self.chunk_size < 1 or self.n_sink < 0:
             raise InvalidArgumentError(
                 f"expected chunk_size >= 1 and n_sink >= 0, got {self.chunk_size} and {self.n_sink}"

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from kvzip_press import RandomPress, Scores
+from kvzip_press import RandomPress, Scores, get_press, prefill
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import AllocatingPress
 from kvzip_press.presses import PRESSES
 from kvzip_press.presses.decoding import KnormDecodePress
+from kvzip_press.testing import ByteTokenizer, tiny_model
 
 OF_OTHER_KINDS: dict[str, list[Any]] = {
     "bool": ["no", None, 0, 1, 1.0],
@@ -73,6 +75,32 @@ def test_layers_to_skip_are_a_sequence_of_indices(given: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="expected skip_layers as a sequence of indices of layers, got"):
         KnormDecodePress(budget=64, skip_layers=given)
     assert KnormDecodePress(budget=64, skip_layers=[1]).skip_layers == (1,)
+
+
+@pytest.mark.parametrize("given", [5, 5.5, [1], b"x"])
+def test_what_is_read_from_a_file_is_that_or_its_path(given: Any) -> None:
+    for name, field, message in (
+        ("fastkvzip", "gate", "expected Gates, a path or a hub repository, got"),
+        ("trimkv", "gate", "TrimKVPress: expected gate as TrimKVGates or the path of a folder, got"),
+        ("triattention", "queries", "TriAttentionPress: expected queries as QueryStatistics or a path, got"),
+        ("kvzip_head", "scores", "expected HeadScores or a path, got"),
+        ("duo_attention", "scores", "expected HeadScores or a path, got"),
+        ("kvzip", "tokenizer", r"KVzipPress\(tokenizer=...\): expected a tokenizer, got"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            get_press(name, **({"budget": 300} if name.startswith("tri") else {}), **{field: given})
+
+
+def test_seeds_and_first_tokens_out_of_range_are_refused() -> None:
+    for seed in (-1, 2**40, 10**30):
+        for press in ("random", "none", "random_decode"):
+            with pytest.raises(InvalidArgumentError, match=f"expected a seed from 0 to 1099511627775, got {seed}"):
+                get_press(press, seed=seed, **({"budget": 300} if press == "random_decode" else {}))
+    with pytest.raises(InvalidArgumentError, match="expected n_sink >= 0, got -1"):
+        RandomPress(0.5, n_sink=-1)
+    read = prefill(tiny_model(), ByteTokenizer(), list(range(3, 43)))
+    drawn = [RandomPress(0.5, seed=seed).score(read) for seed in (7, np.int64(7))]
+    assert all(torch.equal(drawn[0].layers[i], drawn[1].layers[i]) for i in drawn[0].layers)
 
 
 @dataclass(frozen=True)

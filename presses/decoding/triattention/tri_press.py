@@ -60,6 +60,10 @@ class TriAttentionPress(RecentPress):
     def __post_init__(self) -> None:
         if not is_int(self.max_offset) or self.max_offset < 1:
             raise InvalidArgumentError(f"TriAttentionPress: expected max_offset >= 1, got {self.max_offset!r}")
+        if not isinstance(self.queries, QueryStatistics | str | PathLike | None):
+            raise InvalidArgumentError(
+                f"TriAttentionPress: expected queries as QueryStatistics or a path, got {type(self.queries).__name__}"
+            )
         if self.queries is not None and not isinstance(self.queries, QueryStatistics):
             object.__setattr__(self, "queries", QueryStatistics.load(self.queries))
         super().__post_init__()

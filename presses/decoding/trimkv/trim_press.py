@@ -52,6 +52,10 @@ class TrimKVPress(RecentPress):
             raise InvalidArgumentError(
                 "TrimKVPress: expected protect_prompt=True beside prompt=PRESS, whose pairs have no gate's score"
             )
+        if not isinstance(self.gate, TrimKVGates | str | PathLike | None):
+            raise InvalidArgumentError(
+                f"TrimKVPress: expected gate as TrimKVGates or the path of a folder, got {type(self.gate).__name__}"
+            )
         if self.gate is not None and not isinstance(self.gate, TrimKVGates):
             object.__setattr__(self, "gate", TrimKVGates.load(self.gate))
         super().__post_init__()
