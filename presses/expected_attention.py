@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvzip_press.arguments.ids import is_int
 from kvzip_press.attention.queries import queries_watched
 from kvzip_press.budget.allocators import AllocationLike
-from kvzip_press.budget.amount import is_int
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.structure import AttentionLayer, full_attention_layers, layer_index

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvzip_press.arguments.ids import is_int
 from kvzip_press.budget.allocators import AllocationLike
-from kvzip_press.budget.amount import is_int
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling.whole import Prefill

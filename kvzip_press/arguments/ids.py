@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from kvzip_press.errors import InvalidArgumentError
 
 
-def is_id(item: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """Whether this is an integer of Python's; True and False are none."""
-    return isinstance(item, int) and not isinstance(item, bool)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def items_of(given: object, what: str) -> list[Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvzip_press.arguments.ids import is_int
 from kvzip_press.errors import InvalidArgumentError
 
 
@@ -170,11 +171,6 @@ def _described(given: object) -> str:
     if isinstance(given, int | float | str | None):
         return f"{given!r:.80}"
     return f"{type(given).__name__}: a press is made first, and given a model then, `with press(model):`"
-
-
-def is_int(value: Any) -> bool:
-    """Returns whether a value is an integer other than True and False."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _layer_idx(layer_idx: Any) -> int:

@@ -9,8 +9,8 @@ from typing import TypeGuard
 
 import torch
 
+from kvzip_press.arguments.ids import is_int
 from kvzip_press.budget.allocators import AllocationLike, Decided
-from kvzip_press.budget.amount import is_int
 from kvzip_press.budget.policy import Policy
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.terminal import counted

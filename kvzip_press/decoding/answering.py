@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 
-from kvzip_press.arguments.ids import described, is_id
+from kvzip_press.arguments.ids import described, is_int
 from kvzip_press.arguments.model import check_tokenizer, takes_model
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.padding import left_padded, padding_in
@@ -215,7 +215,7 @@ def _is_text(value: object) -> bool:
 
 
 def _is_bound(value: object) -> bool:
-    return is_id(value) and cast("int", value) >= 0
+    return is_int(value) and value >= 0
 
 
 def question_ids(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import takewhile
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from kvzip_press.arguments.ids import check_vocabulary, id_rows, is_id
+from kvzip_press.arguments.ids import check_vocabulary, id_rows, is_int
 from kvzip_press.arguments.model import takes_model
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.padding import padding_in
@@ -113,7 +113,7 @@ def _checked_ids(model: Any, cache: Any, input_ids: object, max_new_tokens: obje
             f"generate(model, cache, input_ids, max_new_tokens, ...): expected a cache, got {type(cache).__name__}"
         )
     ids = id_rows(input_ids, "input_ids [batch, n >= 1]")
-    if not is_id(max_new_tokens) or cast("int", max_new_tokens) < 0:
+    if not is_int(max_new_tokens) or max_new_tokens < 0:
         raise InvalidArgumentError(f"expected max_new_tokens >= 0, got {max_new_tokens!r:.80}")
     check_vocabulary(model, int(ids.min()), int(ids.max()))
     return ids

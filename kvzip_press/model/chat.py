@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvzip_press.arguments.ids import check_vocabulary, described, is_id, items_of
+from kvzip_press.arguments.ids import check_vocabulary, described, is_int, items_of
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat_template import around_turns
 from kvzip_press.model.text import encode
@@ -83,7 +83,7 @@ def context_rows(
             what to pass.
     """
     items: Any = context if isinstance(context, str) else items_of(context, _EXPECTED)
-    one = isinstance(items, str) or not items or any(map(is_id, items))
+    one = isinstance(items, str) or not items or any(map(is_int, items))
     rows = [_context_ids(tokenizer, item, split=split_special_tokens) for item in ([items] if one else items)]
     if not all(rows):
         which = "" if one else f" at index {rows.index(())} of {len(rows)}"
@@ -101,7 +101,7 @@ def _context_ids(tokenizer: Any, context: Any, *, split: bool) -> tuple[int, ...
         return encode(tokenizer, context, split_special_tokens=split)
     ids = items_of(context, "a context as text or token ids")
     for item in ids:
-        if not is_id(item):
+        if not is_int(item):
             raise InvalidArgumentError(f"expected a context as text or token ids, got {described(item)} among its ids")
     return tuple(ids)
 
