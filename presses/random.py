@@ -6,23 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from kvzip_press.arguments.seeds import check_seed, generator_of
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import AllocatingPress
-
-_LAYERS = 100_003  # generators of two seeds share no layer; a prime
-
-
-def check_seed(seed: int) -> None:
-    """Raises InvalidArgumentError for a seed of which no generator of a layer can be made."""
-    if not 0 <= seed < 2**40:
-        raise InvalidArgumentError(f"expected a seed from 0 to {2**40 - 1}, got {seed}")
-
-
-def generator_of(seed: int, layer_idx: int) -> torch.Generator:
-    """Returns the generator of a layer, on the CPU: numbers are the same on every device."""
-    return torch.Generator().manual_seed(int(seed) * _LAYERS + layer_idx)
 
 
 @dataclass(frozen=True)

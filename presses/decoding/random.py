@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kvzip_press.arguments.seeds import check_seed, generator_of
 from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.presses.decoding.decode_press import DecodePress
-from kvzip_press.presses.random import check_seed, generator_of
 
 
 @dataclass(frozen=True)
