@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvzip_press.arguments.ids import is_int
+from kvzip_press.arguments.numbers import is_int
 from kvzip_press.attention.queries import queries_watched
 from kvzip_press.budget.allocators import AllocationLike
 from kvzip_press.budget.scores import Scores

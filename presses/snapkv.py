@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.nn import functional
 
-from kvzip_press.arguments.ids import is_int
+from kvzip_press.arguments.numbers import is_int
 from kvzip_press.budget.allocators import AboveUniform, AllocationLike, Pyramid
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError

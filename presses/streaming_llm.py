@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvzip_press.arguments.ids import is_int
+from kvzip_press.arguments.numbers import is_int
 from kvzip_press.budget.allocators import AllocationLike
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
 from kvzip_press.errors import InvalidArgumentError
-
-
-def is_int(value: object) -> TypeGuard[int]:
-    """Whether this is an integer of Python's; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def items_of(given: object, what: str) -> list[Any]:

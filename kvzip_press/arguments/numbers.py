@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from kvzip_press.errors import InvalidArgumentError
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether this is an integer of Python's; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def whole(name: str, given: object, least: int = 1) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvzip_press.arguments.ids import is_int
+from kvzip_press.arguments.numbers import is_int
 from kvzip_press.errors import InvalidArgumentError
 
 

@@ -9,7 +9,7 @@ from typing import TypeGuard
 
 import torch
 
-from kvzip_press.arguments.ids import is_int
+from kvzip_press.arguments.numbers import is_int
 from kvzip_press.budget.allocators import AllocationLike, Decided
 from kvzip_press.budget.policy import Policy
 from kvzip_press.errors import InvalidArgumentError

@@ -8,8 +8,9 @@ from typing import Any, overload
 
 import torch
 
-from kvzip_press.arguments.ids import described, is_int
+from kvzip_press.arguments.ids import described
 from kvzip_press.arguments.model import check_tokenizer, takes_model
+from kvzip_press.arguments.numbers import is_int
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.padding import left_padded, padding_in
 from kvzip_press.cache.ragged_cache import RaggedCache

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from kvzip_press.arguments.ids import check_vocabulary, id_rows, is_int
+from kvzip_press.arguments.ids import check_vocabulary, id_rows
 from kvzip_press.arguments.model import takes_model
+from kvzip_press.arguments.numbers import is_int
 from kvzip_press.attention.implementation import attach
 from kvzip_press.cache.padding import padding_in
 from kvzip_press.decoding.forward import check_reading, next_positions, read

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from kvzip_press.arguments.ids import check_vocabulary, described, is_int, items_of
+from kvzip_press.arguments.ids import check_vocabulary, described, items_of
+from kvzip_press.arguments.numbers import is_int
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.model.chat_template import around_turns
 from kvzip_press.model.text import encode

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvzip_press.arguments.ids import is_int
+from kvzip_press.arguments.numbers import is_int
 from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.decoding.decode_press import DecodePress

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvzip_press.arguments.ids import is_int
+from kvzip_press.arguments.numbers import is_int
 from kvzip_press.budget.amount import Amount
 from kvzip_press.budget.candidates import Candidates, Counts, Pool
 from kvzip_press.budget.spending import spend

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from kvzip_press.arguments.ids import is_int
+from kvzip_press.arguments.numbers import is_int
 from kvzip_press.budget.allocators.base import Allocation
 from kvzip_press.budget.amount import Amount
 from kvzip_press.budget.candidates import Candidates, Counts, Pool

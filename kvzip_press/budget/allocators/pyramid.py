@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from kvzip_press.arguments.ids import is_int
+from kvzip_press.arguments.numbers import is_int
 from kvzip_press.budget.allocators.levels import Curve, Levelled
 from kvzip_press.budget.candidates import Candidates
 from kvzip_press.errors import InvalidArgumentError

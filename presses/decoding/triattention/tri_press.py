@@ -18,7 +18,7 @@ from os import PathLike
 import torch
 from torch import nn
 
-from kvzip_press.arguments.ids import is_int
+from kvzip_press.arguments.numbers import is_int
 from kvzip_press.cache.pair_pool import STAYS
 from kvzip_press.decoding.eviction import DecodeEviction
 from kvzip_press.decoding.layer_pairs import LayerPairs
