@@ -64,8 +64,8 @@ def test_serve_starts_the_server_over_the_folder(started: list[Any], folder: Pat
 CHILD = """
 import os, pathlib, signal, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
-print("begun", flush=True)
 try:
+    print("begun", flush=True)
     while True:
         signal.pause()
 finally:
