@@ -19,6 +19,7 @@ from kvzip_press.cache.compressible import check_cache
 from kvzip_press.cache.padded_block import BlockLayer
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding.eviction import DecodeEviction, DecodeEvictions
+from kvzip_press.decoding.static_layers import StaticLayer
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, UnsupportedCacheError
 from kvzip_press.model.structure import check_keeps_cache, full_attention_layers, text_decoder
 from kvzip_press.model.watching import OpenFor, after_forward, before_forward, computing
@@ -154,6 +155,8 @@ class _Session:
         forward = self.forward
         forward.close()
         call = PrefillCall.of(decoder, args, kwargs).within(forward.outer)
+        if _is_static_step(call.cache):
+            return
         _check_fills_a_cache(call, decoder)
         forward.start = call.n_seen
         if self.evictions and forward.start and _is_compressed(call.cache):
@@ -233,6 +236,11 @@ class _Session:
     def _is_ours(self) -> bool:
         """Whether the forward is not the user's, because a press scores or a static decode step runs."""
         return self.forward.busy or self.evictions.in_static_step
+
+
+def _is_static_step(cache: Any) -> bool:
+    """Returns whether a cache is what a decode step of ours captures, which is checked where the step is made."""
+    return any(isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", ()))
 
 
 def _check_fills_a_cache(call: PrefillCall, decoder: nn.Module) -> None:

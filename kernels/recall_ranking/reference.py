@@ -41,6 +41,8 @@ def listed(inputs: RankingInputs, worth: Tensor) -> tuple[Tensor, Tensor]:
     device, budget = worth.device, inputs.budget
     sizes = _of_rows(inputs, inputs.sizes).long()[:, :, None].expand(*worth.shape[:3], -1)
     first, sizes = sizes[..., :1], sizes[..., 1:]
+    # One bit pattern for each value: CUDA sorts by bits, where a negative NaN comes last and -0 behind 0.
+    worth = torch.where(worth.isnan(), torch.nan, worth + 0.0)
     ranked = worth.sort(dim=-1, descending=True, stable=True).indices
     by_rank = sizes.gather(-1, ranked)
     room = budget - first.clamp(max=budget) - (by_rank.cumsum(-1) - by_rank)

@@ -58,10 +58,11 @@ def allocate(
         scores.layers, standing, base, scores.protected, scores.charged, held or {}, scores.attention
     )
     allocation = scores.policy.allocation
-    rows = [allocation.counts(row, scores.policy.amount) for row in candidates]
-    if type(allocation).counts not in (Allocation.counts, Decided.counts):  # someone else's code
-        for row, counts in zip(candidates, rows, strict=True):
-            _check_counts(allocation, row, counts)
+    if type(allocation).counts in (Allocation.counts, Decided.counts):
+        return allocation.counts_of_rows(candidates, scores.policy.amount)
+    rows = [allocation.counts(row, scores.policy.amount) for row in candidates]  # someone else's code
+    for row, counts in zip(candidates, rows, strict=True):
+        _check_counts(allocation, row, counts)
     return {layer_idx: torch.stack([row[layer_idx] for row in rows]) for layer_idx in scores.layers}
 
 

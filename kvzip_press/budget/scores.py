@@ -61,6 +61,7 @@ class Scores:
         shape = self._check_positions()
         for layer_idx, values in self.layers.items():
             _check_values(layer_idx, values, shape)
+        _check_finite(self.layers)
         self._check_uniform(shape)
         self.policy.amount.check_layers(self.layers)
         if isinstance(self.policy.allocation, Decided):
@@ -81,6 +82,7 @@ class Scores:
         if isinstance(self.carried, Mapping) and set(self.carried) == set(self.layers):
             for layer_idx, values in self.carried.items():
                 _check_values(layer_idx, values, shape)
+            _check_finite(self.carried)
         elif not isinstance(self.carried, bool):
             raise InvalidArgumentError(
                 f"expected carried to be True, False or numbers of the same layers, got {_described(self.carried)}"
@@ -192,7 +194,7 @@ class Scores:
 
 
 def _check_values(layer_idx: int, values: object, shape: tuple[int, int]) -> None:
-    """Raises InvalidArgumentError unless these are finite fp32 scores over a span."""
+    """Raises InvalidArgumentError unless these are fp32 scores over a span."""
     if not isinstance(values, torch.Tensor) or values.dtype != torch.float32 or values.is_meta:
         raise InvalidArgumentError(
             f"expected scores of layer {layer_idx} as a float32 tensor with data, got {_described(values)}"
@@ -202,8 +204,19 @@ def _check_values(layer_idx: int, values: object, shape: tuple[int, int]) -> Non
             f"expected scores [batch={shape[0]}, heads, span={shape[1]}] for layer {layer_idx}, "
             f"got {tuple(values.shape)}"
         )
-    if not bool(torch.isfinite(values).all()):
-        raise InvalidArgumentError(f"expected finite scores, got NaN or infinity in layer {layer_idx}")
+
+
+def _check_finite(layers: Mapping[int, torch.Tensor]) -> None:
+    """Raises InvalidArgumentError for NaN and infinity; waits for each device once."""
+    bounds = {layer_idx: torch.stack(torch.aminmax(values)) for layer_idx, values in layers.items() if values.numel()}
+    devices = {one.device for one in bounds.values()}
+    for device in devices:
+        own = [layer_idx for layer_idx, one in bounds.items() if one.device == device]
+        finite = torch.stack([bounds[layer_idx] for layer_idx in own]).isfinite().all(dim=1).tolist()
+        if not all(finite):
+            raise InvalidArgumentError(
+                f"expected finite scores, got NaN or infinity in layer {own[finite.index(False)]}"
+            )
 
 
 def _is_mask(value: object) -> TypeGuard[torch.Tensor]:

@@ -9,8 +9,9 @@ all tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -76,12 +77,21 @@ class PackedPairs(Held):
         return cls.of(_with_columns(kind.encode(new), new, scores).packed(), keys.shape[1], kind)
 
     @classmethod
-    def joined(cls, parts: Sequence[PackedPairs]) -> PackedPairs:
-        """Returns a copy with the rows of all parts, one part after another.
+    def joined(cls, pairs: Iterable[PackedPairs], total: int) -> PackedPairs:
+        """Returns a copy with the rows of all objects, one object after another; each is copied as it comes.
 
-        The parts have the same heads, storage and columns.
+        Args:
+            pairs: The objects, at least one; with the same heads, storage and columns.
+            total: Number of their pairs together.
         """
-        return cls.of(joined(parts), parts[0].num_heads, parts[0].storage)
+        pairs = iter(pairs)
+        first = next(pairs)
+        return cls.of(joined(chain([first], pairs), total), first.num_heads, first.storage)
+
+    def numbers_only(self) -> PackedPairs:
+        """Returns the same pairs without what they hold of keys and values: their positions, and scores if any."""
+        columns = {name: self.columns[name] for name in (POSITIONS, SCORES) if name in self.columns}
+        return replace(self, columns=columns, tables={}, parts={})
 
     @property
     def positions(self) -> torch.Tensor:

@@ -26,6 +26,7 @@ STAYS = torch.finfo(torch.float32).max
 """The score of a pair that no eviction takes and no budget counts; finite, as files want scores to be."""
 
 NUMBERS_AT_ONCE = 2**24  # of the scores that are laid out together: bounds the memory that takes, whatever the batch
+NUMBERS_MERGED = 2**27  # of the keys and values that are merged together: 256 MB in 16 bits
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ class PairPool:
         layers: Compressed layers whose pairs have scores; they become views of the pool at the first :meth:`evict`.
 
     Attributes:
-        packed: All pairs, as those of ``num_layers * batch`` rows, layer by layer.
+        packed: All pairs, as those of ``num_layers * batch`` rows, layer by layer; None before the first eviction.
         num_layers: Number of layers.
         batch_size: Batch rows of each layer.
+        num_heads: KV heads of each layer.
 
     Raises:
         CacheMismatchError: The pairs carry no scores.
@@ -61,7 +63,9 @@ class PairPool:
 
     def __init__(self, layers: Sequence[RaggedLayer]) -> None:
         self.num_layers, self.batch_size = len(layers), layers[0].batch_size
-        self.packed = PackedPairs.joined([layer.packed for layer in layers])
+        self.num_heads = layers[0].packed.num_heads
+        self.packed: PackedPairs | None = None
+        self._ends: list[int] = []  # where the pairs of each layer begin, and where those of the last one end
 
     @classmethod
     def of(cls, layers: Sequence[RaggedLayer]) -> PairPool:
@@ -98,39 +102,44 @@ class PairPool:
         """
         layers = list(by_idx.values())
         tails = [layer.tail for layer in layers]
+        sizes = [layer.packed.total for layer in layers]
+        packed = numbers_of(layers)
         scores = torch.stack([tail.scores for tail in tails if tail.scores is not None]).flatten(0, 1)
-        packed, ranks, ranked = self.packed, self.packed.scores, scores
+        assert packed.scores is not None
+        own, ranks, ranked = packed.scores, packed.scores, scores
         if worth is not None:
             ranks = torch.cat([of_layer.packed for of_layer in worth.values()])
             ranked = torch.cat([of_layer.tail for of_layer in worth.values()])
             if all(of_layer.carried for of_layer in worth.values()):
-                packed, scores = packed.with_scores(ranks), ranked
-        assert ranks is not None
+                own, scores = ranks, ranked
         ends, valid, positions = _columns(layers[0])
         if bool((scores.isnan() & valid.repeat(self.num_layers, 1).unsqueeze(1)).any()):
             raise CacheMismatchError(
                 "expected every token since the context to be read inside `with press(model):`, which scores it, got "
                 "some that were read outside of it, or whose rows were rearranged before they had a score"
             )
-        pairs = self._all_pairs(tuple(by_idx), ranks, ranked, valid, positions)
+        pairs = self._all_pairs(packed, tuple(by_idx), ranks, ranked, valid, positions)
         kept = pairs.alive.clone()
         first = torch.tensor(layers[0].n_protected, device=ends.device)
         safe = torch.stack([first, ends - window_sizes], dim=1)
-        most = int(self.packed.seqlens.max()) + tails[0].length  # of a head; the columns of a row are at least as many
-        n_rows = max(NUMBERS_AT_ONCE // max(self.num_layers * self.packed.num_heads * most, 1), 1)
+        most = int(packed.seqlens.max()) + tails[0].length  # of a head; the columns of a row are at least as many
+        n_rows = max(NUMBERS_AT_ONCE // max(self.num_layers * self.num_heads * most, 1), 1)
         for rows in due.nonzero()[:, 0].split(n_rows):
             pairs.cut(kept, rows, safe[rows], policy)
-        n_packed = self.packed.positions.numel()
-        keep, staying = kept[n_packed:].view_as(scores), kept[:n_packed]
+        keep, staying = kept[packed.total :].view_as(scores), kept[: packed.total]
         del pairs
-        if self._keeps_its_shape(keep, staying):
-            change: Any = ByLayer(self, packed, layers, keep, staying, positions, scores, ranked)
+        merges = Merges(
+            layers,
+            positions,
+            *(columns.unflatten(0, (self.num_layers, -1)) for columns in (keep, scores, ranked)),
+            staying.split(sizes),
+            own.split(sizes),
+        )
+        if self._keeps_its_shape(packed, keep, staying):
+            change: Any = InParts(self, merges)
         else:
-            keys, values = (
-                torch.stack([getattr(tail, name) for tail in tails]).flatten(0, 1) for name in ("keys", "values")
-            )
-            every = positions.repeat(self.num_layers, 1)
-            change = packed.merge(keys, values, every, keep, staying, scores, importance=ranked)
+            total = int(staying.sum() + keep.sum())
+            change = PackedPairs.joined((merges.of_layers(part) for part in merges.parts()), total)
         try:
             self._take_over(change, layers)
         except BaseException:  # an interrupt: the old pairs are written over in part, so what has begun is finished
@@ -142,32 +151,32 @@ class PairPool:
                 raise
             raise
 
-    def _keeps_its_shape(self, keep: torch.Tensor, staying: torch.Tensor) -> bool:
+    def _keeps_its_shape(self, packed: PackedPairs, keep: torch.Tensor, staying: torch.Tensor) -> bool:
         """Whether every head has as many pairs after the eviction as before, in a pool that may be written to."""
-        packed = self.packed
-        if packed.parts or not packed.positions.numel() or not is_writable(packed.positions):
+        if self.packed is None or self.packed.parts or not packed.total or not is_writable(self.packed.positions):
             return False
         stay = torch.nn.functional.pad(staying.long().cumsum(0), (1, 0))[packed.cu_seqlens.long()].diff()
         return torch.equal(stay + keep.sum(dim=-1).flatten(), packed.cu_seqlens.diff().long())
 
-    def _take_over(self, change: PackedPairs | ByLayer, layers: Sequence[RaggedLayer]) -> None:
+    def _take_over(self, change: PackedPairs | InParts, layers: Sequence[RaggedLayer]) -> None:
         """Changes the pairs of the pool and of its layers; done again after an interrupt, it has the same result."""
-        if isinstance(change, ByLayer):
+        if isinstance(change, InParts):
             change.make()
         else:
             self._put(change)
         self._hand_out(layers)
 
-    def layer(self, packed: PackedPairs, number: int) -> PackedPairs:
-        """Returns the pairs of one layer among those of the pool, or among others of their shape, as views."""
-        n_segments = self.batch_size * packed.num_heads
-        own = slice(number * n_segments, (number + 1) * n_segments)
-        bounds = packed.cu_seqlens[own.start : own.stop + 1]
-        start, stop = bounds[[0, -1]].tolist()
-        return packed.part(own, slice(start, stop), bounds - start, self)
+    def of_layers(self, first: int, last: int) -> PackedPairs:
+        """Returns the pairs of the layers from ``first`` on and before ``last``, as views."""
+        assert self.packed is not None
+        start, stop = self._ends[first], self._ends[last]
+        own = slice(first * self.batch_size * self.num_heads, last * self.batch_size * self.num_heads)
+        bounds = self.packed.cu_seqlens[own.start : own.stop + 1]
+        return self.packed.part(own, slice(start, stop), bounds - start, self)
 
     def _all_pairs(
         self,
+        packed: PackedPairs,
         indices: tuple[int, ...],
         own_scores: torch.Tensor,
         scores: torch.Tensor,
@@ -175,9 +184,9 @@ class PairPool:
         positions: torch.Tensor,
     ) -> _Pairs:
         """Returns the packed pairs and, after them, the columns of all tails, with scores ``[rows, heads, n]``."""
-        packed, shape = self.packed, scores.shape
+        shape = scores.shape
         segments = torch.arange(shape[0] * packed.num_heads, device=scores.device)
-        own = segments.repeat_interleave(packed.cu_seqlens.diff().long(), output_size=packed.positions.numel())
+        own = segments.repeat_interleave(packed.cu_seqlens.diff().long(), output_size=packed.total)
 
         def of_tails(columns: torch.Tensor) -> torch.Tensor:
             return columns.repeat(self.num_layers, 1).unsqueeze(1).expand(shape).flatten()
@@ -194,71 +203,154 @@ class PairPool:
     def _put(self, new: PackedPairs) -> None:
         """Takes over the new pairs, in the memory of the old ones if they fit it."""
         old = self.packed
-        both = list(zip(old.tensors, new.tensors, strict=True))
-        if any(place.shape != tensor.shape for place, tensor in both) or not is_writable(old.positions):
+        if old is None or not is_writable(old.positions) or not _have_one_shape(old, new):
             self.packed = new
-            return
-        for place, tensor in both:
-            place.copy_(tensor)
+        else:
+            for place, tensor in zip(old.tensors, new.tensors, strict=True):
+                place.copy_(tensor)
+        self._ends = new.cu_seqlens[:: self.batch_size * self.num_heads].tolist()
 
     def _hand_out(self, layers: Sequence[RaggedLayer]) -> None:
+        ends = layers[0].next_positions.tolist()
         for number, layer in enumerate(layers):
-            layer.take(self.layer(self.packed, number))
+            layer.take(self.of_layers(number, number + 1), ends)
 
 
-class ByLayer:
-    """The change of a pool whose heads keep as many pairs as they had: made a layer at a time, in place.
+@dataclass(frozen=True)
+class LayerStack:
+    """Some layers of a pool as one with the rows of all, layer by layer, so that they take as few kernels as one.
 
-    So no second pool is needed beside the first, which would be most of what an evicting cache takes. The arguments
-    are those of :meth:`PackedPairs.merge` for all layers.
+    Attributes:
+        layers: The layers, which have read equally many tokens since an eviction.
+        packed: Their packed pairs.
+        keys: Those of their tails, ``[rows, num_heads, n, head_dim]``; None before a first token.
+        values: ``[rows, num_heads, n, v_head_dim]``; None before a first token.
     """
 
-    def __init__(
-        self,
-        pool: PairPool,
-        packed: PackedPairs,
-        layers: Sequence[RaggedLayer],
-        keep: torch.Tensor,
-        staying: torch.Tensor,
-        positions: torch.Tensor,
-        scores: torch.Tensor,
-        importance: torch.Tensor,
-    ) -> None:
-        self.pool, self.packed, self.layers, self.positions = pool, packed, layers, positions
-        by_layer = (columns.unflatten(0, (pool.num_layers, -1)) for columns in (keep, scores, importance))
-        self.keep, self.scores, self.importance = by_layer
-        sizes = packed.cu_seqlens[:: pool.batch_size * packed.num_heads].diff().tolist()
-        self.staying = staying.split(sizes)
+    layers: Sequence[RaggedLayer]
+    packed: PackedPairs
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
+
+    @classmethod
+    def of(cls, layers: Sequence[RaggedLayer], part: slice) -> LayerStack:
+        """Returns some of the layers of a pool, or of what is to be one, given all of them in order."""
+        some = layers[part]
+        if len(some) == 1:
+            return cls(some, some[0].packed, some[0].tail.keys, some[0].tail.values)
+        pairs = [one.packed for one in layers]
+        packed = _of_pool(pairs, part) or PackedPairs.joined(pairs[part], sum(one.total for one in pairs[part]))
+        keys, values = ([getattr(one.tail, name) for one in some] for name in ("keys", "values"))
+        return cls(some, packed, *(None if each[0] is None else torch.cat(each) for each in (keys, values)))
+
+
+def _of_pool(pairs: Sequence[PackedPairs], part: slice) -> PackedPairs | None:
+    """Returns some of the layers of a pool as views, with the scores that they carry; None if they are of none."""
+    pool = pairs[0].pool
+    if not isinstance(pool, PairPool) or pool.num_layers != len(pairs) or any(one.pool is not pool for one in pairs):
+        return None
+    scores = [one.scores for one in pairs[part] if one.scores is not None]
+    return pool.of_layers(part.start, part.stop).with_scores(torch.cat(scores))
+
+
+def numbers_of(layers: Sequence[RaggedLayer]) -> PackedPairs:
+    """Returns the pairs of layers as one, without keys and values: see :meth:`PackedPairs.numbers_only`."""
+    pairs = [layer.packed for layer in layers]
+    whole = _of_pool(pairs, slice(0, len(pairs)))
+    if whole is not None:
+        return whole.numbers_only()
+    return PackedPairs.joined((one.numbers_only() for one in pairs), sum(one.total for one in pairs))
+
+
+def parts_of(sizes: Sequence[int], most: int) -> list[slice]:
+    """Returns runs of consecutive numbers, each of one number or of sizes that add up to ``most`` at most."""
+    parts, start, total = [], 0, 0
+    for number, size in enumerate(sizes):
+        if number > start and total + size > most:
+            parts.append(slice(start, number))
+            start, total = number, 0
+        total += size
+    return [*parts, slice(start, len(sizes))]
+
+
+@dataclass(frozen=True)
+class Merges:
+    """What becomes of the layers of a pool: the pairs of each that stay, and those of its tail that do.
+
+    Attributes:
+        layers: The layers, as they are before the eviction.
+        positions: int32 ``[batch, n]``, of the tails' columns.
+        keep: Bool ``[layers, batch, heads, n]``, which pairs of the tails stay.
+        scores: fp32 ``[layers, batch, heads, n]``, what these carry from now on.
+        importance: fp32, in the same shape: see :class:`~kvzip_press.cache.codecs.held.NewPairs`.
+        staying: Bool ``[total_kept]`` of each layer, which of its packed pairs stay.
+        carried: fp32 ``[total_kept]`` of each layer, what these carry from now on.
+    """
+
+    layers: Sequence[RaggedLayer]
+    positions: torch.Tensor
+    keep: torch.Tensor
+    scores: torch.Tensor
+    importance: torch.Tensor
+    staying: Sequence[torch.Tensor]
+    carried: Sequence[torch.Tensor]
+
+    def parts(self) -> list[slice]:
+        """Returns the layers in parts that are merged together: as many as take little memory beside the pool."""
+        packed = self.layers[0].packed
+        width = packed.storage.head_dim + packed.storage.v_head_dim
+        pairs = (layer.packed.total + self.keep[0].numel() for layer in self.layers)
+        return parts_of([n * width for n in pairs], NUMBERS_MERGED)
+
+    def of_layers(self, part: slice) -> PackedPairs:
+        """Returns the pairs of some layers after the eviction."""
+        stack = LayerStack.of(self.layers, part)
+        assert stack.keys is not None and stack.values is not None
+        keep, scores, importance = (each[part].flatten(0, 1) for each in (self.keep, self.scores, self.importance))
+        return stack.packed.with_scores(torch.cat(self.carried[part])).merge(
+            stack.keys,
+            stack.values,
+            self.positions.repeat(len(stack.layers), 1),
+            keep,
+            torch.cat(self.staying[part]),
+            scores,
+            importance=importance,
+        )
+
+
+class InParts:
+    """The change of a pool whose heads keep as many pairs as they had: made some layers at a time, in place.
+
+    So no second pool is needed beside the first, which would be most of what an evicting cache takes.
+
+    Args:
+        pool: The pool, of which the layers are views.
+        merges: What becomes of them.
+    """
+
+    def __init__(self, pool: PairPool, merges: Merges) -> None:
+        self.pool, self.merges = pool, merges
+        sizes = [len(staying) for staying in merges.staying]
         # The largest first: if there is memory for it, there is for the others, which must not fail any more.
-        self.left = tuple(sorted(range(pool.num_layers), key=lambda number: -sizes[number]))
-        self.new: tuple[int, PackedPairs] | None = None  # that of the first of them, once it is there
+        self.left = tuple(sorted(merges.parts(), key=lambda part: -sum(sizes[part])))
+        self.new: tuple[slice, PackedPairs] | None = None  # that of the first of them, once it is there
 
     def make(self) -> None:
         """Makes what is left of the change. After an interrupt it goes on where it was."""
         while self.left:
-            number = self.left[0]
-            if self.new is None or self.new[0] != number:
-                self.new = number, self._of_layer(number)
+            part = self.left[0]
+            if self.new is None or self.new[0] != part:
+                self.new = part, self.merges.of_layers(part)
             self._write(*self.new)
             self.left = self.left[1:]
 
-    def _write(self, number: int, new: PackedPairs) -> None:
-        place = self.pool.layer(self.pool.packed, number)
-        for column, tensor in zip(place.tensors, new.tensors, strict=True):
+    def _write(self, part: slice, new: PackedPairs) -> None:
+        for column, tensor in zip(self.pool.of_layers(part.start, part.stop).tensors, new.tensors, strict=True):
             column.copy_(tensor)
 
-    def _of_layer(self, number: int) -> PackedPairs:
-        tail = self.layers[number].tail
-        assert tail.keys is not None and tail.values is not None
-        return self.pool.layer(self.packed, number).merge(
-            tail.keys,
-            tail.values,
-            self.positions,
-            self.keep[number],
-            self.staying[number],
-            self.scores[number],
-            importance=self.importance[number],
-        )
+
+def _have_one_shape(old: PackedPairs, new: PackedPairs) -> bool:
+    return [tensor.shape for tensor in old.tensors] == [tensor.shape for tensor in new.tensors]
 
 
 @dataclass(frozen=True)
@@ -358,11 +450,10 @@ def held_tokens(layers: Sequence[RaggedLayer]) -> torch.Tensor:
 
     Those whose score is :data:`STAYS` are not counted.
     """
-    packed = (
-        torch.stack([layer.packed.seqlens - staying_pairs(layer.packed) for layer in layers]).long().sum(dim=(0, 2))
-    )
-    heads = len(layers) * layers[0].packed.num_heads
-    return (packed + heads - 1) // heads + layers[0].n_tail_tokens
+    packed = numbers_of(layers)
+    held = (packed.seqlens - staying_pairs(packed)).long().unflatten(0, (len(layers), -1)).sum(dim=(0, 2))
+    heads = len(layers) * packed.num_heads
+    return (held + heads - 1) // heads + layers[0].n_tail_tokens
 
 
 def staying_pairs(packed: PackedPairs) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -266,8 +267,13 @@ class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
         check_fingerprint(self.fingerprint, module, weights)
         self._known_module = weakref.ref(module)
 
-    def take(self, packed: PackedPairs) -> None:
-        """Replaces the layer's pairs and its tail by ``packed``, in which the tail's tokens are part of the context."""
+    def take(self, packed: PackedPairs, ends: Sequence[int] | None = None) -> None:
+        """Replaces the layer's pairs and its tail by ``packed``, in which the tail's tokens are part of the context.
+
+        Args:
+            packed: The pairs.
+            ends: The position after each row, if the host knows it; otherwise it is read from the device.
+        """
         # Rows move over their padding in sliding layers, too, so all of it is on the left there.
         padding = [0] * self.batch_size if self.tail.padding is None else self.tail.padding.tolist()
         tail = self.tail.emptied()
@@ -275,7 +281,7 @@ class RaggedLayer(CopiedByFork, LayerRows, compat.CacheLayerMixin):
             "packed": packed,
             "n_context": self.get_seq_length(),
             "n_padding": tuple(n + more if n >= 0 else -1 for n, more in zip(self.n_padding, padding, strict=True)),
-            "context_ends": tuple(self.next_positions.tolist()),
+            "context_ends": tuple(self.next_positions.tolist() if ends is None else ends),
             "tail": tail,
         }
         vars(self).update(changed)  # at once: an interrupt comes before or behind it

@@ -1,8 +1,8 @@
-"""The pairs of one layer as a press looks at them to decide which go: alike for a prompt and while a model writes."""
+"""The pairs of layers as a press looks at them to decide which go: alike for a prompt and while a model writes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,21 +10,21 @@ import torch
 from kvzip_press.cache.codecs.held import POSITIONS
 from kvzip_press.cache.codecs.storage import Storage
 from kvzip_press.cache.packed_pairs import SCORES, PackedPairs
+from kvzip_press.cache.pair_pool import LayerStack
 from kvzip_press.cache.query_window import QueryWindow
-from kvzip_press.cache.ragged_layer import RaggedLayer
 
 BLOCK_NUMBERS = 2**24  # of a block of logits: 64 MB in fp32
 
 
 @dataclass(frozen=True)
 class LayerPairs:
-    """The pairs of some rows of one layer, head by head in ascending position, aligned to the right.
+    """The pairs of some rows of a layer, or of all rows of several, head by head in ascending position, on the right.
 
     Heads and rows hold different numbers of pairs, so ``valid`` says which columns are pairs; others hold anything
     finite. Nothing here is to be changed.
 
     Attributes:
-        layer_idx: Index of the layer in the model.
+        layer_idx: Index of the layer in the model; of several, that of the first.
         keys: ``[batch, num_key_value_heads, n, head_dim]``, after RoPE, as attention sees them.
         valid: ``[batch, num_key_value_heads, n]``, bool.
         positions: ``[batch, num_key_value_heads, n]``, int64, the position of each pair in its row.
@@ -37,6 +37,7 @@ class LayerPairs:
         of_prompt: Whether they are those of a prompt, which is scored once.
         first_row: Index of the first of these rows in the batch.
         values: ``[batch, num_key_value_heads, n, v_head_dim]``; None unless they were asked for.
+        layer_indices: Of several layers, the index of each row's; () if all rows are of one.
     """
 
     layer_idx: int
@@ -52,6 +53,7 @@ class LayerPairs:
     of_prompt: bool = False
     first_row: int = 0
     values: torch.Tensor | None = None
+    layer_indices: tuple[int, ...] = ()
 
     @property
     def query_positions(self) -> torch.Tensor:
@@ -109,26 +111,26 @@ class LayerPairs:
 
 
 def pairs_of(
-    layer_idx: int, layer: RaggedLayer, rows: slice, *, at_values: bool = False
+    layer_indices: Sequence[int], stack: LayerStack, rows: slice = slice(None), *, at_values: bool = False
 ) -> tuple[LayerPairs, torch.Tensor]:
-    """Returns the pairs of some rows of a ragged layer, packed ones and those of its tail.
+    """Returns the pairs of some rows of a ragged layer, or of several layers, packed ones and those of their tails.
 
     Args:
-        layer_idx: Its index.
-        layer: The layer; none of its rows share pairs.
-        rows: The rows.
+        layer_indices: The indices of the layers.
+        stack: The layers; none of their rows share pairs.
+        rows: The rows; of several layers, all.
         at_values: Whether values are asked for.
 
     Returns:
         The pairs, and the column of each of the tail's tokens among them, int64 ``[batch, num_key_value_heads, t]``;
         negative at padding. The other valid columns are those of the packed pairs, in their order.
     """
-    packed, tail = layer.packed, layer.tail
+    packed, layer, tail, n_layers = stack.packed, stack.layers[0], stack.layers[0].tail, len(stack.layers)
     heads, device = packed.num_heads, packed.device
-    batch = len(range(*rows.indices(layer.batch_size)))
+    batch = len(range(*rows.indices(packed.num_rows)))
     padding = torch.zeros(batch, dtype=torch.int64, device=device)
     if tail.padding is not None:
-        padding = tail.padding[rows]
+        padding = tail.padding.repeat(n_layers)[rows]
     n_packed = packed.seqlens[rows].long()
     sizes = n_packed + (tail.length - padding)[:, None]
     n = int(sizes.max())
@@ -137,28 +139,28 @@ def pairs_of(
     column = (rank - n_packed[..., None] + padding[:, None, None]).clamp(min=0)
     own = _Packed.of(packed, rows, rank, at_values=at_values)
     keys, values, positions, scores = own.keys, own.values, own.positions, own.scores
-    ends = layer.next_positions[rows]
-    if tail.keys is not None and tail.length:
+    ends = layer.next_positions.repeat(n_layers)[rows]
+    if stack.keys is not None and tail.length:
         column = column.clamp(max=tail.length - 1)
-        keys = _with_tail(keys, tail.keys[rows], column, in_tail)
-        if values is not None and tail.values is not None:
-            values = _with_tail(values, tail.values[rows], column, in_tail)
+        keys = _with_tail(keys, stack.keys[rows], column, in_tail)
+        if values is not None and stack.values is not None:
+            values = _with_tail(values, stack.values[rows], column, in_tail)
         scores = scores.masked_fill(in_tail, 0)
         positions = torch.where(in_tail, (ends - tail.length)[:, None, None] + column, positions)
-    nothing = QueryWindow(keys[:, :, :0], None)
-    window = nothing if tail.window is None else tail.window.rows(rows)
+    queries, known = _queries_of(stack, keys, rows)
     pairs = LayerPairs(
-        layer_idx,
+        layer_indices[0],
         keys,
         rank >= 0,
         positions,
         scores,
         ends,
-        window.queries,
-        window.known,
+        queries,
+        known,
         *layer.logits,
-        first_row=rows.indices(layer.batch_size)[0],
+        first_row=rows.indices(packed.num_rows)[0],
         values=values,
+        layer_indices=() if n_layers == 1 else tuple(i for i in layer_indices for _ in range(layer.batch_size)),
     )
     back = torch.arange(tail.length, device=device) + (n - tail.length)
     return pairs, back.expand(batch, heads, -1).where(_is_token(padding, tail.length, heads), -1)
@@ -202,6 +204,17 @@ def dense_pairs(
         softcap,
         of_prompt=True,
     )
+
+
+def _queries_of(stack: LayerStack, keys: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    windows = [one.tail.window for one in stack.layers]
+    found = [QueryWindow(keys[:, :, :0], None) if one is None else one.rows(rows) for one in windows]
+    if len(found) == 1:
+        return found[0].queries, found[0].known
+    if windows[0] is None:
+        return keys[:, :, :0], keys.new_zeros(len(keys), 0, dtype=torch.bool)
+    queries = torch.cat([one.queries for one in found])
+    return queries, torch.cat([one.known for one in found])
 
 
 def _with_tail(vectors: torch.Tensor, tail: torch.Tensor, column: torch.Tensor, in_tail: torch.Tensor) -> torch.Tensor:

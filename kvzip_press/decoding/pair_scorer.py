@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from kvzip_press.cache.pair_pool import STAYS, Worth
+from kvzip_press.cache.pair_pool import STAYS, LayerStack, Worth, numbers_of, parts_of
 from kvzip_press.cache.query_window import QueryWindow
-from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.decoding.layer_pairs import LayerPairs, pairs_of
 from kvzip_press.decoding.scorer import DecodeScorer, Layers, mark_staying
 from kvzip_press.model.structure import full_attention_layers
 
-NUMBERS_AT_ONCE = 2**24  # of the keys that are laid out together: bounds the memory that takes, whatever the batch
+NUMBERS_AT_ONCE = 2**26  # of the keys that are laid out together: bounds the memory that takes, whatever the batch
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,14 @@ class Look:
         n_queries: Number of last queries that it looks at. None for all since the last eviction, if it adds what they
             say to what pairs carry.
         at_values: Whether it looks at values.
+        by_layer: Whether it is given the rows of one layer at a time. Rows of several layers at once take fewer
+            kernels: of a batch of one row, most of an eviction's time is their launches.
     """
 
     worth: Callable[[LayerPairs], torch.Tensor]
     n_queries: int | None = 0
     at_values: bool = False
+    by_layer: bool = True
 
     @property
     def sees_queries(self) -> bool:
@@ -93,21 +95,34 @@ class PairScorer(DecodeScorer):
 
     def worth(self, layers: Layers) -> Mapping[int, Worth]:
         """Returns what the pairs of all layers are worth now."""
-        return {layer_idx: self._of_layer(layer_idx, layer) for layer_idx, layer in layers.items()}
-
-    def _of_layer(self, layer_idx: int, layer: RaggedLayer) -> Worth:
-        packed, tails = [], []
-        n_pairs = int(layer.packed.seqlens.max()) + layer.tail.length
-        a_row = layer.packed.num_heads * layer.packed.storage.head_dim * n_pairs
+        found: dict[int, Worth] = {}
+        every = list(layers.values())
+        batch, storage = every[0].batch_size, every[0].packed.storage
+        n_pairs = int(numbers_of(every).seqlens.max()) + every[0].tail.length
+        a_row = every[0].packed.num_heads * storage.head_dim * n_pairs
+        most = NUMBERS_AT_ONCE if self._may_be_stacked(layers) else 0
         n_rows = max(NUMBERS_AT_ONCE // max(a_row, 1), 1)
-        for first in range(0, layer.batch_size, n_rows):
-            pairs, back = pairs_of(layer_idx, layer, slice(first, first + n_rows), at_values=self.look.at_values)
-            worth = self.look.worth(pairs)
-            worth = torch.where(pairs.scores == STAYS, STAYS, worth)
-            tails.append(worth.gather(2, back.clamp(min=0)))
-            is_tail = torch.zeros_like(pairs.valid).scatter(2, back.clamp(min=0), back >= 0)
-            packed.append(worth[pairs.valid & ~is_tail])
-        return Worth(torch.cat(packed), torch.cat(tails))
+        for part in parts_of([a_row * batch] * len(every), most):
+            indices, stack = list(layers)[part], LayerStack.of(every, part)
+            rows = [slice(None)] if len(indices) > 1 else [slice(i, i + n_rows) for i in range(0, batch, n_rows)]
+            packed, tails = zip(*(self._of_rows(indices, stack, some) for some in rows), strict=True)
+            sizes = [layer.packed.total for layer in stack.layers]
+            of_layers = torch.cat(packed).split(sizes), torch.cat(tails).split(batch)
+            found |= {i: Worth(*both) for i, *both in zip(indices, *of_layers, strict=True)}
+        return found
+
+    def _may_be_stacked(self, layers: Layers) -> bool:
+        """Whether rows of several layers can be looked at as if they were of one."""
+        kinds = {(layer.logits, self._groups[layer_idx]) for layer_idx, layer in layers.items()}
+        return not self.look.by_layer and len(kinds) == 1
+
+    def _of_rows(self, indices: Sequence[int], stack: LayerStack, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what pairs of some rows are worth: the packed ones, and those of the tails."""
+        pairs, back = pairs_of(indices, stack, rows, at_values=self.look.at_values)
+        worth = self.look.worth(pairs)
+        worth = torch.where(pairs.scores == STAYS, STAYS, worth)
+        is_tail = torch.zeros_like(pairs.valid).scatter(2, back.clamp(min=0), back >= 0)
+        return worth[pairs.valid & ~is_tail], worth.gather(2, back.clamp(min=0))
 
     # What other scorers need ----------------------------------------------------------------------------------------
 

@@ -76,10 +76,14 @@ class InstalledFile:
 def standard_library(module: str) -> str:
     """Returns the source of a module of Python's own library, given by its path there (``urllib/parse.py``).
 
+    One that a later Python has made a package of (zipfile in 3.12) is its ``__init__.py``.
+
     Raises:
         DataNotFoundError: This Python does not have its sources.
     """
     path = Path(sysconfig.get_path("stdlib")) / module
+    if not path.exists() and (package := path.with_suffix("") / "__init__.py").exists():
+        path = package
     try:
         return read_bytes(path, max_bytes=MAX_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -106,6 +106,9 @@ class DecodePress(AllocatingPress):
         """Number of last queries that :meth:`worth` looks at; None for all since the last eviction."""
         return 0
 
+    by_layer: ClassVar[bool] = True
+    """Whether :meth:`worth` is given one layer at a time; False for one that does not ask of which layer a row is."""
+
     @abstractmethod
     def worth(self, pairs: LayerPairs) -> torch.Tensor:
         """Returns what pairs are worth, fp32 ``[batch, num_key_value_heads, n]``, finite; higher is kept.
@@ -128,7 +131,7 @@ class DecodePress(AllocatingPress):
 
     def decode_eviction(self, model: nn.Module) -> DecodeEviction:
         """Returns what keeps caches within the budget while ``model`` generates."""
-        scorer = PairScorer(model, Look(self.worth, self.n_queries))
+        scorer = PairScorer(model, Look(self.worth, self.n_queries, by_layer=self.by_layer))
         return DecodeEviction(scorer, self.schedule, self.policy.allocation)
 
     def requires(self, model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -33,6 +34,8 @@ class H2OPress(DecodePress):
     Raises:
         InvalidArgumentError: The fraction is out of range.
     """
+
+    by_layer: ClassVar[bool] = False
 
     recent_fraction: float = field(default=0.5, kw_only=True)
 

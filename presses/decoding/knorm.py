@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -33,6 +34,8 @@ class KnormDecodePress(DecodePress):
         InvalidArgumentError: An index of a layer is negative or no int.
     """
 
+    by_layer: ClassVar[bool] = False
+
     skip_layers: Sequence[int] = field(default=(0, 1), kw_only=True)
 
     def __post_init__(self) -> None:
@@ -46,6 +49,9 @@ class KnormDecodePress(DecodePress):
 
     def worth(self, pairs: LayerPairs) -> torch.Tensor:
         """Returns negative norms; positions in the layers that are skipped."""
-        if pairs.layer_idx in self.skip_layers:
-            return pairs.positions.float()
-        return -pairs.keys.float().norm(dim=-1)
+        norms = -pairs.keys.float().norm(dim=-1)
+        layer_indices = pairs.layer_indices or (pairs.layer_idx,)
+        if not set(layer_indices) & set(self.skip_layers):
+            return norms
+        skipped = torch.tensor([layer_idx in self.skip_layers for layer_idx in layer_indices], device=norms.device)
+        return torch.where(skipped[:, None, None], pairs.positions.float(), norms)

@@ -36,6 +36,8 @@ class KVCompressPress(WindowPress):
         InvalidArgumentError: A value is out of range.
     """
 
+    by_layer: ClassVar[bool] = False
+
     least_window: ClassVar[int] = 0
 
     allocation: str | Allocation = Pages()  # noqa: RUF009  # frozen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import max_pool1d, normalize
@@ -41,6 +42,8 @@ class RKVPress(WindowPress):
     Raises:
         InvalidArgumentError: A value is out of range.
     """
+
+    by_layer: ClassVar[bool] = False
 
     lam: float = field(default=0.07, kw_only=True)
     window_size: int = field(default=8, kw_only=True)

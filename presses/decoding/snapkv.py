@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import avg_pool1d
@@ -29,6 +30,8 @@ class SnapKVDecodePress(WindowPress):
     Raises:
         InvalidArgumentError: A value is out of range.
     """
+
+    by_layer: ClassVar[bool] = False
 
     window_size: int = field(default=32, kw_only=True)
     kernel_size: int = field(default=5, kw_only=True)

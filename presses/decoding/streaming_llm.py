@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -24,6 +25,8 @@ class StreamingLLMDecodePress(DecodePress):
 
     The other arguments are those of :class:`DecodePress`.
     """
+
+    by_layer: ClassVar[bool] = False
 
     n_sink: int = field(default=4, kw_only=True)
 

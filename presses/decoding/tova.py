@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +30,8 @@ class TOVADecodePress(RecentPress):
     Raises:
         InvalidArgumentError: ``n_recent`` is negative, or no less than the budget.
     """
+
+    by_layer: ClassVar[bool] = False
 
     @property
     def n_queries(self) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from kvzip_press.arguments.numbers import is_int
 from kvzip_press.budget.amount import Amount
 from kvzip_press.budget.candidates import Candidates, Counts, Pool
@@ -103,6 +105,15 @@ class Allocation:
             for (i, heads), part in zip(pool, spent.split([len(row.free[i][heads]) for i, heads in pool]), strict=True):
                 counts[i][heads] = part.to(counts[i].device)
         return counts
+
+    def counts_of_rows(self, rows: Sequence[Candidates], amount: Amount) -> Counts:
+        """Returns ``layer_idx -> [batch, heads]``, int64: :meth:`counts` of each row.
+
+        Raises:
+            InvalidArgumentError: As :meth:`counts` does.
+        """
+        counts = [self.counts(row, amount) for row in rows]
+        return {layer_idx: torch.stack([of_row[layer_idx] for of_row in counts]) for layer_idx in rows[0].values}
 
     def _check(self, pools: Sequence[Pool], heads: Mapping[int, int]) -> None:
         """Refuses pools that forget a head, which would keep nothing, or count one twice."""

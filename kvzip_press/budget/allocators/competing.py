@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
+import torch
+
 from kvzip_press.budget.allocators.base import Allocation
-from kvzip_press.budget.candidates import Pool
+from kvzip_press.budget.amount import Amount
+from kvzip_press.budget.candidates import Candidates, Counts, Pool
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,29 @@ class PerHead(Allocation):
     def pools(self, heads: Mapping[int, int]) -> list[Pool]:
         """Returns one pool per head."""
         return [[(i, slice(head, head + 1))] for i, n_heads in heads.items() for head in range(n_heads)]
+
+    def counts_of_rows(self, rows: Sequence[Candidates], amount: Amount) -> Counts:
+        """Returns what :meth:`counts` does of each row: no pair competes, so that it follows from numbers alone.
+
+        Heads whose numbers are equal, as most are while the model writes, are counted once.
+        """
+        known: dict[tuple[int, ...], int] = {}
+
+        def kept(i: int, free: int, protected: int, charged: int, counted: int, held: int) -> int:
+            numbers = (i, free, protected, charged, counted, held)
+            if numbers not in known:
+                least = int(free > 0 and not protected)
+                known[numbers] = min(max(self.asked(amount, [i], counted, 1, held) - charged, least), free)
+            return known[numbers]
+
+        def of_layer(row: Candidates, i: int) -> list[int]:
+            heads = zip(row.free[i], row.protected[i], row.charged[i], row.counted[i], row.held[i], strict=True)
+            return [kept(i, *numbers) for numbers in heads]
+
+        return {
+            i: torch.tensor([of_layer(row, i) for row in rows], dtype=torch.int64, device=values.device)
+            for i, values in rows[0].values.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ It has segments, columns and tables of its own, so all that is said here of pair
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -182,14 +182,31 @@ class Staying:
     kept: torch.Tensor | None
 
 
-def joined(parts: Sequence[Held]) -> Held:
-    """Returns a copy with the segments of all objects, which are of one kind, one object after another."""
-    ends = torch.stack([part.cu_seqlens[-1] for part in parts]).cumsum(0)
-    starts = torch.nn.functional.pad(ends, (1, 0))
-    bounds = [part.cu_seqlens[:-1] + start for part, start in zip(parts, starts, strict=False)]
-    columns, tables = (
-        {name: torch.cat([getattr(part, kind)[name] for part in parts]) for name in getattr(parts[0], kind)}
-        for kind in ("columns", "tables")
+def joined(held: Iterable[Held], total: int) -> Held:
+    """Returns a copy with the segments of all objects, which are of one kind, one object after another.
+
+    Each is copied before the next one is asked for, so that one that is made for this need not stay in memory.
+
+    Args:
+        held: The objects, at least one.
+        total: Number of their entries together.
+    """
+    columns: dict[str, torch.Tensor] = {}
+    bounds, tables, parts, begin = [], [], [], 0
+    for one in held:
+        end = begin + one.total
+        for name, column in one.columns.items():
+            columns.setdefault(name, column.new_empty(total, *column.shape[1:]))[begin:end] = column
+        bounds.append(one.cu_seqlens[:-1] + begin)
+        tables.append(one.tables)
+        parts.append(one.parts)
+        begin = end
+    bounds.append(one.cu_seqlens[-1:] + (begin - one.total))
+    assert begin == total, f"expected {total} entries, got {begin}"
+    of_parts = {name: [each[name] for each in parts] for name in parts[0]}
+    return Held(
+        columns,
+        torch.cat(bounds).int(),
+        tables={name: torch.cat([each[name] for each in tables]) for name in tables[0]},
+        parts={name: joined(each, sum(part.total for part in each)) for name, each in of_parts.items()},
     )
-    of_parts = {name: joined([part.parts[name] for part in parts]) for name in parts[0].parts}
-    return Held(columns, torch.cat([*bounds, ends[-1:]]).int(), tables=tables, parts=of_parts)

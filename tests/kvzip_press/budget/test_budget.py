@@ -16,7 +16,8 @@ from transformers import DynamicCache
 from kvzip_press import KVzipPress, Press, RaggedCache, RandomPress
 from kvzip_press.budget.allocation import allocate
 from kvzip_press.budget.allocators import AdaKV, Decided, Global, PerHead, PerLayer
-from kvzip_press.budget.amount import Ratio, check_compression_ratio
+from kvzip_press.budget.amount import Ratio, Tokens, check_compression_ratio
+from kvzip_press.budget.candidates import Candidates
 from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select, top_mask
@@ -45,6 +46,28 @@ def pools(scores: Scores, allocation: str, kept: torch.Tensor) -> torch.Tensor:
     """Kept pairs ``[layers, batch, heads]`` summed over each pool."""
     dims = {"global": (0, 2), "layer": (2,), "head": (), "adakv": (2,)}[allocation]
     return kept.sum(dim=dims) if dims else kept
+
+
+@laws
+@given(
+    seed=st.integers(0, 99),
+    amount=st.one_of(ratios.map(Ratio), st.integers(1, 40).map(Tokens)),
+    n_sink=st.integers(0, 5),
+    counts=st.booleans(),
+    n_held=st.integers(0, 5),
+)
+def test_counts_of_heads_alone_are_those_of_their_pools(seed, amount, n_sink, counts, n_held) -> None:
+    """What follows from numbers, for rows of many heads, is what each head would be given as a pool of its own."""
+    scores = replace(make_scores(seed, 0.5, "head", batch=3, n_sink=n_sink), protected_count=counts)
+    generator = torch.Generator().manual_seed(seed)
+    standing = {i: torch.rand(values.shape, generator=generator) < 0.4 for i, values in scores.layers.items()}
+    standing[2][1, 0] = False  # a head without a pair
+    held = {i: torch.full(values.shape[:2], n_held) for i, values in scores.layers.items()}
+    rows = Candidates.of_rows(scores.layers, standing, standing, scores.protected, scores.charged, held)
+    got = PerHead().counts_of_rows(rows, amount)
+    expected = [PerHead().counts(row, amount) for row in rows]
+    for layer_idx, of_layer in got.items():
+        torch.testing.assert_close(of_layer, torch.stack([row[layer_idx] for row in expected]))
 
 
 @laws

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvzip_press import KVzipPress, RandomPress, compress
+from kvzip_press import KVzipPress, RandomPress, compress, get_press
 from kvzip_press.decoding import capture
 from kvzip_press.decoding.generation import generate
 from kvzip_press.decoding.sampling import Sampling
@@ -59,6 +59,19 @@ def test_a_static_step_equals_an_eager_step(architecture, batch) -> None:
     static._rewind(start)
     expected, expected_logits = run(DecodeStep(model, cache, max_new_tokens=N_STEPS), token)
     got, got_logits = run(static, token)
+    assert got == expected
+    torch.testing.assert_close(got_logits, expected_logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["none", "random"])
+def test_static_steps_run_inside_a_press_that_evicts_no_more(name) -> None:
+    """As ``generate`` inside ``with press(model):`` takes them on a GPU, behind the prompt that the press has seen."""
+    model = tiny_model()
+    cache, token = asked(model)
+    static = _StaticStep(model, cache.fork(), N_STEPS, None, torch.device("cpu"))
+    expected, expected_logits = run(DecodeStep(model, cache, max_new_tokens=N_STEPS), token)
+    with get_press(name)(model):
+        got, got_logits = run(static, token)
     assert got == expected
     torch.testing.assert_close(got_logits, expected_logits, **TOLERANCE)
 

@@ -12,8 +12,9 @@ from transformers import DynamicCache
 
 from kvzip_press import FastKVzipPress, Gates, RaggedCache, RandomPress, answer, compress
 from kvzip_press.attention.implementation import attach
+from kvzip_press.cache import pair_pool
 from kvzip_press.cache.padding import left_padded, padding_in
-from kvzip_press.cache.pair_pool import ByLayer, PairPool
+from kvzip_press.cache.pair_pool import InParts, PairPool
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.tail import Tail
 from kvzip_press.decoding.answering import question_ids
@@ -248,12 +249,13 @@ def written(model, press: FastKVzipPress, n_tokens: int, stop: Callable[[], obje
 @pytest.mark.parametrize(
     ("owner", "name", "number"),
     [(PairPool, "_put", 0)]  # the first eviction makes the pool, later ones write to it a layer at a time
-    + [(*one, n) for one in ((ByLayer, "_write"), (RaggedLayer, "take"), (Tail, "emptied")) for n in range(4)],
+    + [(*one, n) for one in ((InParts, "_write"), (RaggedLayer, "take"), (Tail, "emptied")) for n in range(4)],
     ids=str,
 )
 def test_an_eviction_that_is_interrupted_anywhere_is_finished(owner, name, number, behind, monkeypatch) -> None:
     """While the model writes: half of the pairs written over, or half of the layers emptied, would be lost."""
     model, calls, original = MODELS["llama"], [0], getattr(owner, name)
+    monkeypatch.setattr(pair_pool, "NUMBERS_MERGED", 1)  # a layer at a time
 
     def interrupted(*args: object) -> object:
         calls[0] += 1
@@ -282,9 +284,9 @@ def test_an_eviction_that_is_interrupted_anywhere_is_finished(owner, name, numbe
 
 def test_a_cache_whose_eviction_failed_half_way_is_refused(monkeypatch) -> None:
     """The first layer is written, the second cannot be, whenever it is tried."""
-    model, original = MODELS["llama"], ByLayer._write
+    model, original = MODELS["llama"], InParts._write
 
-    def fails(self: ByLayer, number: int, new: object) -> None:
+    def fails(self: InParts, number: int, new: object) -> None:
         if len(self.left) == 1:
             raise Stop
         original(self, number, new)
@@ -292,7 +294,7 @@ def test_a_cache_whose_eviction_failed_half_way_is_refused(monkeypatch) -> None:
     @contextmanager
     def stop() -> Iterator[None]:
         with monkeypatch.context() as patch:
-            patch.setattr(ByLayer, "_write", fails)
+            patch.setattr(InParts, "_write", fails)
             yield
 
     cache = written(model, gated(model), 40, stop)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,10 @@ from kvzip_press.errors import CacheMismatchError
 from kvzip_press.model.structure import dense_weight
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(find_spec("kernels") is None, reason="transformers' fp8 layers need the package kernels"),
+]
 
 TEXT = "A context that is read once, in a precision that halves the weights. " * 8
 SHAPE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "initializer_range": 0.1}

@@ -165,6 +165,7 @@ def test_without_its_package_a_task_says_how_to_get_it(module, packages, monkeyp
 
 def test_pythons_own_texts_are_read_where_they_are(monkeypatch, tmp_path) -> None:
     assert "def dedent" in standard_library("textwrap.py")
+    assert standard_library("json.py") == standard_library("json/__init__.py")  # a module that has become a package
     monkeypatch.setattr(installed.sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(DataNotFoundError, match=r"source of Python's own textwrap\.py"):
         standard_library("textwrap.py")
