@@ -18,7 +18,7 @@ from kvzip_press.model.devices import synchronize
 from kvzip_press.press import Press
 
 TOKEN = 7
-FIRST_STEPS = 4  # until the first eviction, after which the time is taken
+FIRST_STEPS = 4  # until the first eviction, which makes the pool that later ones write to
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Period:
 def period(model: Any, press: Press, rows: int, budget: int, buffer: int, *, n_periods: int = 1) -> Period:
     """Times periods of a cache that a press keeps between ``budget`` and ``budget + buffer`` tokens a row.
 
+    The time is taken from the second eviction in the pool on: the first one compiles and loads kernels.
+
     Raises:
         torch.OutOfMemoryError: Out of memory, also of a capture.
     """
@@ -49,8 +51,8 @@ def period(model: Any, press: Press, rows: int, budget: int, buffer: int, *, n_p
         torch.cuda.reset_peak_memory_stats(device)
     cache = ragged_cache(model, rows, budget + buffer - FIRST_STEPS)
     tokens, evicting = torch.full((rows,), TOKEN, device=device), 0.0
-    with press(model), stepping(model, cache, FIRST_STEPS + n_periods * buffer + 1) as step:
-        for _ in range(FIRST_STEPS):
+    with press(model), stepping(model, cache, FIRST_STEPS + (1 + n_periods) * buffer + 1) as step:
+        for _ in range(FIRST_STEPS + buffer):
             step(tokens)
         begin = now(device)
         for _ in range(n_periods):

@@ -306,7 +306,7 @@ def options_of(job: Job, folder: Path) -> tuple[dict[str, Any], tuple[ServedMode
 
 def main(job: Job, rows: Sequence[str], output: Path) -> None:
     """Starts an engine and measures rows; each is a line of JSON in the file as soon as it is known."""
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "fork")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     with TemporaryDirectory(prefix="kvzip-press-") as name:
         options, pool = options_of(job, Path(name))
 

@@ -47,7 +47,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(plugin, "register", lambda: None)
     monkeypatch.setattr(requests, "_CHECKS", {})
     monkeypatch.setenv(requests.FACTS, "")
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "fork")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     return made
 
 

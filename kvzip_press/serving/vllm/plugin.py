@@ -33,6 +33,8 @@ def engine_options(path: str) -> dict[str, Any]:
         path: The file of facts (:meth:`kvzip_press.serving.vllm.facts.ServedModel.write`).
     """
     os.environ[FACTS] = path
+    # This process has loaded the model to find out the facts, and looked for GPUs: a fork of it could not use one.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     return {
         "enable_prefix_caching": False,
         "logits_processors": ["kvzip_press.serving.vllm.names:ContextNames"],

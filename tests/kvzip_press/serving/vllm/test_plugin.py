@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -706,7 +707,10 @@ def test_attention_over_pages_and_pool_is_one_attention(vllm: Any, facts: Path, 
 
 def test_the_entry_point_replaces_the_cpu_backend(vllm: Any, facts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(requests.FACTS, "")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "")
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")  # gone again afterwards
     options = engine_options(str(facts))
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"  # a fork of what has looked for GPUs cannot use them
     register()
     assert list(vllm) == ["CPU_ATTN", "FLASH_ATTN"]
     for path in vllm.values():
