@@ -21,7 +21,7 @@ def near_duplicates(keys: Tensor, valid: Tensor, threshold: float) -> Tensor:
     )
     rows = range(0, n, max(TILE // n, 1))
     for some, are_keys, found in by_head:
-        unit = normalize(some.detach().to(dtype), dim=-1).masked_fill_(~are_keys.unsqueeze(-1), 0)
+        unit = normalize(some.detach().to(dtype), dim=-1)
         numbers = torch.arange(1, n + 1, dtype=dtype, device=keys.device) * are_keys  # 0 is none
         for start in rows:
             block = slice(start, start + rows.step)

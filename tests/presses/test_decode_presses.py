@@ -156,10 +156,11 @@ def test_rkv_has_no_quirk_about_its_first_pair() -> None:
 
 
 def noisy_copies(batch: int, heads: int, dtype: torch.dtype) -> LayerPairs:
-    """Rows of noisy copies of a few keys, of different lengths, the columns without a pair full of NaN."""
+    """Rows of noisy copies of a few keys, and a zero, of different lengths; columns without a pair are full of NaN."""
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(batch, heads, 10, 16, generator=generator).repeat(1, 1, 4, 1)
     keys = (keys + 0.3 * torch.randn(keys.shape, generator=generator)).to(dtype)
+    keys[:, :, 20] = 0
     valid = torch.arange(40) >= torch.arange(batch * heads).view(batch, heads, 1)
     none = torch.zeros(0)
     return LayerPairs(0, keys.masked_fill(~valid[..., None], torch.nan), valid, none, none, none, none, none)
