@@ -130,6 +130,11 @@ FIGURES = (
         "docs/howto/recall.md, what ranking costs; no file of it is published",
     ),
     Figure(
+        "kernel-near-duplicates",
+        ("-m", f"{_KERNELS}.near_duplicates", "--output", f"{_FOLDER}/near_duplicates-h200.csv"), 10,
+        "what R-KV's search costs; no file of it is published",
+    ),
+    Figure(
         "kernel-row-codec", ("-m", f"{_KERNELS}.row_codec", "--output", f"{_FOLDER}/row_codec-h200.csv"), 10,
         "what encoding and decoding rows costs; no file of it is published",
     ),

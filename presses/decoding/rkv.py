@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import max_pool1d, normalize
+from torch.nn.functional import max_pool1d
 
 from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.kernels.near_duplicates import near_duplicates
 from kvzip_press.presses.decoding.windows import WindowPress
 
-TILE_NUMBERS = 2**24  # of the similarity matrices of some heads that are in memory at a time: 64 MB
+NUMBERS_AT_ONCE = 2**24  # of the keys that are in memory in fp32 at a time: 64 MB, beside two temporaries as large
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,29 @@ class RKVPress(WindowPress):
 
     def redundancy(self, pairs: LayerPairs) -> torch.Tensor:
         """Returns R, ``[batch, num_key_value_heads, n]``."""
-        valid, (batch, heads, n) = pairs.valid, pairs.valid.shape
-        keys = normalize(pairs.keys.float(), dim=-1).masked_fill(~valid[..., None], 0)
-        # A column of C sums to its key's product with the sum of all keys, less its own; only which pair is the newest
-        # like each has to be looked for among all cosines.
-        sums = (keys @ keys.sum(dim=2).unsqueeze(-1)).squeeze(-1) - (keys * keys).sum(dim=-1)
-        columns = torch.arange(1, n + 1, dtype=torch.float32, device=keys.device) * valid
-        for rows in torch.arange(n, device=keys.device).split(max(TILE_NUMBERS // max(batch * heads * n, 1), 1)):
-            cosines = keys[:, :, rows] @ keys.transpose(-1, -2)
-            cosines[..., torch.arange(len(rows)), rows] = -torch.inf
-            newest = cosines.gt_(self.threshold).mul_(columns.unsqueeze(2)).amax(dim=-1).long() - 1
-            found = newest.clamp(min=0)
-            spared = keys.gather(2, found.unsqueeze(-1).expand(-1, -1, -1, keys.shape[3]))
-            cosine = (keys[:, :, rows] * spared).sum(dim=-1).masked_fill(newest < 0, 0)
-            sums.scatter_add_(2, found, -cosine)
+        keys, valid = pairs.keys, pairs.valid
+        newest = near_duplicates(keys, valid, self.threshold)
+        n_rows = max(NUMBERS_AT_ONCE // max(keys[:1].numel(), 1), 1)
+        sums = torch.cat(
+            [
+                _column_sums(*rows)
+                for rows in zip(*(whole.split(n_rows) for whole in (keys, valid, newest)), strict=True)
+            ]
+        )
         means = sums / valid.sum(dim=-1, keepdim=True).clamp(min=1)
         return means.masked_fill(~valid, -torch.inf).softmax(dim=-1)
+
+
+def _column_sums(keys: torch.Tensor, valid: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
+    """Returns the sums of C's columns, fp32 ``[batch, num_key_value_heads, n]``; of columns without a pair, 0.
+
+    A column sums to its key's product with the sum of all keys, less its own; only which pair is the newest like each
+    (``newest``, or -1) has to be looked for among all cosines.
+    """
+    keys = keys.masked_fill(~valid[..., None], 0)
+    norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.promote_types(keys.dtype, torch.float32))
+    unit = keys / norms.clamp_(min=1e-12).unsqueeze(-1)
+    sums = (unit @ unit.sum(dim=2).unsqueeze(-1)).squeeze(-1) - (unit * unit).sum(dim=-1)
+    found = newest.clamp(min=0)
+    spared = unit.gather(2, found.unsqueeze(-1).expand_as(unit)).mul_(unit).sum(dim=-1)
+    return sums.scatter_add_(2, found, -spared.masked_fill_(newest < 0, 0)).float()

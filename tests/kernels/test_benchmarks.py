@@ -25,6 +25,7 @@ from kvzip_press.kernels.benchmarks import (
     gathered_attention,
     harness,
     kv_scoring,
+    near_duplicates,
     ragged_attention,
     ragged_pack,
     recall_ranking,
@@ -52,6 +53,7 @@ SCRIPTS = [
     "context_attention",
     "gathered_attention",
     "kv_scoring",
+    "near_duplicates",
     "ragged_attention",
     "ragged_pack",
     "recall_ranking",
@@ -86,7 +88,16 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CallingBench:
 
 @pytest.fixture(autouse=True)
 def _few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripts = (codecs, context_attention, gathered_attention, kv_scoring, ragged_attention, recall_ranking, row_codec)
+    scripts = (
+        codecs,
+        context_attention,
+        gathered_attention,
+        kv_scoring,
+        near_duplicates,
+        ragged_attention,
+        recall_ranking,
+        row_codec,
+    )
     for script in scripts:
         monkeypatch.setattr(script, "copies_for", lambda n_bytes: 2)
 
@@ -450,6 +461,22 @@ def test_ranking_is_measured_and_lists_of_other_pairs_are_refused(
         recall_ranking.check("impl", (index + 10, bounds), (index, bounds))
     with pytest.raises(WrongResultError, match="expected lists at"):
         recall_ranking.check("impl", (index, bounds), (index, bounds + 1))
+
+
+@pytest.mark.parametrize("case", near_duplicates.CASES, ids=str)
+def test_near_duplicates_are_measured_and_others_are_refused(
+    case: near_duplicates.DuplicatesCase, bench: CallingBench
+) -> None:
+    small = replace(case, batch=min(case.batch, 2), n=300, num_key_value_heads=2)
+    near_duplicates.run(bench, small)
+    assert impls_of(bench) == {"ours reference"}
+    (row,) = bench.rows
+    assert (row.bytes, row.error) == (small.batch * 2 * 300 * (256 + 8), 0.0)
+    keys, valid = small.tensors(CPU)
+    found = near_duplicates.near_duplicates(keys, valid, near_duplicates.THRESHOLD)
+    assert float((found >= 0).double().mean()) > 0.95 if case.repeated else not (found >= 0).any()
+    with pytest.raises(WrongResultError, match="something else for 1 of all"):
+        near_duplicates.check("impl", found + 1, found)
 
 
 def paged_attention(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:

@@ -155,10 +155,40 @@ def test_rkv_has_no_quirk_about_its_first_pair() -> None:
     torch.testing.assert_close(RKVPress(budget=28).redundancy(pairs)[0, 0].double(), expected, atol=1e-7, rtol=0)
 
 
-def test_rkv_s_similarities_in_tiles_are_those_of_one_matrix(monkeypatch) -> None:
-    pairs = repeated_paragraph(copies=3, length=20, window=8)
+def noisy_copies(batch: int, heads: int, dtype: torch.dtype) -> LayerPairs:
+    """Rows of noisy copies of a few keys, and a zero, of different lengths; columns without a pair are full of NaN."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(batch, heads, 10, 16, generator=generator).repeat(1, 1, 4, 1)
+    keys = (keys + 0.3 * torch.randn(keys.shape, generator=generator)).to(dtype)
+    keys[:, :, 20] = 0
+    valid = torch.arange(40) >= torch.arange(batch * heads).view(batch, heads, 1)
+    none = torch.zeros(0)
+    return LayerPairs(0, keys.masked_fill(~valid[..., None], torch.nan), valid, none, none, none, none, none)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rkv_s_redundancy_is_that_of_the_whole_matrix_of_cosines(dtype) -> None:
+    """Row by row of a batch, by the docstring in fp64; what columns without a pair hold does not matter."""
+    pairs = noisy_copies(3, 2, dtype)
+    found = RKVPress(budget=28, threshold=0.6).redundancy(pairs)
+    assert found.dtype == torch.float32
+    for row, head in torch.cartesian_prod(torch.arange(3), torch.arange(2)).tolist():
+        own = pairs.valid[row, head]
+        keys = torch.nn.functional.normalize(pairs.keys[row, head, own].double(), dim=-1)
+        cosines = (keys @ keys.T).fill_diagonal_(0)
+        for line in cosines:
+            line[(line > 0.6).nonzero()[-1:]] = 0
+        expected = cosines.mean(dim=0).softmax(dim=-1)
+        torch.testing.assert_close(found[row, head, own].double(), expected, atol=1e-7, rtol=0)
+        assert not found[row, head, ~own].any()
+
+
+def test_rkv_s_redundancy_in_parts_is_that_of_all_at_once(monkeypatch) -> None:
+    """In tiles of cosines, and in rows of a batch."""
+    pairs = noisy_copies(5, 2, torch.bfloat16)
     whole = RKVPress(budget=28).redundancy(pairs)
-    monkeypatch.setattr("kvzip_press.presses.decoding.rkv.TILE_NUMBERS", 500)
+    monkeypatch.setattr("kvzip_press.kernels.near_duplicates.reference.TILE", 500)
+    monkeypatch.setattr("kvzip_press.presses.decoding.rkv.NUMBERS_AT_ONCE", 2 * 2 * 40 * 16)
     torch.testing.assert_close(RKVPress(budget=28).redundancy(pairs), whole, atol=1e-7, rtol=0)
 
 
