@@ -132,8 +132,8 @@ class PairPool:
             layers,
             positions,
             *(columns.unflatten(0, (self.num_layers, -1)) for columns in (keep, scores, ranked)),
-            staying.split(sizes),
-            own.split(sizes),
+            staying=staying.split(sizes),
+            carried=own.split(sizes),
         )
         if self._keeps_its_shape(packed, keep, staying):
             change: Any = InParts(self, merges)
@@ -292,8 +292,8 @@ class Merges:
     keep: torch.Tensor
     scores: torch.Tensor
     importance: torch.Tensor
-    staying: Sequence[torch.Tensor]
-    carried: Sequence[torch.Tensor]
+    staying: tuple[torch.Tensor, ...]
+    carried: tuple[torch.Tensor, ...]
 
     def parts(self) -> list[slice]:
         """Returns the layers in parts that are merged together: as many as take little memory beside the pool."""
@@ -330,9 +330,12 @@ class InParts:
 
     def __init__(self, pool: PairPool, merges: Merges) -> None:
         self.pool, self.merges = pool, merges
-        sizes = [len(staying) for staying in merges.staying]
+
+        def size(part: slice) -> int:
+            return sum(len(staying) for staying in merges.staying[part])
+
         # The largest first: if there is memory for it, there is for the others, which must not fail any more.
-        self.left = tuple(sorted(merges.parts(), key=lambda part: -sum(sizes[part])))
+        self.left = tuple(sorted(merges.parts(), key=size, reverse=True))
         self.new: tuple[slice, PackedPairs] | None = None  # that of the first of them, once it is there
 
     def make(self) -> None:
