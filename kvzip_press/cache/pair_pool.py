@@ -128,13 +128,9 @@ class PairPool:
             pairs.cut(kept, rows, safe[rows], policy)
         keep, staying = kept[packed.total :].view_as(scores), kept[: packed.total]
         del pairs
-        merges = Merges(
-            layers,
-            positions,
-            *(columns.unflatten(0, (self.num_layers, -1)) for columns in (keep, scores, ranked)),
-            staying=staying.split(sizes),
-            carried=own.split(sizes),
-        )
+        tail_keep, tail_scores, tail_ranks = (x.unflatten(0, (self.num_layers, -1)) for x in (keep, scores, ranked))
+        packed_parts = staying.split(sizes), own.split(sizes)
+        merges = Merges(layers, positions, tail_keep, tail_scores, tail_ranks, *packed_parts)
         if self._keeps_its_shape(packed, keep, staying):
             change: Any = InParts(self, merges)
         else:
