@@ -64,7 +64,7 @@ def write_numbers(codes: Codes, out: Tensor) -> Tensor:
         out[0].copy_(codes.codes)
     else:
         words, mask = _words(codes.codes), (1 << kind.bits) - 1
-        masks = torch.full((), mask, dtype=torch.uint8).expand(words.element_size()).contiguous().view(words.dtype)
+        masks = torch.full((words.element_size(),), mask, dtype=torch.uint8, device=words.device).view(words.dtype)
         for plane, numbers in enumerate(out):
             numbers.copy_((words & (masks << (kind.bits * plane))).view(torch.uint8))
     return out if codes.groups is None else _of_groups(codes, kind, out)

@@ -7,7 +7,7 @@ addresses, and one merge serves all layers at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,13 +119,10 @@ class PairPool:
                 "some that were read outside of it, or whose rows were rearranged before they had a score"
             )
         pairs = self._all_pairs(packed, tuple(by_idx), ranks, ranked, valid, positions)
-        kept = pairs.alive.clone()
         first = torch.tensor(layers[0].n_protected, device=ends.device)
-        safe = torch.stack([first, ends - window_sizes], dim=1)
         most = int(packed.seqlens.max()) + tails[0].length  # of a head; the columns of a row are at least as many
         n_rows = max(NUMBERS_AT_ONCE // max(self.num_layers * self.num_heads * most, 1), 1)
-        for rows in due.nonzero()[:, 0].split(n_rows):
-            pairs.cut(kept, rows, safe[rows], policy)
+        kept = pairs.after(due.nonzero()[:, 0].split(n_rows), torch.stack([first, ends - window_sizes], dim=1), policy)
         keep, staying = kept[packed.total :].view_as(scores), kept[: packed.total]
         del pairs
         tail_keep, tail_scores, tail_ranks = (x.unflatten(0, (self.num_layers, -1)) for x in (keep, scores, ranked))
@@ -372,6 +369,13 @@ class _Pairs:
     shape: tuple[int, int, int]
     indices: tuple[int, ...]
 
+    def after(self, due: Iterable[torch.Tensor], safe: torch.Tensor, policy: Policy) -> torch.Tensor:
+        """Returns which pairs stay, bool ``[pairs]``, if the rows that are due are cut, so many at a time."""
+        kept = self.alive.clone()
+        for rows in due:
+            self.cut(kept, rows, safe[rows], policy)
+        return kept
+
     def cut(self, kept: torch.Tensor, rows: torch.Tensor, safe: torch.Tensor, policy: Policy) -> None:
         """Marks in ``kept`` what some rows keep.
 
@@ -405,9 +409,17 @@ class _Pairs:
         positions = known.new_zeros(len(rows), n_columns).index_put_((slot, column), position)
         stays = (values == STAYS).any(dim=2).any(dim=0)
         protected = valid & (stays | (positions < safe[:, :1]) | (positions >= safe[:, 1:]))
-        scores = Scores(dict(zip(self.indices, values, strict=True)), protected, policy, protected_count=~stays)
-        keep = select(scores, valid, among=dict(zip(self.indices, alive, strict=True)))
-        kept[mine] = torch.stack(list(keep.values()))[place]
+
+        def selected(indices: Sequence[int], values: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+            scores = Scores(dict(zip(indices, values, strict=True)), protected, policy, protected_count=~stays)
+            return torch.stack(list(select(scores, valid, among=dict(zip(indices, alive, strict=True))).values()))
+
+        if type(policy.allocation).heads_alone and bool(values.isfinite().all()):  # if not, it is said in which layer
+            of_all = (x.transpose(0, 1).flatten(1, 2)[None] for x in (values, alive))
+            keep = selected(self.indices[:1], *of_all)[0].unflatten(1, (layers, heads)).transpose(0, 1)
+        else:
+            keep = selected(self.indices, values, alive)
+        kept[mine] = keep[place]
 
 
 def _columns(layer: RaggedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

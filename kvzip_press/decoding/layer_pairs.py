@@ -13,7 +13,7 @@ from kvzip_press.cache.packed_pairs import SCORES, PackedPairs
 from kvzip_press.cache.pair_pool import LayerStack
 from kvzip_press.cache.query_window import QueryWindow
 
-BLOCK_NUMBERS = 2**24  # of a block of logits: 64 MB in fp32
+BLOCK_NUMBERS = 2**26  # of a block of logits: 256 MB in fp32
 
 
 @dataclass(frozen=True)

@@ -230,3 +230,17 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
 def test_bad_inputs_are_named(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("codec", [name for name in CODECS if name != "fp8"])
+def test_nothing_is_made_on_another_device_than_that_of_the_codes(codec: str) -> None:
+    """With a default device that the codes are not on, as a CPU is beside a GPU."""
+    codes = encode_rows(torch.randn(5, 32), codec)
+    factors = plane_factors(codes)
+    expected = write_numbers(codes, torch.empty(len(factors), 5, 32 // len(factors)))
+    numbers = torch.empty_like(expected)
+    with torch.device("meta"):
+        write_numbers(codes, numbers)
+        decoded = decode_rows(codes, torch.float32)
+    torch.testing.assert_close(numbers, expected)
+    torch.testing.assert_close(decoded, decode_rows(codes, torch.float32))

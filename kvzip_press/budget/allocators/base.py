@@ -44,6 +44,8 @@ class Allocation:
     name: ClassVar[str] = ""
     #: Whether pairs of different layers compete, so that there can be no ratio for each layer.
     layers_compete: ClassVar[bool] = False
+    #: Whether a head keeps what the amount and its own pairs say, so that heads of all layers may be as if of one.
+    heads_alone: ClassVar[bool] = False
     #: Whether the rule itself says how much is kept, so that no amount can be asked for.
     is_outcome: ClassVar[bool] = False
     #: Whether the rule looks at the attention of the last token (``Candidates.attention``).

@@ -42,6 +42,7 @@ class PerHead(Allocation):
     """Every head keeps the same fraction: "head" (SnapKV and most others)."""
 
     name: ClassVar[str] = "head"
+    heads_alone: ClassVar[bool] = True
 
     def pools(self, heads: Mapping[int, int]) -> list[Pool]:
         """Returns one pool per head."""
@@ -65,10 +66,8 @@ class PerHead(Allocation):
             heads = zip(row.free[i], row.protected[i], row.charged[i], row.counted[i], row.held[i], strict=True)
             return [kept(i, *numbers) for numbers in heads]
 
-        return {
-            i: torch.tensor([of_layer(row, i) for row in rows], dtype=torch.int64, device=values.device)
-            for i, values in rows[0].values.items()
-        }
+        counts = {i: torch.tensor([of_layer(row, i) for row in rows], dtype=torch.int64) for i in rows[0].values}
+        return {i: numbers.to(rows[0].values[i].device) for i, numbers in counts.items()}
 
 
 @dataclass(frozen=True)
