@@ -1,5 +1,6 @@
 """What every test shares: a quiet environment, a seed, two threads, the markers. Other fixtures are by their tests."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -81,6 +82,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "triton: runs Triton kernels, on a GPU or (TRITON_INTERPRET=1) in Triton's interpreter; else skipped"
     )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported and collected stays: garbage collection does not go through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    gc.unfreeze()  # for extensions that report at the end what was never freed
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
