@@ -56,22 +56,26 @@ venv: .venv/.stamp ## only set up .venv, for all targets (constraints/tested.txt
 
 ##@ Check
 
+# The files that have such tests: to read all others again, in each process, takes as long as many of them.
+OF_TRITON = $(shell grep -rl --include='test_*.py' 'mark\.triton' tests)
+
 .PHONY: test
 test: .venv/.stamp ## all tests, on the versions of constraints/tested.txt
 	.venv/bin/pytest $(SHARED) --durations=10 $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 .venv/bin/pytest $(SHARED) -m triton --durations=5 $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 .venv/bin/pytest $(SHARED) -m triton --durations=5 $(OF_TRITON) $(PYTEST_ARGS)
 
 .PHONY: test-fast
 test-fast: .venv/.stamp ## the tests that are not marked slow
 	.venv/bin/pytest $(SHARED) -m "not slow" $(PYTEST_ARGS)
 
-# Tests that a version of transformers can change: those of models. Kernels, files and pictures know nothing of it.
+# Tests that a version of transformers can change: those of models. Kernels, files and pictures know nothing of it, and what is
+# marked `any_transformers` holds of our own code alone (CONTRIBUTING.md, "Style").
 OF_MODELS := tests/kvzip_press tests/presses tests/leaderboard/running tests/test_house_public.py tests/test_threads.py \
   $(addprefix tests/leaderboard/test_,following_benchmarks.py command.py demo.py profile.py restore_benchmark.py tasks.py)
 
 .PHONY: test-newest
 test-newest: .venv-newest/.stamp ## the tests of models on the newest transformers, without kvpress (its own environment)
-	.venv-newest/bin/pytest $(SHARED) -m "not kvpress and not slow" $(OF_MODELS) $(PYTEST_ARGS)
+	.venv-newest/bin/pytest $(SHARED) -m "not kvpress and not slow and not any_transformers" $(OF_MODELS) $(PYTEST_ARGS)
 
 .PHONY: test-oldest
 test-oldest: .venv-oldest/.stamp ## all tests on the oldest transformers and its companions, without kvpress (its own environment)
@@ -197,6 +201,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .venv/.stamp:        COMPILE := --no-compile
 .venv/.stamp:        EXTRAS := kvpress,leaderboard,tasks,lm-eval,ray,embedded,gpu,dev
 .venv-newest/.stamp: CONSTRAINTS := constraints/newest.txt
+.venv-newest/.stamp: COMPILE := --no-compile
 .venv-newest/.stamp: EXTRAS := leaderboard,embedded,test
 .venv-oldest/.stamp: CONSTRAINTS := constraints/oldest.txt
 .venv-oldest/.stamp: EXTRAS := leaderboard,embedded,test

@@ -73,22 +73,7 @@ class RunSummary(SealedLine):
                 of another.
             InvalidArgumentError: A row is damaged.
         """
-        rows, record = rows_of(directory), _record_of(directory)
-        if note := incomplete(directory, rows):
-            raise RunDirectoryError(f"expected a whole run in {directory}, got {note}: go on with it first")
-        if not rows:
-            raise RunDirectoryError(f"expected a run with rows in {directory}, got none")
-        figures, counts = _figures(rows)
-        return cls(
-            run_id=rows[0].run_id if record is None else record.run_id,
-            model=rows[0].model,
-            config_sha256=None if record is None else digest_of(to_json(record.config).encode()),
-            rows_sha256=_digest_of_rows(rows),
-            n_rows=len(rows),
-            accuracies=figures,
-            n_questions=counts,
-            provenance={} if record is None else record.provenance,
-        )
+        return _summary_of(directory, rows_of(directory), _record_of(directory))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file, whole or not at all."""
@@ -114,6 +99,24 @@ class RunSummary(SealedLine):
         return found
 
 
+def _summary_of(directory: str | os.PathLike[str], rows: Sequence[Row], record: RunRecord | None) -> RunSummary:
+    if note := incomplete(directory, rows):
+        raise RunDirectoryError(f"expected a whole run in {directory}, got {note}: go on with it first")
+    if not rows:
+        raise RunDirectoryError(f"expected a run with rows in {directory}, got none")
+    figures, counts = _figures(rows)
+    return RunSummary(
+        run_id=rows[0].run_id if record is None else record.run_id,
+        model=rows[0].model,
+        config_sha256=None if record is None else digest_of(to_json(record.config).encode()),
+        rows_sha256=_digest_of_rows(rows),
+        n_rows=len(rows),
+        accuracies=figures,
+        n_questions=counts,
+        provenance={} if record is None else record.provenance,
+    )
+
+
 def verify(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> str:
     """Computes a summary again from a run, and each row's score from its prediction.
 
@@ -128,7 +131,8 @@ def verify(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> s
             prediction.
         RunDirectoryError: The run cannot be read, or is not whole.
     """
-    said, found = RunSummary.load(file), RunSummary.of(directory)
+    said, rows, record = RunSummary.load(file), rows_of(directory), _record_of(directory)
+    found = _summary_of(directory, rows, record)
     differing = [
         one.name for one in fields(RunSummary) if not _equal(getattr(said, one.name), getattr(found, one.name))
     ]
@@ -138,7 +142,6 @@ def verify(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> s
         raise InvalidArgumentError(
             f"expected the run in {directory} to be that of {file}, got another: {', '.join(differing)} differ{about}"
         )
-    record, rows = _record_of(directory), rows_of(directory)
     config, grid = (record.config, "") if record is not None else _grid_of(found.run_id)
     tasks = {row.task: _task_named(row.task) for row in rows} if config is None else _tasks(config)
     n_scored = _check_scores(rows, tasks)

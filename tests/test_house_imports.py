@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,7 @@ def source_files() -> list[Path]:
     return sorted(path.relative_to(ROOT) for folder in PACKAGE_OF_FOLDER for path in (ROOT / folder).rglob("*.py"))
 
 
+@cache  # asked once for each file of the project
 def press_names() -> frozenset[str]:
     """The modules under presses/ and the classes that they define: whoever names one knows a concrete press."""
     files = list((ROOT / "presses").rglob("*.py"))

@@ -33,6 +33,8 @@ from kvzip_press.presses.fastkvzip.gates import Gates
 from kvzip_press.sharing.file import read_sources, write_sources
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
+pytestmark = pytest.mark.any_transformers
+
 MODEL = tiny_model("gemma3_text")
 SCORES = HeadScores(torch.rand(3, 2), (0, 1, 2), {"model": "m", "texts": "[]", "k_proj_norms": "[1.5, 2.5, 3.5]"})
 MOST_BYTES = 200 * 2**20  # that reading any of them may add to the most that the process ever took

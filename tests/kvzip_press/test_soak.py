@@ -1,4 +1,4 @@
-"""Two models and their caches in turn, thousands of times: nothing accumulates and no answer drifts.
+"""Two models and their caches in turn, a thousand times: nothing accumulates and no answer drifts.
 
 The test runs this file in a process of its own: what other tests leave behind comes and goes by more than a leak.
 """
@@ -22,8 +22,8 @@ from kvzip_press.decoding.forward import read
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 TOKENIZER = ByteTokenizer()
-N_CYCLES, N_WARM_UP = 2000, 80
-N_TRACED = 500  # of the last cycles: tracing doubles the time of one
+N_CYCLES, N_WARM_UP = 1200, 80
+N_TRACED = 400  # of the last cycles: traced, one takes three times as long
 QUESTIONS = ("Where?", "Who has it", "Why", "What is at the door")
 
 
@@ -83,7 +83,7 @@ def python_bytes() -> int:
 
 
 @pytest.mark.slow
-def test_two_thousand_cycles_leave_no_trace(tmp_path) -> None:
+def test_a_thousand_cycles_leave_no_trace(tmp_path) -> None:
     """Every cycle says what the first ones said; at the end the same tensors, bytes and Python memory are held."""
     command = [sys.executable, Path(__file__), tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -112,9 +112,9 @@ def run(folder: Path) -> None:
     for chat, expected in zip(pair, logits, strict=True):
         assert torch.equal(chat.logits(), expected)
     assert after[:2] == before[:2], f"tensors and bytes: {before[:2]} and {after[:2]}"
-    leaked = after[2] - before[2]  # one a cycle would be 1920
-    assert leaked.total() < 100, f"more containers: {leaked.most_common(8)}"
-    assert sizes[-1] - sizes[1] < 100 * 300, f"Python's bytes after every 100 cycles: {sizes}"
+    leaked = after[2] - before[2]  # one a cycle would be 1120
+    assert leaked.total() < 60, f"more containers: {leaked.most_common(8)}"
+    assert sizes[-1] - sizes[1] < 100 * 200, f"Python's bytes after every 100 cycles: {sizes}"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from kvzip_press.cli.main import main
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.terminal import ERROR_CHARACTERS, counted, one_line, plain, printable, progress
 
+pytestmark = pytest.mark.any_transformers
+
 HOSTILE = "[/b][red]x[/] :boom: \x1b[31m\x07\x08\r\n\u202eevil\u2066\ud800\x9b1m\u2028"
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from kvzip_press.untrusted import MAX_DEPTH, parse_json, read_bytes, read_text
 
+pytestmark = pytest.mark.any_transformers
+
 _VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

@@ -23,7 +23,7 @@ from kvzip_press.presses.decoding import DecodePress, H2OPress, RKVPress, SnapKV
 from kvzip_press.presses.random import RandomPress
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.any_transformers, pytest.mark.usefixtures("one_thread")]
 
 TOKENIZER, BUDGET, BUFFER = ByteTokenizer(), 24, 12
 PRESSES = [

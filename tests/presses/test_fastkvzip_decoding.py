@@ -160,24 +160,24 @@ def test_what_is_kept_is_what_an_oracle_keeps(architecture, policy) -> None:
             assert {(i, h): p for (i, _, h), p in kept(cache).items()} == oracle.alive
 
 
-@pytest.mark.parametrize("length", [5, 40, 90])
-def test_the_cache_never_exceeds_budget_and_buffer_over_a_thousand_steps(length) -> None:
+@pytest.mark.parametrize(("length", "n_steps"), [(5, 300), (40, 300), (90, 1000)])  # tails grow by 256
+def test_the_cache_never_exceeds_budget_and_buffer_over_many_steps(length, n_steps) -> None:
     """Nor do its bytes, with the room of its tails; right after an eviction it is exactly the budget."""
     model = tiny_model()
     press, cache = press_for(model), DynamicCache(config=model.config)
     fewest, sizes = [], set()
     with press(model):
         logits = step(model, cache, token_ids(1, length))
-        for _ in range(1000):
+        for _ in range(n_steps):
             logits = step(model, cache, logits.argmax(-1)[:, None])
             assert n_pairs(cache)[0] <= (40 + 16) * n_heads(cache)
             if n_pairs(cache)[0] == 40 * n_heads(cache):
                 fewest.append(cache.get_seq_length())
                 sizes.add(RaggedCache.of(cache).resident_bytes)
-    assert len(fewest) >= (1000 - max(56 - length, 0)) // 16
+    assert len(fewest) >= (n_steps - max(56 - length, 0)) // 16
     pair_bytes = 2 * 16 * 4
     assert max(sizes) <= n_heads(cache) * (40 * (pair_bytes + 8) + 256 * (pair_bytes + 4) + 64)
-    assert cache.get_seq_length() == length + 1000
+    assert cache.get_seq_length() == length + n_steps
 
 
 @pytest.mark.parametrize("graph", [False, None], ids=["eager", "static"])

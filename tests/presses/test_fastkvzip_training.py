@@ -30,6 +30,8 @@ from kvzip_press.presses.fastkvzip.training.self_generation import SelfGeneratio
 from kvzip_press.presses.fastkvzip.training.shards import Shards
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
+pytestmark = pytest.mark.any_transformers
+
 TOKENIZER = ByteTokenizer()
 RECIPE = Recipe(tokens=900, held_out_tokens=120, steps=40, batch_size=200, dim=4, n_sink=3)
 
@@ -165,15 +167,25 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from test_fastkvzip_training import RECIPE, replace, training
-calls = 0
-def progress(*_):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-small = replace(RECIPE, disk_bytes=3 * (64 * 2 + 2 * 4) * 540)
-gates, _ = training(Path(sys.argv[1]) / "work", small, progress=progress).run()
-gates.save(Path(sys.argv[1]) / "gate.safetensors")
+
+def run(folder, kill_at):
+    calls = 0
+    def progress(*_):
+        nonlocal calls
+        calls += 1
+        if calls == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    small = replace(RECIPE, disk_bytes=3 * (64 * 2 + 2 * 4) * 540)
+    gates, _ = training(folder / "work", small, progress=progress).run()
+    gates.save(folder / "gate.safetensors")
+
+for argument in sys.argv[1:]:  # each in a process of its own, which has not to import all of it again
+    folder, kill_at = argument.split(",")
+    child = os.fork()
+    if child == 0:
+        run(Path(folder), int(kill_at))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
@@ -182,17 +194,14 @@ def test_a_run_that_is_killed_again_and_again_gives_the_same_file(tmp_path, repo
     """Killed while it reads, between rounds, and while it optimises; the file is bit for bit that of one run."""
     script = tmp_path / "run.py"
     script.write_text(KILLED.format(tests=str(repo_root / "tests" / "presses")))
-
-    def run(folder: str, calls: int) -> int:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        command = [sys.executable, str(script), str(tmp_path / folder), str(calls)]
-        return subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False).returncode
-
-    assert run("whole", 0) == 0
-    killed = [run("killed", calls) for calls in (3, 6, 5, 6)]
-    assert killed == [-signal.SIGKILL] * 4
-    assert run("killed", 0) == 0
-    files = [(tmp_path / name / "gate.safetensors").read_bytes() for name in ("whole", "killed")]
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    runs = [f"{folders[0]},0", *(f"{folders[1]},{calls}" for calls in (3, 6, 5, 6, 0))]
+    command, environment = [sys.executable, str(script), *runs], {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert [int(status) for status in done.stdout.split()] == [0, *[-signal.SIGKILL] * 4, 0]
+    files = [(folder / "gate.safetensors").read_bytes() for folder in folders]
     assert files[0] == files[1]
 
 

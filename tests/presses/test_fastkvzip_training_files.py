@@ -35,6 +35,8 @@ from kvzip_press.presses.fastkvzip.training.shards import Shards
 from kvzip_press.testing import ByteTokenizer, tiny_model
 from kvzip_press.training.folder import MARKER, WorkFolder
 
+pytestmark = pytest.mark.any_transformers
+
 TOKENIZER = ByteTokenizer()
 MODEL = tiny_model(num_layers=2)
 TOKENS = [40, 50, 36, 44]

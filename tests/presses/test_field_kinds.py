@@ -18,6 +18,8 @@ from kvzip_press.presses import PRESSES
 from kvzip_press.presses.decoding import KnormDecodePress
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
+pytestmark = pytest.mark.any_transformers
+
 OF_OTHER_KINDS: dict[str, list[Any]] = {
     "bool": ["no", None, 0, 1, 1.0],
     "int": ["4", None, True, 1.5, float("nan"), [1]],

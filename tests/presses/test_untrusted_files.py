@@ -26,6 +26,8 @@ from kvzip_press.presses.fastkvzip.gates import Gates
 from kvzip_press.presses.kvzip_head import KVzipHeadPress
 from kvzip_press.testing import tiny_model
 
+pytestmark = pytest.mark.any_transformers
+
 MOST_BYTES = 100 * 2**20
 DEEP = "[" * 100_000 + "]" * 100_000
 

@@ -52,7 +52,7 @@ of_tables = st.builds(
 LEVELLED = st.one_of(pyramids, of_tables)
 PAGES = st.builds(Pages, min_kept_per_head=floors, page_size=st.sampled_from([1, 3, 16, 64]))
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.any_transformers, pytest.mark.usefixtures("one_thread")]
 
 
 def make_scores(

@@ -26,6 +26,8 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.testing import tiny_model
 
+pytestmark = pytest.mark.any_transformers
+
 laws = settings(deadline=None, max_examples=60, derandomize=True)
 ratios = st.floats(0, 1, exclude_max=True, allow_nan=False)
 CLASSES = {cls.name: cls for cls in (Global, PerLayer, PerHead, AdaKV)}  # others: test_allocators.py

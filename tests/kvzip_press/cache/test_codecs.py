@@ -16,7 +16,7 @@ from kvzip_press.kernels.ragged_attention import ragged_attention
 from kvzip_press.presses.composed import ComposedPress
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.any_transformers, pytest.mark.usefixtures("one_thread")]
 
 LOSSY = tuple(name for name in STORAGES if name != "model")
 TOKENIZER = ByteTokenizer()

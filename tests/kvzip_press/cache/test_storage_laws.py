@@ -26,7 +26,7 @@ from kvzip_press.presses.decoding.tova import TOVADecodePress
 from kvzip_press.presses.fastkvzip import LayerGate
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.any_transformers, pytest.mark.usefixtures("one_thread")]
 
 LOSSY = tuple(name for name in STORAGES if name != "model")
 TOKENIZER = ByteTokenizer()

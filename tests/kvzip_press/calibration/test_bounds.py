@@ -15,6 +15,8 @@ import pytest
 
 from kvzip_press.calibration.bounds import binomial_tail, most_failures, n_needed, n_passed
 
+pytestmark = pytest.mark.any_transformers
+
 ROWS = Path(__file__).resolve().parents[3] / "leaderboard" / "results" / "smollm2-full" / "rows.jsonl.gz"
 DELTA = 0.05
 

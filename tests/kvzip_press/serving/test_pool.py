@@ -15,6 +15,8 @@ from kvzip_press.serving.free_list import FreeList
 from kvzip_press.serving.pool import ContextPool, Held
 from kvzip_press.testing import tiny_model
 
+pytestmark = pytest.mark.any_transformers
+
 LAW = settings(deadline=None, max_examples=50, derandomize=True)
 SHAPE = PoolShape(num_layers=2, num_key_value_heads=3, head_dim=4, dtype=torch.float32)
 

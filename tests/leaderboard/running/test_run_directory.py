@@ -30,6 +30,8 @@ from kvzip_press.leaderboard.running.shards import merge, run_shard
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
+pytestmark = pytest.mark.any_transformers
+
 TOKENIZER = ByteTokenizer()
 TIMES = ("prefill_seconds", "score_seconds", "evict_seconds", "answer_seconds")
 KILLED = """

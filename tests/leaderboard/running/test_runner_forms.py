@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from kvzip_press.budget.policy import Policy
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.generation import generate
 from kvzip_press.errors import BudgetMismatchError, InvalidArgumentError
-from kvzip_press.leaderboard.rows.results import Row
+from kvzip_press.leaderboard.rows.results import Row, run_id
 from kvzip_press.leaderboard.running import measured, runner
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, Work, plan
 from kvzip_press.leaderboard.samples.task import GeneratedTask, Question, Sample
@@ -93,13 +93,27 @@ def by_key(rows: Iterable[Row]) -> list[Row]:
 # Many at once --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def rows_alone(hybrid_or_not: Any) -> Callable[[Run], list[Row]]:
+    """The rows of a run whose contexts are read one by one."""
+    known: dict[str, list[Row]] = {}
+
+    def rows(run: Run) -> list[Row]:
+        name = run_id(run.config)
+        if name not in known:
+            known[name] = by_key(execute(run, hybrid_or_not))
+        return known[name]
+
+    return rows
+
+
 @pytest.mark.parametrize("multi_turn", [False, True])
 @pytest.mark.parametrize("batch_size", [2, 3, 9])
 def test_rows_of_contexts_read_together_are_those_of_each_alone(
-    hybrid_or_not: Any, batch_size: int, multi_turn: bool
+    hybrid_or_not: Any, rows_alone: Callable[[Run], list[Row]], batch_size: int, multi_turn: bool
 ) -> None:
     run = run_of(LinesTask(multi_turn=multi_turn))
-    alone = by_key(execute(run, hybrid_or_not))
+    alone = rows_alone(run)
     assert len(alone) == 4 * 3 * 5
     assert len({row.n_context_tokens for row in alone}) == 4
     assert by_key(execute(replace(run, batch_size=batch_size), hybrid_or_not)) == alone

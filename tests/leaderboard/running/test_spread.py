@@ -27,6 +27,8 @@ from kvzip_press.leaderboard.running.spread import MOST_LOSSES, Worker, WorkerDi
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
+pytestmark = pytest.mark.any_transformers
+
 TIMES = ("prefill_seconds", "score_seconds", "evict_seconds", "answer_seconds")
 RUN = Run(
     "tiny",

@@ -23,6 +23,8 @@ from kvzip_press.serving.vllm import requests, server
 from kvzip_press.serving.vllm.facts import ServedModel
 from kvzip_press.testing import ByteTokenizer
 
+pytestmark = pytest.mark.any_transformers
+
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: ByteTokenizer) -> list[Any]:
