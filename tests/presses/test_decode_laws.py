@@ -13,7 +13,9 @@ from decode_presses import made as made_small
 from transformers import DynamicCache
 
 from kvzip_press import RaggedCache, compress
-from kvzip_press.budget.allocators import Pages, allocation_of
+from kvzip_press.budget.allocators import Allocation, Pages, PerHead, allocation_of
+from kvzip_press.cache import pair_pool
+from kvzip_press.decoding import pair_scorer
 from kvzip_press.decoding import step as decoding
 from kvzip_press.decoding.generation import generate
 from kvzip_press.decoding.pair_scorer import PairScorer
@@ -196,6 +198,31 @@ def test_detours_forks_and_modes_change_nothing(kind_and_options) -> None:
         for token in range(60, 80):
             step(model, fork, ids[:, token : token + 1])
     assert held(fork) == held(plain)
+
+
+@every_press
+@pytest.mark.parametrize("allocation", ["head", "global"])
+@pytest.mark.parametrize("storage", ["model", "int4"])
+def test_layers_are_evicted_together_as_one_by_one(kind_and_options, allocation, storage, monkeypatch) -> None:
+    """Rows of several layers are scored, cut and merged at once where they are few, else one at a time."""
+    model, ids = small_model(), distinct_ids(90, batch=2)
+    press = made(kind_and_options, storage=storage, allocation=allocation)
+
+    def written() -> list[list[int]]:
+        cache = DynamicCache(config=model.config)
+        with press(model):
+            for token in range(40, 68):
+                block = ids[:, :41] if token == 40 else ids[:, token : token + 1]
+                step(model, cache, block, attention_mask=torch.ones(2, token + 1, dtype=torch.long))
+        return [*held(cache, 0), *held(cache, 1)]
+
+    together = written()
+    monkeypatch.setattr(pair_scorer, "NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr(pair_pool, "NUMBERS_MERGED", 1)
+    monkeypatch.setattr(pair_pool, "NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr(PerHead, "heads_alone", False)
+    monkeypatch.setattr(PerHead, "counts_of_rows", Allocation.counts_of_rows)
+    assert written() == together
 
 
 @every_press
