@@ -124,16 +124,8 @@ FIGURES = (
     _kernel("kv_scoring", 10),
     _kernel("ragged_pack", 10),
     _kernel("replay_attention", 10),
-    Figure(
-        "kernel-recall-ranking",
-        ("-m", f"{_KERNELS}.recall_ranking", "--output", f"{_FOLDER}/recall_ranking-h200.csv"), 10,
-        "docs/howto/recall.md, what ranking costs; no file of it is published",
-    ),
-    Figure(
-        "kernel-near-duplicates",
-        ("-m", f"{_KERNELS}.near_duplicates", "--output", f"{_FOLDER}/near_duplicates-h200.csv"), 10,
-        "what R-KV's search costs; no file of it is published",
-    ),
+    _kernel("recall_ranking", 10, "; docs/howto/recall.md, what ranking costs"),
+    _kernel("near_duplicates", 10, "; docs/methods/decoding.md, what evicting costs"),
     Figure(
         "kernel-row-codec", ("-m", f"{_KERNELS}.row_codec", "--output", f"{_FOLDER}/row_codec-h200.csv"), 10,
         "what encoding and decoding rows costs; no file of it is published",
