@@ -6,9 +6,16 @@ Names are imported when they are first used, so that ``import kvzip_press`` is f
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvzip_press.version import __version__ as __version__
+
+# In a checkout, this folder lies beside those of three of its subpackages (pyproject.toml, package-dir). Started there,
+# Python finds this one first, also if the package is installed elsewhere.
+_HERE = Path(__file__).parent
+if not (_HERE / "presses").exists() and (_HERE.parent / "presses" / "__init__.py").exists():
+    __path__.append(str(_HERE.parent))
 
 if TYPE_CHECKING:
     from kvzip_press.attention.implementation import attach, detach

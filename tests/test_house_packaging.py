@@ -137,6 +137,19 @@ def test_the_installed_wheel_imports_without_the_tree(installed: Path, tmp_path:
     assert [file for file in files if not file.startswith(f"{installed}{os.sep}")] == []
 
 
+def test_python_that_is_started_in_a_checkout_finds_all_of_the_package(repo_root: Path) -> None:
+    """Where the folder `kvzip_press` comes first, whatever is installed, and nothing says where the others lie."""
+    program = (
+        "import sys\n"
+        "sys.meta_path = [one for one in sys.meta_path if 'editable' not in str(one)]\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "import kvzip_press, kvzip_press.kernels, kvzip_press.leaderboard, transformers.modeling_utils\n"
+        "print(kvzip_press.KVzipPress.__module__, kvzip_press.__file__)"
+    )
+    found = run(sys.executable, "-P", "-c", program, str(repo_root), cwd=repo_root.parent)
+    assert found.split() == ["kvzip_press.presses.kvzip.replay_press", str(repo_root / "kvzip_press" / "__init__.py")]
+
+
 def test_the_command_of_an_error_works_however_kvzip_press_was_installed(installed: Path, tmp_path: Path) -> None:
     """pip reads the extra of what is installed, and asks no index for it: of an editable checkout, then of a wheel."""
     (command,) = re.findall(r"pip install '(.+)'", install_command("ray"))
