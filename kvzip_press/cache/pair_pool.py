@@ -132,7 +132,7 @@ class PairPool:
             change: Any = InParts(self, merges)
         else:
             total = int(staying.sum() + keep.sum())
-            change = PackedPairs.joined((merges.of_layers(part) for part in merges.parts()), total)
+            change = PackedPairs.joined((merges.of_layers(part) for part in merges.parts()), total, packed)
         try:
             self._take_over(change, layers)
         except BaseException:  # an interrupt: the old pairs are written over in part, so what has begun is finished
@@ -232,7 +232,9 @@ class LayerStack:
         if len(some) == 1:
             return cls(some, some[0].packed, some[0].tail.keys, some[0].tail.values)
         pairs = [one.packed for one in layers]
-        packed = _of_pool(pairs, part) or PackedPairs.joined(pairs[part], sum(one.total for one in pairs[part]))
+        packed = _of_pool(pairs, part)
+        if packed is None:
+            packed = PackedPairs.joined(pairs[part], sum(one.total for one in pairs[part]), pairs[0])
         keys, values = ([getattr(one.tail, name) for one in some] for name in ("keys", "values"))
         return cls(some, packed, *(None if each[0] is None else torch.cat(each) for each in (keys, values)))
 
@@ -252,7 +254,7 @@ def numbers_of(layers: Sequence[RaggedLayer]) -> PackedPairs:
     whole = _of_pool(pairs, slice(0, len(pairs)))
     if whole is not None:
         return whole.numbers_only()
-    return PackedPairs.joined((one.numbers_only() for one in pairs), sum(one.total for one in pairs))
+    return PackedPairs.joined((one.numbers_only() for one in pairs), sum(one.total for one in pairs), pairs[0])
 
 
 def parts_of(sizes: Sequence[int], most: int) -> list[slice]:
