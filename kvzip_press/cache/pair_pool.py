@@ -105,6 +105,12 @@ class PairPool:
         sizes = [layer.packed.total for layer in layers]
         packed = numbers_of(layers)
         scores = torch.stack([tail.scores for tail in tails if tail.scores is not None]).flatten(0, 1)
+        ends, valid, positions = _columns(layers[0])
+        if bool((scores.isnan() & valid.repeat(self.num_layers, 1).unsqueeze(1)).any()):
+            raise CacheMismatchError(
+                "expected every token since the context to be read inside `with press(model):`, which scores it, got "
+                "some that were read outside of it, or whose rows were rearranged before they had a score"
+            )
         assert packed.scores is not None
         own, ranks, ranked = packed.scores, packed.scores, scores
         if worth is not None:
@@ -112,12 +118,6 @@ class PairPool:
             ranked = torch.cat([of_layer.tail for of_layer in worth.values()])
             if all(of_layer.carried for of_layer in worth.values()):
                 own, scores = ranks, ranked
-        ends, valid, positions = _columns(layers[0])
-        if bool((scores.isnan() & valid.repeat(self.num_layers, 1).unsqueeze(1)).any()):
-            raise CacheMismatchError(
-                "expected every token since the context to be read inside `with press(model):`, which scores it, got "
-                "some that were read outside of it, or whose rows were rearranged before they had a score"
-            )
         pairs = self._all_pairs(packed, tuple(by_idx), ranks, ranked, valid, positions)
         first = torch.tensor(layers[0].n_protected, device=ends.device)
         most = int(packed.seqlens.max()) + tails[0].length  # of a head; the columns of a row are at least as many

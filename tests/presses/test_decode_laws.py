@@ -263,6 +263,25 @@ def written_once(press: DecodePress) -> Any:
     raise AssertionError("nothing was evicted")
 
 
+class NotANumber(RKVPress):
+    """Of a user: what it thinks of a new pair of the last layer is no number."""
+
+    def worth(self, pairs: LayerPairs) -> torch.Tensor:
+        return pairs.positions.float().masked_fill(pairs.newest(1) & (pairs.layer_idx == 1), torch.nan)
+
+
+@pytest.mark.parametrize("allocation", ["head", "global"])
+def test_what_is_no_number_is_said_with_its_layer(allocation) -> None:
+    """And not taken for a token that was read outside of the press, which has no score either."""
+    model, ids = small_model(), distinct_ids(60)
+    cache = DynamicCache(config=model.config)
+    with NotANumber(budget=BUDGET, buffer=BUFFER, allocation=allocation, prompt=RandomPress(0.0))(model):
+        step(model, cache, ids[:, :20])
+        with pytest.raises(InvalidArgumentError, match="NaN or infinity in layer 1"):
+            for token in range(20, 60):
+                step(model, cache, ids[:, token : token + 1])
+
+
 def test_a_subclass_that_asks_for_the_layer_gets_one_at_a_time() -> None:
     """Of a press whose own worth is the same for all layers; otherwise all would count as the first."""
     first, _, last, _ = held(written_once(LastLayerFirst(budget=BUDGET, buffer=BUFFER)))
