@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -77,16 +76,15 @@ class PackedPairs(Held):
         return cls.of(_with_columns(kind.encode(new), new, scores).packed(), keys.shape[1], kind)
 
     @classmethod
-    def joined(cls, pairs: Iterable[PackedPairs], total: int) -> PackedPairs:
+    def joined(cls, pairs: Iterable[PackedPairs], total: int, like: PackedPairs) -> PackedPairs:
         """Returns a copy with the rows of all objects, one object after another; each is copied as it comes.
 
         Args:
-            pairs: The objects, at least one; with the same heads, storage and columns.
+            pairs: The objects, at least one, with the same columns.
             total: Number of their pairs together.
+            like: Pairs with the same heads and storage: one of them, if they do not come one by one.
         """
-        pairs = iter(pairs)
-        first = next(pairs)
-        return cls.of(joined(chain([first], pairs), total), first.num_heads, first.storage)
+        return cls.of(joined(pairs, total), like.num_heads, like.storage)
 
     def numbers_only(self) -> PackedPairs:
         """Returns the same pairs without what they hold of keys and values: their positions, and scores if any."""

@@ -105,6 +105,12 @@ class PairPool:
         sizes = [layer.packed.total for layer in layers]
         packed = numbers_of(layers)
         scores = torch.stack([tail.scores for tail in tails if tail.scores is not None]).flatten(0, 1)
+        ends, valid, positions = _columns(layers[0])
+        if bool((scores.isnan() & valid.repeat(self.num_layers, 1).unsqueeze(1)).any()):
+            raise CacheMismatchError(
+                "expected every token since the context to be read inside `with press(model):`, which scores it, got "
+                "some that were read outside of it, or whose rows were rearranged before they had a score"
+            )
         assert packed.scores is not None
         own, ranks, ranked = packed.scores, packed.scores, scores
         if worth is not None:
@@ -112,12 +118,6 @@ class PairPool:
             ranked = torch.cat([of_layer.tail for of_layer in worth.values()])
             if all(of_layer.carried for of_layer in worth.values()):
                 own, scores = ranks, ranked
-        ends, valid, positions = _columns(layers[0])
-        if bool((scores.isnan() & valid.repeat(self.num_layers, 1).unsqueeze(1)).any()):
-            raise CacheMismatchError(
-                "expected every token since the context to be read inside `with press(model):`, which scores it, got "
-                "some that were read outside of it, or whose rows were rearranged before they had a score"
-            )
         pairs = self._all_pairs(packed, tuple(by_idx), ranks, ranked, valid, positions)
         first = torch.tensor(layers[0].n_protected, device=ends.device)
         most = int(packed.seqlens.max()) + tails[0].length  # of a head; the columns of a row are at least as many
@@ -132,7 +132,7 @@ class PairPool:
             change: Any = InParts(self, merges)
         else:
             total = int(staying.sum() + keep.sum())
-            change = PackedPairs.joined((merges.of_layers(part) for part in merges.parts()), total)
+            change = PackedPairs.joined((merges.of_layers(part) for part in merges.parts()), total, packed)
         try:
             self._take_over(change, layers)
         except BaseException:  # an interrupt: the old pairs are written over in part, so what has begun is finished
@@ -232,7 +232,9 @@ class LayerStack:
         if len(some) == 1:
             return cls(some, some[0].packed, some[0].tail.keys, some[0].tail.values)
         pairs = [one.packed for one in layers]
-        packed = _of_pool(pairs, part) or PackedPairs.joined(pairs[part], sum(one.total for one in pairs[part]))
+        packed = _of_pool(pairs, part)
+        if packed is None:
+            packed = PackedPairs.joined(pairs[part], sum(one.total for one in pairs[part]), pairs[0])
         keys, values = ([getattr(one.tail, name) for one in some] for name in ("keys", "values"))
         return cls(some, packed, *(None if each[0] is None else torch.cat(each) for each in (keys, values)))
 
@@ -252,7 +254,7 @@ def numbers_of(layers: Sequence[RaggedLayer]) -> PackedPairs:
     whole = _of_pool(pairs, slice(0, len(pairs)))
     if whole is not None:
         return whole.numbers_only()
-    return PackedPairs.joined((one.numbers_only() for one in pairs), sum(one.total for one in pairs))
+    return PackedPairs.joined((one.numbers_only() for one in pairs), sum(one.total for one in pairs), pairs[0])
 
 
 def parts_of(sizes: Sequence[int], most: int) -> list[slice]:

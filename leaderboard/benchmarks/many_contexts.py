@@ -116,7 +116,8 @@ def random_contexts(model: Any, tokens: int, removed: float, n_rows: int, storag
             packed.append(
                 PackedPairs.pack(keys, values, keep, positions, storage=storage_named(storage), importance=drawn)
             )
-        layers.append(made_layer(module, PackedPairs.joined(packed, sum(one.total for one in packed)), tokens))
+        joined = PackedPairs.joined(packed, sum(one.total for one in packed), packed[0])
+        layers.append(made_layer(module, joined, tokens))
     return RaggedCache(layers)
 
 

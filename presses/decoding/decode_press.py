@@ -72,6 +72,11 @@ class DecodePress(AllocatingPress):
     prompt: Press | str | None = field(default=None, kw_only=True)
     protect_prompt: bool = field(default=False, kw_only=True)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "by_layer" not in vars(cls):
+            cls.by_layer = True
+
     def __post_init__(self) -> None:
         if self.prompt is not None:
             prompt: Any = as_press(self.prompt)
@@ -107,7 +112,10 @@ class DecodePress(AllocatingPress):
         return 0
 
     by_layer: ClassVar[bool] = True
-    """Whether :meth:`worth` is given one layer at a time; False for one that does not ask of which layer a row is."""
+    """Whether :meth:`worth` is given one layer at a time; False for one that does not ask of which layer a row is.
+
+    A class says it of itself, and not of its subclasses, which may ask.
+    """
 
     @abstractmethod
     def worth(self, pairs: LayerPairs) -> torch.Tensor:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache as once
 from typing import Any
 
 import pytest
 import torch
+from decode_presses import BUDGET, BUFFER, SPENDING, Made, distinct_ids, held, step
 from decode_presses import PRESSES as WITHOUT_FILES
-from decode_presses import SPENDING, Made, distinct_ids, held, step
 from decode_presses import made as made_small
 from transformers import DynamicCache
 
 from kvzip_press import RaggedCache, compress
-from kvzip_press.budget.allocators import Allocation, Pages, PerHead, allocation_of
+from kvzip_press.budget.allocators import Allocation, Pages, PerHead, PerLayer, allocation_of
+from kvzip_press.budget.amount import Amount
+from kvzip_press.budget.candidates import Pool
 from kvzip_press.cache import pair_pool
 from kvzip_press.decoding import pair_scorer
 from kvzip_press.decoding import step as decoding
 from kvzip_press.decoding.generation import generate
+from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.decoding.pair_scorer import PairScorer
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.presses.decoding import (
@@ -223,6 +227,82 @@ def test_layers_are_evicted_together_as_one_by_one(kind_and_options, allocation,
     monkeypatch.setattr(PerHead, "heads_alone", False)
     monkeypatch.setattr(PerHead, "counts_of_rows", Allocation.counts_of_rows)
     assert written() == together
+
+
+class LastLayerFirst(RKVPress):
+    """Of a user: asks of which layer the pairs are, as presses did before there were rows of several layers."""
+
+    def worth(self, pairs: LayerPairs) -> torch.Tensor:
+        return pairs.positions.float() if pairs.layer_idx else -pairs.positions.float()
+
+
+class HalfOfTheFirstLayer(PerHead):
+    """Of a user: heads of the first layer keep half of what those of others do."""
+
+    def asked(self, amount: Amount, layers: Sequence[int], n_pairs: int, n_heads: int, n_held: int = 0) -> int:
+        return super().asked(amount, layers, n_pairs, n_heads, n_held) // (1 if layers[0] else 2)
+
+
+class PairsOfHeads(PerHead):
+    """Of a user: all heads of a layer compete."""
+
+    def pools(self, heads: Mapping[int, int]) -> list[Pool]:
+        return PerLayer().pools(heads)
+
+
+def written_once(press: DecodePress) -> Any:
+    """What a cache holds right behind an eviction."""
+    model, ids = small_model(), distinct_ids(60)
+    cache = DynamicCache(config=model.config)
+    with press(model):
+        step(model, cache, ids[:, :20])
+        for token in range(20, 60):
+            step(model, cache, ids[:, token : token + 1])
+            if not cache.layers[0].tail.length:
+                return cache
+    raise AssertionError("nothing was evicted")
+
+
+class NotANumber(RKVPress):
+    """Of a user: what it thinks of a new pair of the last layer is no number."""
+
+    def worth(self, pairs: LayerPairs) -> torch.Tensor:
+        return pairs.positions.float().masked_fill(pairs.newest(1) & (pairs.layer_idx == 1), torch.nan)
+
+
+@pytest.mark.parametrize("allocation", ["head", "global"])
+def test_what_is_no_number_is_said_with_its_layer(allocation) -> None:
+    """And not taken for a token that was read outside of the press, which has no score either."""
+    model, ids = small_model(), distinct_ids(60)
+    cache = DynamicCache(config=model.config)
+    with NotANumber(budget=BUDGET, buffer=BUFFER, allocation=allocation, prompt=RandomPress(0.0))(model):
+        step(model, cache, ids[:, :20])
+        with pytest.raises(InvalidArgumentError, match="NaN or infinity in layer 1"):
+            for token in range(20, 60):
+                step(model, cache, ids[:, token : token + 1])
+
+
+def test_a_subclass_that_asks_for_the_layer_gets_one_at_a_time() -> None:
+    """Of a press whose own worth is the same for all layers; otherwise all would count as the first."""
+    first, _, last, _ = held(written_once(LastLayerFirst(budget=BUDGET, buffer=BUFFER)))
+    assert first[:8] == list(range(8)), "the oldest stay in the first layer"
+    assert last == list(range(BUFFER, BUDGET + BUFFER)), "and the newest in the last"
+
+
+def test_a_subclass_of_an_allocation_per_head_may_ask_for_the_layer() -> None:
+    sizes = [len(kept) for kept in held(written_once(made(PRESSES[0], allocation=HalfOfTheFirstLayer())))]
+    assert sizes == [BUDGET // 2] * HEADS + [BUDGET] * HEADS
+
+
+def test_a_subclass_of_an_allocation_per_head_may_have_other_pools() -> None:
+    """While the model writes, and of a prompt."""
+    found, expected = (made(PRESSES[4], allocation=kind) for kind in (PairsOfHeads(), PerLayer()))
+    assert held(written_once(found)) == held(written_once(expected))
+    caches = [
+        compress(small_model(), TOKENIZER, "a text " * 9, RandomPress(0.5, allocation=kind))
+        for kind in (PairsOfHeads(), PerLayer())
+    ]
+    assert held(caches[0]) == held(caches[1])
 
 
 @every_press

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -44,7 +44,8 @@ class Allocation:
     name: ClassVar[str] = ""
     #: Whether pairs of different layers compete, so that there can be no ratio for each layer.
     layers_compete: ClassVar[bool] = False
-    #: Whether a head keeps what the amount and its own pairs say, so that heads of all layers may be as if of one.
+    #: Whether a head keeps what the amount and its own pairs say, so that heads of all layers may be as if of one. A
+    #: class says it of itself, and not of its subclasses, which may ask of which layer a head is.
     heads_alone: ClassVar[bool] = False
     #: Whether the rule itself says how much is kept, so that no amount can be asked for.
     is_outcome: ClassVar[bool] = False
@@ -52,6 +53,11 @@ class Allocation:
     needs_attention: ClassVar[bool] = False
     #: Whether the rule is about scores in units of uniform attention, so that they must be weights of attention.
     needs_weights: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "heads_alone" not in vars(cls):
+            cls.heads_alone = False
 
     def __post_init__(self) -> None:
         safeguard, floor = self.safeguard, self.min_kept_per_head

@@ -53,6 +53,8 @@ class PerHead(Allocation):
 
         Heads whose numbers are equal, as most are while the model writes, are counted once.
         """
+        if type(self).pools is not PerHead.pools:  # of a subclass, in which pairs may compete
+            return super().counts_of_rows(rows, amount)
         known: dict[tuple[int, ...], int] = {}
 
         def kept(i: int, free: int, protected: int, charged: int, counted: int, held: int) -> int:

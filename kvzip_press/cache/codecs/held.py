@@ -185,28 +185,30 @@ class Staying:
 def joined(held: Iterable[Held], total: int) -> Held:
     """Returns a copy with the segments of all objects, which are of one kind, one object after another.
 
-    Each is copied before the next one is asked for, so that one that is made for this need not stay in memory.
+    Each is copied and let go before the next one is asked for, so that one that is made for this does not stay in
+    memory; but for its parts, of which it is not known before how many entries there are together.
 
     Args:
         held: The objects, at least one.
         total: Number of their entries together.
     """
     columns: dict[str, torch.Tensor] = {}
-    bounds, tables, parts, begin = [], [], [], 0
+    bounds, tables, parts, begin, end = [], [], [], 0, 0
     for one in held:
-        end = begin + one.total
+        begin, end = end, end + one.total
         for name, column in one.columns.items():
-            columns.setdefault(name, column.new_empty(total, *column.shape[1:]))[begin:end] = column
-        bounds.append(one.cu_seqlens[:-1] + begin)
+            if name not in columns:
+                columns[name] = column.new_empty(total, *column.shape[1:])
+            columns[name][begin:end] = column
+        bounds.append(one.cu_seqlens + begin)
         tables.append(one.tables)
         parts.append(one.parts)
-        begin = end
-    bounds.append(one.cu_seqlens[-1:] + (begin - one.total))
-    assert begin == total, f"expected {total} entries, got {begin}"
+        del one, column
+    assert end == total, f"expected {total} entries, got {end}"
     of_parts = {name: [each[name] for each in parts] for name in parts[0]}
     return Held(
         columns,
-        torch.cat(bounds).int(),
+        torch.cat([*(each[:-1] for each in bounds[:-1]), bounds[-1]]).int(),
         tables={name: torch.cat([each[name] for each in tables]) for name in tables[0]},
         parts={name: joined(each, sum(part.total for part in each)) for name, each in of_parts.items()},
     )

@@ -1,12 +1,18 @@
-"""Which pairs of a pool win, against a sort of all of them in Python."""
+"""Which pairs of a pool win, against a sort of all of them in Python; and what a pool takes while it is made."""
 
 from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvzip_press.budget.policy import Policy
+from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.pair_pool import _Pairs
 
 LAYERS, ROWS, HEADS = 2, 2, 2
@@ -45,3 +51,35 @@ def test_a_row_keeps_its_best_pairs_ties_by_position_then_layer_then_head(pairs,
         rest = best + [p for p in rest if p not in best]  # no layer is left empty
         expected |= safe | set(rest[: max(size - len(safe), len(bare))])
     assert {pair for pair, stays in zip(pairs, kept.tolist(), strict=True) if stays} == expected
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make while it is open, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and (memory := output.untyped_storage()).data_ptr() not in self.sizes:
+            self.sizes[memory.data_ptr()] = memory.nbytes()
+            weakref.finalize(memory, self.sizes.pop, memory.data_ptr())
+            self.most = max(self.most, sum(self.sizes.values()))
+        return output
+
+
+def test_pairs_that_are_made_one_by_one_are_joined_in_the_memory_of_the_whole_and_of_one() -> None:
+    """While a pool is made, its old pairs lie in memory besides: a third copy would not fit where two do."""
+    n_layers, ones = 8, torch.ones(1, 2, 500, dtype=torch.bool)
+    pairs = torch.randn(2, 1, 2, 500, 64)
+    layer = PackedPairs.pack(*pairs, ones, torch.arange(500, dtype=torch.int32)[None])
+    layer = replace(layer, pool=object())  # so that it is copied
+    size = sum(tensor.nbytes for tensor in layer.tensors)
+    with Live() as live:
+        made = (layer.frozen() for _ in range(n_layers))
+        joined = PackedPairs.joined(made, n_layers * layer.total, layer)
+    assert joined.seqlens.tolist() == [[500, 500]] * n_layers
+    assert joined.cu_seqlens[-1] == joined.total == n_layers * layer.total
+    assert live.most < (n_layers + 1.1) * size
