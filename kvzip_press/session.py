@@ -150,9 +150,9 @@ class _Session:
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuses what cannot be compressed before anything is computed, and lets the press watch."""
-        if self._is_ours:
-            return
         forward = self.forward
+        if forward.busy:  # a press scores
+            return
         forward.close()
         call = PrefillCall.of(decoder, args, kwargs).within(forward.outer)
         if _is_static_step(call.cache):
@@ -199,9 +199,9 @@ class _Session:
 
     def after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Compresses the span that was just read; after a forward that raised, it only stops watching."""
-        if self._is_ours:
-            return
         forward = self.forward
+        if forward.busy:
+            return
         observers, start, check, eviction = forward.observers, forward.start, forward.check, forward.eviction
         last_queries = forward.last_queries
         forward.close()
@@ -232,14 +232,9 @@ class _Session:
         finally:
             forward.busy = False
 
-    @property
-    def _is_ours(self) -> bool:
-        """Whether the forward is not the user's, because a press scores or a static decode step runs."""
-        return self.forward.busy or self.evictions.in_static_step
-
 
 def _is_static_step(cache: Any) -> bool:
-    """Returns whether a cache is what a decode step of ours captures, which is checked where the step is made."""
+    """Returns whether a cache is that of a static decode step, whose own cache was checked when it was made."""
     return any(isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", ()))
 
 

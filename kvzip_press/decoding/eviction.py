@@ -122,7 +122,6 @@ class DecodeEviction:
     def __init__(self, scorer: DecodeScorer, schedule: Schedule, allocation: Allocation) -> None:
         self.scorer, self.schedule = scorer, schedule
         self.policy = Policy(Tokens(schedule.budget), allocation)
-        self.in_static_step = False
         self._reading = 0  # tokens of the running forward
         self._layers: Layers = {}  # of the cache that was read last
         self._is_met = False  # whether they are prepared: a forward that failed may have undone that
@@ -187,14 +186,12 @@ class DecodeEviction:
     @contextmanager
     def static_step(self) -> Iterator[None]:
         """While open, a decode step of one token over static layers runs, which only shows the scorer its token."""
-        self.in_static_step = True
         self.scorer.begin(self._layers, 1)
         try:
             yield
             self.scorer.seen()
         finally:
             self.scorer.abandon()
-            self.in_static_step = False
 
     def restart_static_steps(self, cache: Any) -> None:
         """Makes the next static step the first one after ``cache``; steps that were only trials do not count."""
@@ -322,12 +319,6 @@ class DecodeEvictions:
                 if thread != mine and eviction.follows(cache):
                     eviction.finish()
             return self._of_threads[mine][0]
-
-    @property
-    def in_static_step(self) -> bool:
-        """Whether a static decode step runs in this thread."""
-        found = self._of_threads.get(threading.get_ident())
-        return found is not None and found[0].in_static_step
 
     def _new(self) -> tuple[DecodeEviction, ExitStack]:
         eviction, self._spare = self._spare or self._make(self._model), None
