@@ -5,6 +5,10 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def interpreting() -> bool:
@@ -19,6 +23,21 @@ def reason_against_triton(device: torch.device) -> str | None:
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
         return None
     return f"the device is {device.type}: Triton needs a CUDA device, or TRITON_INTERPRET=1 to run on a CPU, slowly"
+
+
+def reason_against_heads(first: Tensor, *others: Tensor) -> str | None:
+    """Returns why kernels that take rows of heads cannot take these, all [..., head_dim], or None if they can."""
+    reason = reason_against_triton(first.device)
+    if reason is not None:
+        return reason
+    if first.dtype not in DTYPES:
+        return f"the dtype is {first.dtype}: the kernels do float32, float16 and bfloat16"
+    head_dim = first.shape[-1]
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        return f"head_dim is {head_dim}: the kernels do 1 to {MAX_HEAD_DIM}"
+    if any(tensor.numel() and tensor.stride(-1) != 1 and head_dim > 1 for tensor in (first, *others)):
+        return "the numbers of a head do not lie side by side in memory (a stride of the last dimension is not 1)"
+    return None
 
 
 @cache

@@ -14,11 +14,11 @@ from kvzip_press.kernels.checks import (
 )
 from kvzip_press.kernels.dispatch import Impl, deferred, select
 from kvzip_press.kernels.kv_scoring import reference
-from kvzip_press.kernels.kv_scoring.support import reason_against
 from kvzip_press.kernels.numerics import accumulation_dtype
+from kvzip_press.kernels.triton_support import reason_against_heads
 
 _IMPLS = {
-    "triton": Impl(deferred("kvzip_press.kernels.kv_scoring.triton", "kv_scoring"), reason_against),
+    "triton": Impl(deferred("kvzip_press.kernels.kv_scoring.triton", "kv_scoring"), reason_against_heads),
     "reference": Impl(reference.kv_scoring),
 }
 

@@ -6,10 +6,10 @@ from torch import Tensor
 from kvzip_press.kernels.checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from kvzip_press.kernels.dispatch import Impl, deferred, select
 from kvzip_press.kernels.near_duplicates import reference
-from kvzip_press.kernels.near_duplicates.support import reason_against
+from kvzip_press.kernels.triton_support import reason_against_heads
 
 _IMPLS = {
-    "triton": Impl(deferred("kvzip_press.kernels.near_duplicates.triton", "near_duplicates"), reason_against),
+    "triton": Impl(deferred("kvzip_press.kernels.near_duplicates.triton", "near_duplicates"), reason_against_heads),
     "reference": Impl(reference.near_duplicates),
 }
 
