@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from kvzip_press.budget.allocators import Allocation, Decided
-from kvzip_press.budget.candidates import Candidates, Counts, Masks
+from kvzip_press.budget.candidates import Candidates, Counts, Masks, of_batch
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
 
@@ -63,7 +63,7 @@ def allocate(
     rows = [allocation.counts(row, scores.policy.amount) for row in candidates]  # someone else's code
     for row, counts in zip(candidates, rows, strict=True):
         _check_counts(allocation, row, counts)
-    return {layer_idx: torch.stack([row[layer_idx] for row in rows]) for layer_idx in scores.layers}
+    return of_batch(rows, scores.layers)
 
 
 def _check_counts(allocation: Allocation, row: Candidates, counts: Counts) -> None:

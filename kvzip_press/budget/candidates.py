@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,11 @@ class Candidates:
     def bare(self, pool: Pool) -> list[int]:
         """Returns the layers of a pool that would be left empty: they have competing pairs, but no protected one."""
         return [i for i, heads in pool if not any(self.protected[i][heads]) and any(self.free[i][heads])]
+
+
+def of_batch(rows: Sequence[Counts], layers: Iterable[int]) -> Counts:
+    """Returns ``layer_idx -> [batch, heads]`` of the counts of each row, ``layer_idx -> [heads]``."""
+    return {layer_idx: torch.stack([row[layer_idx] for row in rows]) for layer_idx in layers}
 
 
 def _of_pool(per_head: Numbers, pool: Pool) -> Iterator[int]:

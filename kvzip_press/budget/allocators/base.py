@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
 from kvzip_press.arguments.numbers import is_int
 from kvzip_press.budget.amount import Amount
-from kvzip_press.budget.candidates import Candidates, Counts, Pool
+from kvzip_press.budget.candidates import Candidates, Counts, Pool, of_batch
 from kvzip_press.budget.spending import spend
 from kvzip_press.errors import InvalidArgumentError
 
@@ -120,8 +118,7 @@ class Allocation:
         Raises:
             InvalidArgumentError: As :meth:`counts` does.
         """
-        counts = [self.counts(row, amount) for row in rows]
-        return {layer_idx: torch.stack([of_row[layer_idx] for of_row in counts]) for layer_idx in rows[0].values}
+        return of_batch([self.counts(row, amount) for row in rows], rows[0].values)
 
     def _check(self, pools: Sequence[Pool], heads: Mapping[int, int]) -> None:
         """Refuses pools that forget a head, which would keep nothing, or count one twice."""
