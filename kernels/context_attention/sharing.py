@@ -1,44 +1,83 @@
 """Shares the pairs that a step reads among programs, on the device: no shape depends on a value, nothing waits.
 
-That takes some twenty short launches, once a step for all layers. Contexts are frozen, so unlike ragged attention,
-whose tail grows with every layer's step, a list of work stays right.
+For the few tokens of steps that graphs are captured of that takes two launches (``triton_sharing.py``), for many some
+forty, once a step for all layers. Contexts are frozen, so unlike ragged attention, whose tail grows with every layer's
+step, a list of work stays right.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvzip_press.kernels.context_attention.plan import ContextPlan, Work
 from kvzip_press.kernels.context_attention.tuning import Sharing, sharing_for
-from kvzip_press.kernels.triton_support import multiprocessors
+from kvzip_press.kernels.triton_support import multiprocessors, reason_against_triton
 
 MIN_ITEM = 64  # fewest pairs that are worth a program
-_CHOICES = 16  # lengths of an item of which the shortest that fits is taken
+CHOICES = 16  # lengths of an item of which the shortest that fits is taken
+_FEW_TOKENS = 512  # that one program compares with one another
+_FEW_NUMBERS = 8192  # segments or programs of a layer that fit into one program's registers
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much room a step's work takes, which depends on shapes alone.
+
+    Attributes:
+        tokens_per_tile: tokens of a tile, at most.
+        n_tiles: tiles, as many as there may be.
+        n_programs: programs of a layer.
+    """
+
+    tokens_per_tile: int
+    n_tiles: int
+    n_programs: int
+
+    @classmethod
+    def of(cls, plan: ContextPlan, sharing: Sharing) -> "Sizes":
+        """Returns the room for a plan's work."""
+        n_tokens, n_heads = plan.num_tokens, plan.num_key_value_heads
+        tokens_per_tile = max(1, sharing.block_m // plan.groups)
+        n_tiles = min(n_tokens, n_tokens // tokens_per_tile + min(plan.begins.shape[1], n_tokens))
+        n_blocks = -(-tokens_per_tile * plan.groups // sharing.block_m)
+        slots = multiprocessors(plan.begins.device) * sharing.programs_per_sm
+        return cls(tokens_per_tile, n_tiles, max(n_tiles * n_heads, -(-slots // n_blocks)))
 
 
 def share(plan: ContextPlan, sharing: Sharing | None = None) -> Work:
     """Returns the work of a plan; ``sharing`` is for tuning, by default it is chosen from the shapes."""
-    n_tokens, n_heads = plan.num_tokens, plan.num_key_value_heads
-    sharing = sharing or sharing_for(n_tokens, plan.groups)
-    tokens_per_tile = max(1, sharing.block_m // plan.groups)
-    n_tiles = min(n_tokens, n_tokens // tokens_per_tile + min(plan.begins.shape[1], n_tokens))
+    sharing = sharing or sharing_for(plan.num_tokens, plan.groups)
+    sizes = Sizes.of(plan, sharing)
+    n_numbers = max(sizes.n_tiles * plan.num_key_value_heads, sizes.n_programs + 1)
+    is_small = 0 < plan.num_tokens <= _FEW_TOKENS and n_numbers <= _FEW_NUMBERS
+    if is_small and reason_against_triton(plan.begins.device) is None:
+        from kvzip_press.kernels.context_attention.triton_sharing import shared
+
+        tensors = shared(plan, sizes)
+    else:
+        tensors = shared_by_steps(plan, sizes)
+    return Work(sharing.block_m, sizes.tokens_per_tile, **tensors)
+
+
+def shared_by_steps(plan: ContextPlan, sizes: Sizes) -> dict[str, Tensor]:
+    """Returns the tensors of a plan's work by name, computed by PyTorch: for any number of tokens, on any device."""
     contexts, order = plan.context_of_token.sort(stable=True)
-    place = torch.arange(n_tokens, device=contexts.device)
+    n_tokens, n_tiles, device = plan.num_tokens, sizes.n_tiles, contexts.device
+    place = torch.arange(n_tokens, device=device)
     begins_run = torch.ones_like(contexts, dtype=torch.bool)
     begins_run[1:] = contexts[1:] != contexts[:-1]
     slot = place - torch.where(begins_run, place, 0).cummax(0).values if n_tokens else place
-    slot = slot % tokens_per_tile
+    slot = slot % sizes.tokens_per_tile
     tile = (slot == 0).cumsum(0) - 1
-    counts = torch.zeros(n_tiles, dtype=torch.int64, device=contexts.device)
+    counts = torch.zeros(n_tiles, dtype=torch.int64, device=device)
     counts.scatter_add_(0, tile, torch.ones_like(tile))
     firsts = counts.cumsum(0) - counts
     tile_contexts = contexts[firsts.clamp(max=max(0, n_tokens - 1))] if n_tiles else contexts
     lengths = torch.where(counts[:, None] > 0, plan.lengths[:, tile_contexts.long()], 0).flatten(1)
-    n_blocks = -(-tokens_per_tile * plan.groups // sharing.block_m)
-    slots = multiprocessors(contexts.device) * sharing.programs_per_sm
-    n_programs = max(n_tiles * n_heads, -(-slots // n_blocks))
-    n_items = _items_of(lengths.long(), n_programs)
+    n_items = _items_of(lengths.long(), sizes.n_programs)
     ends = n_items.cumsum(1)
-    programs = torch.arange(n_programs, device=contexts.device).expand(len(ends), -1).contiguous()
+    programs = torch.arange(sizes.n_programs, device=device).expand(len(ends), -1).contiguous()
     inverse = torch.empty_like(order).scatter_(0, order, place)
     tensors = {
         "order": order,
@@ -51,9 +90,7 @@ def share(plan: ContextPlan, sharing: Sharing | None = None) -> Work:
         "first_items": ends - n_items,
         "segments": torch.searchsorted(ends, programs, right=True),
     }
-    return Work(
-        sharing.block_m, tokens_per_tile, **{name: tensor.int().contiguous() for name, tensor in tensors.items()}
-    )
+    return {name: tensor.int().contiguous() for name, tensor in tensors.items()}
 
 
 def _items_of(lengths: Tensor, n_programs: int) -> Tensor:
@@ -68,7 +105,7 @@ def _items_of(lengths: Tensor, n_programs: int) -> Tensor:
     """
     n_segments = lengths.shape[1]
     total = lengths.sum(1, keepdim=True)
-    spare = n_segments * torch.arange(_CHOICES, device=lengths.device) // (_CHOICES - 1)
+    spare = n_segments * torch.arange(CHOICES, device=lengths.device) // (CHOICES - 1)
     pieces = (total + (n_programs - spare).clamp(min=1) - 1) // (n_programs - spare).clamp(min=1)
     pieces = pieces.clamp(min=MIN_ITEM)  # [layers, choices]
     n_items = ((lengths[:, :, None] + pieces[:, None] - 1) // pieces[:, None]).sum(1)

@@ -6,6 +6,10 @@ of it. Each program writes a partial result, and a second kernel merges those of
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +36,7 @@ def context_attention(
     scaling: float,
     softcap: float | None,
     turn: Turn | None = None,
-    tail: tuple[Tensor, Tensor] | None = None,
+    tail: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]] | None = None,
     out: Tensor | None = None,
     loop: Loop | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -46,18 +50,20 @@ def context_attention(
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     if out.numel() == 0:
+        if callable(tail):
+            tail()
         return out, lse
     has_codes = isinstance(keys, Codes)
     key_rows, key_scales = (keys.codes, keys.scales) if isinstance(keys, Codes) else (keys, query)
     value_rows, value_scales = (values.codes, values.scales) if isinstance(values, Codes) else (values, query)
     cos, sin = (query, query) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
-    tail_out, tail_lse = (out, lse) if tail is None else tail
     loop = loop or loop_for(work.block_m, head_dim, query.element_size())
     n_rows, n_programs = work.tokens_per_tile * plan.groups, work.segments.shape[1]
     partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
     partial_sums = torch.empty(n_programs, n_rows, 2, dtype=torch.float32, device=query.device)
     with on_device(query.device):
-        _attend_kernel[(n_programs, triton.cdiv(n_rows, work.block_m))](
+        attend = partial(
+            _attend_kernel[(n_programs, triton.cdiv(n_rows, work.block_m))],
             query,
             cos,
             sin,
@@ -95,6 +101,12 @@ def context_attention(
             num_warps=loop.num_warps,
             num_stages=loop.num_stages,
         )
+        if callable(tail):
+            with _while_this_runs(attend, query.device):
+                tail = tail()
+        else:
+            attend()
+        tail_out, tail_lse = (out, lse) if tail is None else tail
         _merge_kernel[(n_tokens, n_heads)](
             partial_out,
             partial_sums,
@@ -111,6 +123,7 @@ def context_attention(
             *out.stride()[:2],
             n_rows,
             HAS_TAIL=tail is not None,
+            IN_PLACE=tail is not None and tail_out is out,
             HEADS=plan.num_key_value_heads,
             GROUPS=plan.groups,
             HEAD_DIM=head_dim,
@@ -119,6 +132,31 @@ def context_attention(
             num_warps=1,
         )
     return out, lse
+
+
+@contextmanager
+def _while_this_runs(launch: Callable[[], object], device: torch.device) -> Iterator[None]:
+    """Launches a kernel, and lets what is launched inside run at the same time if that becomes part of a CUDA graph.
+
+    Elsewhere one comes after the other: the host would need longer to say so than what it saves.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        launch()
+        yield
+        return
+    main = torch.cuda.current_stream(device)
+    other = _stream_beside(main)
+    other.wait_stream(main)
+    with torch.cuda.stream(other):
+        launch()
+    yield
+    main.wait_stream(other)
+
+
+@cache
+def _stream_beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
+    """Returns a stream of a stream's device: one for each that graphs are captured on."""
+    return torch.cuda.Stream(stream.device)
 
 
 @triton.jit(do_not_specialize=["n_segments", "n_rows"])
@@ -261,6 +299,7 @@ def _merge_kernel(
     stride_oh,
     n_rows,
     HAS_TAIL: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -269,12 +308,19 @@ def _merge_kernel(
 ):
     """Merges the partial results of a token's query head, and its tail's; without any, gives 0 and -inf.
 
-    The tail is read before the result is written, which may be in its place.
+    The tail is read before the result is written, which may be in its place: then nothing is to do without parts.
     """
     token, query_head = tl.program_id(0), tl.program_id(1)
     segment = tl.load(token_tiles_ptr + token) * HEADS + query_head // GROUPS
     row = tl.load(token_slots_ptr + token) * GROUPS + query_head % GROUPS
     first, n_parts = tl.load(first_items_ptr + segment), tl.load(n_items_ptr + segment)
+    place = token.to(tl.int64)
+    lse_ptr += place * (HEADS * GROUPS) + query_head
+    if IN_PLACE:
+        tail_lse = tl.load(tail_lse_ptr + place * stride_lt + query_head * stride_lh)
+        if (n_parts == 0) & (tail_lse > -float("inf")):
+            tl.store(lse_ptr, tail_lse)
+            return
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     peak = -float("inf")
@@ -294,7 +340,6 @@ def _merge_kernel(
         total = total * decay + tl.sum(weights * totals, 0)
         acc = acc * decay + tl.sum(weights[:, None] * outs, 0)
         peak = new_peak
-    place = token.to(tl.int64)
     if HAS_TAIL:
         tail_peak = tl.load(tail_lse_ptr + place * stride_lt + query_head * stride_lh) / LN2
         tail = tl.load(tail_ptr + place * stride_tt + query_head * stride_th + offs_d, mask_d, other=0.0)
@@ -308,4 +353,4 @@ def _merge_kernel(
     out_row = place * stride_ot + query_head * stride_oh
     tl.store(out_ptr + out_row + offs_d, acc.to(out_ptr.dtype.element_ty), mask_d)
     merged_lse = tl.where(total > 0, (peak + tl.log2(total)) * LN2, -float("inf"))
-    tl.store(lse_ptr + place * (HEADS * GROUPS) + query_head, merged_lse)
+    tl.store(lse_ptr, merged_lse)

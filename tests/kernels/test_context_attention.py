@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvzip_press.kernels.context_attention import ContextPlan, Turn, context_attention, plan_contexts
-from kvzip_press.kernels.context_attention.sharing import MIN_ITEM, share
+from kvzip_press.kernels.context_attention.sharing import MIN_ITEM, Sizes, share, shared_by_steps
 from kvzip_press.kernels.context_attention.tuning import Sharing
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
 from kvzip_press.kernels.ragged_attention import ragged_attention
@@ -242,6 +242,32 @@ def test_a_tail_that_is_given_is_merged_where_it_lies(impl: str | None, device: 
     torch.testing.assert_close((got[None], got_lse[None]), expected)
     assert torch.equal(got[1], tail[1]), "without a context, pages alone answer"
     torch.testing.assert_close(made.run(impl=impl, tail=(tail, lse)), (got, got_lse))
+    calls = []
+
+    def late() -> tuple[Tensor, Tensor]:
+        calls.append(out.copy_(tail))
+        return out, lse
+
+    again, again_lse = made.run(impl=impl, tail=late, out=out)
+    assert again is out and len(calls) == 1, "it is computed once, where the result lies"
+    assert torch.equal(again, got) and torch.equal(again_lse, got_lse)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_a_tail_of_nothing_leaves_behind_is_not_a_result(impl: str | None, device: torch.device) -> None:
+    """Neither the pool nor the pages have a pair: the answer is 0, whatever lay where it is written."""
+    made = case([[7, 7]], [0, 1], device=device)
+    out, lse = torch.full((2, 6, 16), 3.0, device=device), torch.full((2, 6), -torch.inf, device=device)
+    got, got_lse = made.run(impl=impl, tail=(out, lse), out=out)
+    assert not got[0].any() and got_lse[0].eq(-torch.inf).all()
+    assert got[1].any() and got_lse[1].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_tail_that_does_not_fit_is_refused_once_it_is_computed(impl: str | None, device: torch.device) -> None:
+    made = case([[7, 7]], [0, 1], device=device)
+    with pytest.raises(ValueError, match="tail's lse: expected"):
+        made.run(impl=impl, tail=lambda: (torch.zeros(2, 6, 16, device=device), torch.zeros(2, 5, device=device)))
 
 
 def turn_of(case: Case, by: Sequence[int], n: int, layout: str = "halves") -> Turn:
@@ -378,6 +404,23 @@ def test_every_pair_of_a_tile_is_one_programs(
     if longest:  # no program reads much more than its share
         total = int((table[0, work.tile_contexts] * (work.tile_counts > 0)[:, None]).sum())
         assert max(longest) <= max(MIN_ITEM, -(-total // max(1, len(owners) - n_segments)))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("groups", [1, 4, 71])
+@pytest.mark.parametrize("n_tokens", [1, 5, 64, 150])
+def test_two_launches_share_pairs_as_many_steps_do(n_tokens: int, groups: int, triton_device: torch.device) -> None:
+    from kvzip_press.kernels.context_attention.triton_sharing import shared
+
+    generator = torch.Generator().manual_seed(n_tokens)
+    for longest, n_contexts in ((1, 3), (90, 1), (5000, 9), (2**31 - 1, 40)):
+        lengths = torch.randint(longest, (3, n_contexts, 2), generator=generator).int()
+        lengths[:, 0] = 0
+        tokens = torch.randint(n_contexts, (n_tokens,), generator=generator).int()
+        tables = (table.to(triton_device) for table in (tokens, torch.zeros_like(lengths), lengths))
+        plan = ContextPlan(*tables, num_attention_heads=2 * groups)
+        sizes = Sizes.of(plan, Sharing(32, 2))
+        torch.testing.assert_close(shared(plan, sizes), shared_by_steps(plan, sizes), rtol=0, atol=0)
 
 
 def test_a_context_that_all_tokens_read_is_read_once() -> None:

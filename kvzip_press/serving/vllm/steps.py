@@ -43,10 +43,13 @@ class Step:
             num_attention_heads: Query heads of this process.
         """
         starts = metadata.query_start_loc
-        rows = worker.row_of_block[metadata.block_table[:, 0].long()]
+        rows = worker.row_of_block[metadata.block_table[:, 0]]
         tokens = torch.arange(metadata.num_actual_tokens, dtype=starts.dtype, device=starts.device)
-        request = torch.searchsorted(starts[1:], tokens, right=True).clamp(max=len(rows) - 1)
-        return cls._about(torch.where(tokens < starts[-1], rows[request], 0), worker, num_attention_heads)
+        if metadata.max_query_len == 1:  # in steps that write: a token a request, in as few launches as there can be
+            rows = rows[: len(tokens)]
+        else:
+            rows = rows[torch.searchsorted(starts[1:], tokens, right=True).clamp(max=len(rows) - 1)]
+        return cls._about(torch.where(tokens < starts[-1], rows, 0), worker, num_attention_heads)
 
     @classmethod
     def of_none(cls, worker: WorkerPool, n_tokens: int, num_attention_heads: int) -> Step:

@@ -339,6 +339,7 @@ class Metadata:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    max_query_len: int = 5
 
 
 class Impl:
@@ -617,6 +618,19 @@ def test_a_graph_does_not_keep_the_contexts_of_its_warm_up(
     captured = attention.step_of(metadata, 4)
     assert warm.plan.context_of_token.tolist() == [0] * 3 and captured.plan.context_of_token.tolist() == [1] * 3
     assert attention.step_of(metadata, 4) is captured
+
+
+@pytest.mark.parametrize("max_query_len", [1, 2])
+def test_each_token_of_a_step_that_writes_reads_what_its_request_reads(
+    max_query_len: int, vllm: Any, facts: Path
+) -> None:
+    """Two requests and two places that fill a graph up, whose blocks are those of an earlier step."""
+    connectors(facts)
+    attention = importlib.import_module("kvzip_press.serving.vllm.attention")
+    attention.WORKERS[0].row_of_block[torch.tensor([5, 9])] = torch.tensor([1, 2], dtype=torch.int32)
+    starts, blocks = torch.tensor([0, 1, 2, 2, 2]), torch.tensor([[9], [5], [9], [5]], dtype=torch.int32)
+    metadata = Metadata(4, starts, torch.ones(4), blocks, max_query_len)
+    assert attention.step_of(metadata, 4).plan.context_of_token.tolist() == [2, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
