@@ -33,7 +33,7 @@ from kvzip_press.leaderboard.rows.results import Row
 from kvzip_press.leaderboard.running.availability import available, check_files
 from kvzip_press.leaderboard.running.endpoint import Endpoint
 from kvzip_press.leaderboard.running.plan import Run, Work, count_rows, plan, shard
-from kvzip_press.leaderboard.running.process_executor import process_workers
+from kvzip_press.leaderboard.running.process_executor import places, process_workers
 from kvzip_press.leaderboard.running.ray_executor import Cluster, ray_workers
 from kvzip_press.leaderboard.running.run_directory import (
     HEADS,
@@ -156,8 +156,7 @@ def launch_spread(
                 ray_workers(run, functools.partial(load_for, run, device), cluster)
             )
         else:
-            places = _places(device, workers)
-            loads = [functools.partial(load_for, run, place) for place in places]
+            loads = [functools.partial(load_for, run, place) for place in places(device, workers)]
             spread_over = stack.enter_context(process_workers(run, loads))
         spread(
             spread_over,
@@ -167,13 +166,6 @@ def launch_spread(
             on_begin=lambda missing: stack.enter_context(row_bar(console, missing)),
         )
     print_table(output, console=console)
-
-
-def _places(device: str, workers: int) -> list[str]:
-    """Returns the device of each process."""
-    place = get_device(device)
-    n_gpus = torch.cuda.device_count() if place.type == "cuda" and place.index is None else 0
-    return [f"cuda:{number % n_gpus}" if n_gpus else str(place) for number in range(workers)]
 
 
 def rows_of(path: str | os.PathLike[str]) -> list[Row]:

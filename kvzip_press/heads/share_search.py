@@ -98,10 +98,11 @@ def find_shares(
     searched, held_out = halves[: len(rows) - n_held_out], halves[len(rows) - n_held_out :]
     importance = head_importance(model, rows[: len(searched)])
     grid: list[tuple[float, float, float] | None] = [None, *product(EXPONENTS, AT_LEAST, AT_MOST)]
-    tried = []
+    tried: list[tuple[float, tuple[float, float, float] | None, torch.Tensor]] = []
     for settings in grid:
         shares = torch.ones_like(importance) if settings is None else _within(importance, *settings)
-        tried.append((_perplexity(model, searched, shares), settings, shares))
+        same = next((known for known, _, other in tried if torch.equal(shares, other)), None)  # no limit was reached
+        tried.append((_perplexity(model, searched, shares) if same is None else same, settings, shares))
         if progress is not None:
             progress(len(tried), len(grid))
     perplexity, settings, shares = min(tried, key=lambda one: one[0])  # the first of equals, so equal shares

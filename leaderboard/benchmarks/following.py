@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from kvzip_press import RaggedCache, answer, generate, question_ids
-from kvzip_press.leaderboard.running.agreement import Agreement, log_probabilities
+from kvzip_press import RaggedCache, answer, generate, load_model, question_ids
+from kvzip_press.cache.padding import left_padded
+from kvzip_press.leaderboard.benchmarks.side_by_side import can_be_joined, groups, joined, log_probabilities_of_all
+from kvzip_press.leaderboard.running.agreement import Agreement
 from kvzip_press.leaderboard.samples.task import Sample, Task
+from kvzip_press.model.devices import get_device, input_device
 
 COLUMNS = ("kept", "bytes", "KL, nats", "same tokens", "same answers", "accuracy")
+FULL_CACHES = 4  # what is asked in one batch holds no more than so many full caches
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Followed:
     scores: tuple[float, ...] = ()
     kept: tuple[float, ...] = ()
     size: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Sequence[Any]]) -> Followed:
+        """Returns what :func:`dataclasses.asdict` made a mapping, which may have been JSON."""
+        return cls(**{name: tuple(of_name) for name, of_name in values.items()})
 
     def __add__(self, other: Followed) -> Followed:
         return Followed(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
@@ -87,24 +96,57 @@ class Asked:
     def of(cls, model: Any, tokenizer: Any, full: RaggedCache, task: Task, sample: Sample, n_tokens: int) -> Asked:
         """Asks the full cache of a sample's context, and lets it write ``n_tokens`` after each question."""
         asked = [list(question_ids(tokenizer, q.text, answer_prefix=q.answer_prefix)) for q in sample.questions]
-        written = [generate(model, full.fork(), [ids], n_tokens)[0] for ids in asked]
-        expected = log_probabilities(model, full, asked, written)
-        answers = _answers(model, tokenizer, full, sample)
+        ids, valid = left_padded(asked, input_device(model))
+        written = generate(model, joined([full], len(asked)), ids, n_tokens, attention_mask=valid)
+        (expected,) = log_probabilities_of_all(model, [full], asked, written)
+        (answers,) = _answers(model, tokenizer, [full], sample)
         return cls(task, sample, tokenizer, asked, written, expected, answers, full.dense_bytes)
 
     def follow(self, model: Any, cache: RaggedCache) -> Followed:
         """Asks another cache of the same context."""
-        agreement = Agreement.of(self.expected, log_probabilities(model, cache, self.questions, self.written))
-        answers = _answers(model, self.tokenizer, cache, self.sample)
+        return self.follow_all(model, [cache])[0]
+
+    def follow_all(
+        self, model: Any, caches: Sequence[RaggedCache], *, full: RaggedCache | None = None
+    ) -> list[Followed]:
+        """Asks other caches of the same context, in batches of at most :data:`FULL_CACHES` times the full one's bytes.
+
+        Args:
+            model: The model.
+            caches: The caches; they stay as they are.
+            full: The full cache, if it is of this model: each batch asks it again, and what it says there is what the
+                others are compared with. In 16 bits it would differ from what it says alone by rounding.
+        """
+        found: list[Followed] = []
+        full = full if full is not None and can_be_joined(full) else None
+        for group in groups(caches, FULL_CACHES * self.nbytes):
+            batch = group if full is None else [full, *group]
+            said = log_probabilities_of_all(model, batch, self.questions, self.written)
+            answers = _answers(model, self.tokenizer, batch, self.sample)
+            expected, usual = (self.expected, self.answers) if full is None else (next(said), answers.pop(0))
+            for cache, other, answered in zip(group, said, answers, strict=True):
+                found.append(self._followed(cache, Agreement.of(expected, other), answered, usual))
+        return found
+
+    def _followed(
+        self, cache: RaggedCache, agreement: Agreement, answers: Sequence[str], usual: Sequence[str]
+    ) -> Followed:
         pairs = zip(answers, self.sample.questions, strict=True)
         return Followed(
             agreement.kl,
             agreement.same,
-            tuple(one == other for one, other in zip(answers, self.answers, strict=True)),
+            tuple(one == other for one, other in zip(answers, usual, strict=True)),
             tuple(self.task.score(said, question) for said, question in pairs),
             (cache.kept_fraction,),
             (cache.resident_bytes / self.nbytes,),
         )
+
+
+def loaded(name: str, device: str | None) -> tuple[Any, Any]:
+    """Returns a model on a device (None for the GPU, if any) and its tokenizer, for processes to call, too."""
+    model, tokenizer = load_model(name)
+    model.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
+    return model, tokenizer
 
 
 def samples_of(tokenizer: Any, task: Task, n: int, length_tokens: int, seed: int) -> Sequence[Sample]:
@@ -116,10 +158,13 @@ def samples_of(tokenizer: Any, task: Task, n: int, length_tokens: int, seed: int
     return list(task.samples(seed=seed, n=n, length_tokens=length_tokens, count_tokens=count))
 
 
-def _answers(model: Any, tokenizer: Any, cache: RaggedCache, sample: Sample) -> list[str]:
-    questions = sample.questions
+def _answers(model: Any, tokenizer: Any, caches: Sequence[RaggedCache], sample: Sample) -> list[list[str]]:
+    """Returns the answers of each cache."""
+    questions, n = sample.questions, len(caches)
     prefixes, most = [q.answer_prefix for q in questions], [q.max_new_tokens for q in questions]
-    return answer(model, tokenizer, cache, [q.text for q in questions], prefixes, most)
+    rows = joined(caches, len(questions))
+    said = answer(model, tokenizer, rows, [q.text for q in questions] * n, prefixes * n, most * n)
+    return [said[start : start + len(questions)] for start in range(0, len(said), len(questions))]
 
 
 def _error(values: Sequence[float]) -> float:

@@ -5,7 +5,8 @@ what is not done yet and stops before the time is over, so that a GPU that is le
 same command again, and it goes on. ``--list`` says what there is and which pages it is for; ``--only NAME`` runs some.
 
 Figures whose times count have a GPU to themselves. If there are several GPUs, the first runs these, one after the
-other, and the others the rest at the same time; ``--workers N`` runs a grid in N processes, which share those GPUs.
+other, and the others the rest at the same time; ``--workers N`` runs a grid, or another figure whose times do not
+count and that can be spread, in N processes, which share those GPUs.
 
 A figure's output is in ``figures/NAME.log`` as it is printed, its files in ``figures/NAME/``, and how it ended, with
 command, commit and seconds, in ``figures/NAME.json`` the moment that it ends. What failed or ran past its limit is run
@@ -43,6 +44,7 @@ _QWEN = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 _COMMAND = ("-c", "from kvzip_press.cli.main import main; main()")  # kvzip-press, by the same Python
 _FOLDER = "{folder}"  # in a command: the figure's own
 _WORKERS = "{workers}"  # in a command: how a grid is spread over processes; nothing for one
+_PROCESSES = "{processes}"  # the same of a benchmark
 _GRACE = 20.0  # seconds between asking a process to end and ending it
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
 
@@ -76,7 +78,7 @@ class Ending:
         status: "done", "failed" or "stopped" (by its limit, or because the time was over).
         returncode: The process's; None if it was stopped.
         seconds: How long it ran.
-        command: What was run, if a grid by one process.
+        command: What was run, if by one process.
         commit: The commit of the repository.
     """
 
@@ -153,7 +155,8 @@ FIGURES = (
         _bench(
             "allocations", 12, f"docs/howto/budgets.md, allocations by {scorer}", "--model", model, "--scorer", scorer,
             "--task", "hidden_facts", "--contexts", "34", "--tokens", "1800",
-            "--output", f"{_FOLDER}/allocations.json", called=f"allocations-{name}-{scorer}", times=False,
+            "--output", f"{_FOLDER}/allocations.json", _PROCESSES,
+            called=f"allocations-{name}-{scorer}", goes_on=True, times=False,
         )
         for name, model in (("smollm2", "smollm2"), ("qwen05", _QWEN))
         for scorer in ("kvzip", "snapkv", "expected_attention")
@@ -172,7 +175,8 @@ FIGURES = (
     *(
         _bench(
             "sharing", 10, "docs/methods/kvsharer.md", "--model", model, "--contexts", "34",
-            "--output", f"{_FOLDER}/sharing.json", called=f"sharing-{name}", times=False,
+            "--output", f"{_FOLDER}/sharing.json", _PROCESSES,
+            called=f"sharing-{name}", goes_on=True, times=False,
         )
         for name, model in (("smollm2", "smollm2"), ("qwen05", _QWEN))
     ),
@@ -198,7 +202,7 @@ def main(
     listing: Annotated[bool, typer.Option("--list", help="Says what there is, and runs nothing.")] = False,
     minutes: Annotated[float | None, typer.Option("--minutes", help="Stop before so many are over.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Also what is done.")] = False,
-    workers: Annotated[int, typer.Option("--workers", help="Processes of a grid's run.")] = 1,
+    workers: Annotated[int, typer.Option("--workers", help="Processes of what can be spread.")] = 1,
 ) -> None:
     """Makes the figures that need a GPU, as far as the time goes."""
     chosen = choose(FIGURES, only or ())
@@ -291,7 +295,7 @@ def run_all(
         out: The folder; created if it does not exist.
         until: When the time is over, on `time.monotonic`'s clock; None for never.
         again: Whether to run what is done, too.
-        workers: Processes of a grid's run.
+        workers: Processes of a figure that can be spread.
         gpus: The GPUs that they see, with commas; None for those that this process sees.
 
     Raises:
@@ -336,7 +340,7 @@ def run_one(figure: Figure, out: Path, limit: float, *, workers: int = 1, gpus: 
         figure: What to run.
         out: The folder.
         limit: Seconds.
-        workers: Processes of a grid's run.
+        workers: Processes of a figure that can be spread.
         gpus: The GPUs that it sees, with commas; None for those that this process sees.
 
     Raises:
@@ -374,8 +378,9 @@ def shown(figure: Figure, out: Path) -> str:
 
 def _command(figure: Figure, out: Path, workers: int = 1) -> list[str]:
     folder = str(out / figure.name)
-    spread = ["--executor", "processes", "--workers", str(workers)] if workers > 1 else []
-    parts = [[part.replace(_FOLDER, folder)] if part != _WORKERS else spread for part in figure.command]
+    number = ["--workers", str(workers)] if workers > 1 else []
+    spread = {_PROCESSES: number, _WORKERS: ["--executor", "processes", *number] if number else []}
+    parts = [spread.get(part, [part.replace(_FOLDER, folder)]) for part in figure.command]
     return [sys.executable, *chain.from_iterable(parts)]
 
 

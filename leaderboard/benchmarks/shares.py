@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kvzip_press import get_press, load_model
+from kvzip_press import get_press
 from kvzip_press.heads.share_search import find_shares, nats_per_token
+from kvzip_press.leaderboard.benchmarks.following import loaded
 from kvzip_press.model.chat import encode
-from kvzip_press.model.devices import get_device
 from kvzip_press.terminal import plain
 
 
@@ -39,8 +39,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="File for the figures, JSON.")] = None,
 ) -> None:
     """Runs the comparison and prints it."""
-    loaded, tokenizer = load_model(model)
-    loaded.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
+    read_by, tokenizer = loaded(model, device)
     every = [piece for path in text for piece in _pieces(tokenizer, path.read_text(encoding="utf-8"), length)]
     every = every[:: max(1, len(every) // pieces)][:pieces]
     searched, held_out = every[::2], every[1::2]
@@ -52,10 +51,10 @@ def main(
     for name in press or ["streaming_llm", "snapkv", "expected_attention"]:
         for ratio in removed or [0.3, 0.8, 0.85, 0.9]:
             made = get_press(name, ratio)
-            found = find_shares(loaded, tokenizer, searched, made)
+            found = find_shares(read_by, tokenizer, searched, made)
             both = [found.shares, torch.ones_like(found.shares)]
             got = [
-                nats_per_token(loaded, tokenizer, piece, made, both)
+                nats_per_token(read_by, tokenizer, piece, made, both)
                 for piece in track(held_out, description=f"{name} {ratio}", transient=True)
             ]
             apart = [ours - equal for ours, equal in got]

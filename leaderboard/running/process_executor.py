@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing import connection, get_context
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, WorkerError
 from kvzip_press.leaderboard.running.plan import Run
 from kvzip_press.leaderboard.running.spread import Load, Worker, WorkerDiedError
+from kvzip_press.model.devices import get_device
 
 _SPAWN = get_context("spawn")  # a forked process cannot use CUDA
 _END = 10.0  # seconds that a process has to end
@@ -23,12 +25,11 @@ class ProcessWorkers:
     """Workers as processes of this machine: see :class:`~kvzip_press.leaderboard.running.spread.Workers`.
 
     Args:
-        run: The run.
-        loads: What makes model and tokenizer, for each worker; picklable.
+        makes: What makes the object whose methods a process calls, for each of them; picklable.
     """
 
-    def __init__(self, run: Run, loads: Sequence[Load]) -> None:
-        self.run, self.loads, self.count = run, loads, len(loads)
+    def __init__(self, makes: Sequence[Callable[[], Any]]) -> None:
+        self.makes, self.count = makes, len(makes)
         self._processes: dict[int, Any] = {}
         self._pipes: dict[int, connection.Connection] = {}
         self._asked: set[int] = set()
@@ -38,7 +39,7 @@ class ProcessWorkers:
         self._end(number)
         self._pipes[number], theirs = _SPAWN.Pipe()
         n_threads = max(torch.get_num_threads() // self.count, 1)
-        process = _SPAWN.Process(target=_work, args=(theirs, self.run, self.loads[number], n_threads), daemon=True)
+        process = _SPAWN.Process(target=_work, args=(theirs, self.makes[number], n_threads), daemon=True)
         process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
         self._processes[number] = process
@@ -82,8 +83,7 @@ class ProcessWorkers:
             process.join()
 
 
-@contextmanager
-def process_workers(run: Run, loads: Sequence[Load]) -> Iterator[ProcessWorkers]:
+def process_workers(run: Run, loads: Sequence[Load]) -> AbstractContextManager[ProcessWorkers]:
     """The workers of a run, which end with this.
 
     Args:
@@ -93,20 +93,40 @@ def process_workers(run: Run, loads: Sequence[Load]) -> Iterator[ProcessWorkers]
     Raises:
         InvalidArgumentError: There are none.
     """
-    if not loads:
+    return processes([functools.partial(Worker, run, load) for load in loads])
+
+
+@contextmanager
+def processes(makes: Sequence[Callable[[], Any]]) -> Iterator[ProcessWorkers]:
+    """Processes that each hold an object, and end with this.
+
+    Args:
+        makes: What makes the object, for each; picklable.
+
+    Raises:
+        InvalidArgumentError: There are none.
+    """
+    if not makes:
         raise InvalidArgumentError("expected one worker or more, got none")
-    workers = ProcessWorkers(run, loads)
+    workers = ProcessWorkers(makes)
     try:
         yield workers
     finally:
         workers.end()
 
 
-def _work(pipe: connection.Connection, run: Run, load: Load, n_threads: int) -> None:
-    """What a process does: loads the model, and answers until nobody asks any more."""
+def places(device: str | None, workers: int) -> list[str]:
+    """Returns the device of each process; None is the GPU, if any."""
+    place = get_device(device)
+    n_gpus = torch.cuda.device_count() if place.type == "cuda" and place.index is None else 0
+    return [f"cuda:{number % n_gpus}" if n_gpus else str(place) for number in range(workers)]
+
+
+def _work(pipe: connection.Connection, make: Callable[[], Any], n_threads: int) -> None:
+    """What a process does: makes its object, and answers until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the first process, which ends this one
     torch.set_num_threads(n_threads)
-    worker: Worker | None = None
+    worker: Any = None
     while True:
         try:
             method, arguments = pipe.recv()
@@ -114,7 +134,7 @@ def _work(pipe: connection.Connection, run: Run, load: Load, n_threads: int) -> 
             return
         answer: tuple[Any, Exception | None]
         try:
-            worker = worker or Worker(run, load)
+            worker = make() if worker is None else worker
             answer = getattr(worker, method)(*arguments), None
         except KVzipPressError as error:
             answer = None, error

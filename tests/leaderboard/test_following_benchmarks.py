@@ -10,24 +10,19 @@ from typing import Any
 import pytest
 import typer
 
-from kvzip_press.leaderboard.benchmarks import allocations, shares, sharing
+from kvzip_press.leaderboard.benchmarks import allocations, following, shares, sharing
 from kvzip_press.leaderboard.benchmarks.following import Followed
-from kvzip_press.testing import ByteTokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Readable(ByteTokenizer):
-    """Its texts can be read again."""
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join(chr(97 + one % 26) for one in ids)
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    import loaded_by_benchmarks  # as other processes do
+
     def run(module: Any, **options: Any) -> dict[str, Any]:
-        monkeypatch.setattr(module, "load_model", lambda name: (tiny_model(num_layers=3), Readable()))
+        monkeypatch.setattr(module, "loaded", loaded_by_benchmarks.tiny)
         out = tmp_path / "figures.json"
         module.main(model="tiny", device="cpu", output=out, **options)
         figures: dict[str, Any] = json.loads(out.read_text())
@@ -36,19 +31,33 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[s
     return run
 
 
+ALLOCATIONS: dict[str, Any] = {
+    "contexts": 2,
+    "tokens": 210,
+    "task": ["hidden_facts"],
+    "scorer": ["kvzip"],
+    "removed": [0.6],
+    "tolerance": [0.05],
+    "others": 2,
+    "answer_tokens": 2,
+    "seed": 3,
+}
+SHARING: dict[str, Any] = {
+    "contexts": 1,
+    "tokens": 120,
+    "keys": 2,
+    "answer_tokens": 2,
+    "shared": [1, 2],
+    "removed": [0.0, 0.5],
+    "pieces": 2,
+    "min_cosine": -1.0,
+    "press": "random",
+    "seed": 1,
+}
+
+
 def test_allocations_are_compared_at_equal_bytes(run: Callable[..., dict[str, Any]]) -> None:
-    figures = run(
-        allocations,
-        contexts=2,
-        tokens=210,
-        task=["hidden_facts"],
-        scorer=["kvzip"],
-        removed=[0.6],
-        tolerance=[0.05],
-        others=2,
-        answer_tokens=2,
-        seed=3,
-    )
+    figures = run(allocations, **ALLOCATIONS)
     cells = {(cell["scorer"], cell["allocation"]): cell for cell in figures["cells"]}
     full = cells["full cache", ""]
     assert (full["kl"], full["same"], full["unchanged"], full["kept"], full["questions"]) == (0, 1, 1, 1, 12)
@@ -66,19 +75,7 @@ def test_allocations_are_compared_at_equal_bytes(run: Callable[..., dict[str, An
 
 
 def test_shared_layers_are_compared_with_the_model_as_it_is(run: Callable[..., dict[str, Any]]) -> None:
-    figures = run(
-        sharing,
-        contexts=1,
-        tokens=120,
-        keys=2,
-        answer_tokens=2,
-        shared=[1, 2],
-        removed=[0.0, 0.5],
-        pieces=2,
-        min_cosine=-1.0,
-        press="random",
-        seed=1,
-    )
+    figures = run(sharing, **SHARING)
     cells = {(cell["layers"], cell["removed"]): cell for cell in figures["cells"]}
     assert len(cells) == 10
     assert cells["none", 0.0]["kl"] == 0 < cells["1, similar first", 0.0]["kl"]
@@ -87,6 +84,24 @@ def test_shared_layers_are_compared_with_the_model_as_it_is(run: Callable[..., d
         assert cells["1, dissimilar first", ratio]["size"] == pytest.approx(whole * 2 / 3)
         assert cells["2, similar first", ratio]["size"] == pytest.approx(whole / 3)
     assert set(cells["2, dissimilar first", 0.0]["sources"]) == {"1", "2"}
+
+
+@pytest.mark.parametrize(("module", "options"), [(allocations, ALLOCATIONS), (sharing, SHARING)])
+def test_figures_are_the_same_for_any_number_of_processes(
+    run: Callable[..., dict[str, Any]], module: Any, options: dict[str, Any]
+) -> None:
+    asked = {**options, "contexts": 3, "tokens": 200}
+    assert run(module, **asked, workers=2) == run(module, **asked)
+
+
+def test_caches_that_share_a_batch_are_followed_as_each_alone(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = run(allocations, **ALLOCATIONS)
+    monkeypatch.setattr(following, "FULL_CACHES", 0)
+    alone = run(allocations, **ALLOCATIONS)
+    for one, other in zip(together["cells"], alone["cells"], strict=True):
+        assert one == {**other, **{name: pytest.approx(other[name], abs=1e-5) for name in ("kl", "kl_error")}}
 
 
 def test_a_table_is_tried_on_pieces_that_it_was_not_searched_on(

@@ -139,6 +139,17 @@ def test_a_grid_is_spread_over_processes_and_then_counts_as_made(tmp_path: Path)
     assert (tmp_path / "grid.log").read_text() == "run\n"
 
 
+def test_a_benchmark_is_spread_over_processes_by_its_own_option(tmp_path: Path) -> None:
+    says = "import sys; print(*sys.argv[1:])"
+    one = Figure("bench", ("-c", says, "{processes}"), 1.0, "nothing", times=False)
+    run_one(one, tmp_path, 60, workers=3)
+    assert (tmp_path / "bench.log").read_text() == "--workers 3\n"
+    assert is_done(one, tmp_path)
+    spread = {one.name for one in FIGURES if "{processes}" in one.command}
+    assert spread == {one.name for one in FIGURES if one.name.startswith(("allocations-", "sharing-"))}
+    assert all(one.goes_on and not one.times for one in FIGURES if one.name in spread)
+
+
 def test_files_that_grids_need_are_made_where_they_look_for_them() -> None:
     made = {one.command[one.command.index("--out") + 1]: one for one in FIGURES if "--out" in one.command}
     for name in ("evidence", "decode-qwen05"):

@@ -74,8 +74,8 @@ def test_the_search_takes_what_predicts_best_and_equal_shares_where_nothing_does
     monkeypatch.setattr(share_search, "_perplexity", noted)
     steps: list[tuple[int, int]] = []
     found = find_shares(model, TOKENIZER, TEXTS, press, n_held_out=1, progress=lambda *step: steps.append(step))
-    assert steps[-1] == (25, 25) and len(tried) == 27 and bool((tried[0][1] == 1).all())
-    assert found.perplexity == min(own(model, [_halves(model, press)], shares) for _, shares in tried[:25])
+    assert steps[-1] == (25, 25) and len(tried) == 8 + 2 and bool((tried[0][1] == 1).all())
+    assert found.perplexity == min(own(model, [_halves(model, press)], shares) for _, shares in tried[:8])
     assert found.perplexity <= found.equal_perplexity and found.held_out is not None
     assert all(float(shares.mean()) == pytest.approx(1) for _, shares in tried)
     assert all(float(shares.max() / shares.min()) <= 4 / 0.1 + 1e-9 for _, shares in tried)
@@ -86,6 +86,22 @@ def test_the_search_takes_what_predicts_best_and_equal_shares_where_nothing_does
 
 def _halves(model: Any, press: Any) -> Any:
     return share_search._read(model, TOKENIZER, TOKENIZER.encode(TEXTS[0]), press)
+
+
+def test_shares_that_no_limit_reaches_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[torch.Tensor] = []
+    own = share_search._perplexity
+
+    def noted(model: Any, texts: Any, shares: torch.Tensor) -> float:
+        tried.append(shares)
+        return own(model, texts, shares)
+
+    monkeypatch.setattr(share_search, "_perplexity", noted)
+    monkeypatch.setattr(share_search, "head_importance", lambda *_: torch.tensor([[0.9, 1.1]] * 3))
+    steps: list[tuple[int, int]] = []
+    find_shares(tiny_model(), TOKENIZER, TEXTS, RandomPress(0.5), progress=lambda *done: steps.append(done))
+    assert len(tried) == 1 + len(share_search.EXPONENTS)
+    assert steps == [(n, 25) for n in range(1, 26)], "each is told"
 
 
 def test_perplexity_is_that_of_the_model_with_the_rest_masked() -> None:

@@ -20,7 +20,7 @@ from kvzip_press.leaderboard.launch import launch_spread
 from kvzip_press.leaderboard.rows.head_budgets import read_heads
 from kvzip_press.leaderboard.rows.results import Row, read_rows
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, plan
-from kvzip_press.leaderboard.running.process_executor import process_workers
+from kvzip_press.leaderboard.running.process_executor import places, process_workers
 from kvzip_press.leaderboard.running.ray_executor import Cluster, ray_workers
 from kvzip_press.leaderboard.running.runner import execute
 from kvzip_press.leaderboard.running.spread import MOST_LOSSES, Worker, WorkerDiedError, Workers, spread
@@ -207,14 +207,12 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path) -> None:
         launch_spread(RUN, tmp_path / "run", executor="processes", workers=0)
 
 
-def test_processes_share_the_gpus_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvzip_press.leaderboard import launch
-
+def test_processes_share_the_gpus_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert launch._places("cuda", 5) == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
-    assert launch._places("cuda:1", 2) == ["cuda:1", "cuda:1"]
-    assert launch._places("cpu", 2) == ["cpu", "cpu"]
+    assert places("cuda", 5) == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
+    assert places("cuda:1", 2) == ["cuda:1", "cuda:1"]
+    assert places("cpu", 2) == ["cpu", "cpu"]
 
 
 def test_without_ray_the_error_says_what_to_install(
