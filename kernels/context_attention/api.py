@@ -26,19 +26,18 @@ from kvzip_press.kernels.row_codec import Codes
 from kvzip_press.kernels.triton_support import reason_against_triton
 
 Attended = tuple[Tensor, Tensor]
-Tail = Attended | Callable[[], Attended] | None
 
 
 def _in_steps(attend: Callable[..., Attended]) -> Callable[..., Attended]:
     """Returns an implementation that turns, attends and merges one after another; Triton's does all in its kernels."""
 
     def run(
-        query: Tensor, *pool: object, turn: Turn | None, tail: Tail, out: Tensor | None, **options: object
+        query: Tensor, *pool: object, turn: Turn | None, tail: Attended | None, out: Tensor | None, **options: object
     ) -> Attended:
         got, lse = attend(query if turn is None else turn.applied(query), *pool, **options)
-        tail = tail() if callable(tail) else tail
         if tail is not None:
             got, lse = merge_pair(got, lse, *tail, impl="reference")
+            lse = tail[1].copy_(lse) if out is tail[0] else lse
         return (got, lse) if out is None else (out.copy_(got), lse)
 
     return run
@@ -89,7 +88,7 @@ def context_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     turn: Turn | None = None,
-    tail: Tail = None,
+    tail: Attended | None = None,
     out: Tensor | None = None,
     impl: str | None = None,
 ) -> Attended:
@@ -115,10 +114,10 @@ def context_attention(
             None: the keys were turned.
         tail: attention of the same queries, not turned, to other pairs, such as their own pages: out [tokens,
             num_attention_heads, value_head_dim] in the dtype of ``query`` and lse [tokens, num_attention_heads], views
-            of any strides but the last of out. The result is then attention to both. A function that computes it is
-            called once, and what it launches runs beside the read of the pool in a captured CUDA graph.
-        out: where the result is written, as ``tail``'s out, which it may be; None: new memory.
-        impl: "triton" (one launch that reads the pairs, and one that merges; CUDA; of codes it reads int8), "aten"
+            of any strides but the last of out, 0 and -inf for a token that has none. The result is attention to both.
+        out: where the result is written, as ``tail``'s out, which it may be: then both tensors of the tail become the
+            result, and nothing is written for tokens without a context. None: new memory.
+        impl: "triton" (one launch, which reads and merges, and another for new memory; CUDA; of codes int8), "aten"
             (PyTorch's fused CPU kernel, a call a segment; no codes), "reference" (plain PyTorch, any input), or None:
             the first of these that can do this input. A named implementation refuses inputs that it cannot do.
 
@@ -136,9 +135,7 @@ def context_attention(
     check_softcap(softcap)
     if turn is not None:
         turn.check(query)
-    if out is not None:
-        _check_result("out", out, query, values.shape[1])
-    tail = _checked(tail, query, values.shape[1])
+    _check_results(query, values.shape[1], tail, out)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     run = select("context_attention", _IMPLS, impl, query, keys, values, softcap)
     options = {"scaling": scale, "softcap": softcap, "turn": turn, "tail": tail, "out": out}
@@ -146,27 +143,18 @@ def context_attention(
     return got, lse
 
 
-def _checked(tail: Tail, query: Tensor, value_head_dim: int) -> Tail:
-    """Returns a tail that fits the query; one that is not computed yet is looked at as soon as it is."""
-    if callable(tail):
-        return lambda: _checked_tail(tail(), query, value_head_dim)
-    return None if tail is None else _checked_tail(tail, query, value_head_dim)
-
-
-def _checked_tail(tail: Attended, query: Tensor, value_head_dim: int) -> Attended:
-    out, lse = tail
-    _check_result("tail's out", out, query, value_head_dim)
-    check_shape("tail's lse", lse, query.shape[:2], "tokens, num_attention_heads")
-    check_device("tail's lse", lse, query.device)
-    check_dtype("tail's lse", lse, accumulation_dtype(query.dtype))
-    return tail
-
-
-def _check_result(name: str, tensor: Tensor, query: Tensor, value_head_dim: int) -> None:
-    check_shape(name, tensor, (*query.shape[:2], value_head_dim), "tokens, num_attention_heads, value_head_dim")
-    check_like(name, tensor, "query", query)
-    if tensor.numel() and tensor.stride(-1) != 1:
-        raise ValueError(f"{name}: expected a contiguous last dimension, got strides {tensor.stride()}")
+def _check_results(query: Tensor, value_head_dim: int, tail: Attended | None, out: Tensor | None) -> None:
+    shape, dims = (*query.shape[:2], value_head_dim), "tokens, num_attention_heads, value_head_dim"
+    for name, tensor in (("tail's out", None if tail is None else tail[0]), ("out", out)):
+        if tensor is not None:
+            check_shape(name, tensor, shape, dims)
+            check_like(name, tensor, "query", query)
+            if tensor.numel() and tensor.stride(-1) != 1:
+                raise ValueError(f"{name}: expected a contiguous last dimension, got strides {tensor.stride()}")
+    if tail is not None:
+        check_shape("tail's lse", tail[1], shape[:2], "tokens, num_attention_heads")
+        check_device("tail's lse", tail[1], query.device)
+        check_dtype("tail's lse", tail[1], accumulation_dtype(query.dtype))
 
 
 def _check(query: Tensor, keys: Tensor | Codes, values: Tensor | Codes, plan: ContextPlan, layer_idx: int) -> None:

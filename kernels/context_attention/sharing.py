@@ -16,8 +16,8 @@ from kvzip_press.kernels.triton_support import multiprocessors, reason_against_t
 
 MIN_ITEM = 64  # fewest pairs that are worth a program
 CHOICES = 16  # lengths of an item of which the shortest that fits is taken
-_FEW_TOKENS = 512  # that one program compares with one another
-_FEW_NUMBERS = 8192  # segments or programs of a layer that fit into one program's registers
+_BLOCKS = (64, 512)  # tokens that one program compares with one another; few, as each is compiled on its own
+_MOST_SEGMENTS = 4096  # of a layer, which one program cuts
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class Sizes:
     Attributes:
         tokens_per_tile: tokens of a tile, at most.
         n_tiles: tiles, as many as there may be.
-        n_programs: programs of a layer.
+        n_blocks: blocks of rows that a tile has.
+        n_programs: programs of a layer, for one block.
     """
 
     tokens_per_tile: int
     n_tiles: int
+    n_blocks: int
     n_programs: int
 
     @classmethod
@@ -42,19 +44,18 @@ class Sizes:
         n_tiles = min(n_tokens, n_tokens // tokens_per_tile + min(plan.begins.shape[1], n_tokens))
         n_blocks = -(-tokens_per_tile * plan.groups // sharing.block_m)
         slots = multiprocessors(plan.begins.device) * sharing.programs_per_sm
-        return cls(tokens_per_tile, n_tiles, max(n_tiles * n_heads, -(-slots // n_blocks)))
+        return cls(tokens_per_tile, n_tiles, n_blocks, max(n_tiles * n_heads, -(-slots // n_blocks)))
 
 
 def share(plan: ContextPlan, sharing: Sharing | None = None) -> Work:
     """Returns the work of a plan; ``sharing`` is for tuning, by default it is chosen from the shapes."""
     sharing = sharing or sharing_for(plan.num_tokens, plan.groups)
     sizes = Sizes.of(plan, sharing)
-    n_numbers = max(sizes.n_tiles * plan.num_key_value_heads, sizes.n_programs + 1)
-    is_small = 0 < plan.num_tokens <= _FEW_TOKENS and n_numbers <= _FEW_NUMBERS
-    if is_small and reason_against_triton(plan.begins.device) is None:
+    block = next((block for block in _BLOCKS if 0 < plan.num_tokens <= block), 0)
+    if 0 < block * plan.num_key_value_heads <= _MOST_SEGMENTS and reason_against_triton(plan.begins.device) is None:
         from kvzip_press.kernels.context_attention.triton_sharing import shared
 
-        tensors = shared(plan, sizes)
+        tensors = shared(plan, sizes, block)
     else:
         tensors = shared_by_steps(plan, sizes)
     return Work(sharing.block_m, sizes.tokens_per_tile, **tensors)
@@ -78,17 +79,15 @@ def shared_by_steps(plan: ContextPlan, sizes: Sizes) -> dict[str, Tensor]:
     n_items = _items_of(lengths.long(), sizes.n_programs)
     ends = n_items.cumsum(1)
     programs = torch.arange(sizes.n_programs, device=device).expand(len(ends), -1).contiguous()
-    inverse = torch.empty_like(order).scatter_(0, order, place)
     tensors = {
         "order": order,
         "tile_contexts": tile_contexts,
         "tile_firsts": firsts,
         "tile_counts": counts,
-        "token_tiles": tile[inverse],
-        "token_slots": slot[inverse],
         "n_items": n_items,
         "first_items": ends - n_items,
         "segments": torch.searchsorted(ends, programs, right=True),
+        "arrivals": torch.zeros(len(ends), n_items.shape[1] * sizes.n_blocks, device=device),
     }
     return {name: tensor.int().contiguous() for name, tensor in tensors.items()}
 

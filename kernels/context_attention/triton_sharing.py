@@ -12,35 +12,41 @@ from kvzip_press.kernels.context_attention.sharing import CHOICES, MIN_ITEM, Siz
 from kvzip_press.kernels.ragged_attention.split import on_device
 
 
-def shared(plan: ContextPlan, sizes: Sizes) -> dict[str, Tensor]:
-    """Returns the tensors of a plan's work by name; for few tokens, see ``sharing.py``."""
+def shared(plan: ContextPlan, sizes: Sizes, block: int) -> dict[str, Tensor]:
+    """Returns the tensors of a plan's work by name.
+
+    Blocks of the kernels depend on ``block`` alone: a step of another number of tokens must not wait for a compiler.
+
+    Args:
+        plan: The plan.
+        sizes: Its sizes.
+        block: A power of two, at least the number of tokens.
+    """
     n_layers, n_contexts, n_heads = plan.lengths.shape
     n_tokens, n_tiles, n_segments = plan.num_tokens, sizes.n_tiles, sizes.n_tiles * n_heads
 
     def numbers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=plan.lengths.device)
 
-    order, token_tiles, token_slots = numbers(3, n_tokens)
-    tile_contexts, tile_firsts, tile_counts = numbers(3, n_tiles)
-    n_items, first_items = numbers(2, n_layers, n_segments)
-    segments = numbers(n_layers, sizes.n_programs)
-    block_t = triton.next_power_of_2(n_tokens)
+    order, slots, places = (numbers(n_tokens) for _ in range(3))
+    tile_contexts, tile_firsts, tile_counts = (numbers(n_tiles) for _ in range(3))
+    n_items, first_items = (numbers(n_layers, n_segments) for _ in range(2))
+    segments, arrivals = numbers(n_layers, sizes.n_programs), numbers(n_layers, n_segments * sizes.n_blocks)
     with on_device(plan.lengths.device):
         _tiles_kernel[(1,)](
             plan.context_of_token.contiguous(),
             order,
-            token_tiles,
-            token_slots,
+            slots,
+            places,
             tile_contexts,
             tile_firsts,
             tile_counts,
             n_tokens,
             n_tiles,
-            TOKENS_PER_TILE=sizes.tokens_per_tile,
-            BLOCK_T=block_t,
-            BLOCK_J=min(block_t, 64),
-            BLOCK_TILES=triton.next_power_of_2(n_tiles),
-            num_warps=8 if block_t > 64 else 4,
+            sizes.tokens_per_tile,
+            BLOCK_T=block,
+            BLOCK_J=max(4096 // block, 1),
+            num_warps=4,
         )
         _items_kernel[(n_layers,)](
             plan.lengths.contiguous(),
@@ -49,14 +55,16 @@ def shared(plan: ContextPlan, sizes: Sizes) -> dict[str, Tensor]:
             n_items,
             first_items,
             segments,
+            arrivals,
             n_contexts,
             n_segments,
             sizes.n_programs,
+            sizes.n_blocks,
             HEADS=n_heads,
             MIN_ITEM=MIN_ITEM,
             CHOICES=CHOICES,
-            BLOCK_S=triton.next_power_of_2(n_segments),
-            BLOCK_P=triton.next_power_of_2(sizes.n_programs + 1),
+            BLOCK_S=triton.next_power_of_2(block * n_heads),
+            BLOCK_P=triton.next_power_of_2(max(block * n_heads, sizes.n_programs) + 1),
             num_warps=8,
         )
     return {
@@ -64,33 +72,31 @@ def shared(plan: ContextPlan, sizes: Sizes) -> dict[str, Tensor]:
         "tile_contexts": tile_contexts,
         "tile_firsts": tile_firsts,
         "tile_counts": tile_counts,
-        "token_tiles": token_tiles,
-        "token_slots": token_slots,
         "n_items": n_items,
         "first_items": first_items,
         "segments": segments,
+        "arrivals": arrivals,
     }
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_tiles"])
+@triton.jit(do_not_specialize=["n_tokens", "n_tiles", "tokens_per_tile"])
 def _tiles_kernel(
     contexts_ptr,
     order_ptr,
-    token_tiles_ptr,
-    token_slots_ptr,
+    slots_ptr,
+    places_ptr,
     tile_contexts_ptr,
     tile_firsts_ptr,
     tile_counts_ptr,
     n_tokens,
     n_tiles,
-    TOKENS_PER_TILE: tl.constexpr,
+    tokens_per_tile,
     BLOCK_T: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
 ):
     """Sorts tokens by context and cuts each run into tiles: one program, which compares all tokens with one another."""
-    offs_t, offs_tiles = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_TILES)
-    mask_t, mask_tiles = offs_t < n_tokens, offs_tiles < n_tiles
+    offs_t = tl.arange(0, BLOCK_T)
+    mask_t, mask_tiles = offs_t < n_tokens, offs_t < n_tiles
     contexts = tl.load(contexts_ptr + offs_t, mask_t, other=0)
     before = tl.zeros([BLOCK_T], tl.int32)  # tokens of contexts that come before
     slot = tl.zeros([BLOCK_T], tl.int32)  # tokens of the same context that come before
@@ -105,30 +111,28 @@ def _tiles_kernel(
         run += tl.sum(same.to(tl.int32), 1)
     place = before + slot
     left = run - slot
-    slot %= TOKENS_PER_TILE
+    slot %= tokens_per_tile
     tl.store(order_ptr + place, offs_t, mask_t)
-    tl.store(token_slots_ptr + offs_t, slot, mask_t)
-    tl.store(token_tiles_ptr + offs_t, place, mask_t)  # until the tiles before each token are counted
+    tl.store(slots_ptr + offs_t, slot, mask_t)
+    tl.store(places_ptr + offs_t, place, mask_t)
     last = tl.max(tl.where(mask_t, contexts, 0), 0)
-    tl.store(tile_contexts_ptr + offs_tiles, last, mask_tiles)
-    tl.store(tile_firsts_ptr + offs_tiles, n_tokens, mask_tiles)
-    tl.store(tile_counts_ptr + offs_tiles, 0, mask_tiles)
+    tl.store(tile_contexts_ptr + offs_t, last, mask_tiles)
+    tl.store(tile_firsts_ptr + offs_t, n_tokens, mask_tiles)
+    tl.store(tile_counts_ptr + offs_t, 0, mask_tiles)
     tl.debug_barrier()  # other threads of the program have written what is read now
     tile = tl.zeros([BLOCK_T], tl.int32) - 1
     for first in range(0, n_tokens, BLOCK_J):
         offs_j = first + tl.arange(0, BLOCK_J)
-        slots = tl.load(token_slots_ptr + offs_j, offs_j < n_tokens, other=1)[None, :]
-        places = tl.load(token_tiles_ptr + offs_j, offs_j < n_tokens, other=n_tokens)[None, :]
+        slots = tl.load(slots_ptr + offs_j, offs_j < n_tokens, other=1)[None, :]
+        places = tl.load(places_ptr + offs_j, offs_j < n_tokens, other=n_tokens)[None, :]
         tile += tl.sum(((slots == 0) & (places <= place[:, None])).to(tl.int32), 1)
-    tl.debug_barrier()
-    tl.store(token_tiles_ptr + offs_t, tile, mask_t)
     begins = mask_t & (slot == 0)
     tl.store(tile_contexts_ptr + tile, contexts, begins)
     tl.store(tile_firsts_ptr + tile, place, begins)
-    tl.store(tile_counts_ptr + tile, tl.minimum(left, TOKENS_PER_TILE), begins)
+    tl.store(tile_counts_ptr + tile, tl.minimum(left, tokens_per_tile), begins)
 
 
-@triton.jit(do_not_specialize=["n_contexts", "n_segments", "n_programs"])
+@triton.jit(do_not_specialize=["n_contexts", "n_segments", "n_programs", "n_blocks"])
 def _items_kernel(
     lengths_ptr,
     tile_contexts_ptr,
@@ -136,9 +140,11 @@ def _items_kernel(
     n_items_ptr,
     first_items_ptr,
     segments_ptr,
+    arrivals_ptr,
     n_contexts,
     n_segments,
     n_programs,
+    n_blocks,
     HEADS: tl.constexpr,
     MIN_ITEM: tl.constexpr,
     CHOICES: tl.constexpr,
@@ -166,6 +172,8 @@ def _items_kernel(
     places = layer * n_segments + offs_s
     tl.store(n_items_ptr + places, n_items, mask_s)
     tl.store(first_items_ptr + places, ends - n_items, mask_s)
+    for block in range(n_blocks):
+        tl.store(arrivals_ptr + places * n_blocks + block, 0, mask_s)
     counts = tl.histogram(tl.where(mask_s, ends, BLOCK_P - 1), BLOCK_P)  # segments that end before each program
     tl.store(segments_ptr + layer * n_programs + offs_p, tl.cumsum(counts, 0), offs_p < n_programs)
 

@@ -77,12 +77,9 @@ class ReadsContexts:
             return own.forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         n_tokens = attn_metadata.num_actual_tokens
         query, out = query[:n_tokens], output[:n_tokens]
-
-        def pages() -> tuple[torch.Tensor, torch.Tensor]:
-            return out, self.attend_to_pages(query, kv_cache, attn_metadata, out)
-
+        tail = out, self.attend_to_pages(query, kv_cache, attn_metadata, out)
         options = {"scaling": self.scale, "softcap": self.logits_soft_cap or None}
-        step_of(attn_metadata, self.num_heads).attend(query, layer.layer_name, tail=pages, out=out, **options)
+        step_of(attn_metadata, self.num_heads).attend(query, layer.layer_name, tail=tail, out=out, **options)
         return output
 
     def attend_to_pages(
