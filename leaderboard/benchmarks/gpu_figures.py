@@ -133,7 +133,7 @@ FIGURES = (
         "what encoding and decoding rows costs; no file of it is published",
     ),
     _bench(
-        "many_contexts", 10, "docs/performance.md, many contexts of one model",
+        "many_contexts", 10, "leaderboard/profile/results/many-contexts-h200.json; docs/performance.md, many contexts",
         "--shape", "llama3.1-8b", "--output", f"{_FOLDER}/many_contexts.json",
     ),
     _bench("recall_time", 10, "docs/howto/recall.md, the table of an H200", "--shape", "llama3.1-8b"),

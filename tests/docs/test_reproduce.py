@@ -223,3 +223,16 @@ def test_the_table_of_shared_layers_follows_from_the_cells() -> None:
             whole, pressed = known[model, layers, "0"], known[model, layers, "0.7"]
             sizes = f"{float(whole['size']):.2f}, {float(pressed['size']):.2f}"
             assert line[at : at + 3] == [sizes, accuracy_and_kl(whole), accuracy_and_kl(pressed)], line
+
+
+def test_the_table_of_many_contexts_follows_from_the_file() -> None:
+    file = json.loads((ROOT / "leaderboard" / "profile" / "results" / "many-contexts-h200.json").read_text())
+    fits = {row["storage"]: row for row in file["rows"] if "fit" in row}
+    steps = {row["storage"]: row for row in file["rows"] if row.get("contexts") == 32}
+    _, _, *lines = table_after("docs/performance.md", "[storage](howto/storages.md) | a context")
+    assert [line[0].split(" (")[0] for line in lines] == list(fits)
+    for line, fit, step in zip(lines, fits.values(), steps.values(), strict=True):
+        size, tokens_a_second = fit["context_bytes"] / 1e9, 32e3 / step["compiled_ms"]
+        times = [f"{step[name]:.1f}" for name in ("compiled_ms", "floor_ms")]
+        said = [f"{size:.2f} GB", str(fit["fit"]), f"{step['graph_ms']:.1f} ms", *times, f"{tokens_a_second:.0f}"]
+        assert line[1:] == said
