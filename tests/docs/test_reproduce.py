@@ -213,6 +213,24 @@ def test_what_pages_hold_follows_from_the_cells() -> None:
             assert all(not one or one == other for one, other in zip(said, figures, strict=True)), line
 
 
+def test_differences_on_the_same_questions_follow_from_the_contexts() -> None:
+    with (RESULTS / "allocations" / "contexts-smollm2-kvzip.csv").open(encoding="utf-8", newline="") as file:
+        of_context: dict[tuple[str, str], list[dict[str, str]]] = {}
+        for row in csv.DictReader(file):
+            of_context.setdefault((row["allocation"], row["removed"]), []).append(row)
+    _, _, *lines = table_after("docs/howto/budgets.md", "removed | budgets | SmolLM2: kept")
+    ratio, compared = "", 0
+    for line in lines:
+        ratio = line[0] or ratio
+        for figure, digits, said in (("scores", 3, line[4]), ("kl", 4, line[5])):
+            pairs = zip(of_context[line[1], ratio], of_context["global", ratio], strict=True)
+            differences = [float(one[figure]) - float(other[figure]) for one, other in pairs]
+            mean, error = statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+            assert said == ("" if line[1] == "global" else f"{mean:+.{digits}f} ± {error:.{digits}f}"), line
+            compared += bool(said)
+    assert compared == 8
+
+
 def test_the_table_of_shared_layers_follows_from_the_cells() -> None:
     _, _, *lines = table_after("docs/methods/kvsharer.md", "share | tried first")
     known = cells("sharing", "layers", "removed")
