@@ -133,7 +133,7 @@ FIGURES = (
         "what encoding and decoding rows costs; no file of it is published",
     ),
     _bench(
-        "many_contexts", 10, "docs/performance.md, many contexts of one model",
+        "many_contexts", 10, "leaderboard/profile/results/many-contexts-h200.json; docs/performance.md, many contexts",
         "--shape", "llama3.1-8b", "--output", f"{_FOLDER}/many_contexts.json",
     ),
     _bench("recall_time", 10, "docs/howto/recall.md, the table of an H200", "--shape", "llama3.1-8b"),
@@ -153,8 +153,8 @@ FIGURES = (
     _bench("session", 8, "docs/howto/serving.md, without a server", "--shape", "llama3.1-8b"),
     *(
         _bench(
-            "allocations", 12, f"docs/howto/budgets.md, allocations by {scorer}", "--model", model, "--scorer", scorer,
-            "--task", "hidden_facts", "--contexts", "34", "--tokens", "1800",
+            "allocations", 12, f"leaderboard/results/allocations; docs/howto/budgets.md, allocations by {scorer}",
+            "--model", model, "--scorer", scorer, "--task", "hidden_facts", "--contexts", "34", "--tokens", "1800",
             "--output", f"{_FOLDER}/allocations.json", _PROCESSES,
             called=f"allocations-{name}-{scorer}", goes_on=True, times=False,
         )
@@ -174,8 +174,8 @@ FIGURES = (
     _grid("real-v1", 30, f"all real text (needs {_QWEN})"),
     *(
         _bench(
-            "sharing", 10, "docs/methods/kvsharer.md", "--model", model, "--contexts", "34",
-            "--output", f"{_FOLDER}/sharing.json", _PROCESSES,
+            "sharing", 10, "leaderboard/results/sharing; docs/methods/kvsharer.md",
+            "--model", model, "--contexts", "34", "--output", f"{_FOLDER}/sharing.json", _PROCESSES,
             called=f"sharing-{name}", goes_on=True, times=False,
         )
         for name, model in (("smollm2", "smollm2"), ("qwen05", _QWEN))

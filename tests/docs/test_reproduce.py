@@ -1,7 +1,8 @@
-"""REPRODUCE.md: what it names exists, and every figure that it and three tables claim follows from committed rows."""
+"""REPRODUCE.md: what it names exists, and every figure that it and several tables claim follows from committed rows."""
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import re
@@ -139,3 +140,117 @@ def test_the_tables_of_storages_follow_from_the_rows(folder: str, head: str) -> 
         for column, cell in zip(columns[1:], line[1:], strict=True):
             value = shares(folder)[f"{press} @ {removed(column):g}"]
             assert abs(float(first_figure(cell)) - value) < 0.000501, (storage, column)
+
+
+CELLS = {"KVzip": "kvzip", "SnapKV": "snapkv", "Expected Attention": "expected_attention"}
+MODELS = {"SmolLM2": "smollm2", "Qwen": "Qwen/Qwen2.5-Coder-0.5B-Instruct"}
+OUTCOMES = {
+    "tolerance, each head": "tolerance a head",
+    "tolerance, per=layer": "tolerance a layer",
+    "threshold": "threshold",
+}
+
+
+@cache
+def cells(folder: str, *columns: str) -> dict[tuple[str, ...], dict[str, str]]:
+    """The rows of a `cells.csv`, by model and these columns."""
+    with (RESULTS / folder / "cells.csv").open(encoding="utf-8", newline="") as file:
+        return {tuple(row[name] for name in ("model", *columns)): row for row in csv.DictReader(file)}
+
+
+def accuracy_and_kl(row: dict[str, str]) -> str:
+    kl = float(row["kl"])
+    return f"{float(row['scores']):.2f} ± {float(row['scores_error']):.2f} ({kl:.{3 if kl < 0.1 else 2}f})"
+
+
+def without_marks(line: list[str]) -> list[str]:
+    return [cell.replace("`", "").replace('"', "") for cell in line]
+
+
+def test_the_table_of_allocations_follows_from_the_cells() -> None:
+    head, _, full, *lines = table_after("docs/howto/budgets.md", "removed | allocation | KVzip, SmolLM2")
+    known = cells("allocations", "scorer", "allocation", "removed")
+    assert len(lines) == 22
+    for column, cell in zip(head[2:], full[2:], strict=True):
+        row = known[MODELS[column.split(", ")[1]], "full cache", "", "0"]
+        assert cell == (f"{float(row['scores']):.2f} ± 0.03" if row["scores"] != "1" else "1.00")
+    ratio = ""
+    for line in map(without_marks, lines):
+        ratio, name = line[0] or ratio, line[1].replace("searched table", "table")
+        if name in OUTCOMES:
+            name, removed_by = f"{OUTCOMES[name]}, kept about {1 - float(ratio):.1f}", "0"
+        else:
+            removed_by = ratio
+        for column, cell in zip(head[2:], line[2:], strict=True):
+            scorer, model = column.split(", ")
+            assert cell == accuracy_and_kl(known[MODELS[model], CELLS[scorer], name, removed_by]), (line[:2], column)
+
+
+def test_the_table_of_tolerances_follows_from_the_cells() -> None:
+    _, _, *lines = table_after("docs/howto/budgets.md", "ranked by | tolerance")
+    known = cells("allocations", "scorer", "allocation")
+    assert len(lines) == 12
+    for line in map(without_marks, lines):
+        (scorer, per), tolerance = line[0].split(", "), line[1]
+        name = f"tolerance {tolerance} a {'head' if per == 'each head' else 'layer'}"
+        for model, kept, unchanged in zip(MODELS.values(), line[2::2], line[3::2], strict=True):
+            row = known[model, CELLS[scorer], name]
+            mean, least, most = (f"{float(row[which]):.2f}" for which in ("kept", "kept_least", "kept_most"))
+            assert (kept, unchanged) == (f"{mean}, {least} to {most}", f"{float(row['unchanged']):.2f}"), line
+
+
+def test_what_pages_hold_follows_from_the_cells() -> None:
+    _, _, *lines = table_after("docs/howto/budgets.md", "removed | budgets | SmolLM2: kept")
+    known = cells("allocations", "scorer", "allocation", "removed")
+    ratio = ""
+    for line in lines:
+        ratio = line[0] or ratio
+        for model, kept, held in zip(MODELS.values(), (line[2], line[6]), (line[3], line[7]), strict=True):
+            row = known[model, "kvzip", line[1], ratio]
+            figures = [f"{float(row[f'in_pages_of_{size}']):.3f}" for size in (16, 64)]
+            said = [part.strip() for part in f"{held} ".split("/")]
+            assert kept == f"{float(row['kept']):.3f}"
+            assert all(not one or one == other for one, other in zip(said, figures, strict=True)), line
+
+
+def test_differences_on_the_same_questions_follow_from_the_contexts() -> None:
+    with (RESULTS / "allocations" / "contexts-smollm2-kvzip.csv").open(encoding="utf-8", newline="") as file:
+        of_context: dict[tuple[str, str], list[dict[str, str]]] = {}
+        for row in csv.DictReader(file):
+            of_context.setdefault((row["allocation"], row["removed"]), []).append(row)
+    _, _, *lines = table_after("docs/howto/budgets.md", "removed | budgets | SmolLM2: kept")
+    ratio, compared = "", 0
+    for line in lines:
+        ratio = line[0] or ratio
+        for figure, digits, said in (("scores", 3, line[4]), ("kl", 4, line[5])):
+            pairs = zip(of_context[line[1], ratio], of_context["global", ratio], strict=True)
+            differences = [float(one[figure]) - float(other[figure]) for one, other in pairs]
+            mean, error = statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+            assert said == ("" if line[1] == "global" else f"{mean:+.{digits}f} ± {error:.{digits}f}"), line
+            compared += bool(said)
+    assert compared == 8
+
+
+def test_the_table_of_shared_layers_follows_from_the_cells() -> None:
+    _, _, *lines = table_after("docs/methods/kvsharer.md", "share | tried first")
+    known = cells("sharing", "layers", "removed")
+    assert len(lines) == 9
+    for line in lines:
+        layers = f"{line[0]}, {line[1]} first" if line[1] else line[0]
+        for model, at in zip(MODELS.values(), (2, 5), strict=True):
+            whole, pressed = known[model, layers, "0"], known[model, layers, "0.7"]
+            sizes = f"{float(whole['size']):.2f}, {float(pressed['size']):.2f}"
+            assert line[at : at + 3] == [sizes, accuracy_and_kl(whole), accuracy_and_kl(pressed)], line
+
+
+def test_the_table_of_many_contexts_follows_from_the_file() -> None:
+    file = json.loads((ROOT / "leaderboard" / "profile" / "results" / "many-contexts-h200.json").read_text())
+    fits = {row["storage"]: row for row in file["rows"] if "fit" in row}
+    steps = {row["storage"]: row for row in file["rows"] if row.get("contexts") == 32}
+    _, _, *lines = table_after("docs/performance.md", "[storage](howto/storages.md) | a context")
+    assert [line[0].split(" (")[0] for line in lines] == list(fits)
+    for line, fit, step in zip(lines, fits.values(), steps.values(), strict=True):
+        size, tokens_a_second = fit["context_bytes"] / 1e9, 32e3 / step["compiled_ms"]
+        times = [f"{step[name]:.1f}" for name in ("compiled_ms", "floor_ms")]
+        said = [f"{size:.2f} GB", str(fit["fit"]), f"{step['graph_ms']:.1f} ms", *times, f"{tokens_a_second:.0f}"]
+        assert line[1:] == said
