@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 from kvzip_press.kernels.triton_support import reason_against_triton  # noqa: E402
 
 # imported by these names: nothing under tests/ is on sys.path
-for _helper in ("decode_oracles", "decode_presses", "faults", "fuzzing", "growth", "recorded_graphs"):
+for _helper in ("decode_oracles", "decode_presses", "faults", "fuzzing", "growth", "published_rows", "recorded_graphs"):
     _spec = spec_from_file_location(_helper, Path(__file__).with_name(f"{_helper}.py"))
     assert _spec is not None and _spec.loader is not None
     sys.modules[_helper] = module_from_spec(_spec)
