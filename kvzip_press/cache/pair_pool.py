@@ -249,8 +249,9 @@ class LayerStack:
         packed = _of_pool(pairs, part)
         if packed is None:
             packed = PackedPairs.joined(pairs[part], sum(one.total for one in pairs[part]), pairs[0])
-        keys, values = ([getattr(one.tail, name) for one in some] for name in ("keys", "values"))
-        return cls(some, packed, *(None if each[0] is None else torch.cat(each) for each in (keys, values)), bounds)
+        of_tails = ([getattr(one.tail, name) for one in some] for name in ("keys", "values"))
+        keys, values = (None if each[0] is None else torch.cat(each) for each in of_tails)
+        return cls(some, packed, keys, values, bounds)
 
 
 def _pool_of(pairs: Sequence[PackedPairs]) -> PairPool | None:
@@ -421,7 +422,8 @@ class _Pairs:
         """Returns which pairs stay, bool ``[pairs]``, if the rows that are due are cut, so many at a time."""
         kept = self.alive.clone()
         for rows in due:
-            self.cut(kept, rows, safe[rows], policy)
+            if len(rows):
+                self.cut(kept, rows, safe[rows], policy)
         return kept
 
     def cut(self, kept: torch.Tensor, rows: torch.Tensor, safe: torch.Tensor, policy: Policy) -> None:
