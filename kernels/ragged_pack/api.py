@@ -49,6 +49,7 @@ def merge(
     keep_tail: Tensor,
     *,
     keep_context: Tensor | None = None,
+    total: int | None = None,
     impl: str | None = None,
 ) -> Packed:
     """Packs the survivors of a packed context and of the dense tail behind it into new storage, segment by segment.
@@ -60,6 +61,7 @@ def merge(
             [batch, num_key_value_heads, t] or [batch, num_key_value_heads, t, dim], views with any strides; t may be 0.
         keep_tail: bool [batch, num_key_value_heads, t], True for a pair to keep.
         keep_context: bool [total], True for a pair to keep; None keeps all.
+        total: how many pairs that are, if the caller knows; otherwise "triton" waits for the device to say it.
         impl: "triton" (a pass over the rows of each column, on a CUDA device), "reference" (plain PyTorch, any device)
             or None: "triton" where it can, else "reference". The result is the same, bit for bit.
 
@@ -73,13 +75,13 @@ def merge(
     """
     check_packed(context)
     check_tail(context, tail, keep_tail)
-    total = context.columns[0].shape[0]
+    n_context = context.columns[0].shape[0]
     if keep_context is not None:
-        check_shape("keep_context", keep_context, (total,), "total")
+        check_shape("keep_context", keep_context, (n_context,), "total")
         check_dtype("keep_context", keep_context, torch.bool)
         check_device("keep_context", keep_context, keep_tail.device)
-    check_total(total + keep_tail.numel())
-    return select("merge", _MERGE, impl, keep_tail.device)(context, tail, keep_tail, keep_context)
+    check_total(n_context + keep_tail.numel())
+    return select("merge", _MERGE, impl, keep_tail.device)(context, tail, keep_tail, keep_context, total)
 
 
 def select_rows(context: Packed, rows: Tensor, num_heads: int, *, impl: str | None = None) -> Packed:

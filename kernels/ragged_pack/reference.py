@@ -19,7 +19,13 @@ def pack(columns: Sequence[Tensor], keep: Tensor) -> Packed:
     return Packed(packed, cumulated(keep.sum(-1).flatten()).to(torch.int32))
 
 
-def merge(context: Packed, tail: Sequence[Tensor], keep_tail: Tensor, keep_context: Tensor | None) -> Packed:
+def merge(
+    context: Packed,
+    tail: Sequence[Tensor],
+    keep_tail: Tensor,
+    keep_context: Tensor | None,
+    total_kept: int | None = None,  # noqa: ARG001  # found by the way
+) -> Packed:
     """See :func:`kvzip_press.kernels.ragged_pack.merge`."""
     total = context.columns[0].shape[0]
     old = context.cu_seqlens.long()

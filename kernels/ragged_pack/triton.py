@@ -29,23 +29,29 @@ def pack(columns: Sequence[Tensor], keep: Tensor) -> Packed:
     return packed
 
 
-def merge(context: Packed, tail: Sequence[Tensor], keep_tail: Tensor, keep_context: Tensor | None) -> Packed:
+def merge(
+    context: Packed,
+    tail: Sequence[Tensor],
+    keep_tail: Tensor,
+    keep_context: Tensor | None,
+    total_kept: int | None = None,
+) -> Packed:
     """See :func:`kvzip_press.kernels.ragged_pack.merge`."""
     columns = [column[None, None] for column in context.columns]  # one segment of a dense cache
     total = columns[0].shape[2]
     keep = keep_tail.new_ones(total) if keep_context is None else keep_context
     old, new = context.cu_seqlens.long(), cumulated(keep_tail.sum(-1).flatten())
     kept = cumulated(keep)[old]
-    packed = _fresh(tail, kept + new)
+    packed = _fresh(tail, kept + new, total_kept)
     # Before a segment's context lie the tails of earlier segments too, before its tail the contexts up to its own.
     _scatter(columns, _destinations(keep, spread(new[:-1], old.diff(), total)), packed)
     _scatter(tail, _destinations(keep_tail, kept[1:].view(*keep_tail.shape[:2], 1)), packed)
     return packed
 
 
-def _fresh(columns: Sequence[Tensor], bounds: Tensor) -> Packed:
-    """Storage for as many pairs as ``bounds`` end with; reading that number is the one wait for the device."""
-    total = int(bounds[-1])
+def _fresh(columns: Sequence[Tensor], bounds: Tensor, total: int | None = None) -> Packed:
+    """Storage for as many pairs as ``bounds`` end with; reading that number, if need be, is the one wait."""
+    total = int(bounds[-1]) if total is None else total
     return Packed(tuple(column.new_empty(total, *column.shape[3:]) for column in columns), bounds.to(torch.int32))
 
 

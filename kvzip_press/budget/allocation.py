@@ -8,6 +8,7 @@ import torch
 
 from kvzip_press.budget.allocators import Allocation, Decided
 from kvzip_press.budget.candidates import Candidates, Counts, Masks, of_batch
+from kvzip_press.budget.joined_layers import by_head
 from kvzip_press.budget.scores import Scores
 from kvzip_press.errors import InvalidArgumentError
 
@@ -84,7 +85,7 @@ def _check_counts(allocation: Allocation, row: Candidates, counts: Counts) -> No
 
 def standing_pairs(scores: Scores, valid: torch.Tensor, among: Masks | None) -> dict[int, torch.Tensor]:
     """Returns ``layer_idx -> [batch, heads, span]``, bool, on the scores' devices: the pairs that can be kept."""
-    every = {
-        layer_idx: valid.to(values.device).unsqueeze(1).expand_as(values) for layer_idx, values in scores.layers.items()
-    }
-    return every if among is None else {i: mask & among[i].to(mask.device) for i, mask in every.items()}
+    if among is None:
+        return {i: valid.to(values.device).unsqueeze(1).expand_as(values) for i, values in scores.layers.items()}
+    left = {i: among[i].to(values.device) for i, values in scores.layers.items()}
+    return by_head(lambda mask: (mask & valid.to(mask.device).unsqueeze(1),), left)[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvzip_press.budget.joined_layers import by_head
 from kvzip_press.budget.spending import with_best_marked
 
 Counts = dict[int, torch.Tensor]
@@ -65,20 +66,30 @@ class Candidates:
             held: ``[batch, heads]``, pairs of earlier turns that count towards a budget in tokens.
             attention: ``[batch, heads, span]``, what the last token pays to each pair; None if it is not known.
         """
-        values, counts = {}, {}
-        for i, mask in standing.items():
+
+        def of_heads(
+            scores: torch.Tensor, mask: torch.Tensor, base: torch.Tensor, *held: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             safe, paid, outside = (x.to(mask.device).unsqueeze(1) for x in (protected, charged, protected & ~charged))
             free = mask & ~safe
-            values[i] = layers[i].masked_fill(~free, -torch.inf)
+            parts = [part.sum(dim=-1) for part in (free, mask & safe, mask & paid, base & ~outside)]
+            parts += held or [torch.zeros_like(parts[0])]
+            return scores.masked_fill(~free, -torch.inf), torch.stack(parts, dim=2)
+
+        def held_in(i: int, mask: torch.Tensor) -> torch.Tensor:
             none = torch.zeros(mask.shape[:2], dtype=torch.int64, device=mask.device)
-            parts = [part.sum(dim=-1) for part in (free, mask & safe, mask & paid, base[i] & ~outside)]
-            counts[i] = torch.stack([*parts, held[i].to(mask.device) if i in held else none], dim=1)
+            return held[i].to(mask.device) if i in held else none
+
+        earlier = [{i: held_in(i, mask) for i, mask in standing.items()}] if held else []
+        values, counts = by_head(of_heads, layers, standing, base, *earlier)
         numbers = _numbers(counts)
         rows = []
         for row in range(len(protected)):
             own = {i: scores[row] for i, scores in values.items()}
-            kinds = [{i: of[row][kind] for i, of in numbers.items()} for kind in range(5)]
-            n_free, n_protected, n_charged, n_counted, n_held = kinds
+            by_kind = {i: list(zip(*of[row], strict=True)) for i, of in numbers.items()}
+            n_free, n_protected, n_charged, n_counted, n_held = (
+                {i: kinds[kind] for i, kinds in by_kind.items()} for kind in range(5)
+            )
             looked_at = None if attention is None else {i: of[row] for i, of in attention.items()}
             rows.append(cls(row, own, n_free, n_protected, n_charged, n_counted, n_held, looked_at))
         return rows

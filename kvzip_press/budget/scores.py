@@ -11,6 +11,7 @@ import torch
 
 from kvzip_press.arguments.numbers import is_int
 from kvzip_press.budget.allocators import AllocationLike, Decided
+from kvzip_press.budget.joined_layers import by_head
 from kvzip_press.budget.policy import Policy
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.terminal import counted
@@ -208,15 +209,15 @@ def _check_values(layer_idx: int, values: object, shape: tuple[int, int]) -> Non
 
 def _check_finite(layers: Mapping[int, torch.Tensor]) -> None:
     """Raises InvalidArgumentError for NaN and infinity; waits for each device once."""
-    bounds = {layer_idx: torch.stack(torch.aminmax(values)) for layer_idx, values in layers.items() if values.numel()}
-    devices = {one.device for one in bounds.values()}
-    for device in devices:
-        own = [layer_idx for layer_idx, one in bounds.items() if one.device == device]
-        finite = torch.stack([bounds[layer_idx] for layer_idx in own]).isfinite().all(dim=1).tolist()
-        if not all(finite):
-            raise InvalidArgumentError(
-                f"expected finite scores, got NaN or infinity in layer {own[finite.index(False)]}"
-            )
+    filled = {layer_idx: values for layer_idx, values in layers.items() if values.numel()}
+    if not filled:
+        return
+    (finite,) = by_head(lambda values: (values.isfinite().all(dim=2),), filled)
+    for device in {one.device for one in finite.values()}:
+        own = {layer_idx: one for layer_idx, one in finite.items() if one.device == device}
+        if not bool(torch.cat([one.flatten() for one in own.values()]).all()):
+            wrong = next(layer_idx for layer_idx, one in own.items() if not bool(one.all()))
+            raise InvalidArgumentError(f"expected finite scores, got NaN or infinity in layer {wrong}")
 
 
 def _is_mask(value: object) -> TypeGuard[torch.Tensor]:

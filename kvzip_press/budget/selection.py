@@ -9,6 +9,7 @@ import torch
 from kvzip_press.budget.allocation import allocate, standing_pairs
 from kvzip_press.budget.amount import LayerRatios
 from kvzip_press.budget.candidates import Counts, Masks
+from kvzip_press.budget.joined_layers import by_head
 from kvzip_press.budget.scores import Scores
 
 
@@ -36,13 +37,15 @@ def select(
         unprotected ones, exactly as many as :func:`kvzip_press.budget.allocation.allocate` says.
     """
     counts: Counts = allocate(scores, valid, among=among, of_all=of_all, held=held)
-    keep = {}
-    for layer_idx, standing in standing_pairs(scores, valid, among).items():
+
+    def of_heads(values: torch.Tensor, standing: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor]:
         protected = scores.protected.to(standing.device)
-        values = scores.layers[layer_idx].masked_fill(~standing, -torch.inf)
-        kept = top_mask(values, counts[layer_idx], ~protected)
-        keep[layer_idx] = kept | (standing & protected.unsqueeze(1))
-    return keep
+        kept = top_mask(values.masked_fill(~standing, -torch.inf), counts, ~protected)
+        return (kept | (standing & protected.unsqueeze(1)),)
+
+    standing = standing_pairs(scores, valid, among)
+    counts = {i: kept.to(standing[i].device) for i, kept in counts.items()}
+    return by_head(of_heads, scores.layers, standing, counts)[0]
 
 
 def top_mask(values: torch.Tensor, counts: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ all tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,6 +171,31 @@ class PackedPairs(Held):
             values.view(1, self.num_heads, count, storage.v_head_dim),
         )
 
+    def split_rows(self, sizes: Sequence[int], num_rows: int, pool: Any) -> list[PackedPairs]:
+        """Returns the rows of a pool as views, ``num_rows`` at a time.
+
+        Args:
+            sizes: Number of pairs of each run of rows.
+            num_rows: Number of rows of each.
+            pool: The pool.
+        """
+        n_segments = num_rows * self.num_heads
+        bounds = self.cu_seqlens.unfold(0, n_segments + 1, n_segments)
+        bounds = bounds - bounds[:, :1]
+        columns = {name: column.split(sizes) for name, column in self.columns.items()}
+        tables = {name: table.split(n_segments) for name, table in self.tables.items()}
+        runs = [slice(i * n_segments, (i + 1) * n_segments) for i in range(len(sizes))]
+        held = [
+            Held(
+                {name: column[i] for name, column in columns.items()},
+                own,
+                tables={name: table[i] for name, table in tables.items()},
+                parts={name: part.within(run, whole=False) for name, part in self.parts.items()},
+            )
+            for i, (own, run) in enumerate(zip(bounds.unbind(), runs, strict=True))
+        ]
+        return [PackedPairs.of(one, self.num_heads, self.storage, pool) for one in held]
+
     def part(self, segments: slice, pairs: slice, cu_seqlens: torch.Tensor, pool: Any) -> PackedPairs:
         """Returns some segments of a pool, as views.
 
@@ -209,6 +234,7 @@ class PackedPairs(Held):
         scores: torch.Tensor | None = None,
         *,
         importance: torch.Tensor | None = None,
+        total: int | None = None,
     ) -> PackedPairs:
         """Returns a new object: these pairs and, after them in each head, those of a dense tail where ``keep`` is True.
 
@@ -221,12 +247,13 @@ class PackedPairs(Held):
             scores: ``[num_rows, num_heads, t]``, fp32, of the tail. If None, these pairs lose theirs; if these have
                 none, the tail's are dropped.
             importance: See :class:`~kvzip_press.cache.codecs.held.NewPairs`.
+            total: How many pairs there are then, if that is known: it is not read from the device.
         """
         new = NewPairs(keys, values, keep, positions, importance)
         begins = not self.total  # the first pairs of all segments, after they were emptied
         encoded = self.storage.encode(new, None if begins else self)
         encoded = _with_columns(encoded, new, None if self.scores is None else scores)
-        return self._like(self.merged(encoded, self.storage.staying(self, kept), kept))
+        return self._like(self.merged(encoded, self.storage.staying(self, kept), kept, total))
 
     def _like(self, held: Held) -> PackedPairs:
         return PackedPairs.of(held, self.num_heads, self.storage)

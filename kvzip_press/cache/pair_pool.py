@@ -52,6 +52,7 @@ class PairPool:
 
     Attributes:
         packed: All pairs, as those of ``num_layers * batch`` rows, layer by layer; None before the first eviction.
+        bounds: Where the pairs of each segment begin and those of the last one end, int64 on the host.
         num_layers: Number of layers.
         batch_size: Batch rows of each layer.
         num_heads: KV heads of each layer.
@@ -65,7 +66,7 @@ class PairPool:
         self.num_layers, self.batch_size = len(layers), layers[0].batch_size
         self.num_heads = layers[0].packed.num_heads
         self.packed: PackedPairs | None = None
-        self._ends: list[int] = []  # where the pairs of each layer begin, and where those of the last one end
+        self.bounds = torch.zeros(1, dtype=torch.int64)
 
     @classmethod
     def of(cls, layers: Sequence[RaggedLayer]) -> PairPool:
@@ -103,10 +104,12 @@ class PairPool:
         layers = list(by_idx.values())
         tails = [layer.tail for layer in layers]
         sizes = [layer.packed.total for layer in layers]
-        packed = numbers_of(layers)
+        packed, before = numbers_of(layers), bounds_of(layers).diff()
         scores = torch.stack([tail.scores for tail in tails if tail.scores is not None]).flatten(0, 1)
         ends, valid, positions = _columns(layers[0])
-        if bool((scores.isnan() & valid.repeat(self.num_layers, 1).unsqueeze(1)).any()):
+        is_missing = (scores.isnan() & valid.repeat(self.num_layers, 1).unsqueeze(1)).any()
+        *are_due, is_missing_some = torch.cat([due, is_missing[None]]).tolist()
+        if is_missing_some:
             raise CacheMismatchError(
                 "expected every token since the context to be read inside `with press(model):`, which scores it, got "
                 "some that were read outside of it, or whose rows were rearranged before they had a score"
@@ -118,58 +121,64 @@ class PairPool:
             ranked = torch.cat([of_layer.tail for of_layer in worth.values()])
             if all(of_layer.carried for of_layer in worth.values()):
                 own, scores = ranks, ranked
-        pairs = self._all_pairs(packed, tuple(by_idx), ranks, ranked, valid, positions)
-        first = torch.tensor(layers[0].n_protected, device=ends.device)
-        most = int(packed.seqlens.max()) + tails[0].length  # of a head; the columns of a row are at least as many
-        n_rows = max(NUMBERS_AT_ONCE // max(self.num_layers * self.num_heads * most, 1), 1)
-        kept = pairs.after(due.nonzero()[:, 0].split(n_rows), torch.stack([first, ends - window_sizes], dim=1), policy)
+        pairs = self._all_pairs(packed, layers, tuple(by_idx), ranks, ranked, valid, positions)
+        most = int(before.max()) + tails[0].length  # of a head; the columns of a row are at least as many
+        n_rows = max(NUMBERS_AT_ONCE // max(self.num_layers * self.num_heads * most, pairs.span or 1), 1)
+        rows = torch.tensor(are_due).nonzero()[:, 0].to(ends.device, non_blocking=True)
+        first = torch.tensor(layers[0].n_protected).to(ends.device, non_blocking=True)
+        kept = pairs.after(rows.split(n_rows), torch.stack([first, ends - window_sizes], dim=1), policy)
         keep, staying = kept[packed.total :].view_as(scores), kept[: packed.total]
         del pairs
+        stay = torch.nn.functional.pad(staying.cumsum(0), (1, 0))[packed.cu_seqlens.long()].diff()
+        lengths = (stay + keep.sum(dim=-1).flatten()).cpu()
+        totals = lengths.view(self.num_layers, -1).sum(dim=1).tolist()
         tail_keep, tail_scores, tail_ranks = (x.unflatten(0, (self.num_layers, -1)) for x in (keep, scores, ranked))
         packed_parts = staying.split(sizes), own.split(sizes)
-        merges = Merges(layers, positions, tail_keep, tail_scores, tail_ranks, *packed_parts)
-        if self._keeps_its_shape(packed, keep, staying):
+        merges = Merges(layers, positions, tail_keep, tail_scores, tail_ranks, *packed_parts, totals)
+        if packed.total and self._may_be_written() and torch.equal(lengths, before):
             change: Any = InParts(self, merges)
         else:
-            total = int(staying.sum() + keep.sum())
-            change = PackedPairs.joined((merges.of_layers(part) for part in merges.parts()), total, packed)
+            change = PackedPairs.joined((merges.of_layers(part) for part in merges.parts()), sum(totals), packed)
+        self._make(change, lengths, layers)
+
+    def _make(self, change: PackedPairs | InParts, lengths: torch.Tensor, layers: Sequence[RaggedLayer]) -> None:
+        """Makes a change, after which segments have these ``lengths``, or makes later uses of the layers raise."""
         try:
-            self._take_over(change, layers)
+            self._take_over(change, lengths, layers)
         except BaseException:  # an interrupt: the old pairs are written over in part, so what has begun is finished
             try:
-                self._take_over(change, layers)
+                self._take_over(change, lengths, layers)
             except BaseException:
                 for layer in layers:
                     layer.give_up("an eviction failed after it had begun to write")
                 raise
             raise
 
-    def _keeps_its_shape(self, packed: PackedPairs, keep: torch.Tensor, staying: torch.Tensor) -> bool:
-        """Whether every head has as many pairs after the eviction as before, in a pool that may be written to."""
-        if self.packed is None or self.packed.parts or not packed.total or not is_writable(self.packed.positions):
-            return False
-        stay = torch.nn.functional.pad(staying.long().cumsum(0), (1, 0))[packed.cu_seqlens.long()].diff()
-        return torch.equal(stay + keep.sum(dim=-1).flatten(), packed.cu_seqlens.diff().long())
+    def _may_be_written(self) -> bool:
+        """Whether the pool may be changed some layers at a time, if every head keeps as many pairs as it has."""
+        return self.packed is not None and not self.packed.parts and is_writable(self.packed.positions)
 
-    def _take_over(self, change: PackedPairs | InParts, layers: Sequence[RaggedLayer]) -> None:
+    def _take_over(self, change: PackedPairs | InParts, lengths: torch.Tensor, layers: Sequence[RaggedLayer]) -> None:
         """Changes the pairs of the pool and of its layers; done again after an interrupt, it has the same result."""
         if isinstance(change, InParts):
             change.make()
         else:
             self._put(change)
+            self.bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         self._hand_out(layers)
 
     def of_layers(self, first: int, last: int) -> PackedPairs:
         """Returns the pairs of the layers from ``first`` on and before ``last``, as views."""
         assert self.packed is not None
-        start, stop = self._ends[first], self._ends[last]
         own = slice(first * self.batch_size * self.num_heads, last * self.batch_size * self.num_heads)
+        start, stop = int(self.bounds[own.start]), int(self.bounds[own.stop])
         bounds = self.packed.cu_seqlens[own.start : own.stop + 1]
         return self.packed.part(own, slice(start, stop), bounds - start, self)
 
     def _all_pairs(
         self,
         packed: PackedPairs,
+        layers: Sequence[RaggedLayer],
         indices: tuple[int, ...],
         own_scores: torch.Tensor,
         scores: torch.Tensor,
@@ -185,12 +194,13 @@ class PairPool:
             return columns.repeat(self.num_layers, 1).unsqueeze(1).expand(shape).flatten()
 
         return _Pairs(
-            segment=torch.cat([own, segments.repeat_interleave(shape[2])]),
+            segment=torch.cat([own, segments.unsqueeze(1).expand(-1, shape[2]).flatten()]),
             position=torch.cat([packed.positions, of_tails(positions)]),
             score=torch.cat([own_scores, scores.flatten()]),
             alive=torch.cat([torch.ones_like(packed.positions, dtype=torch.bool), of_tails(valid)]),
             shape=(self.num_layers, self.batch_size, packed.num_heads),
             indices=indices,
+            span=max(layers[0].context_ends) + layers[0].tail.length,
         )
 
     def _put(self, new: PackedPairs) -> None:
@@ -201,12 +211,13 @@ class PairPool:
         else:
             for place, tensor in zip(old.tensors, new.tensors, strict=True):
                 place.copy_(tensor)
-        self._ends = new.cu_seqlens[:: self.batch_size * self.num_heads].tolist()
 
     def _hand_out(self, layers: Sequence[RaggedLayer]) -> None:
-        ends = layers[0].next_positions.tolist()
-        for number, layer in enumerate(layers):
-            layer.take(self.of_layers(number, number + 1), ends)
+        assert self.packed is not None
+        ends = layers[0].next_positions.tolist() if layers[0].tail.padding is not None else layers[0].known_ends
+        sizes = self.bounds[:: self.batch_size * self.num_heads].diff().tolist()
+        for layer, packed in zip(layers, self.packed.split_rows(sizes, self.batch_size, self), strict=True):
+            layer.take(packed, ends)
 
 
 @dataclass(frozen=True)
@@ -218,34 +229,65 @@ class LayerStack:
         packed: Their packed pairs.
         keys: Those of their tails, ``[rows, num_heads, n, head_dim]``; None before a first token.
         values: ``[rows, num_heads, n, v_head_dim]``; None before a first token.
+        bounds: Where the packed pairs of each segment begin and end, int64 on the host.
     """
 
     layers: Sequence[RaggedLayer]
     packed: PackedPairs
     keys: torch.Tensor | None
     values: torch.Tensor | None
+    bounds: torch.Tensor
 
     @classmethod
     def of(cls, layers: Sequence[RaggedLayer], part: slice) -> LayerStack:
         """Returns some of the layers of a pool, or of what is to be one, given all of them in order."""
         some = layers[part]
+        bounds = bounds_of(layers, part)
         if len(some) == 1:
-            return cls(some, some[0].packed, some[0].tail.keys, some[0].tail.values)
+            return cls(some, some[0].packed, some[0].tail.keys, some[0].tail.values, bounds)
         pairs = [one.packed for one in layers]
         packed = _of_pool(pairs, part)
         if packed is None:
             packed = PackedPairs.joined(pairs[part], sum(one.total for one in pairs[part]), pairs[0])
-        keys, values = ([getattr(one.tail, name) for one in some] for name in ("keys", "values"))
-        return cls(some, packed, *(None if each[0] is None else torch.cat(each) for each in (keys, values)))
+        of_tails = ([getattr(one.tail, name) for one in some] for name in ("keys", "values"))
+        keys, values = (None if each[0] is None else torch.cat(each) for each in of_tails)
+        return cls(some, packed, keys, values, bounds)
+
+
+def _pool_of(pairs: Sequence[PackedPairs]) -> PairPool | None:
+    """Returns the pool of which these are all layers, in order; None if they are not."""
+    pool = pairs[0].pool
+    if not isinstance(pool, PairPool) or pool.num_layers != len(pairs) or any(one.pool is not pool for one in pairs):
+        return None
+    return pool
 
 
 def _of_pool(pairs: Sequence[PackedPairs], part: slice) -> PackedPairs | None:
     """Returns some of the layers of a pool as views, with the scores that they carry; None if they are of none."""
-    pool = pairs[0].pool
-    if not isinstance(pool, PairPool) or pool.num_layers != len(pairs) or any(one.pool is not pool for one in pairs):
+    pool = _pool_of(pairs)
+    if pool is None:
         return None
     scores = [one.scores for one in pairs[part] if one.scores is not None]
     return pool.of_layers(part.start, part.stop).with_scores(torch.cat(scores))
+
+
+def bounds_of(layers: Sequence[RaggedLayer], part: slice | None = None) -> torch.Tensor:
+    """Returns where the pairs of each segment of some layers begin, if these are joined, and where they end.
+
+    Args:
+        layers: All layers of a pool, which knows it, or of what is to be one, which is read from the device.
+        part: Which of them; None for all.
+
+    Returns:
+        int64 ``[segments + 1]``, on the host.
+    """
+    part = slice(0, len(layers)) if part is None else part
+    pool, n_segments = _pool_of([layer.packed for layer in layers]), len(layers[0].packed.cu_seqlens) - 1
+    if pool is not None:
+        bounds = pool.bounds[part.start * n_segments : part.stop * n_segments + 1]
+        return bounds - bounds[0]
+    lengths = torch.cat([layer.packed.cu_seqlens.diff() for layer in layers[part]]).cpu()
+    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int64), (1, 0))
 
 
 def numbers_of(layers: Sequence[RaggedLayer]) -> PackedPairs:
@@ -280,6 +322,7 @@ class Merges:
         importance: fp32, in the same shape: see :class:`~kvzip_press.cache.codecs.held.NewPairs`.
         staying: Bool ``[total_kept]`` of each layer, which of its packed pairs stay.
         carried: fp32 ``[total_kept]`` of each layer, what these carry from now on.
+        totals: Of each layer, how many pairs it has after the eviction.
     """
 
     layers: Sequence[RaggedLayer]
@@ -289,6 +332,7 @@ class Merges:
     importance: torch.Tensor
     staying: tuple[torch.Tensor, ...]
     carried: tuple[torch.Tensor, ...]
+    totals: Sequence[int]
 
     def parts(self) -> list[slice]:
         """Returns the layers in parts that are merged together: as many as take little memory beside the pool."""
@@ -310,6 +354,7 @@ class Merges:
             torch.cat(self.staying[part]),
             scores,
             importance=importance,
+            total=sum(self.totals[part]),
         )
 
 
@@ -362,6 +407,7 @@ class _Pairs:
         alive: Bool ``[pairs]``, False at padding.
         shape: Number of layers, rows and heads.
         indices: The layers' indices in the model, which an allocation may look at.
+        span: A number above all positions; None if the host knows none.
     """
 
     segment: torch.Tensor
@@ -370,12 +416,14 @@ class _Pairs:
     alive: torch.Tensor
     shape: tuple[int, int, int]
     indices: tuple[int, ...]
+    span: int | None = None
 
     def after(self, due: Iterable[torch.Tensor], safe: torch.Tensor, policy: Policy) -> torch.Tensor:
         """Returns which pairs stay, bool ``[pairs]``, if the rows that are due are cut, so many at a time."""
         kept = self.alive.clone()
         for rows in due:
-            self.cut(kept, rows, safe[rows], policy)
+            if len(rows):
+                self.cut(kept, rows, safe[rows], policy)
         return kept
 
     def cut(self, kept: torch.Tensor, rows: torch.Tensor, safe: torch.Tensor, policy: Policy) -> None:
@@ -391,37 +439,47 @@ class _Pairs:
             policy: How much a row keeps, and how its pairs compete.
         """
         layers, batch, heads = self.shape
-        slots = self.segment.new_full((batch,), -1)
-        slots[rows] = torch.arange(len(rows), device=rows.device)
-        slot = slots[self.segment // heads % batch]
-        mine = ((slot >= 0) & self.alive).nonzero()[:, 0]
-        if not len(mine):
+        device, n_rows = rows.device, len(rows)
+        span = int(self.position.max()) + 1 if self.span is None else self.span
+        segments = torch.arange(layers * batch * heads, device=device)
+        slots = segments.new_full((batch,), n_rows)  # what is not cut is laid out as one more row, not looked at
+        slots[rows] = torch.arange(n_rows, device=device)
+        slots = slots[segments // heads % batch]
+        slot = slots[self.segment].where(self.alive, n_rows)
+        which = slot * span + self.position
+        is_there = torch.zeros(n_rows + 1, span, dtype=torch.bool, device=device)
+        is_there.view(-1).index_fill_(0, which, True)
+        columns = is_there.cumsum(dim=1, dtype=torch.int32)
+        counts = columns[:n_rows, -1:]
+        finite = (self.score.isfinite() | (slot == n_rows)).all()
+        n_columns, is_finite = torch.stack([counts.max(), finite]).tolist()
+        if not n_columns:
             return
-        slot, segment, position = slot[mine], self.segment[mine], self.position[mine].long()
-        span = int(position.max()) + 1
-        known, which = (slot * span + position).unique(return_inverse=True)
-        starts = torch.searchsorted(known, torch.arange(len(rows) + 1, device=known.device) * span)
-        column, n_columns = which - starts[slot], int(starts.diff().max())
-        place = (segment // (heads * batch), slot, segment % heads, column)
-        size = (layers, len(rows), heads, n_columns)
-        values = self.score.new_zeros(size).index_put_(place, self.score[mine])
-        alive = torch.zeros(size, dtype=torch.bool, device=values.device)
-        alive[place] = True
-        valid = torch.arange(n_columns, device=known.device) < starts.diff().unsqueeze(1)
-        positions = known.new_zeros(len(rows), n_columns).index_put_((slot, column), position)
+        column = (columns.view(-1)[which] - 1).clamp_(max=n_columns - 1)
+        begins = (segments // (heads * batch) * (n_rows + 1) * heads + segments % heads) * n_columns
+        place = begins[self.segment] + slot * (heads * n_columns) + column
+        laid_out = self.score.new_zeros(layers, n_rows + 1, heads, n_columns)
+        laid_out.view(-1).index_copy_(0, place, self.score)
+        is_pair = torch.zeros_like(laid_out, dtype=torch.bool)
+        is_pair.view(-1).index_fill_(0, place, True)
+        values, alive = laid_out[:, :n_rows], is_pair[:, :n_rows]
+        valid = torch.arange(n_columns, device=device) < counts
+        positions = segments.new_zeros((n_rows + 1) * n_columns)
+        positions = positions.index_copy_(0, slot * n_columns + column, self.position.long()).view(-1, n_columns)
         stays = (values == STAYS).any(dim=2).any(dim=0)
-        protected = valid & (stays | (positions < safe[:, :1]) | (positions >= safe[:, 1:]))
+        protected = valid & (stays | (positions[:n_rows] < safe[:, :1]) | (positions[:n_rows] >= safe[:, 1:]))
 
         def selected(indices: Sequence[int], values: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
             scores = Scores(dict(zip(indices, values, strict=True)), protected, policy, protected_count=~stays)
             return torch.stack(list(select(scores, valid, among=dict(zip(indices, alive, strict=True))).values()))
 
-        if type(policy.allocation).heads_alone and bool(values.isfinite().all()):  # if not, it is said in which layer
+        if type(policy.allocation).heads_alone and is_finite:  # if not, it is said in which layer
             of_all = (x.transpose(0, 1).flatten(1, 2)[None] for x in (values, alive))
             keep = selected(self.indices[:1], *of_all)[0].unflatten(1, (layers, heads)).transpose(0, 1)
         else:
             keep = selected(self.indices, values, alive)
-        kept[mine] = keep[place]
+        is_pair.fill_(True)[:, :n_rows] = keep
+        kept &= is_pair.view(-1)[place]
 
 
 def _columns(layer: RaggedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

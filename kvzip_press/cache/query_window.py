@@ -11,6 +11,11 @@ from kvzip_press.cache.padding import visible_columns
 BLOCK = 64  # columns that a buffer grows by at least, where all queries since an eviction are kept
 
 
+def known_of(queries: torch.Tensor) -> torch.Tensor:
+    """Returns which queries ``[batch, num_attention_heads, n, head_dim]`` of a window are known, ``[batch, n]``."""
+    return ~queries[:, 0, :, 0].isnan()
+
+
 @dataclass(frozen=True)
 class QueryWindow:
     """Queries of the last tokens of a layer, column by column, the newest last.
@@ -76,7 +81,7 @@ class QueryWindow:
     @property
     def known(self) -> torch.Tensor:
         """Which of them are known, bool ``[batch, length]``."""
-        return ~self.queries[:, 0, :, 0].isnan()
+        return known_of(self.queries)
 
     @property
     def next_row(self) -> int:

@@ -172,6 +172,11 @@ class LayerRows:
         return self._by_batch_row(self.context_ends) + self.tail.length - self._tail_padding
 
     @property
+    def known_ends(self) -> list[int]:
+        """What :attr:`next_positions` holds for packed rows, as the host knows it while no tail has padding."""
+        return [end + self.tail.length for end in self.context_ends]
+
+    @property
     def left_padding(self) -> torch.Tensor:
         """Number of the columns seen that are padding on the left of each batch row, int64 ``[batch]``.
 
@@ -196,7 +201,8 @@ class LayerRows:
 
     def _by_batch_row(self, numbers: tuple[int, ...]) -> torch.Tensor:
         """Returns numbers of packed rows by batch row: int64 ``[batch]``, on the layer's device."""
-        return torch.tensor(numbers, device=self.packed.device)[self._rows()]
+        of_rows = torch.tensor(numbers, dtype=torch.int64).to(self.packed.device, non_blocking=True)
+        return of_rows if self.row_index is None else of_rows[self.row_index]
 
     def _forget_turns(self) -> None:
         if self.turns.starts:

@@ -44,6 +44,7 @@ class Tail:
             none. It is replaced, never written into.
         settle: Called before the tail is copied: gives tokens their scores that still wait for them; None if none do.
         unscored: The score of a token until it is set: NaN if an eviction has to know it, 0 if it is the one to set it.
+        has_scores: Whether a token has got another score than that since the tail was empty.
         window: The queries of its last tokens; None if they are not kept.
         block: Tokens that a buffer grows by at least.
         most: Number of columns at which the tail will be emptied, for which there is room then and for no more, unless
@@ -59,6 +60,7 @@ class Tail:
         self.padding: torch.Tensor | None = None
         self.settle: Callable[[], None] | None = None
         self.unscored: float = torch.nan
+        self.has_scores = False
         self.window: QueryWindow | None = None
         self.block = BLOCK
         self.most: int | None = None
@@ -135,7 +137,7 @@ class Tail:
             where: Bool, broadcastable to the shape of ``scores``, False where the present score stays; None sets all.
         """
         assert self._scores is not None
-        self._scores = writable(self._scores)
+        self._scores, self.has_scores = writable(self._scores), True
         place = self._scores[:, :, : self.length, 0][:, :, first : first + scores.shape[2]]
         place.copy_(scores if where is None else torch.where(where, scores, place))
 
@@ -207,8 +209,9 @@ class Tail:
         """Returns an empty tail over the same buffers, at their addresses; its tokens have no scores."""
         tail = Tail(scored=self.scored)
         window = None if self.window is None else self.window.after_eviction()
-        vars(tail).update(vars(self), length=0, padding=None, window=window)
-        tail.truncate(0)
+        vars(tail).update(vars(self), length=0, padding=None, window=window, has_scores=False)
+        if self.has_scores:
+            tail.truncate(0)
         return tail
 
     def truncate(self, length: int) -> None:
@@ -265,6 +268,7 @@ class Tail:
             tail.append(self.keys.to(device), self.values.to(device))
             if tail.scores is not None and self.scores is not None:
                 tail.scores.copy_(self.scores)
+                tail.has_scores = True
         tail.padding = self.padding if self.padding is None else self.padding.to(device)
         tail.window = None if self.window is None else self.window.copy(device)
         return tail

@@ -249,13 +249,13 @@ class DecodeEviction:
             return False
         self.scorer.settle(self._layers)
         layers = list(self._layers.values())
-        due, budgets = self.schedule.due(layers), torch.tensor(self.schedule.budgets(layers))
+        due, budgets = self.schedule.due(layers), self.schedule.budgets(layers)
         protected = [0] * len(due) if self.schedule.protect_prompt else layers[0].n_protected
-        window_sizes = torch.tensor([self.schedule.window(n) for n in protected], device=due.device)
-        for budget in budgets.unique().tolist():  # one for all rows, but where it depends on their length
+        window_sizes = torch.tensor([self.schedule.window(n) for n in protected]).to(due.device, non_blocking=True)
+        for budget in sorted(set(budgets)):  # one for all rows, but where it depends on their length
             worth = self.scorer.worth(self._layers)
             policy = replace(self.policy, amount=Tokens(budget))
-            mine = due & (budgets == budget).to(due.device)
+            mine = due & torch.tensor([one == budget for one in budgets]).to(due.device, non_blocking=True)
             PairPool.of(layers).evict(self._layers, mine, policy=policy, window_sizes=window_sizes, worth=worth)
         self._expect(self.schedule.tokens_left(layers))
         for layer in layers:

@@ -11,7 +11,7 @@ from kvzip_press.cache.codecs.held import POSITIONS
 from kvzip_press.cache.codecs.storage import Storage
 from kvzip_press.cache.packed_pairs import SCORES, PackedPairs
 from kvzip_press.cache.pair_pool import LayerStack
-from kvzip_press.cache.query_window import QueryWindow
+from kvzip_press.cache.query_window import QueryWindow, known_of
 
 BLOCK_NUMBERS = 2**26  # of a block of logits: 256 MB in fp32
 
@@ -94,25 +94,25 @@ class LayerPairs:
         queries, known = self.queries[:, :, first:], self.known[:, first:]
         positions = self.query_positions[:, first:]
         grouped = queries.unflatten(1, (heads, -1))
-        keys = self.keys.float().transpose(-1, -2).unsqueeze(2)
+        keys = self.keys.float().transpose(-1, -2)
         scaling = dim**-0.5 if self.scaling is None else self.scaling
         pairs = self.valid if among is None else self.valid & among
         size = max(BLOCK_NUMBERS // max(batch * queries.shape[1] * n, 1), 1)
         for start in range(0, queries.shape[2], size):
             block = slice(start, start + size)
             asked = grouped[:, :, :, block].float().nan_to_num(0.0)
-            logits = scaling * (asked @ keys)
+            logits = (asked.flatten(2, 3) @ keys).mul_(scaling).unflatten(2, asked.shape[2:4])
             if self.softcap is not None:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
+                logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
             sees = pairs[:, :, None, :] & (self.positions[:, :, None, :] <= positions[:, None, block, None])
             sees = (sees & known[:, None, block, None]).unsqueeze(2)
             blind = ~sees.any(dim=-1, keepdim=True)  # softmax over nothing would be NaN
-            yield logits.masked_fill(~sees & ~blind, -torch.inf), sees
+            yield logits.masked_fill_(~sees & ~blind, -torch.inf), sees
 
 
 def pairs_of(
     layer_indices: Sequence[int], stack: LayerStack, rows: slice = slice(None), *, at_values: bool = False
-) -> tuple[LayerPairs, torch.Tensor]:
+) -> tuple[LayerPairs, torch.Tensor, torch.Tensor]:
     """Returns the pairs of some rows of a ragged layer, or of several layers, packed ones and those of their tails.
 
     Args:
@@ -122,8 +122,8 @@ def pairs_of(
         at_values: Whether values are asked for.
 
     Returns:
-        The pairs, and the column of each of the tail's tokens among them, int64 ``[batch, num_key_value_heads, t]``;
-        negative at padding. The other valid columns are those of the packed pairs, in their order.
+        The pairs; the place of each packed one among them, int64 ``[total_kept]``, of a tensor without dimensions; and
+        the column of each of the tail's tokens, int64 ``[batch, num_key_value_heads, t]``, negative at padding.
     """
     packed, layer, tail, n_layers = stack.packed, stack.layers[0], stack.layers[0].tail, len(stack.layers)
     heads, device = packed.num_heads, packed.device
@@ -133,7 +133,9 @@ def pairs_of(
         padding = tail.padding.repeat(n_layers)[rows]
     n_packed = packed.seqlens[rows].long()
     sizes = n_packed + (tail.length - padding)[:, None]
-    n = int(sizes.max())
+    first, last, _ = rows.indices(packed.num_rows)
+    bounds = stack.bounds[first * heads : last * heads + 1]
+    n = int(sizes.max()) if tail.padding is not None else int(bounds.diff().max()) + tail.length
     rank = torch.arange(n, device=device) - (n - sizes)[..., None]  # of each column among its head's pairs
     in_tail = rank >= n_packed[..., None]
     column = (rank - n_packed[..., None] + padding[:, None, None]).clamp(min=0)
@@ -163,7 +165,10 @@ def pairs_of(
         layer_indices=() if n_layers == 1 else tuple(i for i in layer_indices for _ in range(layer.batch_size)),
     )
     back = torch.arange(tail.length, device=device) + (n - tail.length)
-    return pairs, back.expand(batch, heads, -1).where(_is_token(padding, tail.length, heads), -1)
+    n_packed, total = n_packed.flatten(), int(bounds[-1] - bounds[0])
+    shift = torch.arange(1, batch * heads + 1, device=device) * n - sizes.flatten() - (n_packed.cumsum(0) - n_packed)
+    front = torch.arange(total, device=device) + shift.repeat_interleave(n_packed, output_size=total)
+    return pairs, front, back.expand(batch, heads, -1).where(_is_token(padding, tail.length, heads), -1)
 
 
 def dense_pairs(
@@ -208,13 +213,11 @@ def dense_pairs(
 
 def _queries_of(stack: LayerStack, keys: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
     windows = [one.tail.window for one in stack.layers]
-    found = [QueryWindow(keys[:, :, :0], None) if one is None else one.rows(rows) for one in windows]
-    if len(found) == 1:
-        return found[0].queries, found[0].known
     if windows[0] is None:
         return keys[:, :, :0], keys.new_zeros(len(keys), 0, dtype=torch.bool)
-    queries = torch.cat([one.queries for one in found])
-    return queries, torch.cat([one.known for one in found])
+    found = [one if rows == slice(None) else one.rows(rows) for one in windows if one is not None]
+    queries = torch.cat([one.queries for one in found]) if len(found) > 1 else found[0].queries
+    return queries, known_of(queries)
 
 
 def _with_tail(vectors: torch.Tensor, tail: torch.Tensor, column: torch.Tensor, in_tail: torch.Tensor) -> torch.Tensor:
@@ -241,7 +244,8 @@ class _Packed:
     def of(cls, packed: PackedPairs, rows: slice, rank: torch.Tensor, *, at_values: bool) -> _Packed:
         storage: Storage = packed.storage
         first, last, _ = rows.indices(packed.num_rows)
-        alone = packed.within(slice(first * packed.num_heads, last * packed.num_heads), whole=False)
+        segments = slice(first * packed.num_heads, last * packed.num_heads)
+        alone = packed if last - first == packed.num_rows else packed.within(segments, whole=False)
         if not alone.total:
             return cls.none(storage, rank, at_values=at_values)
         index = (alone.cu_seqlens[:-1].long().view(-1, packed.num_heads, 1) + rank).clamp(0, alone.total - 1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kvzip_press.cache.pair_pool import STAYS, LayerStack, Worth, numbers_of, parts_of
+from kvzip_press.cache.pair_pool import STAYS, LayerStack, Worth, bounds_of, parts_of
 from kvzip_press.cache.query_window import QueryWindow
 from kvzip_press.decoding.layer_pairs import LayerPairs, pairs_of
 from kvzip_press.decoding.scorer import DecodeScorer, Layers, mark_staying
@@ -98,7 +98,7 @@ class PairScorer(DecodeScorer):
         found: dict[int, Worth] = {}
         every = list(layers.values())
         batch, storage = every[0].batch_size, every[0].packed.storage
-        n_pairs = int(numbers_of(every).seqlens.max()) + every[0].tail.length
+        n_pairs = int(bounds_of(every).diff().max()) + every[0].tail.length
         a_row = every[0].packed.num_heads * storage.head_dim * n_pairs
         most = NUMBERS_AT_ONCE if self._may_be_stacked(layers) else 0
         n_rows = max(NUMBERS_AT_ONCE // max(a_row, 1), 1)
@@ -118,11 +118,10 @@ class PairScorer(DecodeScorer):
 
     def _of_rows(self, indices: Sequence[int], stack: LayerStack, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what pairs of some rows are worth: the packed ones, and those of the tails."""
-        pairs, back = pairs_of(indices, stack, rows, at_values=self.look.at_values)
+        pairs, front, back = pairs_of(indices, stack, rows, at_values=self.look.at_values)
         worth = self.look.worth(pairs)
         worth = torch.where(pairs.scores == STAYS, STAYS, worth)
-        is_tail = torch.zeros_like(pairs.valid).scatter(2, back.clamp(min=0), back >= 0)
-        return worth[pairs.valid & ~is_tail], worth.gather(2, back.clamp(min=0))
+        return worth.flatten()[front], worth.gather(2, back.clamp(min=0))
 
     # What other scorers need ----------------------------------------------------------------------------------------
 

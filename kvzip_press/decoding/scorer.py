@@ -61,7 +61,7 @@ class DecodeScorer(ABC):
                 f"writes, got one without ({len(layers)} compressed layers)"
             )
         for layer in layers.values():  # another scorer may have been here
-            layer.tail.unscored, layer.tail.window = torch.nan, None
+            layer.tail.unscored, layer.tail.has_scores, layer.tail.window = torch.nan, True, None
         if stays:
             mark_staying(layers)
 

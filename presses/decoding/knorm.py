@@ -53,5 +53,6 @@ class KnormDecodePress(DecodePress):
         layer_indices = pairs.layer_indices or (pairs.layer_idx,)
         if not set(layer_indices) & set(self.skip_layers):
             return norms
-        skipped = torch.tensor([layer_idx in self.skip_layers for layer_idx in layer_indices], device=norms.device)
+        skipped = torch.tensor([layer_idx in self.skip_layers for layer_idx in layer_indices])
+        skipped = skipped.to(norms.device, non_blocking=True)
         return torch.where(skipped[:, None, None], pairs.positions.float(), norms)

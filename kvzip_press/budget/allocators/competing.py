@@ -69,7 +69,7 @@ class PerHead(Allocation):
             return [kept(i, *numbers) for numbers in heads]
 
         counts = {i: torch.tensor([of_layer(row, i) for row in rows], dtype=torch.int64) for i in rows[0].values}
-        return {i: numbers.to(rows[0].values[i].device) for i, numbers in counts.items()}
+        return {i: numbers.to(rows[0].values[i].device, non_blocking=True) for i, numbers in counts.items()}
 
 
 @dataclass(frozen=True)

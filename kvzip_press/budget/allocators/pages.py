@@ -72,25 +72,22 @@ class Pages(Allocation):
         The first page that no longer fits ends the list, lest a smaller budget keep a page that a larger one does not.
         """
         ordered = best.sort(dim=1, descending=True).values
-        starts = [_starts(size, others, self.page_size) for size, others in zip(sizes, protected, strict=True)]
-        heads = torch.cat([torch.full_like(one, head) for head, one in enumerate(starts)])
-        ends = torch.cat(
-            [torch.cat([one[1:], one.new_tensor([size])])[: len(one)] for one, size in zip(starts, sizes, strict=True)]
-        )
-        numbers, first = torch.cat([torch.arange(len(one)) for one in starts]), torch.cat(starts)
-        price = ordered[heads.to(ordered.device), first.to(ordered.device)].cpu()
+        pages = [_n_pages(size, others, self.page_size) for size, others in zip(sizes, protected, strict=True)]
+        size, others, n_pages = torch.tensor([sizes, protected, pages]).to(best.device, non_blocking=True)
+        heads = torch.arange(len(sizes), device=best.device).repeat_interleave(n_pages, output_size=sum(pages))
+        number = torch.arange(len(heads), device=best.device) - (n_pages.cumsum(0) - n_pages)[heads]
+        ends = self.page_size * (number + 1) - (others % self.page_size)[heads]  # a first page begins with others
+        first = (ends - self.page_size).clamp(min=0)
+        lengths = ends.minimum(size[heads]) - first
+        price = ordered[heads, first]
         is_must = price == torch.inf  # the page of a layer's best pair, where the layer would be left empty
-        turn = torch.where(first < self.min_kept_per_head, numbers, len(first)).masked_fill(is_must, -1)
+        turn = torch.where(first < self.min_kept_per_head, number, len(first)).masked_fill(is_must, -1)
         order = price.argsort(descending=True, stable=True)
         order = order[turn[order].argsort(stable=True)]
-        lengths = (ends - first)[order]
-        fits = (lengths.cumsum(0) <= budget) | is_must[order]
-        return torch.zeros(len(sizes), dtype=torch.int64).index_add_(0, heads[order][fits], lengths[fits])
+        fits = (lengths[order].cumsum(0) <= budget) | is_must[order]
+        return torch.zeros_like(size).index_add_(0, heads[order], lengths[order] * fits)
 
 
-def _starts(size: int, n_protected: int, page_size: int) -> torch.Tensor:
-    """Returns the first pair of each page of a head's ``size`` competing pairs, behind the protected ones."""
-    if not size:
-        return torch.zeros(0, dtype=torch.int64)
-    room = page_size - n_protected % page_size  # in the page where the protected pairs end
-    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(min(room, size), size, page_size)])
+def _n_pages(size: int, n_protected: int, page_size: int) -> int:
+    """Returns on how many pages a head's ``size`` competing pairs lie, behind the protected ones."""
+    return -(-(n_protected % page_size + size) // page_size) if size else 0

@@ -152,15 +152,19 @@ class Held:
         parts = {name: part.of_rows(rows, num_heads) for name, part in self.parts.items()}
         return Held(dict(zip(self.columns, packed.columns, strict=True)), packed.cu_seqlens, tables=tables, parts=parts)
 
-    def merged(self, new: Encoded, staying: Mapping[str, Staying], kept: torch.Tensor | None) -> Held:
+    def merged(
+        self, new: Encoded, staying: Mapping[str, Staying], kept: torch.Tensor | None, total: int | None = None
+    ) -> Held:
         """Returns the entries that stay and, behind them in each segment, new ones; columns and tables are the new's.
 
         Args:
             new: The new entries.
             staying: What stays of each part.
             kept: ``[total]``, bool: which entries stay; None for all.
+            total: How many entries there are then, if that is known.
         """
-        packed = ragged_pack.merge(self._packed(new.columns), tuple(new.columns.values()), new.keep, keep_context=kept)
+        own, columns_of_new = self._packed(new.columns), tuple(new.columns.values())
+        packed = ragged_pack.merge(own, columns_of_new, new.keep, keep_context=kept, total=total)
         parts = {name: staying[name].held.merged(part, {}, staying[name].kept) for name, part in new.parts.items()}
         columns = dict(zip(new.columns, packed.columns, strict=True))
         return Held(columns, packed.cu_seqlens, tables=new.tables, parts=parts)

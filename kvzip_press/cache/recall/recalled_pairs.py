@@ -190,13 +190,14 @@ class RecalledPairs(PackedPairs):
         scores: torch.Tensor | None = None,
         *,
         importance: torch.Tensor | None = None,
+        total: int | None = None,
     ) -> RecalledPairs:
         """See :meth:`PackedPairs.merge`."""
         before = self.everything()
         moved = [
             None if one is None else one.to(before.device) for one in (keys, values, positions, keep, kept, scores)
         ]
-        merged = before.merge(*moved, importance=importance)  # type: ignore[arg-type]  # the first four are given
+        merged = before.merge(*moved, importance=importance, total=total)  # type: ignore[arg-type]  # the first four are given
         if kept is not None and not bool(kept.all()):
             again = grouped(self.recall, merged).each(lambda tensor: tensor.to(self.device))
             return self._with(merged, again)
