@@ -37,7 +37,6 @@ def _in_steps(attend: Callable[..., Attended]) -> Callable[..., Attended]:
         got, lse = attend(query if turn is None else turn.applied(query), *pool, **options)
         if tail is not None:
             got, lse = merge_pair(got, lse, *tail, impl="reference")
-            lse = tail[1].copy_(lse) if out is tail[0] else lse
         return (got, lse) if out is None else (out.copy_(got), lse)
 
     return run
@@ -114,10 +113,9 @@ def context_attention(
             None: the keys were turned.
         tail: attention of the same queries, not turned, to other pairs, such as their own pages: out [tokens,
             num_attention_heads, value_head_dim] in the dtype of ``query`` and lse [tokens, num_attention_heads], views
-            of any strides but the last of out, 0 and -inf for a token that has none. The result is attention to both.
-        out: where the result is written, as ``tail``'s out, which it may be: then both tensors of the tail become the
-            result, and nothing is written for tokens without a context. None: new memory.
-        impl: "triton" (one launch, which reads and merges, and another for new memory; CUDA; of codes int8), "aten"
+            of any strides but the last of out. The result is then attention to both.
+        out: where the result is written, as ``tail``'s out, which it may be; None: new memory.
+        impl: "triton" (one launch that reads the pairs, and one that merges; CUDA; of codes it reads int8), "aten"
             (PyTorch's fused CPU kernel, a call a segment; no codes), "reference" (plain PyTorch, any input), or None:
             the first of these that can do this input. A named implementation refuses inputs that it cannot do.
 

@@ -23,12 +23,11 @@ class Work:
         tile_contexts: int32 [tiles], the context that a tile reads.
         tile_firsts: int32 [tiles], where a tile's tokens begin in ``order``.
         tile_counts: int32 [tiles], how many they are.
+        token_tiles: int32 [tokens], the tile of each token.
+        token_slots: int32 [tokens], its place in the tile.
         n_items: int32 [layers, tiles * num_key_value_heads], items of each segment; 0 if it has no pairs.
         first_items: int32, likewise, the number of its first item, which is the number of a program.
         segments: int32 [layers, programs], the segment that a program reads; behind the last one if it reads none.
-        arrivals: int32 [layers, tiles * num_key_value_heads * blocks of a tile's rows], 0 before and after each launch:
-            the programs that have read their item, counted while one runs. So launches over one layer of a plan have to
-            follow each other.
     """
 
     block_m: int
@@ -37,10 +36,11 @@ class Work:
     tile_contexts: Tensor
     tile_firsts: Tensor
     tile_counts: Tensor
+    token_tiles: Tensor
+    token_slots: Tensor
     n_items: Tensor
     first_items: Tensor
     segments: Tensor
-    arrivals: Tensor
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,11 @@ class Sizes:
     Attributes:
         tokens_per_tile: tokens of a tile, at most.
         n_tiles: tiles, as many as there may be.
-        n_blocks: blocks of rows that a tile has.
-        n_programs: programs of a layer, for one block.
+        n_programs: programs of a layer.
     """
 
     tokens_per_tile: int
     n_tiles: int
-    n_blocks: int
     n_programs: int
 
     @classmethod
@@ -44,7 +42,7 @@ class Sizes:
         n_tiles = min(n_tokens, n_tokens // tokens_per_tile + min(plan.begins.shape[1], n_tokens))
         n_blocks = -(-tokens_per_tile * plan.groups // sharing.block_m)
         slots = multiprocessors(plan.begins.device) * sharing.programs_per_sm
-        return cls(tokens_per_tile, n_tiles, n_blocks, max(n_tiles * n_heads, -(-slots // n_blocks)))
+        return cls(tokens_per_tile, n_tiles, max(n_tiles * n_heads, -(-slots // n_blocks)))
 
 
 def share(plan: ContextPlan, sharing: Sharing | None = None) -> Work:
@@ -79,15 +77,17 @@ def shared_by_steps(plan: ContextPlan, sizes: Sizes) -> dict[str, Tensor]:
     n_items = _items_of(lengths.long(), sizes.n_programs)
     ends = n_items.cumsum(1)
     programs = torch.arange(sizes.n_programs, device=device).expand(len(ends), -1).contiguous()
+    inverse = torch.empty_like(order).scatter_(0, order, place)
     tensors = {
         "order": order,
         "tile_contexts": tile_contexts,
         "tile_firsts": firsts,
         "tile_counts": counts,
+        "token_tiles": tile[inverse],
+        "token_slots": slot[inverse],
         "n_items": n_items,
         "first_items": ends - n_items,
         "segments": torch.searchsorted(ends, programs, right=True),
-        "arrivals": torch.zeros(len(ends), n_items.shape[1] * sizes.n_blocks, device=device),
     }
     return {name: tensor.int().contiguous() for name, tensor in tensors.items()}
 

@@ -1,8 +1,7 @@
 """Attention to a pool of contexts in Triton: programs share the pairs evenly, and each pair meets a tile of tokens.
 
 The work list of the plan (``sharing.py``) says which segment a program reads; the items of a segment are equal parts
-of it. Each program writes a partial result, and the last one of a segment merges them: tokens that read no context cost
-one launch whose programs end at once.
+of it. Each program writes a partial result, and a second kernel merges those of a token's head.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 from kvzip_press.kernels.context_attention.plan import ContextPlan
 from kvzip_press.kernels.context_attention.tuning import Loop, loop_for
 from kvzip_press.kernels.context_attention.turn import Turn
-from kvzip_press.kernels.ragged_attention.split import gdc_wait, on_device, uses_pdl
+from kvzip_press.kernels.ragged_attention.split import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
 from kvzip_press.kernels.row_codec import Codes
 from kvzip_press.kernels.triton_ops import dot, tanh
 
@@ -43,22 +42,24 @@ def context_attention(
     """
     work = plan.work
     assert work is not None, "see plan_contexts"
-    head_dim = query.shape[2]
-    out, lse = _begun(query, tail, out)
+    n_tokens, n_heads, head_dim = query.shape
+    out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out, lse
     has_codes = isinstance(keys, Codes)
     key_rows, key_scales = (keys.codes, keys.scales) if isinstance(keys, Codes) else (keys, query)
     value_rows, value_scales = (values.codes, values.scales) if isinstance(values, Codes) else (values, query)
     cos, sin = (query, query) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
-    uses = uses_pdl(query.device)
+    tail_out, tail_lse = (out, lse) if tail is None else tail
     loop = loop or loop_for(work.block_m, head_dim, query.element_size())
+    uses = uses_pdl(query.device)
+    early = {"USE_PDL": uses, **({"launch_pdl": True} if uses else {})}
     n_rows, n_programs = work.tokens_per_tile * plan.groups, work.segments.shape[1]
-    n_blocks = triton.cdiv(n_rows, work.block_m)
     partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
     partial_sums = torch.empty(n_programs, n_rows, 2, dtype=torch.float32, device=query.device)
     with on_device(query.device):
-        _attend_kernel[(n_programs, n_blocks)](
+        _attend_kernel[(n_programs, triton.cdiv(n_rows, work.block_m))](
             query,
             cos,
             sin,
@@ -75,14 +76,9 @@ def context_attention(
             work.segments[layer_idx],
             work.first_items[layer_idx],
             work.n_items[layer_idx],
-            work.arrivals[layer_idx],
             partial_out,
             partial_sums,
-            out,
-            lse,
             *query.stride()[:2],
-            *out.stride()[:2],
-            *lse.stride(),
             work.n_items.shape[1],
             n_rows,
             scaling * LOG2E if softcap is None else scaling / softcap,
@@ -93,32 +89,44 @@ def context_attention(
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_M=work.block_m,
             BLOCK_N=loop.block_n,
-            BLOCK_P=max(1, 128 // work.block_m),
             HAS_CODES=has_codes,
             TURNED=0 if turn is None else turn.num_pairs,
             NEIGHBOURS=turn is not None and turn.layout == "neighbours",
             HAS_SOFTCAP=softcap is not None,
-            HAS_TAIL=tail is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            USE_PDL=uses,
             num_warps=loop.num_warps,
             num_stages=loop.num_stages,
-            **({"launch_pdl": True} if uses else {}),
+            **early,
+        )
+        _merge_kernel[(n_tokens, n_heads)](
+            partial_out,
+            partial_sums,
+            work.token_tiles,
+            work.token_slots,
+            work.first_items[layer_idx],
+            work.n_items[layer_idx],
+            tail_out,
+            tail_lse,
+            out,
+            lse,
+            *tail_out.stride()[:2],
+            *tail_lse.stride(),
+            *out.stride()[:2],
+            n_rows,
+            HAS_TAIL=tail is not None,
+            IN_PLACE=tail is not None and tail_out is out,
+            HEADS=plan.num_key_value_heads,
+            GROUPS=plan.groups,
+            HEAD_DIM=head_dim,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_P=8,
+            num_warps=1,
+            **early,
         )
     return out, lse
 
 
-def _begun(query: Tensor, tail: tuple[Tensor, Tensor] | None, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the result as it is before a pair was read: where nothing is, that is what stays."""
-    if tail is not None and out is tail[0]:
-        return tail
-    out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
-    if tail is None:
-        return out.zero_(), query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
-    return out.copy_(tail[0]), tail[1].clone()
-
-
-@triton.jit(do_not_specialize=["n_segments", "n_rows", "stride_lt", "stride_lh"])
+@triton.jit(do_not_specialize=["n_segments", "n_rows"])
 def _attend_kernel(
     q_ptr,
     cos_ptr,
@@ -136,17 +144,10 @@ def _attend_kernel(
     segments_ptr,
     first_items_ptr,
     n_items_ptr,
-    arrivals_ptr,
     partial_out_ptr,
     partial_sums_ptr,
-    out_ptr,
-    lse_ptr,
     stride_qt,
     stride_qh,
-    stride_ot,
-    stride_oh,
-    stride_lt,
-    stride_lh,
     n_segments,
     n_rows,
     logit_scale,
@@ -157,12 +158,10 @@ def _attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     HAS_CODES: tl.constexpr,
     TURNED: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -171,11 +170,10 @@ def _attend_kernel(
     With TURNED pairs of channels, queries are turned first. Codes of 8 bits become numbers of the query's dtype.
 
     Row r of a tile is token r // GROUPS of the tile, query head r % GROUPS of the group. Every row sees every pair.
-    Rows of one item end here; of several, when the last of their programs has come. With HAS_TAIL the result of the
-    tail lies where theirs goes, and is merged first.
     """
     if USE_PDL:
         gdc_wait()  # launched before what came before has ended; its results are read from here on
+        gdc_launch_dependents()
     program = tl.program_id(0)
     segment = tl.load(segments_ptr + program)
     if segment >= n_segments:
@@ -187,9 +185,8 @@ def _attend_kernel(
         return
     place = tl.load(tile_contexts_ptr + tile) * HEADS + head
     length = tl.load(lengths_ptr + place)
-    n_items, first_item = tl.load(n_items_ptr + segment), tl.load(first_items_ptr + segment)
-    piece = tl.cdiv(length, n_items)
-    low = (program - first_item) * piece
+    piece = tl.cdiv(length, tl.load(n_items_ptr + segment))
+    low = (program - tl.load(first_items_ptr + segment)) * piece
     n_left = tl.minimum(low + piece, length) - low
     offs_m = first_row + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -247,49 +244,87 @@ def _attend_kernel(
             values = tl.load(values_ptr + tile_offset + tile_offsets, mask_tile, other=0.0)
         acc = acc * decay[:, None] + dot(weights.to(values.dtype), values, PRECISION)
         peak = new_peak
-    is_last = n_items == 1
-    if n_items > 1:
-        rows = program.to(tl.int64) * n_rows + offs_m
-        tl.store(partial_out_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], acc, mask_q)
-        tl.store(partial_sums_ptr + 2 * rows, peak, mask_m)
-        tl.store(partial_sums_ptr + 2 * rows + 1, total, mask_m)
-        tl.debug_barrier()  # all threads have written before this program is counted
-        arrivals_ptr += segment * tl.num_programs(1) + tl.program_id(1)
-        is_last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == n_items - 1
-        if is_last:
-            tl.store(arrivals_ptr, 0)  # for the next launch
-            peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            offs_p = tl.arange(0, BLOCK_P)
-            for part in range(0, n_items, BLOCK_P):
-                mask_p = (part + offs_p < n_items)[:, None] & mask_m[None, :]
-                places = (first_item + part + offs_p).to(tl.int64)[:, None] * n_rows + offs_m[None, :]
-                peaks = tl.load(partial_sums_ptr + 2 * places, mask_p, other=-float("inf"), cache_modifier=".cg")
-                totals = tl.load(partial_sums_ptr + 2 * places + 1, mask_p, other=0.0, cache_modifier=".cg")
-                mask_o = mask_p[:, :, None] & (offs_d < HEAD_DIM)[None, None, :]
-                outs_ptr = partial_out_ptr + places[:, :, None] * HEAD_DIM + offs_d[None, None, :]
-                outs = tl.load(outs_ptr, mask_o, other=0.0, cache_modifier=".cg")
-                new_peak = tl.maximum(peak, tl.max(peaks, 0))
-                base = tl.where(mask_m, new_peak, 0.0)  # finite: every part has seen a pair; rows of no token have none
-                weights = tl.exp2(peaks - base[None, :])
-                decay = tl.exp2(peak - base)
-                total = total * decay + tl.sum(weights * totals, 0)
-                acc = acc * decay[:, None] + tl.sum(weights[:, :, None] * outs, 0)
-                peak = new_peak
-    if is_last:
-        query_head = head * GROUPS + offs_m % GROUPS
-        lses_ptr = lse_ptr + tokens * stride_lt + query_head * stride_lh
-        results_ptr = out_ptr + (tokens * stride_ot + query_head * stride_oh)[:, None] + offs_d[None, :]
-        if HAS_TAIL:
-            tail_peak = tl.load(lses_ptr, mask_m, other=-float("inf")) / LN2
-            tail = tl.load(results_ptr, mask_q, other=0.0)
-            new_peak = tl.maximum(peak, tail_peak)
-            base = tl.where(mask_m, new_peak, 0.0)
-            weight, decay = tl.exp2(tail_peak - base), tl.exp2(peak - base)
-            total = total * decay + weight
-            acc = acc * decay[:, None] + weight[:, None] * tail.to(tl.float32)
-            peak = new_peak
-        total = tl.where(mask_m, total, 1.0)
-        tl.store(results_ptr, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask_q)
-        tl.store(lses_ptr, (peak + tl.log2(total)) * LN2, mask_m)
+    rows = program.to(tl.int64) * n_rows + offs_m
+    tl.store(partial_out_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], acc, mask_q)
+    tl.store(partial_sums_ptr + 2 * rows, peak, mask_m)
+    tl.store(partial_sums_ptr + 2 * rows + 1, total, mask_m)
+
+
+@triton.jit(do_not_specialize=["n_rows", "stride_lt", "stride_lh"])
+def _merge_kernel(
+    partial_out_ptr,
+    partial_sums_ptr,
+    token_tiles_ptr,
+    token_slots_ptr,
+    first_items_ptr,
+    n_items_ptr,
+    tail_ptr,
+    tail_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_tt,
+    stride_th,
+    stride_lt,
+    stride_lh,
+    stride_ot,
+    stride_oh,
+    n_rows,
+    HAS_TAIL: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Merges the partial results of a token's query head, and its tail's; without any, gives 0 and -inf.
+
+    The tail is read before the result is written, which may be in its place: then nothing is to do without parts.
+    """
+    token, query_head = tl.program_id(0), tl.program_id(1)
+    segment = tl.load(token_tiles_ptr + token) * HEADS + query_head // GROUPS
+    row = tl.load(token_slots_ptr + token) * GROUPS + query_head % GROUPS
+    first, n_parts = tl.load(first_items_ptr + segment), tl.load(n_items_ptr + segment)
+    if USE_PDL:  # before, only the plan is read, for which the kernel before has waited
+        gdc_wait()
+    place = token.to(tl.int64)
+    lse_ptr += place * (HEADS * GROUPS) + query_head
+    if IN_PLACE:
+        tail_lse = tl.load(tail_lse_ptr + place * stride_lt + query_head * stride_lh)
+        if (n_parts == 0) & (tail_lse > -float("inf")):
+            tl.store(lse_ptr, tail_lse)
+            return
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    peak = -float("inf")
+    total = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for part in range(0, n_parts, BLOCK_P):
+        offs_p = part + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < n_parts
+        rows = (first + offs_p).to(tl.int64) * n_rows + row
+        peaks = tl.load(partial_sums_ptr + 2 * rows, mask_p, other=-float("inf"))
+        totals = tl.load(partial_sums_ptr + 2 * rows + 1, mask_p, other=0.0)
+        mask = mask_p[:, None] & mask_d[None, :]
+        outs = tl.load(partial_out_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(peaks, 0))  # finite: every part has seen a pair
+        weights = tl.exp2(peaks - new_peak)
+        decay = tl.exp2(peak - new_peak)
+        total = total * decay + tl.sum(weights * totals, 0)
+        acc = acc * decay + tl.sum(weights[:, None] * outs, 0)
+        peak = new_peak
+    if HAS_TAIL:
+        tail_peak = tl.load(tail_lse_ptr + place * stride_lt + query_head * stride_lh) / LN2
+        tail = tl.load(tail_ptr + place * stride_tt + query_head * stride_th + offs_d, mask_d, other=0.0)
+        new_peak = tl.maximum(peak, tail_peak)
+        finite_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        weight, decay = tl.exp2(tail_peak - finite_peak), tl.exp2(peak - finite_peak)
+        total = total * decay + weight
+        acc = acc * decay + weight * tail.to(tl.float32)
+        peak = new_peak
+    acc = acc / tl.where(total > 0, total, 1.0)
+    out_row = place * stride_ot + query_head * stride_oh
+    tl.store(out_ptr + out_row + offs_d, acc.to(out_ptr.dtype.element_ty), mask_d)
+    merged_lse = tl.where(total > 0, (peak + tl.log2(total)) * LN2, -float("inf"))
+    tl.store(lse_ptr, merged_lse)

@@ -28,15 +28,16 @@ def shared(plan: ContextPlan, sizes: Sizes, block: int) -> dict[str, Tensor]:
     def numbers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=plan.lengths.device)
 
-    order, slots, places = (numbers(n_tokens) for _ in range(3))
+    order, token_tiles, token_slots, places = (numbers(n_tokens) for _ in range(4))
     tile_contexts, tile_firsts, tile_counts = (numbers(n_tiles) for _ in range(3))
     n_items, first_items = (numbers(n_layers, n_segments) for _ in range(2))
-    segments, arrivals = numbers(n_layers, sizes.n_programs), numbers(n_layers, n_segments * sizes.n_blocks)
+    segments = numbers(n_layers, sizes.n_programs)
     with on_device(plan.lengths.device):
         _tiles_kernel[(1,)](
             plan.context_of_token.contiguous(),
             order,
-            slots,
+            token_tiles,
+            token_slots,
             places,
             tile_contexts,
             tile_firsts,
@@ -55,11 +56,9 @@ def shared(plan: ContextPlan, sizes: Sizes, block: int) -> dict[str, Tensor]:
             n_items,
             first_items,
             segments,
-            arrivals,
             n_contexts,
             n_segments,
             sizes.n_programs,
-            sizes.n_blocks,
             HEADS=n_heads,
             MIN_ITEM=MIN_ITEM,
             CHOICES=CHOICES,
@@ -72,10 +71,11 @@ def shared(plan: ContextPlan, sizes: Sizes, block: int) -> dict[str, Tensor]:
         "tile_contexts": tile_contexts,
         "tile_firsts": tile_firsts,
         "tile_counts": tile_counts,
+        "token_tiles": token_tiles,
+        "token_slots": token_slots,
         "n_items": n_items,
         "first_items": first_items,
         "segments": segments,
-        "arrivals": arrivals,
     }
 
 
@@ -83,7 +83,8 @@ def shared(plan: ContextPlan, sizes: Sizes, block: int) -> dict[str, Tensor]:
 def _tiles_kernel(
     contexts_ptr,
     order_ptr,
-    slots_ptr,
+    token_tiles_ptr,
+    token_slots_ptr,
     places_ptr,
     tile_contexts_ptr,
     tile_firsts_ptr,
@@ -113,7 +114,7 @@ def _tiles_kernel(
     left = run - slot
     slot %= tokens_per_tile
     tl.store(order_ptr + place, offs_t, mask_t)
-    tl.store(slots_ptr + offs_t, slot, mask_t)
+    tl.store(token_slots_ptr + offs_t, slot, mask_t)
     tl.store(places_ptr + offs_t, place, mask_t)
     last = tl.max(tl.where(mask_t, contexts, 0), 0)
     tl.store(tile_contexts_ptr + offs_t, last, mask_tiles)
@@ -123,16 +124,17 @@ def _tiles_kernel(
     tile = tl.zeros([BLOCK_T], tl.int32) - 1
     for first in range(0, n_tokens, BLOCK_J):
         offs_j = first + tl.arange(0, BLOCK_J)
-        slots = tl.load(slots_ptr + offs_j, offs_j < n_tokens, other=1)[None, :]
+        slots = tl.load(token_slots_ptr + offs_j, offs_j < n_tokens, other=1)[None, :]
         places = tl.load(places_ptr + offs_j, offs_j < n_tokens, other=n_tokens)[None, :]
         tile += tl.sum(((slots == 0) & (places <= place[:, None])).to(tl.int32), 1)
+    tl.store(token_tiles_ptr + offs_t, tile, mask_t)
     begins = mask_t & (slot == 0)
     tl.store(tile_contexts_ptr + tile, contexts, begins)
     tl.store(tile_firsts_ptr + tile, place, begins)
     tl.store(tile_counts_ptr + tile, tl.minimum(left, tokens_per_tile), begins)
 
 
-@triton.jit(do_not_specialize=["n_contexts", "n_segments", "n_programs", "n_blocks"])
+@triton.jit(do_not_specialize=["n_contexts", "n_segments", "n_programs"])
 def _items_kernel(
     lengths_ptr,
     tile_contexts_ptr,
@@ -140,11 +142,9 @@ def _items_kernel(
     n_items_ptr,
     first_items_ptr,
     segments_ptr,
-    arrivals_ptr,
     n_contexts,
     n_segments,
     n_programs,
-    n_blocks,
     HEADS: tl.constexpr,
     MIN_ITEM: tl.constexpr,
     CHOICES: tl.constexpr,
@@ -172,8 +172,6 @@ def _items_kernel(
     places = layer * n_segments + offs_s
     tl.store(n_items_ptr + places, n_items, mask_s)
     tl.store(first_items_ptr + places, ends - n_items, mask_s)
-    for block in range(n_blocks):
-        tl.store(arrivals_ptr + places * n_blocks + block, 0, mask_s)
     counts = tl.histogram(tl.where(mask_s, ends, BLOCK_P - 1), BLOCK_P)  # segments that end before each program
     tl.store(segments_ptr + layer * n_programs + offs_p, tl.cumsum(counts, 0), offs_p < n_programs)
 

@@ -238,11 +238,20 @@ def test_a_tail_that_is_given_is_merged_where_it_lies(impl: str | None, device: 
     out = wide[..., :16].copy_(tail)
     before = lse.clone()
     got, got_lse = made.run(impl=impl, tail=(out, lse), out=out)
-    assert got is out and got_lse is lse, "both lie where the tail's lay"
+    assert got is out and torch.equal(lse, before)
     torch.testing.assert_close((got[None], got_lse[None]), expected)
     assert torch.equal(got[1], tail[1]), "without a context, pages alone answer"
     torch.testing.assert_close(made.run(impl=impl, tail=(tail, before)), (got, got_lse))
-    assert torch.equal(before[0], torch.full((6,), -torch.inf)), "a tail that lies elsewhere stays as it is"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_a_tail_of_nothing_leaves_behind_is_not_a_result(impl: str | None, device: torch.device) -> None:
+    """Neither the pool nor the pages have a pair: the answer is 0, whatever lay where it is written."""
+    made = case([[7, 7]], [0, 1], device=device)
+    out, lse = torch.full((2, 6, 16), 3.0, device=device), torch.full((2, 6), -torch.inf, device=device)
+    got, got_lse = made.run(impl=impl, tail=(out, lse), out=out)
+    assert not got[0].any() and got_lse[0].eq(-torch.inf).all()
+    assert got[1].any() and got_lse[1].isfinite().all()
 
 
 def turn_of(case: Case, by: Sequence[int], n: int, layout: str = "halves") -> Turn:
