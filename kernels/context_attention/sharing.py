@@ -1,7 +1,7 @@
 """Shares the pairs that a step reads among programs, on the device: no shape depends on a value, nothing waits.
 
-For the few tokens of steps that graphs are captured of that takes two launches (``triton_sharing.py``), for many some
-forty, once a step for all layers. Contexts are frozen, so unlike ragged attention, whose tail grows with every layer's
+For few tokens, as steps that write have, that takes two launches (``triton_sharing.py``), for many some forty, once a
+step for all layers. Contexts are frozen, so unlike ragged attention, whose tail grows with every layer's
 step, a list of work stays right.
 """
 
@@ -16,7 +16,7 @@ from kvzip_press.kernels.triton_support import multiprocessors, reason_against_t
 
 MIN_ITEM = 64  # fewest pairs that are worth a program
 CHOICES = 16  # lengths of an item of which the shortest that fits is taken
-_BLOCKS = (64, 512)  # tokens that one program compares with one another; few, as each is compiled on its own
+_FEW_TOKENS = 64  # that one program compares with one another; for 512 that took five times as long as the many steps
 _MOST_SEGMENTS = 4096  # of a layer, which one program cuts
 
 
@@ -49,11 +49,11 @@ def share(plan: ContextPlan, sharing: Sharing | None = None) -> Work:
     """Returns the work of a plan; ``sharing`` is for tuning, by default it is chosen from the shapes."""
     sharing = sharing or sharing_for(plan.num_tokens, plan.groups)
     sizes = Sizes.of(plan, sharing)
-    block = next((block for block in _BLOCKS if 0 < plan.num_tokens <= block), 0)
-    if 0 < block * plan.num_key_value_heads <= _MOST_SEGMENTS and reason_against_triton(plan.begins.device) is None:
+    is_small = 0 < plan.num_tokens <= _FEW_TOKENS and _FEW_TOKENS * plan.num_key_value_heads <= _MOST_SEGMENTS
+    if is_small and reason_against_triton(plan.begins.device) is None:
         from kvzip_press.kernels.context_attention.triton_sharing import shared
 
-        tensors = shared(plan, sizes, block)
+        tensors = shared(plan, sizes, _FEW_TOKENS)
     else:
         tensors = shared_by_steps(plan, sizes)
     return Work(sharing.block_m, sizes.tokens_per_tile, **tensors)
