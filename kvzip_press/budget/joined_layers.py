@@ -31,8 +31,9 @@ def by_head(
             continue
         joined = [torch.cat([each[i] for i in group], dim=1) for each in (layers, *others)]
         n_heads = [layers[i].shape[1] for i in group]
-        parts = zip(*(tensor.split(n_heads, dim=1) for tensor in change(*joined)), strict=True)
-        changed += zip(group, parts, strict=True)
+        # As a layer handled alone has them: with several rows, parts of the joined tensor lie apart in memory.
+        parts = ([part.contiguous() for part in tensor.split(n_heads, dim=1)] for tensor in change(*joined))
+        changed += zip(group, zip(*parts, strict=True), strict=True)
     return tuple({i: parts[number] for i, parts in changed} for number in range(len(changed[0][1])))
 
 

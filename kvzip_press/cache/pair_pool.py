@@ -26,6 +26,7 @@ STAYS = torch.finfo(torch.float32).max
 """The score of a pair that no eviction takes and no budget counts; finite, as files want scores to be."""
 
 NUMBERS_AT_ONCE = 2**24  # of the scores that are laid out together: bounds the memory that takes, whatever the batch
+MOST_POSITIONS = 2**22  # with a column each; if positions began later, only those that are held have one
 NUMBERS_MERGED = 2**27  # of the keys and values that are merged together: 256 MB in 16 bits
 
 
@@ -123,7 +124,8 @@ class PairPool:
                 own, scores = ranks, ranked
         pairs = self._all_pairs(packed, layers, tuple(by_idx), ranks, ranked, valid, positions)
         most = int(before.max()) + tails[0].length  # of a head; the columns of a row are at least as many
-        n_rows = max(NUMBERS_AT_ONCE // max(self.num_layers * self.num_heads * most, pairs.span or 1), 1)
+        n_columns = min(pairs.span or 1, MOST_POSITIONS)
+        n_rows = max(NUMBERS_AT_ONCE // max(self.num_layers * self.num_heads * most, n_columns), 1)
         rows = torch.tensor(are_due).nonzero()[:, 0].to(ends.device, non_blocking=True)
         first = torch.tensor(layers[0].n_protected).to(ends.device, non_blocking=True)
         kept = pairs.after(rows.split(n_rows), torch.stack([first, ends - window_sizes], dim=1), policy)
@@ -200,7 +202,7 @@ class PairPool:
             alive=torch.cat([torch.ones_like(packed.positions, dtype=torch.bool), of_tails(valid)]),
             shape=(self.num_layers, self.batch_size, packed.num_heads),
             indices=indices,
-            span=max(layers[0].context_ends) + layers[0].tail.length,
+            span=max(max(layer.context_ends) for layer in layers) + layers[0].tail.length,
         )
 
     def _put(self, new: PackedPairs) -> None:
@@ -426,6 +428,13 @@ class _Pairs:
                 self.cut(kept, rows, safe[rows], policy)
         return kept
 
+    def _numbered(self) -> tuple[torch.Tensor, int]:
+        """Returns a number for the position of each pair, in their order, and one that is above all."""
+        if self.span is not None and self.span <= MOST_POSITIONS:
+            return self.position.long(), self.span
+        known, where = self.position.long().unique(return_inverse=True)  # waits for the device, and sorts
+        return where, len(known)
+
     def cut(self, kept: torch.Tensor, rows: torch.Tensor, safe: torch.Tensor, policy: Policy) -> None:
         """Marks in ``kept`` what some rows keep.
 
@@ -440,13 +449,13 @@ class _Pairs:
         """
         layers, batch, heads = self.shape
         device, n_rows = rows.device, len(rows)
-        span = int(self.position.max()) + 1 if self.span is None else self.span
+        where, span = self._numbered()
         segments = torch.arange(layers * batch * heads, device=device)
         slots = segments.new_full((batch,), n_rows)  # what is not cut is laid out as one more row, not looked at
         slots[rows] = torch.arange(n_rows, device=device)
         slots = slots[segments // heads % batch]
         slot = slots[self.segment].where(self.alive, n_rows)
-        which = slot * span + self.position
+        which = slot * span + where
         is_there = torch.zeros(n_rows + 1, span, dtype=torch.bool, device=device)
         is_there.view(-1).index_fill_(0, which, True)
         columns = is_there.cumsum(dim=1, dtype=torch.int32)

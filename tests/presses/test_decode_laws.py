@@ -224,6 +224,7 @@ def test_layers_are_evicted_together_as_one_by_one(kind_and_options, allocation,
     monkeypatch.setattr(pair_scorer, "NUMBERS_AT_ONCE", 1)
     monkeypatch.setattr(pair_pool, "NUMBERS_MERGED", 1)
     monkeypatch.setattr(pair_pool, "NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr(pair_pool, "MOST_POSITIONS", 1)
     monkeypatch.setattr(PerHead, "heads_alone", False)
     monkeypatch.setattr(PerHead, "counts_of_rows", Allocation.counts_of_rows)
     assert written() == together

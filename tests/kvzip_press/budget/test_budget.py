@@ -18,6 +18,7 @@ from kvzip_press.budget.allocation import allocate
 from kvzip_press.budget.allocators import AdaKV, Decided, Global, PerHead, PerLayer
 from kvzip_press.budget.amount import Ratio, Tokens, check_compression_ratio
 from kvzip_press.budget.candidates import Candidates
+from kvzip_press.budget.joined_layers import by_head
 from kvzip_press.budget.policy import Policy
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select, top_mask
@@ -564,3 +565,12 @@ def test_what_a_press_hands_over_cannot_be_asked_for() -> None:
     for wrong in (Decided(), PerLayer, None, 3):
         with pytest.raises(InvalidArgumentError, match=r"expected (an )?allocation"):
             RandomPress(0.5, allocation=wrong)
+
+
+def test_layers_that_are_handled_together_give_what_each_gives_alone() -> None:
+    """Tensors of their own, too: of several rows, parts of a joined tensor could not be seen in another shape."""
+    layers = {i: torch.randn(2, heads, 5) for i, heads in ((3, 2), (4, 1), (7, 3))}
+    (doubled,) = by_head(lambda values: (2 * values,), layers)
+    assert list(doubled) == [3, 4, 7]
+    for i, values in layers.items():
+        assert torch.equal(doubled[i], 2 * values) and doubled[i].is_contiguous()
