@@ -5,44 +5,16 @@ step for all layers. Contexts are frozen, so unlike ragged attention, whose tail
 step, a list of work stays right.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from kvzip_press.kernels.context_attention.plan import ContextPlan, Work
+from kvzip_press.kernels.context_attention.sizes import CHOICES, MIN_ITEM, Sizes
 from kvzip_press.kernels.context_attention.tuning import Sharing, sharing_for
-from kvzip_press.kernels.triton_support import multiprocessors, reason_against_triton
+from kvzip_press.kernels.triton_support import reason_against_triton
 
-MIN_ITEM = 64  # fewest pairs that are worth a program
-CHOICES = 16  # lengths of an item of which the shortest that fits is taken
 _FEW_TOKENS = 64  # that one program compares with one another; for 512 that took five times as long as the many steps
 _MOST_SEGMENTS = 4096  # of a layer, which one program cuts
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much room a step's work takes, which depends on shapes alone.
-
-    Attributes:
-        tokens_per_tile: tokens of a tile, at most.
-        n_tiles: tiles, as many as there may be.
-        n_programs: programs of a layer.
-    """
-
-    tokens_per_tile: int
-    n_tiles: int
-    n_programs: int
-
-    @classmethod
-    def of(cls, plan: ContextPlan, sharing: Sharing) -> "Sizes":
-        """Returns the room for a plan's work."""
-        n_tokens, n_heads = plan.num_tokens, plan.num_key_value_heads
-        tokens_per_tile = max(1, sharing.block_m // plan.groups)
-        n_tiles = min(n_tokens, n_tokens // tokens_per_tile + min(plan.begins.shape[1], n_tokens))
-        n_blocks = -(-tokens_per_tile * plan.groups // sharing.block_m)
-        slots = multiprocessors(plan.begins.device) * sharing.programs_per_sm
-        return cls(tokens_per_tile, n_tiles, max(n_tiles * n_heads, -(-slots // n_blocks)))
 
 
 def share(plan: ContextPlan, sharing: Sharing | None = None) -> Work:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvzip_press.kernels.context_attention.plan import ContextPlan
-from kvzip_press.kernels.context_attention.sharing import CHOICES, MIN_ITEM, Sizes
+from kvzip_press.kernels.context_attention.sizes import CHOICES, MIN_ITEM, Sizes
 from kvzip_press.kernels.ragged_attention.split import on_device
 
 

@@ -170,7 +170,7 @@ FIGURES = (
         "--out", "outputs/gates-qwen05.safetensors",
     ),
     _grid("evidence", 30, f"the ranks of presses on two models, real text (needs {_QWEN}, heads and gates)"),
-    _grid("evidence-smollm2", 30, "the ranks of presses on two models, real text"),
+    _grid("evidence-smollm2", 30, "leaderboard/results/evidence-smollm2; docs/leaderboard.md"),
     _grid("real-v1", 30, f"all real text (needs {_QWEN})"),
     *(
         _bench(

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvzip_press.kernels.context_attention import ContextPlan, Turn, context_attention, plan_contexts
-from kvzip_press.kernels.context_attention.sharing import MIN_ITEM, Sizes, share, shared_by_steps
+from kvzip_press.kernels.context_attention.sharing import share, shared_by_steps
+from kvzip_press.kernels.context_attention.sizes import MIN_ITEM, Sizes
 from kvzip_press.kernels.context_attention.tuning import Sharing
 from kvzip_press.kernels.dense_attention import attention_with_lse, merge_attention
 from kvzip_press.kernels.ragged_attention import ragged_attention
