@@ -1,8 +1,8 @@
 """Shares the pairs that a step reads among programs, on the device: no shape depends on a value, nothing waits.
 
 For few tokens, as steps that write have, that takes two launches (``triton_sharing.py``), for many some forty, once a
-step for all layers. Contexts are frozen, so unlike ragged attention, whose tail grows with every layer's
-step, a list of work stays right.
+step for all layers. Contexts are frozen, so unlike ragged attention, whose tail grows with every layer's step, a list
+of work stays right.
 """
 
 import torch

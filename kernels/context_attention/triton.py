@@ -14,7 +14,7 @@ from torch import Tensor
 from kvzip_press.kernels.context_attention.plan import ContextPlan
 from kvzip_press.kernels.context_attention.tuning import Loop, loop_for
 from kvzip_press.kernels.context_attention.turn import Turn
-from kvzip_press.kernels.ragged_attention.split import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
+from kvzip_press.kernels.ragged_attention.split import early_launch, gdc_launch_dependents, gdc_wait, on_device
 from kvzip_press.kernels.row_codec import Codes
 from kvzip_press.kernels.triton_ops import dot, tanh
 
@@ -53,8 +53,6 @@ def context_attention(
     cos, sin = (query, query) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
     tail_out, tail_lse = (out, lse) if tail is None else tail
     loop = loop or loop_for(work.block_m, head_dim, query.element_size())
-    uses = uses_pdl(query.device)
-    early = {"USE_PDL": uses, **({"launch_pdl": True} if uses else {})}
     n_rows, n_programs = work.tokens_per_tile * plan.groups, work.segments.shape[1]
     partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
     partial_sums = torch.empty(n_programs, n_rows, 2, dtype=torch.float32, device=query.device)
@@ -96,7 +94,7 @@ def context_attention(
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=loop.num_warps,
             num_stages=loop.num_stages,
-            **early,
+            **early_launch(query.device),
         )
         _merge_kernel[(n_tokens, n_heads)](
             partial_out,
@@ -121,7 +119,7 @@ def context_attention(
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_P=8,
             num_warps=1,
-            **early,
+            **early_launch(query.device),
         )
     return out, lse
 

@@ -32,6 +32,7 @@ __all__ = [
     "MAX_LISTS",
     "Lists",
     "broadcast_strides",
+    "early_launch",
     "gdc_launch_dependents",
     "gdc_wait",
     "merge",
@@ -41,7 +42,6 @@ __all__ = [
     "segments_of",
     "tail_length_of",
     "tail_of",
-    "uses_pdl",
 ]
 
 MAX_LISTS = 3  # that a segment may have
@@ -76,7 +76,7 @@ class Lists:
 
     def shape(self, head_dim: int, device: torch.device, *, has_tail: bool) -> dict[str, Any]:
         """Returns the arguments that a kernel has in common with the one that merges its partial results."""
-        n_lists, uses = len(self.bounds) + self.tail_alone, uses_pdl(device)
+        n_lists = len(self.bounds) + self.tail_alone
         return {
             "HEAD_DIM": head_dim,
             "LISTS": n_lists,
@@ -84,8 +84,7 @@ class Lists:
             "BLOCK_S": triton.next_power_of_2(self.n_segments * n_lists),
             "HAS_TAIL": has_tail,
             "TAIL_ON_DEVICE": isinstance(self.tail[2], Tensor),
-            "USE_PDL": uses,
-            **({"launch_pdl": True} if uses else {}),
+            **early_launch(device),
         }
 
 
@@ -133,9 +132,10 @@ def broadcast_strides(mask: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
 
 
-def uses_pdl(device: torch.device) -> bool:
-    """Returns whether a kernel may be launched while the one before it still runs."""
-    return HAS_PDL and not interpreting() and torch.cuda.get_device_capability(device) >= (9, 0)
+def early_launch(device: torch.device) -> dict[str, Any]:
+    """Returns the arguments of a launch that may begin while the one before it ends, if this GPU can do that."""
+    can = HAS_PDL and not interpreting() and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"USE_PDL": True, "launch_pdl": True} if can else {"USE_PDL": False}
 
 
 def on_device(device: torch.device) -> AbstractContextManager[None]:

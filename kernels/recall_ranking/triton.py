@@ -11,14 +11,13 @@ from group to group: a running maximum then spreads it over the group's pairs.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvzip_press.kernels.ragged_attention.split import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
+from kvzip_press.kernels.ragged_attention.split import early_launch, gdc_launch_dependents, gdc_wait, on_device
 from kvzip_press.kernels.recall_ranking.inputs import RankingInputs
 from kvzip_press.kernels.triton_ops import dot
 
@@ -64,7 +63,7 @@ def products(inputs: RankingInputs) -> Tensor:
             BLOCK_D=block_d,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=4,
-            **_early(query.device),
+            **early_launch(query.device),
         )
     return out
 
@@ -100,7 +99,7 @@ def listed(inputs: RankingInputs, logits: Tensor) -> tuple[Tensor, Tensor]:
             BLOCK_B=min(LIST_TILE, max(32, triton.next_power_of_2(budget))),
             BLOCK_S=triton.next_power_of_2(query.shape[0] * heads),
             num_warps=min(16, max(4, block_c // (32 * GROUPS_PER_THREAD))),
-            **_early(query.device),
+            **early_launch(query.device),
         )
     return index, bounds
 
@@ -108,11 +107,6 @@ def listed(inputs: RankingInputs, logits: Tensor) -> tuple[Tensor, Tensor]:
 def _row_index(inputs: RankingInputs) -> Tensor:
     """Returns which packed row a row reads, or a stand-in that is never read."""
     return inputs.cu_seqlens if inputs.row_index is None else inputs.row_index
-
-
-def _early(device: torch.device) -> dict[str, Any]:
-    """Returns the arguments of a launch that may begin while the one before it ends."""
-    return {"USE_PDL": True, "launch_pdl": True} if uses_pdl(device) else {"USE_PDL": False}
 
 
 @triton.jit(do_not_specialize=["n_groups"])

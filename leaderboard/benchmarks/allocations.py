@@ -32,7 +32,7 @@ from kvzip_press.budget.allocation import allocate
 from kvzip_press.budget.allocators import Allocation, Pages, Table, Threshold, Tolerance, allocation_of
 from kvzip_press.budget.allocators.by_name import mapping_of
 from kvzip_press.heads.share_search import find_shares
-from kvzip_press.leaderboard.benchmarks.following import COLUMNS, Asked, Followed, loaded, samples_of
+from kvzip_press.leaderboard.benchmarks.following import COLUMNS, Asked, Comparing, Followed, loaded, samples_of
 from kvzip_press.leaderboard.benchmarks.parts import Part, Parts, parts_of
 from kvzip_press.leaderboard.samples.task import Sample, Task
 from kvzip_press.leaderboard.tasks import get_task
@@ -127,20 +127,15 @@ def main(
             output.write_text(json.dumps({**made_by, "cells": rows}, indent=1) + "\n", encoding="utf-8")
 
 
-class Comparison:
-    """What a process does: makes cells of a scorer, and asks the caches of a context.
+class Comparison(Comparing):
+    """What a process does: makes cells of a scorer, and asks the caches of a context."""
 
-    Args:
-        load: Returns model and tokenizer by the model's name and device.
-        model: The model's name.
-        asked: The contexts and what is asked of them.
-        device: The device.
-    """
+    asked: Asking
 
-    def __init__(self, load: Callable[[str, str], tuple[Any, Any]], model: str, asked: Asking, device: str) -> None:
-        self.model, self.tokenizer = load(model, device)
-        self.asked = asked
-        self.samples: dict[str, Sequence[Sample]] = {}  # of each task, made once
+    @functools.cached_property
+    def samples(self) -> dict[str, Sequence[Sample]]:
+        """Of each task, made once."""
+        return {}
 
     def cells(self, task_name: str, name: str, ratio: float) -> list[dict[str, Any]]:
         """Returns the cells of a scorer at a ratio, as JSON."""
@@ -169,7 +164,7 @@ class Comparison:
                 every, caches, questions.follow_all(self.model, caches, full=full), strict=True
             ):
                 rows.append(_row(name, cell.label, cell.removed, one, cache))
-        return {"dtype": str(self.model.dtype).removeprefix("torch."), "rows": rows}
+        return {"dtype": self.dtype, "rows": rows}
 
 
 def _all_cells(

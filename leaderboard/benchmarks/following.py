@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,26 @@ def loaded(name: str, device: str | None) -> tuple[Any, Any]:
     model, tokenizer = load_model(name)
     model.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
     return model, tokenizer
+
+
+class Comparing:
+    """What a process of a comparison holds; its methods make the parts.
+
+    Args:
+        load: Returns model and tokenizer by the model's name and device.
+        model: The model's name.
+        asked: The contexts and what is asked of them.
+        device: The device.
+    """
+
+    def __init__(self, load: Callable[[str, str], tuple[Any, Any]], model: str, asked: Any, device: str) -> None:
+        self.model, self.tokenizer = load(model, device)
+        self.asked = asked
+
+    @property
+    def dtype(self) -> str:
+        """The model's dtype, by its name."""
+        return str(self.model.dtype).removeprefix("torch.")
 
 
 def samples_of(tokenizer: Any, task: Task, n: int, length_tokens: int, seed: int) -> Sequence[Sample]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kvzip_press import compress, get_press, prefill, share_layers
-from kvzip_press.leaderboard.benchmarks.following import COLUMNS, Asked, Followed, loaded, samples_of
+from kvzip_press.leaderboard.benchmarks.following import COLUMNS, Asked, Comparing, Followed, loaded, samples_of
 from kvzip_press.leaderboard.benchmarks.parts import Part, parts_of
-from kvzip_press.leaderboard.samples.task import Task
+from kvzip_press.leaderboard.samples.task import Sample, Task
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.sharing.search import ORDERS, Order, find_shared_layers
 from kvzip_press.terminal import plain
@@ -99,21 +99,20 @@ class Asking:
     seed: int
 
 
-class Comparison:
-    """What a process does: searches layers that share, and asks the caches of a context.
+class Comparison(Comparing):
+    """What a process does: searches layers that share, and asks the caches of a context."""
 
-    Args:
-        load: Returns model and tokenizer by the model's name and device.
-        model: The model's name.
-        asked: The contexts and what is asked of them.
-        device: The device.
-    """
+    asked: Asking
 
-    def __init__(self, load: Callable[[str, str], tuple[Any, Any]], model: str, asked: Asking, device: str) -> None:
-        self.model, self.tokenizer = load(model, device)
-        self.asked = asked
-        self.task: Task = get_task("hidden_facts", n_keys=asked.keys)
-        self.samples = samples_of(self.tokenizer, self.task, asked.contexts, asked.tokens, asked.seed)
+    @functools.cached_property
+    def task(self) -> Task:
+        """The task, with as many facts as were asked for."""
+        return get_task("hidden_facts", n_keys=self.asked.keys)
+
+    @functools.cached_property
+    def samples(self) -> Sequence[Sample]:
+        """Its contexts."""
+        return samples_of(self.tokenizer, self.task, self.asked.contexts, self.asked.tokens, self.asked.seed)
 
     def search(self, n_shared: int, order: Order) -> dict[str, Any]:
         """Returns the layers that share with others, as pairs, and the cosine that is left."""
@@ -144,7 +143,7 @@ class Comparison:
                 scores = get_press(self.asked.press, 0.0).score(done)
                 caches = [done.evict(scores, ratio) for ratio in ratios]
                 rows.append([asdict(asked.follow(self.model, cache)) for cache in caches])
-        return {"dtype": str(self.model.dtype).removeprefix("torch."), "rows": rows}
+        return {"dtype": self.dtype, "rows": rows}
 
 
 if __name__ == "__main__":
