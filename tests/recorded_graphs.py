@@ -2,7 +2,7 @@
 
 As with a graph, Python runs only once: whatever a step decides on the host (a length, a slice, a number that it reads)
 stays as it was in the recording, and a step that waits for the device while it is recorded fails. Attention to a pool
-is recorded as one call, since its kernels are none of PyTorch's.
+is recorded as one call, and so is what Triton does to share its work: those kernels are none of PyTorch's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from kvzip_press.decoding import capture
 from kvzip_press.kernels.context_attention.plan import ContextPlan
+from kvzip_press.kernels.triton_support import reason_against_triton
 from kvzip_press.serving import row_step
 
 _WAITS = {getattr(torch.Tensor, name) for name in ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__")}
@@ -83,6 +84,10 @@ class RecordedGraph(TorchDispatchMode):
 def _recording(graph: RecordedGraph) -> Any:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(row_step, "context_attention", graph.opaque(row_step.context_attention))
+        if reason_against_triton(torch.device("cpu")) is None:
+            from kvzip_press.kernels.context_attention import triton_sharing
+
+            patched.setattr(triton_sharing, "shared", graph.opaque(triton_sharing.shared))
         patched.setattr(ContextPlan, "_check_values", lambda _: None)  # values are looked at on a CPU only
         with graph, _Waiting(graph):
             yield
