@@ -40,7 +40,8 @@ from kvzip_press.untrusted import JSON_BYTES, parse_json, read_bytes
 
 _KERNELS = "kvzip_press.kernels.benchmarks"
 _BENCHMARKS = "kvzip_press.leaderboard.benchmarks"
-_QWEN = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+_QWEN, _GEMMA = "Qwen/Qwen2.5-Coder-0.5B-Instruct", "gemma3-270m"
+_SHORT = {_QWEN: "qwen05", _GEMMA: "gemma3"}  # in names of figures and of files
 _COMMAND = ("-c", "from kvzip_press.cli.main import main; main()")  # kvzip-press, by the same Python
 _FOLDER = "{folder}"  # in a command: the figure's own
 _WORKERS = "{workers}"  # in a command: how a grid is spread over processes; nothing for one
@@ -112,9 +113,22 @@ def _grid(name: str, minutes: float, makes: str) -> Figure:
     return Figure(f"grid-{name}", command, minutes, makes, goes_on=True, times=False)
 
 
-def _made(name: str, minutes: float, *command: str) -> Figure:
-    """Returns what makes a file that a grid needs, where that grid says that it is."""
-    return Figure(name, (*_COMMAND, *command), minutes, f"a file that a grid of {_QWEN} needs", times=False)
+def _made(kind: str, model: str, minutes: float, *command: str) -> Figure:
+    """Returns what makes a file that a grid of a model needs, where that grid says that it is."""
+    name = f"{kind}-{_SHORT[model]}"
+    return Figure(name, (*_COMMAND, *command), minutes, f"a file that a grid of {model} needs", times=False)
+
+
+def _of_evidence(model: str) -> tuple[Figure, Figure]:
+    """Returns what makes the heads and the gates of a grid of the evidence."""
+    heads, gates = (f"outputs/{kind}-{_SHORT[model]}.safetensors" for kind in ("heads", "gates"))
+    return (
+        _made("heads", model, 10, "heads", "compute", "--model", model, "--out", heads),
+        _made(
+            "gates", model, 15, "gates", "train", "--model", model, "--self-generated", "--tokens", "150000",
+            "--out", gates,
+        ),
+    )  # fmt: skip
 
 
 FIGURES = (
@@ -164,12 +178,10 @@ FIGURES = (
     _profile("qwen2.5-7b", 15),
     _profile("qwen3-8b", 15),
     _profile("gemma3-12b", 15, "; docs/performance.md, hybrid models"),
-    _made("heads-qwen05", 10, "heads", "compute", "--model", _QWEN, "--out", "outputs/heads-qwen05.safetensors"),
-    _made(
-        "gates-qwen05", 15, "gates", "train", "--model", _QWEN, "--self-generated", "--tokens", "150000",
-        "--out", "outputs/gates-qwen05.safetensors",
-    ),
+    *_of_evidence(_QWEN),
+    *_of_evidence(_GEMMA),
     _grid("evidence", 30, f"the ranks of presses on two models, real text (needs {_QWEN}, heads and gates)"),
+    _grid("evidence-gemma3", 30, f"ranks of presses on a third model (needs {_GEMMA}, heads and gates)"),
     _grid("evidence-smollm2", 30, "leaderboard/results/evidence-smollm2; docs/leaderboard.md"),
     _grid("real-v1", 30, f"all real text (needs {_QWEN})"),
     *(
@@ -180,9 +192,11 @@ FIGURES = (
         )
         for name, model in (("smollm2", "smollm2"), ("qwen05", _QWEN))
     ),
-    _made("queries-qwen05", 5, "queries", "calibrate", "--model", _QWEN, "--out", "outputs/queries-qwen05.safetensors"),
     _made(
-        "trimkv-qwen05", 15, "gates", "train", "--method", "trimkv", "--model", _QWEN, "--self-generated",
+        "queries", _QWEN, 5, "queries", "calibrate", "--model", _QWEN, "--out", "outputs/queries-qwen05.safetensors",
+    ),
+    _made(
+        "trimkv", _QWEN, 15, "gates", "train", "--method", "trimkv", "--model", _QWEN, "--self-generated",
         "--tokens", "150000", "--steps", "2000", "--out", "outputs/trimkv-qwen05",
     ),
     _grid("decode-qwen05", 30, f"long answers at budgets of 128 to 1024 (needs {_QWEN}, gates and queries)"),

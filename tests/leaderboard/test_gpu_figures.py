@@ -152,7 +152,7 @@ def test_a_benchmark_is_spread_over_processes_by_its_own_option(tmp_path: Path) 
 
 def test_files_that_grids_need_are_made_where_they_look_for_them() -> None:
     made = {one.command[one.command.index("--out") + 1]: one for one in FIGURES if "--out" in one.command}
-    for name in ("evidence", "decode-qwen05"):
+    for name in ("evidence", "evidence-gemma3", "decode-qwen05"):
         for file in (file for press in load_grid(name).run.presses for file in press.files.values()):
             command = ["kvzip-press", *made[file.path].command[2:]]
             assert command == file.command.split(), (name, file.path)

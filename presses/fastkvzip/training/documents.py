@@ -66,9 +66,10 @@ def split(all_pieces: Iterable[Piece], tokens: int, held_out_tokens: int) -> tup
         if max(left.values()) < SHORTEST:
             break
     if not taken[True]:
+        n_documents = len({piece.document for piece in taken[False]})
         raise InvalidArgumentError(
-            f"expected at least {HELD_OUT} documents, so that one can be held out, got {len(taken[False])} pieces of "
-            f"fewer; a JSONL file has a document a line"
+            f"expected at least {HELD_OUT} documents, so that one can be held out, got {n_documents}: a text file is "
+            "one document, a JSONL file has one on each line"
         )
     return taken[False], taken[True]
 
