@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvzip_press import compat
-from kvzip_press.cache.pair_pool import staying_pairs
+from kvzip_press.cache.pair_pool.worth import staying_pairs
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.compat import DynamicCache
 from kvzip_press.decoding.generation import eos_ids, generate
