@@ -9,7 +9,7 @@ import torch
 
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError, did_you_mean
 from kvzip_press.loading.embedded import GEMMA3_270M, SMOLLM2, EmbeddedModel, embedded_model_dir, find_gguf
-from kvzip_press.model.devices import get_dtype
+from kvzip_press.model.devices import get_device, get_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,6 +71,29 @@ def load_model(name_or_path: str, **from_pretrained_kwargs: Any) -> "tuple[PreTr
             raise
         return _load_stand_in(stand_in, options, missing)
     return _from_pretrained(str(embedded_model_dir(model)), options)
+
+
+def load_on(
+    name_or_path: str, device: str | torch.device | None, dtype: str | torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """Loads a model onto a device, and its tokenizer.
+
+    Args:
+        name_or_path: As for :func:`load_model`.
+        device: "cpu", "cuda", "cuda:1"; None for the GPU if there is one.
+        dtype: As for :func:`load_model`; None for the checkpoint's.
+
+    Returns:
+        ``(model, tokenizer)``.
+
+    Raises:
+        InvalidArgumentError: There is no such device, or what :func:`load_model` raises.
+        ModelNotFoundError: As :func:`load_model` raises it.
+    """
+    place = device if isinstance(device, torch.device) else get_device(device)
+    model, tokenizer = load_model(name_or_path, dtype=dtype or "auto")
+    model.to(place)  # type: ignore[arg-type]  # transformers types this for its own parallel models
+    return model, tokenizer
 
 
 def _with_dtype(options: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from kvzip_press.decoding.step import DecodeStep
 from kvzip_press.leaderboard.benchmarks.made_caches import ragged_cache
 from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
-from kvzip_press.loading.by_name import load_model
+from kvzip_press.loading.by_name import load_on
 from kvzip_press.model.devices import synchronize
 from kvzip_press.press import Press
 
@@ -106,8 +106,7 @@ def measured_model(shape: str | None, model: str | None, place: torch.device) ->
     if shape is not None:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
         return random_model(get_shape(shape), place, dtype)
-    loaded: Any = load_model(str(model))[0]
-    return loaded.to(place)
+    return load_on(str(model), place)[0]
 
 
 def now(device: torch.device) -> float:

@@ -17,9 +17,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvzip_press import Press, get_press, load_model, prefill
+from kvzip_press import Press, get_press, prefill
 from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
 from kvzip_press.leaderboard.tasks import get_task
+from kvzip_press.loading.by_name import load_on
 from kvzip_press.model.devices import get_device, get_dtype, input_device, synchronize
 from kvzip_press.model.structure import text_config, text_decoder
 from kvzip_press.terminal import plain
@@ -45,8 +46,7 @@ def main(
         loaded = random_model(get_shape(shape), where, get_dtype(dtype or "bf16") or torch.bfloat16)
         tokenizer = ByteTokenizer()
     else:
-        loaded, tokenizer = load_model(model)
-        loaded.to(get_device(device))
+        loaded, tokenizer = load_on(model, device)
     name = shape or model
     if calculate:
         Console().print(_calculated(loaded, name))
