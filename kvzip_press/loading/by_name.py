@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError, did_you_mean
+from kvzip_press.errors import (
+    InvalidArgumentError,
+    MissingDependencyError,
+    ModelNotFoundError,
+    did_you_mean,
+    first_line_of,
+)
 from kvzip_press.loading.embedded import GEMMA3_270M, SMOLLM2, EmbeddedModel, embedded_model_dir, find_gguf
 from kvzip_press.model.devices import get_device, get_dtype
 
@@ -143,7 +149,7 @@ def _from_pretrained(name_or_path: str, options: dict[str, Any]) -> "tuple[PreTr
         hint = did_you_mean(name_or_path, ALIASES) or "."
         raise ModelNotFoundError(
             f"expected an alias ({', '.join(ALIASES)}), a directory with a model, or a hub id that is cached or "
-            f"reachable, got {name_or_path!r}{hint} Cause: {_first_line(error)}"
+            f"reachable, got {name_or_path!r}{hint} Cause: {first_line_of(error)}"
         ) from error
     return model.eval(), tokenizer
 
@@ -171,12 +177,3 @@ def _implementations(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _implementations(item, key)
     elif isinstance(value, str) and "_implementation" in key:
         yield key, value
-
-
-def _first_line(error: BaseException) -> str:
-    """Returns the type and the first line of an error.
-
-    transformers wraps the real reason (no such name, no network ...) several times.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

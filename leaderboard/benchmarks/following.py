@@ -14,7 +14,7 @@ from kvzip_press import RaggedCache, answer, generate, question_ids
 from kvzip_press.cache.padding import left_padded
 from kvzip_press.leaderboard.benchmarks.side_by_side import can_be_joined, groups, joined, log_probabilities_of_all
 from kvzip_press.leaderboard.running.agreement import Agreement
-from kvzip_press.leaderboard.samples.task import Sample, Task
+from kvzip_press.leaderboard.samples.task import Sample, Task, token_counter
 from kvzip_press.model.devices import input_device
 
 COLUMNS = ("kept", "bytes", "KL, nats", "same tokens", "same answers", "accuracy")
@@ -164,11 +164,8 @@ class Comparing:
 
 def samples_of(tokenizer: Any, task: Task, n: int, length_tokens: int, seed: int) -> Sequence[Sample]:
     """Returns samples of a task, with lengths counted by a tokenizer."""
-
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
-    return list(task.samples(seed=seed, n=n, length_tokens=length_tokens, count_tokens=count))
+    counter = token_counter(tokenizer)
+    return list(task.samples(seed=seed, n=n, length_tokens=length_tokens, count_tokens=counter))
 
 
 def _answers(model: Any, tokenizer: Any, caches: Sequence[RaggedCache], sample: Sample) -> list[list[str]]:

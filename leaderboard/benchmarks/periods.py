@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from kvzip_press.decoding.step import DecodeStep
 from kvzip_press.leaderboard.benchmarks.made_caches import ragged_cache
 from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
 from kvzip_press.loading.by_name import load_on
-from kvzip_press.model.devices import synchronize
+from kvzip_press.model.devices import now
 from kvzip_press.press import Press
 
 TOKEN = 7
@@ -107,12 +106,6 @@ def measured_model(shape: str | None, model: str | None, place: torch.device) ->
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
         return random_model(get_shape(shape), place, dtype)
     return load_on(str(model), place)[0]
-
-
-def now(device: torch.device) -> float:
-    """Returns the seconds of a clock, once the device has done all that it was given."""
-    synchronize(device)
-    return time.perf_counter()
 
 
 def allocated(device: torch.device) -> int:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvzip_press import Press, get_press, prefill
+from kvzip_press.leaderboard.benchmarks.following import samples_of
 from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
 from kvzip_press.leaderboard.tasks import get_task
 from kvzip_press.loading.by_name import load_on
@@ -52,11 +53,7 @@ def main(
         Console().print(_calculated(loaded, name))
         return
     task = get_task("hidden_facts", n_keys=4)
-
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
-    context = next(iter(task.samples(seed=1, n=1, length_tokens=tokens, count_tokens=count))).context
+    context = samples_of(tokenizer, task, 1, tokens, seed=1)[0].context
     presses = {
         (replay, weighting): get_press(f"kvzip{replay}", weighting=weighting)
         for replay in ("", "_local")

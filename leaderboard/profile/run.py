@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import InvalidArgumentError, first_line_of
 from kvzip_press.files import check_writable
-from kvzip_press.leaderboard.profile.decode import one_line
 from kvzip_press.leaderboard.profile.gains import sentences
 from kvzip_press.leaderboard.profile.grid import Grid, make_grid
 from kvzip_press.leaderboard.profile.measure import Case, Subject, measure
@@ -116,7 +115,7 @@ def _figures(subject: Subject, case: Case) -> dict[str, Any]:
         return measure(subject, case)
     except Exception as error:  # out of memory, or a press that refuses: a row, and the run continues
         logger.debug("%s", case, exc_info=True)
-        return {"error": one_line(error)}
+        return {"error": first_line_of(error)}
     finally:
         gc.collect()
         if subject.device.type == "cuda":
