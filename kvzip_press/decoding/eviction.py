@@ -20,7 +20,8 @@ from kvzip_press.budget.allocators import Allocation
 from kvzip_press.budget.amount import Tokens
 from kvzip_press.budget.policy import Policy
 from kvzip_press.cache.padded_block import BlockLayer
-from kvzip_press.cache.pair_pool import PairPool, held_tokens
+from kvzip_press.cache.pair_pool.eviction import evict
+from kvzip_press.cache.pair_pool.worth import held_tokens
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.recall.recalled_pairs import RecalledPairs
 from kvzip_press.cache.tail import BLOCK
@@ -256,7 +257,7 @@ class DecodeEviction:
             worth = self.scorer.worth(self._layers)
             policy = replace(self.policy, amount=Tokens(budget))
             mine = due & torch.tensor([one == budget for one in budgets]).to(due.device, non_blocking=True)
-            PairPool.of(layers).evict(self._layers, mine, policy=policy, window_sizes=window_sizes, worth=worth)
+            evict(self._layers, mine, policy=policy, window_sizes=window_sizes, worth=worth)
         self._expect(self.schedule.tokens_left(layers))
         for layer in layers:
             layer.tail.give_back_room(self.schedule.buffer)

@@ -10,7 +10,7 @@ import torch
 from kvzip_press.cache.codecs.held import POSITIONS
 from kvzip_press.cache.codecs.storage import Storage
 from kvzip_press.cache.packed_pairs import SCORES, PackedPairs
-from kvzip_press.cache.pair_pool import LayerStack
+from kvzip_press.cache.pair_pool.stack import LayerStack
 from kvzip_press.cache.query_window import QueryWindow, known_of
 
 BLOCK_NUMBERS = 2**26  # of a block of logits: 256 MB in fp32

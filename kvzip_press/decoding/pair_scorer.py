@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kvzip_press.cache.pair_pool import STAYS, LayerStack, Worth, bounds_of, parts_of
+from kvzip_press.cache.pair_pool.stack import LayerStack, bounds_of, parts_of
+from kvzip_press.cache.pair_pool.worth import STAYS, Worth
 from kvzip_press.cache.query_window import QueryWindow
 from kvzip_press.decoding.layer_pairs import LayerPairs, pairs_of
 from kvzip_press.decoding.scorer import DecodeScorer, Layers, mark_staying

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kvzip_press.cache.padding import visible_columns
-from kvzip_press.cache.pair_pool import STAYS, Worth
+from kvzip_press.cache.pair_pool.worth import STAYS, Worth
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.tail import writable
 from kvzip_press.errors import CacheMismatchError

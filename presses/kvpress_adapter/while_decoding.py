@@ -29,7 +29,7 @@ from kvzip_press.presses.kvpress_adapter.refused import as_ours
 if TYPE_CHECKING:
     from torch import nn
 
-    from kvzip_press.cache.pair_pool import Worth
+    from kvzip_press.cache.pair_pool.worth import Worth
     from kvzip_press.cache.ragged_layer import RaggedLayer
 
 _BOUND = 1e38  # of scores: some presses protect by infinity, and the largest number marks pairs that stay

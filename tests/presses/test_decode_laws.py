@@ -17,7 +17,7 @@ from kvzip_press import RaggedCache, compress
 from kvzip_press.budget.allocators import Allocation, Pages, PerHead, PerLayer, allocation_of
 from kvzip_press.budget.amount import Amount
 from kvzip_press.budget.candidates import Pool
-from kvzip_press.cache import pair_pool
+from kvzip_press.cache.pair_pool import eviction, merging, pair_list
 from kvzip_press.decoding import pair_scorer
 from kvzip_press.decoding import step as decoding
 from kvzip_press.decoding.generation import generate
@@ -222,9 +222,9 @@ def test_layers_are_evicted_together_as_one_by_one(kind_and_options, allocation,
 
     together = written()
     monkeypatch.setattr(pair_scorer, "NUMBERS_AT_ONCE", 1)
-    monkeypatch.setattr(pair_pool, "NUMBERS_MERGED", 1)
-    monkeypatch.setattr(pair_pool, "NUMBERS_AT_ONCE", 1)
-    monkeypatch.setattr(pair_pool, "MOST_POSITIONS", 1)
+    monkeypatch.setattr(merging, "NUMBERS_MERGED", 1)
+    monkeypatch.setattr(eviction, "NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr(pair_list, "MOST_POSITIONS", 1)
     monkeypatch.setattr(PerHead, "heads_alone", False)
     monkeypatch.setattr(PerHead, "counts_of_rows", Allocation.counts_of_rows)
     assert written() == together

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvzip_press import RaggedCache, compress
-from kvzip_press.cache.pair_pool import held_tokens
+from kvzip_press.cache.pair_pool.worth import held_tokens
 from kvzip_press.cache.query_window import QueryWindow
 from kvzip_press.decoding import pair_scorer
 from kvzip_press.decoding.forward import read

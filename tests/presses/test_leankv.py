@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from kvzip_press import KVzipPress, RaggedCache, RandomPress, compress, compress_in_chunks, get_press
 from kvzip_press.budget.allocators import AboveUniform
 from kvzip_press.budget.scores import Scores
-from kvzip_press.cache.pair_pool import PairPool
+from kvzip_press.cache.pair_pool.pool import PairPool
 from kvzip_press.errors import InvalidArgumentError, UnsupportedCacheError
 from kvzip_press.prefilling.whole import Prefill, run_prefill
 from kvzip_press.press import Press

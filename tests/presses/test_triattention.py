@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from kvzip_press import get_press
-from kvzip_press.cache.pair_pool import STAYS
+from kvzip_press.cache.pair_pool.worth import STAYS
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cli.main import app
 from kvzip_press.decoding.layer_pairs import LayerPairs

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from kvzip_press.arguments.numbers import is_int
-from kvzip_press.cache.pair_pool import STAYS
+from kvzip_press.cache.pair_pool.worth import STAYS
 from kvzip_press.decoding.eviction import DecodeEviction
 from kvzip_press.decoding.layer_pairs import LayerPairs
 from kvzip_press.decoding.pair_scorer import Look, PairScorer

@@ -6,6 +6,7 @@ import weakref
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvzip_press.budget.policy import Policy
 from kvzip_press.cache.packed_pairs import PackedPairs
-from kvzip_press.cache.pair_pool import _Pairs
+from kvzip_press.cache.pair_pool.cutting import cut
+from kvzip_press.cache.pair_pool.pair_list import PairList
 
 LAYERS, ROWS, HEADS = 2, 2, 2
 PAIRS = st.lists(
@@ -29,11 +31,11 @@ PAIRS = st.lists(
 def test_a_row_keeps_its_best_pairs_ties_by_position_then_layer_then_head(pairs, budget, allocation, first, last):
     """Few values and positions, so that nearly all are tied; the other row is left alone."""
     segment, score, position = (torch.tensor(column) for column in zip(*pairs, strict=True))
-    every = _Pairs(
+    every = PairList(
         segment, position.int(), score, torch.ones_like(segment, dtype=torch.bool), (LAYERS, ROWS, HEADS), (0, 3)
     )
     kept = every.alive.clone()
-    every.cut(kept, torch.tensor([1]), torch.tensor([[first, last]]), Policy.of(budget=budget, allocation=allocation))
+    cut(every, kept, torch.tensor([1]), torch.tensor([[first, last]]), Policy.of(budget=budget, allocation=allocation))
 
     def pool_of(pair) -> tuple[int, ...]:
         layer, head = pair[0] // (ROWS * HEADS), pair[0] % HEADS
@@ -83,3 +85,18 @@ def test_pairs_that_are_made_one_by_one_are_joined_in_the_memory_of_the_whole_an
     assert joined.seqlens.tolist() == [[500, 500]] * n_layers
     assert joined.cu_seqlens[-1] == joined.total == n_layers * layer.total
     assert live.most < (n_layers + 1.1) * size
+
+
+@pytest.mark.parametrize("allocation", ["global", "head"])
+def test_one_row_is_cut_in_the_memory_of_its_own_numbers(allocation) -> None:
+    """One more row, for what is not cut, took half as much again."""
+    n_heads, n_positions = 16, 2000
+    there = torch.rand(n_heads, n_positions, generator=torch.Generator().manual_seed(0)) < 0.5
+    segment, position = there.nonzero().unbind(1)
+    alive, score = torch.ones_like(segment, dtype=torch.bool), torch.rand(len(segment))
+    every = PairList(segment, position.int(), score, alive, (n_heads // 2, 1, 2), tuple(range(n_heads // 2)), 2000)
+    kept, safe = alive.clone(), torch.tensor([[4, 1990]])
+    with Live() as live:
+        cut(every, kept, torch.tensor([0]), safe, Policy.of(budget=500, allocation=allocation))
+    assert kept.sum() == 500 * n_heads
+    assert live.most < 40 * n_heads * n_positions  # bytes: 33 a number, most of them of the sort that ranks pairs

@@ -12,9 +12,10 @@ from transformers import DynamicCache
 
 from kvzip_press import FastKVzipPress, Gates, RaggedCache, RandomPress, answer, compress
 from kvzip_press.attention.implementation import attach
-from kvzip_press.cache import pair_pool
 from kvzip_press.cache.padding import left_padded, padding_in
-from kvzip_press.cache.pair_pool import InParts, PairPool
+from kvzip_press.cache.pair_pool import merging
+from kvzip_press.cache.pair_pool.change import InParts
+from kvzip_press.cache.pair_pool.pool import PairPool
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.tail import Tail
 from kvzip_press.decoding.answering import question_ids
@@ -248,14 +249,14 @@ def written(model, press: FastKVzipPress, n_tokens: int, stop: Callable[[], obje
 @pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
 @pytest.mark.parametrize(
     ("owner", "name", "number"),
-    [(PairPool, "_put", 0)]  # the first eviction makes the pool, later ones write to it a layer at a time
+    [(PairPool, "put", 0)]  # the first eviction makes the pool, later ones write to it a layer at a time
     + [(*one, n) for one in ((InParts, "_write"), (RaggedLayer, "take"), (Tail, "emptied")) for n in range(4)],
     ids=str,
 )
 def test_an_eviction_that_is_interrupted_anywhere_is_finished(owner, name, number, behind, monkeypatch) -> None:
     """While the model writes: half of the pairs written over, or half of the layers emptied, would be lost."""
     model, calls, original = MODELS["llama"], [0], getattr(owner, name)
-    monkeypatch.setattr(pair_pool, "NUMBERS_MERGED", 1)  # a layer at a time
+    monkeypatch.setattr(merging, "NUMBERS_MERGED", 1)  # a layer at a time
 
     def interrupted(*args: object) -> object:
         calls[0] += 1
