@@ -12,8 +12,10 @@ from kvzip_press.cache.codecs.storage import Storage
 from kvzip_press.cache.packed_pairs import SCORES, PackedPairs
 from kvzip_press.cache.pair_pool.stack import LayerStack
 from kvzip_press.cache.query_window import QueryWindow, known_of
+from kvzip_press.kernels.received_attention import received_attention
 
 BLOCK_NUMBERS = 2**26  # of a block of logits: 256 MB in fp32
+NEVER = torch.iinfo(torch.int64).max  # a position that no query has
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,27 @@ class LayerPairs:
     def newest(self, count: int) -> torch.Tensor:
         """Returns ``[batch, num_key_value_heads, n]``, bool: the pairs of each row's last ``count`` tokens."""
         return self.valid & (self.positions >= (self.ends - count)[:, None, None])
+
+    def received(self, last: int | None = None, *, squared: bool = False) -> torch.Tensor:
+        """Returns what pairs get of the attention of queries, summed over these and over the query heads of a group.
+
+        Args:
+            last: Number of last queries to look at; None for all.
+            squared: Whether the squares of probabilities are summed.
+
+        Returns:
+            fp32 ``[batch, num_key_value_heads, n]``; 0 of queries that are not known. No probabilities are in memory.
+        """
+        first = 0 if last is None else max(self.queries.shape[2] - last, 0)
+        return received_attention(
+            self.queries[:, :, first:],
+            self.keys,
+            self.query_positions[:, first:].where(self.known[:, first:], -1),
+            self.positions.where(self.valid, NEVER),
+            squared=squared,
+            scaling=self.scaling,
+            softcap=self.softcap,
+        )
 
     def attention(self, last: int | None = None, *, among: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
         """Yields the attention that pairs get, in blocks of queries.
