@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from kvzip_press import load_model
 from kvzip_press.errors import InvalidArgumentError, RunDirectoryError
 from kvzip_press.files import check_writable, replacing
 from kvzip_press.leaderboard.analysis.correlation import correlation_of_rows
@@ -47,6 +46,7 @@ from kvzip_press.leaderboard.running.run_directory import (
 )
 from kvzip_press.leaderboard.running.shards import run_shard
 from kvzip_press.leaderboard.running.spread import Workers, spread
+from kvzip_press.loading.by_name import load_on
 from kvzip_press.model.devices import get_device, get_dtype
 from kvzip_press.terminal import plain
 
@@ -107,8 +107,7 @@ def load_for(run: Run, device: str) -> tuple[Any, Any]:
     """Loads a run's model and tokenizer onto a device."""
     dtype = None if run.dtype == "auto" else get_dtype(run.dtype)
     with quiet_loading():
-        model, tokenizer = load_model(run.model_name, dtype=dtype or "auto")
-    return cast("Any", model).to(torch.device(device)), tokenizer
+        return load_on(run.model_name, torch.device(device), dtype)
 
 
 def launch_spread(

@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError, did_you_mean
+from kvzip_press.errors import (
+    InvalidArgumentError,
+    MissingDependencyError,
+    ModelNotFoundError,
+    did_you_mean,
+    first_line_of,
+)
 from kvzip_press.loading.embedded import GEMMA3_270M, SMOLLM2, EmbeddedModel, embedded_model_dir, find_gguf
-from kvzip_press.model.devices import get_dtype
+from kvzip_press.model.devices import get_device, get_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +79,29 @@ def load_model(name_or_path: str, **from_pretrained_kwargs: Any) -> "tuple[PreTr
     return _from_pretrained(str(embedded_model_dir(model)), options)
 
 
+def load_on(
+    name_or_path: str, device: str | torch.device | None, dtype: str | torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """Loads a model onto a device, and its tokenizer.
+
+    Args:
+        name_or_path: As for :func:`load_model`.
+        device: "cpu", "cuda", "cuda:1"; None for the GPU if there is one.
+        dtype: As for :func:`load_model`; None for the checkpoint's.
+
+    Returns:
+        ``(model, tokenizer)``.
+
+    Raises:
+        InvalidArgumentError: There is no such device, or what :func:`load_model` raises.
+        ModelNotFoundError: As :func:`load_model` raises it.
+    """
+    place = device if isinstance(device, torch.device) else get_device(device)
+    model, tokenizer = load_model(name_or_path, dtype=dtype or "auto")
+    model.to(place)  # type: ignore[arg-type]  # transformers types this for its own parallel models
+    return model, tokenizer
+
+
 def _with_dtype(options: dict[str, Any]) -> dict[str, Any]:
     options = dict(options)
     if "device" in options:
@@ -120,7 +149,7 @@ def _from_pretrained(name_or_path: str, options: dict[str, Any]) -> "tuple[PreTr
         hint = did_you_mean(name_or_path, ALIASES) or "."
         raise ModelNotFoundError(
             f"expected an alias ({', '.join(ALIASES)}), a directory with a model, or a hub id that is cached or "
-            f"reachable, got {name_or_path!r}{hint} Cause: {_first_line(error)}"
+            f"reachable, got {name_or_path!r}{hint} Cause: {first_line_of(error)}"
         ) from error
     return model.eval(), tokenizer
 
@@ -148,12 +177,3 @@ def _implementations(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _implementations(item, key)
     elif isinstance(value, str) and "_implementation" in key:
         yield key, value
-
-
-def _first_line(error: BaseException) -> str:
-    """Returns the type and the first line of an error.
-
-    transformers wraps the real reason (no such name, no network ...) several times.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

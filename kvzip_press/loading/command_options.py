@@ -26,11 +26,9 @@ def load(name: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
     Raises:
         InvalidArgumentError: The dtype is another one, or the device does not exist.
     """
-    from kvzip_press.loading.by_name import load_model
+    from kvzip_press.loading.by_name import load_on
     from kvzip_press.model.devices import get_device, get_dtype
 
     place = get_device(device)
     chosen = get_dtype(dtype or ("bf16" if place.type == "cuda" else None))
-    model, tokenizer = load_model(name, dtype=chosen or "auto")
-    model.to(place)  # type: ignore[arg-type]  # transformers types this for its own parallel models
-    return model, tokenizer
+    return load_on(name, place, chosen)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from kvzip_press.errors import InvalidArgumentError
+
+T = TypeVar("T")
 
 DTYPES = {
     "fp32": torch.float32,
@@ -38,6 +42,19 @@ def synchronize(device: torch.device) -> None:
     """Waits for a CUDA device, so that wall-clock times are right."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def now(device: torch.device) -> float:
+    """Returns the seconds of a clock, once the device has done all that it was given."""
+    synchronize(device)
+    return time.perf_counter()
+
+
+def timed(device: torch.device, function: Callable[..., T], *arguments: Any) -> tuple[T, float]:
+    """Returns what a function returns, and the seconds that it and the device take for it."""
+    begin = now(device)
+    value = function(*arguments)
+    return value, now(device) - begin
 
 
 def reachable(device: torch.device | str) -> torch.device:

@@ -32,10 +32,11 @@ from kvzip_press.budget.allocation import allocate
 from kvzip_press.budget.allocators import Allocation, Pages, Table, Threshold, Tolerance, allocation_of
 from kvzip_press.budget.allocators.by_name import mapping_of
 from kvzip_press.heads.share_search import find_shares
-from kvzip_press.leaderboard.benchmarks.following import COLUMNS, Asked, Comparing, Followed, loaded, samples_of
+from kvzip_press.leaderboard.benchmarks.following import COLUMNS, Asked, Comparing, Followed, samples_of
 from kvzip_press.leaderboard.benchmarks.parts import Part, Parts, parts_of
 from kvzip_press.leaderboard.samples.task import Sample, Task
 from kvzip_press.leaderboard.tasks import get_task
+from kvzip_press.loading.by_name import load_on
 from kvzip_press.terminal import plain
 
 NAMED = ("global", "layer", "head", "adakv", "pyramid")
@@ -97,7 +98,7 @@ def main(
     settings = {"benchmark": "allocations", "model": model, **asdict(asked)}
     del settings["contexts"]  # more of them only add
     rows: list[dict[str, Any]] = []
-    make = functools.partial(Comparison, loaded, model, asked)
+    make = functools.partial(Comparison, load_on, model, asked)
     with parts_of(make, device=device, workers=workers, settings=settings, output=output) as parts:
         for task_name in task or list(TASKS):
             cells = _all_cells(parts, task_name, names, ratios, tolerance or [0.01, 0.05])

@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvzip_press import compat, get_press, load_model, prefill, question_ids
+from kvzip_press import compat, get_press, prefill, question_ids
 from kvzip_press.attention.implementation import attach
 from kvzip_press.decoding.answering import answer_ids, decoded
 from kvzip_press.errors import InvalidArgumentError, did_you_mean
@@ -38,7 +38,8 @@ from kvzip_press.leaderboard.running.contexts import Context, contexts_of
 from kvzip_press.leaderboard.running.grid import load_grid
 from kvzip_press.leaderboard.running.plan import Run, plan, shard
 from kvzip_press.leaderboard.samples.task import version_of
-from kvzip_press.model.devices import get_device, input_device
+from kvzip_press.loading.by_name import load_on
+from kvzip_press.model.devices import input_device
 from kvzip_press.model.structure import max_positions
 from kvzip_press.terminal import plain
 
@@ -79,8 +80,7 @@ def measure(
             raise typer.BadParameter(f"expected a candidate, got {name!r}{did_you_mean(name, CANDIDATES)}")
     run = _run(load_grid(grid).run, seed, task, removed, contexts, dtype)
     index, _, count = shard_of.partition("/")
-    loaded, tokenizer = load_model(run.model_name if model is None else model, dtype=run.dtype)
-    loaded.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
+    loaded, tokenizer = load_on(run.model_name if model is None else model, device, run.dtype)
     works = shard(plan(run, tokenizer), int(index), int(count))
     limit = max_positions(loaded)
     found = [context for work in works for context in contexts_of(work, run, tokenizer, limit)]

@@ -7,7 +7,6 @@ stored so, each with its ratio to the one in the model's dtype.
 """
 
 import statistics
-import time
 from typing import Annotated, Any
 
 import torch
@@ -18,7 +17,7 @@ from kvzip_press.attention.implementation import attach, detach
 from kvzip_press.compat import DynamicCache
 from kvzip_press.errors import KVzipPressError
 from kvzip_press.loading.by_name import load_model
-from kvzip_press.model.devices import synchronize
+from kvzip_press.model.devices import timed
 from kvzip_press.model.structure import text_config
 from kvzip_press.prefilling.whole import Prefill, run_prefill
 from kvzip_press.registry import get_press
@@ -83,11 +82,7 @@ def _check_equal(model: Any, done: Prefill) -> None:
 @torch.no_grad()
 def _step(model: Any, cache: Any) -> tuple[torch.Tensor, float]:
     token = torch.tensor([[7]], device=model.device)
-    synchronize(model.device)
-    begin = time.perf_counter()
-    logits = model(token, use_cache=True, **compat.cache_argument(model, cache)).logits
-    synchronize(model.device)
-    return logits, time.perf_counter() - begin
+    return timed(model.device, lambda: model(token, use_cache=True, **compat.cache_argument(model, cache)).logits)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from kvzip_press import RaggedCache, answer, generate, load_model, question_ids
+from kvzip_press import RaggedCache, answer, generate, question_ids
 from kvzip_press.cache.padding import left_padded
 from kvzip_press.leaderboard.benchmarks.side_by_side import can_be_joined, groups, joined, log_probabilities_of_all
 from kvzip_press.leaderboard.running.agreement import Agreement
-from kvzip_press.leaderboard.samples.task import Sample, Task
-from kvzip_press.model.devices import get_device, input_device
+from kvzip_press.leaderboard.samples.task import Sample, Task, token_counter
+from kvzip_press.model.devices import input_device
 
 COLUMNS = ("kept", "bytes", "KL, nats", "same tokens", "same answers", "accuracy")
 FULL_CACHES = 4  # what is asked in one batch holds no more than so many full caches
@@ -142,13 +142,6 @@ class Asked:
         )
 
 
-def loaded(name: str, device: str | None) -> tuple[Any, Any]:
-    """Returns a model on a device (None for the GPU, if any) and its tokenizer, for processes to call, too."""
-    model, tokenizer = load_model(name)
-    model.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
-    return model, tokenizer
-
-
 class Comparing:
     """What a process of a comparison holds; its methods make the parts.
 
@@ -171,11 +164,8 @@ class Comparing:
 
 def samples_of(tokenizer: Any, task: Task, n: int, length_tokens: int, seed: int) -> Sequence[Sample]:
     """Returns samples of a task, with lengths counted by a tokenizer."""
-
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
-    return list(task.samples(seed=seed, n=n, length_tokens=length_tokens, count_tokens=count))
+    counter = token_counter(tokenizer)
+    return list(task.samples(seed=seed, n=n, length_tokens=length_tokens, count_tokens=counter))
 
 
 def _answers(model: Any, tokenizer: Any, caches: Sequence[RaggedCache], sample: Sample) -> list[list[str]]:

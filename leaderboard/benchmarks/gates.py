@@ -14,7 +14,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvzip_press import load_model
 from kvzip_press.leaderboard.analysis.summary import Cell, summarise
 from kvzip_press.leaderboard.demo import GRID
 from kvzip_press.leaderboard.progress import row_bar
@@ -24,7 +23,7 @@ from kvzip_press.leaderboard.running.grid import load_grid
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
 from kvzip_press.leaderboard.running.runner import execute
 from kvzip_press.leaderboard.tasks import TASKS, get_task
-from kvzip_press.model.devices import get_device
+from kvzip_press.loading.by_name import load_on
 from kvzip_press.terminal import plain
 
 REMOVED = (0.5, 0.7)
@@ -62,8 +61,7 @@ def main(
 
 
 def _measure(run: Run, device: str | None, path: Path) -> list[Row]:
-    loaded, tokenizer = load_model(run.model_name)
-    loaded.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
+    loaded, tokenizer = load_on(run.model_name, device)
     works, found = plan(run, tokenizer), []
     keep_aside([path])
     with RowWriter(path) as writer, row_bar(Console(), count_rows(run, works)) as on_row:

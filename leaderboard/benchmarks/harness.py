@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kvzip_press import compat, load_model
+from kvzip_press import compat
 from kvzip_press.decoding.answering import decoded, question_ids
 from kvzip_press.decoding.generation import eos_ids
 from kvzip_press.leaderboard.rows.results import Row
@@ -27,8 +27,9 @@ from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, Work,
 from kvzip_press.leaderboard.running.runner import execute
 from kvzip_press.leaderboard.samples.task import Question
 from kvzip_press.leaderboard.tasks import get_task
+from kvzip_press.loading.by_name import load_on
 from kvzip_press.model.chat import chat_frame, encode
-from kvzip_press.model.devices import get_device, input_device
+from kvzip_press.model.devices import input_device
 
 PRESSES = ("kvzip", "snapkv", "expected_attention", "adakv_expected_attention", "knorm", "tova")
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -49,8 +50,7 @@ def main(
     names = press or list(PRESSES)
     tasks = tuple(TaskSpec(get_task(name), contexts, tokens) for name in task or ("hidden_facts", "profile_qa"))
     run = Run(model, tasks, tuple(PressSpec(name, name) for name in names), RATIOS, seed=31, batch_size=batch_size)
-    loaded, tokenizer = load_model(model)
-    loaded.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
+    loaded, tokenizer = load_on(model, device)
     works = plan(run, tokenizer)
     small = replace(run, presses=run.presses[-1:], compression_ratios=RATIOS[:1])
     for warm in (_ours, _loop):

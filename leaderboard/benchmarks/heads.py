@@ -16,7 +16,6 @@ import torch
 import typer
 from rich.console import Console
 
-from kvzip_press import load_model
 from kvzip_press.heads.scores import HeadScores
 from kvzip_press.leaderboard.analysis.summary import summarise
 from kvzip_press.leaderboard.analysis.table import results_table
@@ -25,7 +24,7 @@ from kvzip_press.leaderboard.rows.results import RowWriter
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan
 from kvzip_press.leaderboard.running.runner import execute
 from kvzip_press.leaderboard.tasks import get_task
-from kvzip_press.model.devices import get_device
+from kvzip_press.loading.by_name import load_on
 from kvzip_press.model.identity import num_kv_heads
 from kvzip_press.model.structure import full_attention_layers
 
@@ -45,8 +44,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the rows go.")] = Path("outputs/heads.jsonl"),
 ) -> None:
     """Runs the comparison and prints it."""
-    loaded, tokenizer = load_model(model)
-    loaded.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
+    loaded, tokenizer = load_on(model, device)
     shape = len(full_attention_layers(loaded)), num_kv_heads(loaded)
     presses = (PressSpec("none", "full cache", compression_ratios=(0.0,)), *head_presses(shape, window, draws))
     tasks = (

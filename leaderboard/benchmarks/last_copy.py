@@ -19,6 +19,7 @@ from rich.table import Table
 
 from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.compat import DynamicCache, cache_argument
+from kvzip_press.leaderboard.benchmarks.following import samples_of
 from kvzip_press.leaderboard.running.contexts import prompt_ids
 from kvzip_press.leaderboard.running.decode_phase import generate_evicting
 from kvzip_press.leaderboard.samples.task import Question
@@ -47,11 +48,9 @@ def main(
         get_press(name, budget=1000, buffer=buffer)  # raises before the model is loaded
     loaded, tokenizer = load_model(model)
     task: Any = get_task("repeated_paragraph", preset="smollm2")
-    samples = task.samples(
-        seed=seed, n=contexts, length_tokens=tokens, count_tokens=lambda text: len(encode(tokenizer, text))
-    )
+    samples = samples_of(tokenizer, task, contexts, tokens, seed)
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in ("full cache", *names)}
-    for sample in track(list(samples), description="paragraphs", transient=True):
+    for sample in track(samples, description="paragraphs", transient=True):
         (question,) = sample.questions
         prompt = prompt_ids(tokenizer, question)
         for name, values in found.items():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +30,7 @@ from kvzip_press.kernels.benchmarks.timing import read_bandwidth
 from kvzip_press.leaderboard.benchmarks.made_caches import made_layer
 from kvzip_press.leaderboard.benchmarks.periods import empty, free_bytes, measured_model
 from kvzip_press.leaderboard.profile.decode import TOKEN, WARMUP_STEPS
-from kvzip_press.model.devices import synchronize
+from kvzip_press.model.devices import timed
 from kvzip_press.model.structure import full_attention_layers
 from kvzip_press.terminal import plain
 
@@ -134,13 +133,7 @@ def _step_times(model: Any, cache: RaggedCache, steps: int, *, compiled: bool, n
         with DecodeStep(model, cache.fork(), max_new_tokens=n_tokens, **options) as step:
             if on_gpu and not step.captured:
                 figures[f"{kind}_reason"] = step.reason
-            times = []
-            for _ in range(WARMUP_STEPS + steps):
-                synchronize(model.device)
-                begin = time.perf_counter()
-                step(token)
-                synchronize(model.device)
-                times.append((time.perf_counter() - begin) * 1e3)
+            times = [timed(model.device, step, token)[1] * 1e3 for _ in range(WARMUP_STEPS + steps)]
             low, median, high = statistics.quantiles(times[WARMUP_STEPS:], n=4, method="inclusive")
             figures |= {f"{kind}_ms": median, f"{kind}_ms_quartiles": [low, high]}
             if n_kernels and on_gpu:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,8 @@ import torch
 from kvzip_press.decoding.step import DecodeStep
 from kvzip_press.leaderboard.benchmarks.made_caches import ragged_cache
 from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
-from kvzip_press.loading.by_name import load_model
-from kvzip_press.model.devices import synchronize
+from kvzip_press.loading.by_name import load_on
+from kvzip_press.model.devices import now
 from kvzip_press.press import Press
 
 TOKEN = 7
@@ -106,14 +105,7 @@ def measured_model(shape: str | None, model: str | None, place: torch.device) ->
     if shape is not None:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
         return random_model(get_shape(shape), place, dtype)
-    loaded: Any = load_model(str(model))[0]
-    return loaded.to(place)
-
-
-def now(device: torch.device) -> float:
-    """Returns the seconds of a clock, once the device has done all that it was given."""
-    synchronize(device)
-    return time.perf_counter()
+    return load_on(str(model), place)[0]
 
 
 def allocated(device: torch.device) -> int:

@@ -8,7 +8,6 @@ beyond the model's, which include what a step needs for itself.
 """
 
 import statistics
-import time
 from typing import Annotated
 
 import torch
@@ -20,7 +19,7 @@ from kvzip_press import ClusterRecall, DecodeStep, PageRecall, RaggedCache, get_
 from kvzip_press.cache.recall.policy import Recall
 from kvzip_press.leaderboard.profile.measure import Memory, Subject
 from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
-from kvzip_press.model.devices import get_device, synchronize
+from kvzip_press.model.devices import get_device, now, timed
 from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.terminal import plain
 
@@ -60,9 +59,9 @@ def compared(subject: Subject, context_length: int, budget: int, steps: int) -> 
         "clusters, from host memory": (clusters, True),
     }
     for name, (recall, offload) in ways.items():
-        begin = _now(subject.device)
+        begin = now(subject.device)
         read = cache if recall is None else with_recall(cache, recall, offload=offload)
-        seconds = _now(subject.device) - begin
+        seconds = now(subject.device) - begin
         if offload:
             cache = read  # only host memory holds these pairs from here on
         memory.restart()
@@ -78,18 +77,10 @@ def compared(subject: Subject, context_length: int, budget: int, steps: int) -> 
 
 def _milliseconds(subject: Subject, cache: RaggedCache, steps: int, *, graph: bool) -> float:
     """Returns the median time of a step."""
-    times, token = [], torch.tensor([7], device=subject.device)
+    token = torch.tensor([7], device=subject.device)
     with DecodeStep(subject.model, cache.fork(), max_new_tokens=WARMUP + steps, graph=graph) as step:
-        for _ in range(WARMUP + steps):
-            begin = _now(subject.device)
-            step(token)
-            times.append((_now(subject.device) - begin) * 1e3)
-    return statistics.median(times[WARMUP:])
-
-
-def _now(device: torch.device) -> float:
-    synchronize(device)
-    return time.perf_counter()
+        seconds = [timed(subject.device, step, token)[1] for _ in range(WARMUP + steps)]
+    return statistics.median(seconds[WARMUP:]) * 1e3
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kvzip_press import RaggedCache, answer_restoring, get_press, load_model, prefill
+from kvzip_press import RaggedCache, answer_restoring, get_press, prefill
 from kvzip_press.leaderboard.benchmarks.following import samples_of
 from kvzip_press.leaderboard.samples.task import Sample, Task
 from kvzip_press.leaderboard.tasks import get_task
-from kvzip_press.model.devices import get_device, synchronize
+from kvzip_press.loading.by_name import load_on
+from kvzip_press.model.devices import synchronize
 from kvzip_press.terminal import plain
 
 
@@ -43,8 +44,7 @@ def main(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default the GPU if any.")] = None,
 ) -> None:
     """Runs both and prints them."""
-    loaded, tokenizer = load_model(model)
-    loaded.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
+    loaded, tokenizer = load_on(model, device)
     task: Task = get_task("hidden_facts", n_keys=keys)
 
     def samples(n: int, length_tokens: int) -> Sequence[Sample]:

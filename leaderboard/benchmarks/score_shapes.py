@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kvzip_press import Press, get_press, load_model, prefill
+from kvzip_press import Press, get_press, prefill
 from kvzip_press.budget.scores import Scores
 from kvzip_press.budget.selection import select
 from kvzip_press.leaderboard.benchmarks.following import samples_of
 from kvzip_press.leaderboard.tasks import get_task
-from kvzip_press.model.devices import get_device
+from kvzip_press.loading.by_name import load_on
 from kvzip_press.terminal import plain
 
 TIED = 0.02
@@ -47,8 +47,7 @@ def main(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default the GPU if any.")] = None,
 ) -> None:
     """Scores contexts with each press, and prints the figures."""
-    loaded, tokenizer = load_model(model)
-    loaded.to(get_device(device))  # type: ignore[arg-type]  # transformers types this for its own parallel models
+    loaded, tokenizer = load_on(model, device)
     presses: dict[str, Press] = {
         "kvzip": get_press("kvzip"),
         "kvzip, surprisal": get_press("kvzip", weighting="surprisal"),

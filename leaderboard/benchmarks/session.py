@@ -28,8 +28,8 @@ from kvzip_press.cache.ragged_cache import RaggedCache
 from kvzip_press.decoding.answering import question_ids
 from kvzip_press.decoding.generation import MIN_GRAPH_TOKENS, generate
 from kvzip_press.leaderboard.benchmarks.many_contexts import random_contexts
-from kvzip_press.leaderboard.benchmarks.periods import measured_model, now
-from kvzip_press.model.devices import get_device
+from kvzip_press.leaderboard.benchmarks.periods import measured_model
+from kvzip_press.model.devices import get_device, timed
 from kvzip_press.serving.context import PoolShape
 from kvzip_press.serving.packing import pairs_in_cache
 from kvzip_press.serving.session import Session
@@ -178,9 +178,7 @@ def _one_by_one(model: Any, cache: RaggedCache, load: Load, n_tokens: int) -> Id
 def _timed(answer: Callable[[int], Ids], load: Load, device: torch.device) -> tuple[float, Ids]:
     """Returns the seconds of all answers, and the answers, after shorter ones that compile and capture what is used."""
     answer(WARMUP_TOKENS)
-    begin = now(device)
-    answers = answer(load.answer)
-    seconds = now(device) - begin
+    answers, seconds = timed(device, answer, load.answer)
     assert all(len(ids) == load.answer for ids in answers), "every answer has its length"
     return seconds, answers
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from kvzip_press import get_press
 from kvzip_press.heads.share_search import find_shares, nats_per_token
-from kvzip_press.leaderboard.benchmarks.following import loaded
+from kvzip_press.loading.by_name import load_on
 from kvzip_press.model.chat import encode
 from kvzip_press.terminal import plain
 
@@ -39,7 +39,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="File for the figures, JSON.")] = None,
 ) -> None:
     """Runs the comparison and prints it."""
-    read_by, tokenizer = loaded(model, device)
+    read_by, tokenizer = load_on(model, device)
     every = [piece for path in text for piece in _pieces(tokenizer, path.read_text(encoding="utf-8"), length)]
     every = every[:: max(1, len(every) // pieces)][:pieces]
     searched, held_out = every[::2], every[1::2]

@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from kvzip_press import compress, get_press, prefill, share_layers
-from kvzip_press.leaderboard.benchmarks.following import COLUMNS, Asked, Comparing, Followed, loaded, samples_of
+from kvzip_press.leaderboard.benchmarks.following import COLUMNS, Asked, Comparing, Followed, samples_of
 from kvzip_press.leaderboard.benchmarks.parts import Part, parts_of
 from kvzip_press.leaderboard.samples.task import Sample, Task
 from kvzip_press.leaderboard.tasks import get_task
+from kvzip_press.loading.by_name import load_on
 from kvzip_press.sharing.search import ORDERS, Order, find_shared_layers
 from kvzip_press.terminal import plain
 
@@ -56,7 +57,7 @@ def main(
     del settings["contexts"]  # more of them only add
     table = Table("layers that share", "cosine", "removed", *COLUMNS, box=None, pad_edge=False)
     rows: list[dict[str, Any]] = []
-    make = functools.partial(Comparison, loaded, model, asked)
+    make = functools.partial(Comparison, load_on, model, asked)
     with parts_of(make, device=device, workers=workers, settings=settings, output=output) as parts:
         calls = [Part("search", (n_shared, order)) for n_shared in numbers for order in ORDERS]
         found: dict[str, Any] = {"none": {"cosine": 1.0, "sources": []}}

@@ -17,9 +17,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvzip_press import Press, get_press, load_model, prefill
+from kvzip_press import Press, get_press, prefill
+from kvzip_press.leaderboard.benchmarks.following import samples_of
 from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
 from kvzip_press.leaderboard.tasks import get_task
+from kvzip_press.loading.by_name import load_on
 from kvzip_press.model.devices import get_device, get_dtype, input_device, synchronize
 from kvzip_press.model.structure import text_config, text_decoder
 from kvzip_press.terminal import plain
@@ -45,18 +47,13 @@ def main(
         loaded = random_model(get_shape(shape), where, get_dtype(dtype or "bf16") or torch.bfloat16)
         tokenizer = ByteTokenizer()
     else:
-        loaded, tokenizer = load_model(model)
-        loaded.to(get_device(device))
+        loaded, tokenizer = load_on(model, device)
     name = shape or model
     if calculate:
         Console().print(_calculated(loaded, name))
         return
     task = get_task("hidden_facts", n_keys=4)
-
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
-    context = next(iter(task.samples(seed=1, n=1, length_tokens=tokens, count_tokens=count))).context
+    context = samples_of(tokenizer, task, 1, tokens, seed=1)[0].context
     presses = {
         (replay, weighting): get_press(f"kvzip{replay}", weighting=weighting)
         for replay in ("", "_local")

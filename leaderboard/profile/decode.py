@@ -6,7 +6,6 @@ are the same. In turns both meet the same conditions, and the ratios of the turn
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -17,7 +16,8 @@ import torch
 
 from kvzip_press import compat
 from kvzip_press.cache.ragged_cache import RaggedCache
-from kvzip_press.model.devices import synchronize
+from kvzip_press.errors import first_line_of
+from kvzip_press.model.devices import timed
 
 WARMUP_STEPS = 3
 TOKEN = 7  # the time does not depend on which token is read
@@ -73,16 +73,17 @@ def stepped_ms(
     figures: dict[str, Any] = {"turns": {}, "notes": {}}
     for mode, (caches, options) in wanted.items():
         try:
-            timed, reason = _timed(model, caches, n_tokens, **options)
+            times, reason = _timed(model, caches, n_tokens, **options)
         except Exception as error:
             if mode == "eager":
                 raise
-            timed, reason = None, one_line(error)  # capture and compilers raise of all kinds; the eager figure stays
+            # capture and compilers raise of all kinds; the eager figure stays
+            times, reason = None, first_line_of(error)
         if reason is not None and mode != "eager":
             figures["notes"][mode] = reason
-        figures[f"decode_ms_{mode}"] = None if timed is None else timed.pop("ms")
-        if timed is not None:
-            figures["turns"][mode] = timed
+        figures[f"decode_ms_{mode}"] = None if times is None else times.pop("ms")
+        if times is not None:
+            figures["turns"][mode] = times
     return figures
 
 
@@ -137,23 +138,9 @@ def _in_turns(steps: Sequence[Step], device: torch.device, n_tokens: int) -> dic
     for _ in range(WARMUP_STEPS):
         for step in steps:
             step()
-    ms = np.array([[_ms(step, device) for step in steps] for _ in range(n_tokens)])
+    ms = np.array([[timed(device, step)[1] * 1e3 for step in steps] for _ in range(n_tokens)])
     low, median, high = np.percentile(ms[:, 0], _QUARTILES).tolist()
     if len(steps) == 1:
         return {"ms": median, **asdict(Turns(low, high))}
     speedups = np.percentile(ms[:, 1] / ms[:, 0], _QUARTILES).tolist()
     return {"ms": median, **asdict(Turns(low, high, float(np.median(ms[:, 1])), *speedups))}
-
-
-def _ms(step: Step, device: torch.device) -> float:
-    synchronize(device)
-    begin = time.perf_counter()
-    step()
-    synchronize(device)
-    return (time.perf_counter() - begin) * 1e3
-
-
-def one_line(error: BaseException) -> str:
-    """Formats an error as one line, to fit a cell of a table."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from kvzip_press.compat import DynamicCache
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.profile.decode import WARMUP_STEPS, plain_ms, stepped_ms
 from kvzip_press.leaderboard.profile.rows import BASELINE, DENSE, OURS
-from kvzip_press.model.devices import synchronize
+from kvzip_press.model.devices import now, synchronize
 from kvzip_press.model.structure import full_attention_layers, max_positions, text_config, text_decoder
 from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.registry import get_press
@@ -105,11 +104,9 @@ def _ours(subject: Subject, case: Case) -> dict[str, Any]:
     if subject.device.type == "cuda":
         press.score(done)  # kernels are compiled, and cuDNN plans made, for the shapes of this length
     memory.restart()
-    synchronize(subject.device)
-    begin = time.perf_counter()
+    begin = now(subject.device)
     done.evict_in_place(press.score(done), storage=case.storage)
-    synchronize(subject.device)
-    figures |= {"compress_seconds": time.perf_counter() - begin, "peak_compress_bytes": memory.peak()}
+    figures |= {"compress_seconds": now(subject.device) - begin, "peak_compress_bytes": memory.peak()}
     cache = RaggedCache.of(done.cache)
     del done  # frees what the press gathered during the prefill too
     figures |= {
@@ -132,11 +129,9 @@ def _dense(subject: Subject, case: Case) -> dict[str, Any]:
     """Measures plain Hugging Face: the model's own attention over a DynamicCache."""
     memory = Memory(subject.device)
     memory.restart()
-    synchronize(subject.device)
-    begin = time.perf_counter()
+    begin = now(subject.device)
     cache = _read_plainly(subject, subject.context(case.context_length))
-    synchronize(subject.device)
-    figures: dict[str, Any] = {"prefill_seconds": time.perf_counter() - begin, "peak_prefill_bytes": memory.peak()}
+    figures: dict[str, Any] = {"prefill_seconds": now(subject.device) - begin, "peak_prefill_bytes": memory.peak()}
     seen = RaggedCache(cache.layers)
     figures |= {"resident_bytes": seen.resident_bytes, "dense_bytes": seen.dense_bytes, "kept_fraction": 1.0}
     return figures | plain_ms([subject.model], [cache], case.decode_tokens) | {"notes": {"graph": NO_GRAPH}}

@@ -7,14 +7,13 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import InvalidArgumentError, first_line_of
 from kvzip_press.files import check_writable
-from kvzip_press.leaderboard.profile.decode import one_line
 from kvzip_press.leaderboard.profile.gains import sentences
 from kvzip_press.leaderboard.profile.grid import Grid, make_grid
 from kvzip_press.leaderboard.profile.measure import Case, Subject, measure
@@ -22,7 +21,7 @@ from kvzip_press.leaderboard.profile.report import profile_tables
 from kvzip_press.leaderboard.profile.rows import ProfileRow, provenance
 from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
 from kvzip_press.leaderboard.rows.line_file import LineWriter
-from kvzip_press.loading.by_name import load_model
+from kvzip_press.loading.by_name import load_on
 from kvzip_press.model.devices import get_device, get_dtype
 from kvzip_press.terminal import plain
 
@@ -72,18 +71,13 @@ def run_profile(
             kind = kind or (torch.bfloat16 if place.type == "cuda" else torch.float32)
             subject = Subject(str(shape), random_model(known, place, kind))
         else:
-            subject = _load(str(model), place, kind)
+            subject = Subject(str(model), *load_on(str(model), place, kind))
     rows = list(_measured(subject, grid, path, console))
     console.print(profile_tables(rows, _title(rows[0])))
     for sentence in sentences(rows):
         console.print(plain(sentence))
     console.print(plain(f"rows: {path}"))
     return rows
-
-
-def _load(name: str, device: torch.device, dtype: torch.dtype | None) -> Subject:
-    model, tokenizer = load_model(name, dtype=dtype or "auto")
-    return Subject(name, cast("Any", model).to(device), tokenizer)
 
 
 def _measured(subject: Subject, grid: Grid, path: Path, console: Console) -> Iterator[ProfileRow]:
@@ -121,7 +115,7 @@ def _figures(subject: Subject, case: Case) -> dict[str, Any]:
         return measure(subject, case)
     except Exception as error:  # out of memory, or a press that refuses: a row, and the run continues
         logger.debug("%s", case, exc_info=True)
-        return {"error": one_line(error)}
+        return {"error": first_line_of(error)}
     finally:
         gc.collect()
         if subject.device.type == "cuda":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +18,7 @@ from kvzip_press.leaderboard.running.contexts import Context, prompt_ids
 from kvzip_press.leaderboard.running.following import FullAnswer, follow, full_answer
 from kvzip_press.leaderboard.running.measured import Measured
 from kvzip_press.leaderboard.running.plan import AGREEMENT
-from kvzip_press.model.devices import input_device, synchronize
+from kvzip_press.model.devices import input_device, timed
 from kvzip_press.model.structure import text_config
 from kvzip_press.press import Press
 
@@ -72,12 +71,8 @@ class Writing:
         prompt = prompt_ids(self._tokenizer, question)
         if self._context.work.measure == AGREEMENT:
             return self._followed(label, press, number, prompt)
-        device = input_device(self._model)
-        synchronize(device)
-        begin = time.perf_counter()
-        ids, cache, most_bytes = generate_evicting(self._model, self._tokenizer, press, prompt, question.max_new_tokens)
-        synchronize(device)
-        seconds = time.perf_counter() - begin
+        asked = self._model, self._tokenizer, press, prompt, question.max_new_tokens
+        (ids, cache, most_bytes), seconds = timed(input_device(self._model), generate_evicting, *asked)
         measured = replace(measure_grown(label, press, cache), resident_bytes=most_bytes)
         return Written(ids, len(prompt), cache, measured, seconds)
 

@@ -12,7 +12,7 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.options import check_name
 from kvzip_press.leaderboard.rows.results import run_id
 from kvzip_press.leaderboard.running.made_files import MadeFile
-from kvzip_press.leaderboard.samples.task import Sample, Task, version_of
+from kvzip_press.leaderboard.samples.task import Sample, Task, token_counter, version_of
 from kvzip_press.press import Press
 from kvzip_press.version import __version__
 
@@ -168,11 +168,7 @@ def plan(run: Run, tokenizer: Any) -> list[Work]:
         InvalidArgumentError: A task without samples, a sample without questions, two with the same name, or a sample
             that is a conversation whose agreement is to be measured.
     """
-
-    def count_tokens(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
-    placed = []
+    count_tokens, placed = token_counter(tokenizer), []
     for spec in run.tasks:
         samples = list(
             spec.task.samples(

@@ -1,6 +1,5 @@
 """The loop over contexts: a prefill per context, a scoring per press, an eviction per ratio, a fork per question."""
 
-import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -23,7 +22,7 @@ from kvzip_press.leaderboard.running.measured import Measured, check_kept, measu
 from kvzip_press.leaderboard.running.plan import AGREEMENT, PressSpec, Run, Work
 from kvzip_press.leaderboard.running.provenance import provenance
 from kvzip_press.leaderboard.samples.task import version_of
-from kvzip_press.model.devices import input_device, synchronize
+from kvzip_press.model.devices import input_device, timed
 from kvzip_press.model.structure import max_positions
 from kvzip_press.prefilling.whole import Prefill
 from kvzip_press.press import Press
@@ -332,12 +331,7 @@ class _Loop:
         )
 
     def _timed(self, function: Callable[..., T], *arguments: Any) -> tuple[T, float]:
-        device = input_device(self.model)
-        synchronize(device)
-        begin = time.perf_counter()
-        value = function(*arguments)
-        synchronize(device)
-        return value, time.perf_counter() - begin
+        return timed(input_device(self.model), function, *arguments)
 
 
 def _rows_of(cache: RaggedCache, rows: Sequence[int]) -> RaggedCache:

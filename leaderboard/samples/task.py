@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.metrics import substring_match
+from kvzip_press.model.text import encode
 
 TokenCounter = Callable[[str], int]
 """Counts the tokens of a text; generated contexts get their length in these."""
@@ -63,6 +64,11 @@ class Sample:
     context: str
     questions: tuple[Question, ...]
     multi_turn: bool = False
+
+
+def token_counter(tokenizer: Any) -> TokenCounter:
+    """Returns the function that counts the tokens of a text as a tokenizer does, without any that it adds."""
+    return lambda text: len(encode(tokenizer, text))
 
 
 def approximate_tokens(text: str) -> int:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvzip_press.model.devices import input_device, synchronize
+from kvzip_press.model.devices import input_device, timed
 from kvzip_press.model.structure import full_attention_layers, text_config
 from kvzip_press.prefilling.whole import run_prefill
 from kvzip_press.presses.fastkvzip.fast_press import FastKVzipPress
@@ -94,16 +92,16 @@ def _prefill(model: Any, tokens: int, repeats: int) -> dict[str, str]:
 def _training(model: Any, document: int, steps: int) -> dict[str, str]:
     ids = torch.randint(3, 1000, (document,), generator=torch.Generator().manual_seed(1)).tolist()
     features_of(model, ByteTokenizer(), ids[: document // 4])  # warms up
-    reading, (hidden, scores) = _timed(lambda: features_of(model, ByteTokenizer(), ids), model)
+    (hidden, scores), reading = timed(input_device(model), features_of, model, ByteTokenizer(), ids)
     with tempfile.TemporaryDirectory() as folder:
         shards = Shards(Path(folder), tuple(hidden), *_gate_shape(model)[:2])
-        writing, _ = _timed(lambda: shards.append(hidden, scores), model)
+        _, writing = timed(input_device(model), shards.append, hidden, scores)
     recipe, device = Recipe(), input_device(model)
     shape = (*_gate_shape(model), recipe.dim, recipe.n_sink)
     optimiser = Optimiser(recipe, initial(shape, len(hidden), recipe.seed), device)
     features = [x.to(device) for x in hidden.values()], [x.T.contiguous().to(device) for x in scores.values()]
     optimiser.run(*features, range(3))
-    stepping, _ = _timed(lambda: optimiser.run(*features, range(steps)), model)
+    _, stepping = timed(device, optimiser.run, *features, range(steps))
     hours = (MILLION / document * (reading + writing) + recipe.steps * stepping / steps) / 3600
     fits = 20e9 / shards.token_bytes
     return {
@@ -112,15 +110,6 @@ def _training(model: Any, document: int, steps: int) -> dict[str, str]:
         f"optimiser step, all layers, {recipe.batch_size} tokens": f"{stepping / steps * 1e3:.1f} ms",
         f"extrapolated to {MILLION} tokens, {recipe.steps} steps": f"{hours:.2f} GPU-hours (goal: at most 0.5)",
     }
-
-
-def _timed(function: Callable[[], Any], model: Any) -> tuple[float, Any]:
-    device = input_device(model)
-    synchronize(device)
-    begin = time.perf_counter()
-    value = function()
-    synchronize(device)
-    return time.perf_counter() - begin, value
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvzip_press import compat
 from kvzip_press.attention.implementation import detach
-from kvzip_press.model.devices import synchronize
+from kvzip_press.model.devices import now
 from kvzip_press.model.structure import attention_layers, text_decoder
 from kvzip_press.model.twin import twin_of
 from kvzip_press.presses.kvpress_adapter.copies import fresh_copy
@@ -92,15 +91,11 @@ def run_original(press: Any, model: Any, input_ids: torch.Tensor, tokenizer: Any
     with _wrapped_attention(), _path_with(model, tokenizer):
         detach(model)
         cache = compat.DynamicCache(config=decoder.config)
-        synchronize(device)
-        begin = time.perf_counter()
-        with torch.no_grad():
-            with press(model):
-                decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
-                synchronize(device)
-                read = time.perf_counter()
-            synchronize(device)
-        end = time.perf_counter()
+        begin = now(device)
+        with torch.no_grad(), press(model):
+            decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
+            read = now(device)
+        end = now(device)
         yield OriginalRun(model, cache, _kept_fraction(model, cache, input_ids.shape[1]), read - begin, end - read)
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from kvzip_press.cli.main import main
-from kvzip_press.leaderboard import demo, launch
-from kvzip_press.leaderboard.profile import run as profile_run
+from kvzip_press.leaderboard import demo
 from kvzip_press.loading import by_name
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
@@ -59,13 +58,8 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def load(*_: object, **__: object) -> tuple[Any, Any]:
         return tiny_model(num_layers=1), ByteTokenizer()
 
-    for module, name in (
-        (launch, "load_model"),
-        (demo, "load_model"),
-        (profile_run, "load_model"),
-        (by_name, "load_model"),
-    ):
-        monkeypatch.setattr(module, name, load)
+    for module in (demo, by_name):
+        monkeypatch.setattr(module, "load_model", load)
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the command waits"))
     signal.alarm(600)  # a pipe is waited for without end, all else takes seconds, or minutes on a busy machine
     yield
@@ -227,7 +221,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_loaded(
     def load(*_: object, **__: object) -> None:
         pytest.fail("a model was loaded")
 
-    for module in (launch, demo, profile_run, by_name):
+    for module in (demo, by_name):
         monkeypatch.setattr(module, "load_model", load)
     (tmp_path / "text").write_text("The number of Vera is 47. " * 20, encoding="utf-8")
     (tmp_path / "grid.yaml").write_text(GRID, encoding="utf-8")

@@ -15,6 +15,7 @@ from kvzip_press.leaderboard.analysis.statistics import Comparison
 from kvzip_press.leaderboard.benchmarks import candidate_scores as scoring
 from kvzip_press.leaderboard.benchmarks import candidates
 from kvzip_press.leaderboard.rows.results import read_rows
+from kvzip_press.loading import by_name
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 TEXT = "the quick brown fox jumps over the lazy dog and the lazy dog does not mind"
@@ -110,7 +111,7 @@ def test_weights_take_pairs_from_a_head_that_copies() -> None:
 @pytest.fixture
 def app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Runs the benchmark's commands on a tiny model and grid."""
-    monkeypatch.setattr(candidates, "load_model", lambda _, dtype: (tiny_model(num_layers=1), ByteTokenizer()))
+    monkeypatch.setattr(by_name, "load_model", lambda name, **_: (tiny_model(num_layers=1), ByteTokenizer()))
     monkeypatch.setenv("COLUMNS", "160")
     grid = tmp_path / "grid.yaml"
     grid.write_text(GRID, encoding="utf-8")

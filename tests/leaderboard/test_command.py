@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from kvzip_press.cli.main import app, main
 from kvzip_press.errors import KVzipPressError, MissingDependencyError
-from kvzip_press.leaderboard import launch
 from kvzip_press.leaderboard.rows.results import Row, read_rows
 from kvzip_press.leaderboard.running import plan
 from kvzip_press.leaderboard.running.run_directory import RunRecord
+from kvzip_press.loading import by_name
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 GRID = {
@@ -35,7 +35,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         asked.append((name, dtype))
         return tiny_model(num_layers=1), ByteTokenizer()
 
-    monkeypatch.setattr(launch, "load_model", load)
+    monkeypatch.setattr(by_name, "load_model", load)
     monkeypatch.setenv("COLUMNS", "120")
     return asked
 

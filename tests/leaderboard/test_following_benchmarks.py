@@ -22,7 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[s
     import loaded_by_benchmarks  # as other processes do
 
     def run(module: Any, **options: Any) -> dict[str, Any]:
-        monkeypatch.setattr(module, "loaded", loaded_by_benchmarks.tiny)
+        monkeypatch.setattr(module, "load_on", loaded_by_benchmarks.tiny)
         out = tmp_path / "figures.json"
         module.main(model="tiny", device="cpu", output=out, **options)
         figures: dict[str, Any] = json.loads(out.read_text())

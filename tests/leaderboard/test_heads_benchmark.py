@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from kvzip_press import HeadScores
 from kvzip_press.leaderboard.benchmarks import heads
 from kvzip_press.leaderboard.rows.results import Row, read_rows
+from kvzip_press.loading import by_name
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 WINDOWS = ("", ", window 100")
@@ -24,7 +25,7 @@ def run(tmp_path_factory) -> tuple[str, list[Row]]:
     path = tmp_path_factory.mktemp("heads") / "rows.jsonl"
     options = ["--contexts", "1", "--tokens", "600", "--window", "100", "--draws", "2", "--out", str(path)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heads, "load_model", lambda name: (tiny_model(), ByteTokenizer()))
+        patch.setattr(by_name, "load_model", lambda name, **_: (tiny_model(), ByteTokenizer()))
         patch.setattr(heads, "REMOVED", (0.5,))
         patch.setattr(HeadScores, "shipped", classmethod(lambda cls, folder, model: scores))
         done = CliRunner().invoke(app, options, catch_exceptions=False)

@@ -21,6 +21,7 @@ from kvzip_press.leaderboard.profile.gains import sentences
 from kvzip_press.leaderboard.profile.report import profile_tables
 from kvzip_press.leaderboard.profile.rows import ProfileRow
 from kvzip_press.leaderboard.rows.line_file import read_lines
+from kvzip_press.model import devices
 
 TINY = shapes.Shape(
     "llama",
@@ -411,8 +412,7 @@ def test_two_caches_are_timed_in_turns_and_compared_turn_by_turn(monkeypatch: py
 
         return run_once
 
-    monkeypatch.setattr(decode, "synchronize", lambda device: None)
-    monkeypatch.setattr(decode.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(devices, "now", lambda device: clock["now"])
     found = decode._in_turns([step("own", 0.004), step("baseline", 0.006)], torch.device("cpu"), 4)
     assert calls == ["own", "baseline"] * (decode.WARMUP_STEPS + 4)
     assert (found["speedup_low"], found["speedup"], found["speedup_high"]) == pytest.approx((1.5, 1.5, 1.5))

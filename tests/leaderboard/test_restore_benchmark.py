@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from kvzip_press import RandomPress, compress
 from kvzip_press.leaderboard.benchmarks import restore
+from kvzip_press.loading import by_name
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 
@@ -17,7 +18,7 @@ def test_it_runs_on_a_small_model() -> None:
     app.command()(restore.main)
     options = ["--tokens", "120", "--contexts", "1", "--keys", "1", "--length", "120", "--repeats", "1"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(restore, "load_model", lambda name: (tiny_model(num_layers=2), ByteTokenizer()))
+        patch.setattr(by_name, "load_model", lambda name, **_: (tiny_model(num_layers=2), ByteTokenizer()))
         done = CliRunner().invoke(app, [*options, "--device", "cpu"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "restore from a file" in done.output

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvzip_press.leaderboard.benchmarks import score_shapes
+from kvzip_press.loading import by_name
 from kvzip_press.presses.fastkvzip.gate import LayerGate
 from kvzip_press.presses.fastkvzip.gates import Gates
 from kvzip_press.testing import ByteTokenizer, tiny_model
@@ -34,7 +35,7 @@ def test_it_compares_gates_and_weights_with_kvzip(
     config = model.config
     groups = config.num_attention_heads // config.num_key_value_heads
     Gates([LayerGate(config.hidden_size, config.num_key_value_heads, groups) for _ in range(2)]).save(path)
-    monkeypatch.setattr(score_shapes, "load_model", lambda _: (model, ByteTokenizer()))
+    monkeypatch.setattr(by_name, "load_model", lambda name, **_: (model, ByteTokenizer()))
     monkeypatch.setenv("COLUMNS", "140")
     score_shapes.main(
         contexts=1, tokens=200, task=["hidden_facts"], by_layer=True, gate=path, model="tiny", device="cpu"

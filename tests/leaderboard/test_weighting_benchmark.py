@@ -5,11 +5,12 @@ import torch
 
 from kvzip_press.leaderboard.benchmarks import weighting
 from kvzip_press.leaderboard.profile.shapes import get_shape, random_model
+from kvzip_press.loading import by_name
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 
 def test_it_says_the_cost_of_both_replays(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(weighting, "load_model", lambda _: (tiny_model(num_layers=1), ByteTokenizer()))
+    monkeypatch.setattr(by_name, "load_model", lambda name, **_: (tiny_model(num_layers=1), ByteTokenizer()))
     monkeypatch.setenv("COLUMNS", "120")
     weighting.main(model="tiny", tokens=300, repeats=1)
     shown = capsys.readouterr().out

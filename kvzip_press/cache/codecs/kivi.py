@@ -12,6 +12,7 @@ from kvzip_press.cache.codecs.held import Encoded, Held, NewPairs, Staying
 from kvzip_press.cache.codecs.row_storage import BLOCK, RowStorage, codes_in, encoded_rows
 from kvzip_press.cache.codecs.storage import Layout
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.kernels.ragged_pack.indices import cumulated
 from kvzip_press.kernels.row_codec import Codes, encode_groups, groups_of
 
 GROUP = 32  # tokens whose keys share scales
@@ -44,7 +45,7 @@ class Kivi4(RowStorage):
     def encode(self, new: NewPairs, before: Held | None = None) -> Encoded:
         """Returns codes, scales of values, and groups of the pairs that are kept."""
         keep, lengths = new.keep, new.keep.sum(dim=2)
-        bounds = torch.nn.functional.pad(lengths.flatten().cumsum(0), (1, 0)).int()
+        bounds = cumulated(lengths.flatten()).int()
         total = int(bounds[-1])
         groups, n_groups = groups_of(bounds, total, GROUP)
         encoded = list(_in_blocks(new.keys[keep], groups, n_groups, self.key_format))

@@ -13,7 +13,7 @@ from kvzip_press.cache.pair_pool.cutting import kept_after
 from kvzip_press.cache.pair_pool.merging import Merges
 from kvzip_press.cache.pair_pool.pair_list import PairList, PerPair
 from kvzip_press.cache.pair_pool.pool import PairPool
-from kvzip_press.cache.pair_pool.stack import bounds_of, numbers_of
+from kvzip_press.cache.pair_pool.stack import bounds_of, marked_pairs, numbers_of
 from kvzip_press.cache.pair_pool.tails import Tails
 from kvzip_press.cache.pair_pool.worth import Worth
 from kvzip_press.cache.ragged_layer import RaggedLayer
@@ -99,5 +99,4 @@ def _rows_at_once(pairs: PairList, most: int) -> int:
 
 def _lengths(packed: PackedPairs, kept: PerPair) -> torch.Tensor:
     """Returns how many pairs each segment keeps, int64 ``[segments]`` on the host; waits for the device."""
-    staying = torch.nn.functional.pad(kept.packed.cumsum(0), (1, 0))[packed.cu_seqlens.long()].diff()
-    return (staying + kept.tails.sum(dim=-1).flatten()).cpu()
+    return (marked_pairs(packed, kept.packed) + kept.tails.sum(dim=-1).flatten()).cpu()

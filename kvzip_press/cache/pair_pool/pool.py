@@ -17,6 +17,7 @@ from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.ragged_layer import RaggedLayer
 from kvzip_press.cache.tail import is_writable
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError
+from kvzip_press.kernels.ragged_pack.indices import cumulated
 
 
 class PairPool:
@@ -78,7 +79,7 @@ class PairPool:
         else:
             for place, tensor in zip(old.tensors, new.tensors, strict=True):
                 place.copy_(tensor)
-        self.bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        self.bounds = cumulated(lengths)
 
     def hand_out(self, layers: Sequence[RaggedLayer]) -> None:
         """Gives each layer its pairs, as views, and empties its tail."""

@@ -10,6 +10,7 @@ import torch
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.pair_pool.pool import pool_of
 from kvzip_press.cache.ragged_layer import RaggedLayer
+from kvzip_press.kernels.ragged_pack.indices import cumulated
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,12 @@ def bounds_of(layers: Sequence[RaggedLayer], part: slice | None = None) -> torch
         bounds = pool.bounds[part.start * n_segments : part.stop * n_segments + 1]
         return bounds - bounds[0]
     lengths = torch.cat([layer.packed.cu_seqlens.diff() for layer in layers[part]]).cpu()
-    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int64), (1, 0))
+    return cumulated(lengths)
+
+
+def marked_pairs(packed: PackedPairs, marks: torch.Tensor) -> torch.Tensor:
+    """Returns how many pairs of each segment are marked, int64 ``[segments]``, given bool ``[total_kept]``."""
+    return cumulated(marks)[packed.cu_seqlens.long()].diff()
 
 
 def numbers_of(layers: Sequence[RaggedLayer]) -> PackedPairs:

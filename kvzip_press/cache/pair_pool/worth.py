@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kvzip_press.cache.packed_pairs import PackedPairs
-from kvzip_press.cache.pair_pool.stack import numbers_of
+from kvzip_press.cache.pair_pool.stack import marked_pairs, numbers_of
 from kvzip_press.cache.ragged_layer import RaggedLayer
 
 STAYS = torch.finfo(torch.float32).max
@@ -43,6 +43,5 @@ def held_tokens(layers: Sequence[RaggedLayer]) -> torch.Tensor:
 
 def staying_pairs(packed: PackedPairs) -> torch.Tensor:
     """Returns how many pairs of each row and head stay in any case, int64 ``[num_rows, num_heads]``."""
-    stays = torch.zeros_like(packed.positions) if packed.scores is None else (packed.scores == STAYS).long()
-    sums = torch.nn.functional.pad(stays.long().cumsum(0), (1, 0))
-    return sums[packed.cu_seqlens.long()].diff().view(packed.num_rows, packed.num_heads)
+    stays = torch.zeros_like(packed.positions) if packed.scores is None else packed.scores == STAYS
+    return marked_pairs(packed, stays).view(packed.num_rows, packed.num_heads)

@@ -12,7 +12,7 @@ import transformers
 
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, MissingDependencyError, ModelNotFoundError
 from kvzip_press.loading import by_name as loading
-from kvzip_press.loading.by_name import load_model
+from kvzip_press.loading.by_name import load_model, load_on
 from kvzip_press.loading.embedded import SMOLLM2, EmbeddedModel
 from kvzip_press.testing import tiny_model
 
@@ -50,6 +50,18 @@ def test_a_directory_is_loaded_in_its_own_dtype_and_in_evaluation_mode(directory
     assert model.dtype == torch.bfloat16
     assert not model.training
     assert tokenizer.encode("b") == [1]
+
+
+def test_on_a_device_a_model_has_its_own_dtype_or_another(directory: Path) -> None:
+    model, tokenizer = load_on(str(directory), "cpu")
+    assert (model.dtype, model.device.type) == (torch.bfloat16, "cpu")
+    assert tokenizer.encode("b") == [1]
+    assert load_on(str(directory), torch.device("cpu"), "fp32")[0].dtype == torch.float32
+
+
+def test_a_device_that_is_not_there_is_refused_before_a_model_is_looked_for() -> None:
+    with pytest.raises(InvalidArgumentError, match="expected the device"):
+        load_on("no/such/model", "tpu")
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])

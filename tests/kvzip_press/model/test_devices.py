@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import DynamicCache
 
 from kvzip_press import HeadScores, KVzipHeadPress, KVzipPress, RaggedCache, RandomPress, answer, compress, prefill
 from kvzip_press.errors import CacheMismatchError, UnsupportedCacheError, UnsupportedModelError
-from kvzip_press.model.devices import input_device
+from kvzip_press.model.devices import input_device, timed
 from kvzip_press.model.identity import layer_fingerprint
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
@@ -196,3 +197,9 @@ def test_head_scores_and_moves_over_two_gpus() -> None:
     cache.move_to(model)
     assert [layer.packed.columns["keys"].device for _, layer in cache.ragged_layers()] == devices
     assert answer(model, TOKENIZER, cache, "Where?", max_new_tokens=6) == expected
+
+
+def test_a_function_is_timed_with_what_it_returns() -> None:
+    value, seconds = timed(torch.device("cpu"), lambda n: time.sleep(n) or n, 0.02)
+    assert value == 0.02
+    assert seconds >= 0.02
