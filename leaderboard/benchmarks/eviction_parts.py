@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from kvzip_press.decoding.eviction import DecodeEviction, decode_eviction_in
 from kvzip_press.leaderboard.benchmarks.made_caches import ragged_cache
-from kvzip_press.leaderboard.benchmarks.periods import FIRST_STEPS, TOKEN, now, stepping
+from kvzip_press.leaderboard.benchmarks.periods import FIRST_STEPS, TOKEN, stepping
+from kvzip_press.model.devices import now
 from kvzip_press.press import Press
 
 N_EVICTIONS = 3  # that are timed, and as many that are profiled
@@ -43,7 +43,7 @@ class Spent:
         """Adds the events of a profiler."""
         runs = []
         for event in events:
-            on_host = event.device_type == DeviceType.CPU
+            on_host = event.device_type.name == "CPU"
             if not on_host:
                 runs.append((event.time_range.start, event.time_range.end))
             calls = (self.host if on_host else self.device)[event.name]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.autograd import DeviceType
 
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.benchmarks import eviction_cost, eviction_parts, long_answers, periods
@@ -113,14 +112,16 @@ def test_a_profile_says_what_evictions_spend_their_time_with(model: Any, tmp_pat
 def test_what_a_device_did_is_told_by_kernel_with_the_time_between() -> None:
     """Of runs that overlap, the device was busy once."""
 
-    def event(name: str, start: float, end: float, kind: DeviceType = DeviceType.CUDA) -> Any:
+    def event(name: str, start: float, end: float, kind: str = "CUDA") -> Any:
         times = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
-        return SimpleNamespace(name=name, device_type=kind, time_range=times, self_cpu_time_total=end - start)
+        return SimpleNamespace(
+            name=name, device_type=SimpleNamespace(name=kind), time_range=times, self_cpu_time_total=end - start
+        )
 
     taken = eviction_parts.Spent(seconds=[0.002, 0.004])
     for _ in range(eviction_parts.N_EVICTIONS):
         taken.add([event("sort", 0, 3000), event("copy", 2000, 4000), event("copy", 9000, 10000)])
-        taken.add([event("cudaStreamSynchronize", 0, 500, DeviceType.CPU)])
+        taken.add([event("cudaStreamSynchronize", 0, 500, "CPU")])
     lines = [line.split(None, 1) for line in taken.text().splitlines() if line]
     assert [value for value, _ in lines[:5]] == ["3.000", "3.000", "1.000", "5.000", "5.000"]
     assert ["3.000", "1.0  sort"] in lines and ["3.000", "2.0  copy"] in lines
