@@ -48,7 +48,7 @@ def received_attention(
         choose(groups * n_rows, head_dim, query.element_size()) for choose in (row_config, column_config)
     )
     with torch.cuda.device_of(query):
-        _row_lse_kernel[(triton.cdiv(groups * n_rows, by_row.block_m), pairs)](
+        _row_lse_kernel[(triton.cdiv(groups * n_rows, by_row.block_m) * pairs,)](
             *inputs,
             lse,
             *shape,
@@ -59,7 +59,7 @@ def received_attention(
             num_warps=by_row.num_warps,
             num_stages=by_row.num_stages,
         )
-        _column_sum_kernel[(triton.cdiv(n, by_column.block_n), pairs)](
+        _column_sum_kernel[(triton.cdiv(n, by_column.block_n) * pairs,)](
             *inputs,
             lse,
             sums,
@@ -143,9 +143,10 @@ def _row_lse_kernel(
     STAGES: tl.constexpr,
 ):
     """Computes the log-sum-exps (base 2) of a block of rows of one key-value head; -inf of a row that sees nothing."""
-    pair = tl.program_id(1)
+    n_blocks = tl.cdiv(groups * n_rows, BLOCK_M)
+    pair = tl.program_id(0) // n_blocks
     batch, kv_head = (pair // num_kv_heads).to(tl.int64), (pair % num_kv_heads).to(tl.int64)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(0) % n_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     # fmt: off
     query, positions = _load_rows(
         q_ptr, query_positions_ptr, offs_m, batch, kv_head, groups, n_rows, stride_qb, stride_qh, stride_qm,
@@ -198,9 +199,10 @@ def _column_sum_kernel(
     STAGES: tl.constexpr,
 ):
     """Adds up what all rows of a key-value head pay to each key of a block."""
-    pair = tl.program_id(1)
+    n_blocks = tl.cdiv(n, BLOCK_N)
+    pair = tl.program_id(0) // n_blocks
     batch, kv_head = (pair // num_kv_heads).to(tl.int64), (pair % num_kv_heads).to(tl.int64)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = tl.program_id(0) % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     k_ptr += batch * stride_kb + kv_head * stride_kh
     keys, seen_from = _load_keys(k_ptr, seen_from_ptr, pair, offs_n, n, stride_kn, HEAD_DIM, BLOCK_D)
     lse_ptr += pair.to(tl.int64) * groups * n_rows
