@@ -141,6 +141,8 @@ class Candidates:
 
 def of_batch(rows: Sequence[Counts], layers: Iterable[int]) -> Counts:
     """Returns ``layer_idx -> [batch, heads]`` of the counts of each row, ``layer_idx -> [heads]``."""
+    if len(rows) == 1:  # views: a copy of each layer's would be most operations of a row's budget
+        return {layer_idx: rows[0][layer_idx][None] for layer_idx in layers}
     return {layer_idx: torch.stack([row[layer_idx] for row in rows]) for layer_idx in layers}
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from kvzip_press.cache.codecs.held import POSITIONS
+from kvzip_press.cache.codecs.held import POSITIONS, Held
 from kvzip_press.cache.codecs.storage import Storage
-from kvzip_press.cache.packed_pairs import SCORES, PackedPairs
+from kvzip_press.cache.packed_pairs import SCORES
 from kvzip_press.cache.pair_pool.stack import LayerStack
 from kvzip_press.cache.query_window import QueryWindow, known_of
+from kvzip_press.kernels.received_attention import received_attention
 
 BLOCK_NUMBERS = 2**26  # of a block of logits: 256 MB in fp32
+NEVER = torch.iinfo(torch.int64).max  # a position that no query has
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,27 @@ class LayerPairs:
     def newest(self, count: int) -> torch.Tensor:
         """Returns ``[batch, num_key_value_heads, n]``, bool: the pairs of each row's last ``count`` tokens."""
         return self.valid & (self.positions >= (self.ends - count)[:, None, None])
+
+    def received(self, last: int | None = None, *, squared: bool = False) -> torch.Tensor:
+        """Returns what pairs get of the attention of queries, summed over these and over the query heads of a group.
+
+        Args:
+            last: Number of last queries to look at; None for all.
+            squared: Whether the squares of probabilities are summed.
+
+        Returns:
+            fp32 ``[batch, num_key_value_heads, n]``; 0 of queries that are not known. No probabilities are in memory.
+        """
+        first = 0 if last is None else max(self.queries.shape[2] - last, 0)
+        return received_attention(
+            self.queries[:, :, first:],
+            self.keys,
+            self.query_positions[:, first:].where(self.known[:, first:], -1),
+            self.positions.where(self.valid, NEVER),
+            squared=squared,
+            scaling=self.scaling,
+            softcap=self.softcap,
+        )
 
     def attention(self, last: int | None = None, *, among: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
         """Yields the attention that pairs get, in blocks of queries.
@@ -126,49 +150,37 @@ def pairs_of(
         the column of each of the tail's tokens, int64 ``[batch, num_key_value_heads, t]``, negative at padding.
     """
     packed, layer, tail, n_layers = stack.packed, stack.layers[0], stack.layers[0].tail, len(stack.layers)
-    heads, device = packed.num_heads, packed.device
-    batch = len(range(*rows.indices(packed.num_rows)))
-    padding = torch.zeros(batch, dtype=torch.int64, device=device)
-    if tail.padding is not None:
-        padding = tail.padding.repeat(n_layers)[rows]
-    n_packed = packed.seqlens[rows].long()
-    sizes = n_packed + (tail.length - padding)[:, None]
-    first, last, _ = rows.indices(packed.num_rows)
-    bounds = stack.bounds[first * heads : last * heads + 1]
-    n = int(sizes.max()) if tail.padding is not None else int(bounds.diff().max()) + tail.length
-    rank = torch.arange(n, device=device) - (n - sizes)[..., None]  # of each column among its head's pairs
-    in_tail = rank >= n_packed[..., None]
-    column = (rank - n_packed[..., None] + padding[:, None, None]).clamp(min=0)
-    own = _Packed.of(packed, rows, rank, at_values=at_values)
-    keys, values, positions, scores = own.keys, own.values, own.positions, own.scores
+    columns = _Columns.of(stack, rows)
+    device = packed.device
+    own: Held = packed
+    if columns.shape[0] != packed.num_rows:
+        first, last, _ = rows.indices(packed.num_rows)
+        own = packed.within(slice(first * packed.num_heads, last * packed.num_heads), whole=False)
+    keys, values = _decoded(own, packed.storage)
+    keys = columns.laid_out(keys, None if stack.keys is None else stack.keys[rows])
+    if at_values:
+        values = columns.laid_out(values, None if stack.values is None else stack.values[rows])
     ends = layer.next_positions.repeat(n_layers)[rows]
-    if stack.keys is not None and tail.length:
-        column = column.clamp(max=tail.length - 1)
-        keys = _with_tail(keys, stack.keys[rows], column, in_tail)
-        if values is not None and stack.values is not None:
-            values = _with_tail(values, stack.values[rows], column, in_tail)
-        scores = scores.masked_fill(in_tail, 0)
-        positions = torch.where(in_tail, (ends - tail.length)[:, None, None] + column, positions)
+    written = (ends - tail.length)[:, None] + torch.arange(tail.length, device=device)
+    scores = own.columns.get(SCORES)
+    scores = torch.zeros(own.total, device=device) if scores is None else scores
     queries, known = _queries_of(stack, keys, rows)
     pairs = LayerPairs(
         layer_indices[0],
         keys,
-        rank >= 0,
-        positions,
-        scores,
+        columns.valid,
+        columns.laid_out(own.columns[POSITIONS].long(), written[:, None]),
+        columns.laid_out(scores, None),
         ends,
         queries,
         known,
         *layer.logits,
         first_row=rows.indices(packed.num_rows)[0],
-        values=values,
+        values=values if at_values else None,
         layer_indices=() if n_layers == 1 else tuple(i for i in layer_indices for _ in range(layer.batch_size)),
     )
-    back = torch.arange(tail.length, device=device) + (n - tail.length)
-    n_packed, total = n_packed.flatten(), int(bounds[-1] - bounds[0])
-    shift = torch.arange(1, batch * heads + 1, device=device) * n - sizes.flatten() - (n_packed.cumsum(0) - n_packed)
-    front = torch.arange(total, device=device) + shift.repeat_interleave(n_packed, output_size=total)
-    return pairs, front, back.expand(batch, heads, -1).where(_is_token(padding, tail.length, heads), -1)
+    back = torch.arange(tail.length, device=device) + (columns.shape[2] - tail.length)
+    return pairs, columns.front, back.expand_as(columns.is_token).where(columns.is_token, -1)
 
 
 def dense_pairs(
@@ -220,46 +232,63 @@ def _queries_of(stack: LayerStack, keys: torch.Tensor, rows: slice) -> tuple[tor
     return queries, known_of(queries)
 
 
-def _with_tail(vectors: torch.Tensor, tail: torch.Tensor, column: torch.Tensor, in_tail: torch.Tensor) -> torch.Tensor:
-    """Returns keys or values of packed pairs with those of the tail in their columns."""
-    written = tail.gather(2, column[..., None].expand(-1, -1, -1, tail.shape[3]))
-    return torch.where(in_tail[..., None], written, vectors)
-
-
-def _is_token(padding: torch.Tensor, length: int, heads: int) -> torch.Tensor:
-    columns = torch.arange(length, device=padding.device)
-    return (columns >= padding[:, None])[:, None].expand(-1, heads, -1)
+def _decoded(pairs: Held, storage: Storage) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns keys and values of packed pairs, ``[total_kept, width]``."""
+    if pairs.total:
+        return storage.decode(pairs)
+    keys, values = (
+        torch.empty(0, width, dtype=storage.dtype, device=pairs.cu_seqlens.device)
+        for width in (storage.head_dim, storage.v_head_dim)
+    )
+    return keys, values
 
 
 @dataclass(frozen=True)
-class _Packed:
-    """The packed pairs of some rows, laid out by column; columns without one hold any pair of the layer, or zeros."""
+class _Columns:
+    """Where the pairs of some rows lie, head by head, on the right: packed ones and, behind them, those of the tail.
 
-    keys: torch.Tensor
-    values: torch.Tensor | None
-    positions: torch.Tensor
-    scores: torch.Tensor
+    Attributes:
+        shape: Number of rows, heads and columns.
+        valid: Bool, in this shape, which columns are pairs.
+        front: int64 ``[total_kept]``, the place of each packed pair in the flattened shape.
+        is_token: Bool ``[rows, heads, t]``, False at padding of the tail: its t columns are the last ones here.
+    """
+
+    shape: tuple[int, int, int]
+    valid: torch.Tensor
+    front: torch.Tensor
+    is_token: torch.Tensor
 
     @classmethod
-    def of(cls, packed: PackedPairs, rows: slice, rank: torch.Tensor, *, at_values: bool) -> _Packed:
-        storage: Storage = packed.storage
+    def of(cls, stack: LayerStack, rows: slice) -> _Columns:
+        packed, tail = stack.packed, stack.layers[0].tail
         first, last, _ = rows.indices(packed.num_rows)
-        segments = slice(first * packed.num_heads, last * packed.num_heads)
-        alone = packed if last - first == packed.num_rows else packed.within(segments, whole=False)
-        if not alone.total:
-            return cls.none(storage, rank, at_values=at_values)
-        index = (alone.cu_seqlens[:-1].long().view(-1, packed.num_heads, 1) + rank).clamp(0, alone.total - 1)
-        keys, values = storage.decode(alone)
-        positions, scores = alone.columns[POSITIONS], alone.columns.get(SCORES)
-        scores = torch.zeros_like(rank, dtype=torch.float32) if scores is None else scores[index]
-        return cls(keys[index], values[index] if at_values else None, positions[index].long(), scores)
+        batch, heads, t, device = last - first, packed.num_heads, tail.length, packed.device
+        n_packed = packed.seqlens[rows].long()
+        bounds = stack.bounds[first * heads : last * heads + 1]  # on the host: nothing is waited for
+        n, total = int(bounds.diff().max()) + t, int(bounds[-1] - bounds[0])
+        sizes, is_token = n_packed + t, torch.ones(batch, 1, t, dtype=torch.bool, device=device)
+        if tail.padding is not None:
+            padding = tail.padding.repeat(len(stack.layers))[rows, None]
+            sizes, is_token = sizes - padding, (torch.arange(t, device=device) >= padding)[:, None]
+        begins = n * torch.arange(1, batch * heads + 1, device=device) - sizes.flatten()  # of each head, in all columns
+        before = n_packed.flatten().cumsum(0) - n_packed.flatten()
+        shift = (begins - before).repeat_interleave(n_packed.flatten(), output_size=total)
+        valid = torch.arange(n, device=device) >= (n - sizes)[..., None]
+        front = torch.arange(total, device=device) + shift
+        return cls((batch, heads, n), valid, front, is_token.expand(-1, heads, -1))
 
-    @classmethod
-    def none(cls, storage: Storage, rank: torch.Tensor, *, at_values: bool) -> _Packed:
-        """Returns columns without any pair."""
+    def laid_out(self, packed: torch.Tensor, tail: torch.Tensor | None) -> torch.Tensor:
+        """Returns what pairs have in their columns; 0 where there is no pair.
 
-        def zeros(width: int) -> torch.Tensor:
-            return torch.zeros(*rank.shape, width, dtype=storage.dtype, device=rank.device)
-
-        values = zeros(storage.v_head_dim) if at_values else None
-        return cls(zeros(storage.head_dim), values, rank.long(), torch.zeros_like(rank, dtype=torch.float32))
+        Args:
+            packed: ``[total_kept, ...]``.
+            tail: Broadcastable to ``[rows, heads, t, ...]``; None for 0.
+        """
+        columns = packed.new_zeros(math.prod(self.shape), *packed.shape[1:]).index_copy_(0, self.front, packed)
+        columns = columns.view(*self.shape, *packed.shape[1:])
+        if tail is not None:
+            last = columns[:, :, self.shape[2] - self.is_token.shape[2] :]
+            is_token = self.is_token.view(*self.is_token.shape, *(1 for _ in packed.shape[1:]))
+            last.copy_(torch.where(is_token, tail, last))
+        return columns

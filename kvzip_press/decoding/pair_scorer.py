@@ -16,7 +16,7 @@ from kvzip_press.decoding.layer_pairs import LayerPairs, pairs_of
 from kvzip_press.decoding.scorer import DecodeScorer, Layers, mark_staying
 from kvzip_press.model.structure import full_attention_layers
 
-NUMBERS_AT_ONCE = 2**26  # of the keys that are laid out together: bounds the memory that takes, whatever the batch
+NUMBERS_AT_ONCE = 2**28  # of the keys that are laid out together: 512 MB in 16 bits, whatever the batch
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from kvzip_press.attention.stand_in_layer import StandInLayer
 from kvzip_press.cache.packed_pairs import PackedPairs
 from kvzip_press.cache.padding import visible_columns
 from kvzip_press.cache.ragged_layer import RaggedLayer
-from kvzip_press.kernels.tail_append import tail_append
+from kvzip_press.kernels.tail_append import Queries, tail_append
 from kvzip_press.sharing.layer import SharedLayer, holding
 
 
@@ -70,7 +70,8 @@ class StaticLayer(StandInLayer):
         n_seen: Number of tokens seen before the step, as the model counts them.
         visible: Bool ``[batch, room]``, False where a row of the buffer holds padding, until it is overwritten; None
             for no padding.
-        queries: The layer whose tail keeps queries, and where that of the step goes in its window; None if none does.
+        queries: The layer whose tail keeps queries, and how many rows of its window that of the step lies behind its
+            token's place, int64 ``[1]``; None if none does.
     """
 
     is_initialized = True
@@ -85,19 +86,23 @@ class StaticLayer(StandInLayer):
         row_index: torch.Tensor | None,
         n_seen: int,
         visible: torch.Tensor | None = None,
-        queries: tuple[RaggedLayer, Place] | None = None,
+        queries: tuple[RaggedLayer, torch.Tensor] | None = None,
     ) -> None:
         self.keys: torch.Tensor = keys
         self.values: torch.Tensor = values
         self.place, self.packed = place, packed
         self.row_index, self.n_seen, self.visible = row_index, n_seen, visible
         self._queries = queries
+        self._token: tuple[torch.Tensor, torch.Tensor] | None = None  # that waits for its query
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes keys and values ``[batch, num_heads, 1, head_dim]`` into the buffer."""
-        tail_append(self.keys, self.values, key_states, value_states, self.place.index)
+        """Writes keys and values ``[batch, num_heads, 1, head_dim]`` into the buffer, at once or with their query."""
+        if self._queries is None:
+            tail_append(self.keys, self.values, key_states, value_states, self.place.index)
+        else:
+            self._token = key_states, value_states
         if self.visible is not None:
             self.visible.index_fill_(1, self.place.index, True)
         return CacheView.of(self, self.keys), CacheView.of(self, self.values)
@@ -113,9 +118,11 @@ class StaticLayer(StandInLayer):
     ) -> torch.Tensor:
         """Computes attention of one token per row to all frozen pairs and to all live buffer rows but padding."""
         if self._queries is not None:
-            layer, place = self._queries
-            assert layer.tail.window is not None
-            layer.tail.window.buffer.index_copy_(2, place.index, query.to(layer.tail.window.buffer.dtype))
+            layer, shift = self._queries
+            assert layer.tail.window is not None and self._token is not None
+            window, token, self._token = layer.tail.window.buffer, self._token, None
+            queries = Queries(window, query.to(window.dtype), shift)
+            tail_append(self.keys, self.values, *token, self.place.index, queries=queries)
             layer.logits = scaling, softcap
         return self.attend_for_another(query, attention_mask, scaling=scaling, softcap=softcap)
 
@@ -188,7 +195,7 @@ class StaticCache:
         self._ragged = [layer for layer in cache.layers if isinstance(layer, RaggedLayer)]
         self._rings: list[SlidingRing] = []
         self._places: dict[int | None, Place] = {}
-        self._query_place: Place | None = None
+        self._query_shift: torch.Tensor | None = None  # from a token's place to its query's, int64 [1]
         self.n_seen = int(cache.get_seq_length())
         self.layers = compat.Cache(layers=[self._static(layer, n_tokens) for layer in cache.layers])
         self._memory = [_memory_of(layer) for layer in self._ragged]
@@ -212,9 +219,11 @@ class StaticCache:
         padding = layer.tail.padding
         visible = None if padding is None else visible_columns(padding, keys.shape[2])
         queries = None
-        if (window := layer.tail.window) is not None:
-            self._query_place = self._query_place or Place(window.next_row, window.buffer.shape[2], keys.device)
-            queries = layer, self._query_place
+        if layer.tail.window is not None:
+            if self._query_shift is None:
+                self._query_shift = torch.empty_like(place.index)
+                self._restart_queries()
+            queries = layer, self._query_shift
         return StaticLayer(
             keys,
             values,
@@ -251,8 +260,6 @@ class StaticCache:
         """Moves all places on by one token, on the device."""
         for place in self._places.values():
             place.advance()
-        if self._query_place is not None:
-            self._query_place.advance()
 
     def restart(self) -> None:
         """Moves all places back to the end of the cache, so that the first real step overwrites a trial step."""
@@ -261,9 +268,9 @@ class StaticCache:
         self._restart_queries()
 
     def _restart_queries(self) -> None:
-        window = self._ragged[0].tail.window
-        if self._query_place is not None and window is not None:
-            self._query_place.move_to(window.next_row)
+        tail = self._ragged[0].tail
+        if self._query_shift is not None and tail.window is not None:
+            self._query_shift.fill_(tail.window.next_row - tail.length)
 
     def count(self, n_steps: int) -> None:
         """Adds ``n_steps`` tokens, which were written into their buffers, to the tails of the ragged layers."""

@@ -3,11 +3,13 @@
 ``python -m kvzip_press.leaderboard.benchmarks.eviction_cost --shape llama3.1-8b --budget 4096 --buffer 128`` times
 whole periods of each press: ``buffer`` steps, the last of which evicts. Steps without a press are timed over a cache
 that has as many tokens on average. Both take turns, on caches made of random numbers; ``--buffer 1`` evicts at each.
+``--profile DIR`` also writes what evictions spend their time with, a text for each press.
 """
 
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.leaderboard.benchmarks.eviction_parts import spent
 from kvzip_press.leaderboard.benchmarks.periods import Period, empty, measured_model, period, steps_ms
 from kvzip_press.model.devices import get_device
 from kvzip_press.press import Press
@@ -35,6 +38,7 @@ def main(
     rows: Annotated[int, typer.Option(help="Batch rows.")] = 1,
     turns: Annotated[int, typer.Option(help="Times that both are timed.")] = 2,
     steps: Annotated[int, typer.Option(help="Least steps of a turn.")] = 64,
+    profile: Annotated[Path | None, typer.Option(help="Folder for what evictions spend their time with.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default the GPU if any.")] = None,
 ) -> None:
     """Times all and prints a table."""
@@ -50,6 +54,11 @@ def main(
     table = Table("press", "buffer", "ms a step", "without", "more", "a step that evicts, ms", title=title)
     for name, every, chosen in track(cases, description="presses", transient=True):
         table.add_row(name, str(every), *_figures(loaded, chosen, rows, budget, every, turns, steps))
+        if profile is not None:
+            profile.mkdir(parents=True, exist_ok=True)
+            parts = spent(loaded, chosen, rows, budget, every).text()
+            (profile / f"{name}-{every}.txt").write_text(f"{title}: {name}, every {every}\n\n{parts}")
+            empty(loaded.device)
     Console().print(table)
 
 

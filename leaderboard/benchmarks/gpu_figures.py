@@ -143,6 +143,11 @@ FIGURES = (
     _kernel("recall_ranking", 10, "; docs/howto/recall.md, what ranking costs"),
     _kernel("near_duplicates", 10, "; docs/methods/decoding.md, what evicting costs"),
     Figure(
+        "kernel-received-attention",
+        ("-m", f"{_KERNELS}.received_attention", "--output", f"{_FOLDER}/received_attention-h200.csv"), 10,
+        "kernels/DESIGN.md, what attention keys get; no file of it is published",
+    ),
+    Figure(
         "kernel-row-codec", ("-m", f"{_KERNELS}.row_codec", "--output", f"{_FOLDER}/row_codec-h200.csv"), 10,
         "what encoding and decoding rows costs; no file of it is published",
     ),
@@ -153,7 +158,7 @@ FIGURES = (
     _bench("recall_time", 10, "docs/howto/recall.md, the table of an H200", "--shape", "llama3.1-8b"),
     _bench(
         "eviction_cost", 10, "docs/performance.md, eviction while decoding; docs/methods/decoding.md",
-        "--shape", "llama3.1-8b", "--budget", "4096",
+        "--shape", "llama3.1-8b", "--budget", "4096", "--profile", f"{_FOLDER}/eviction-parts",
     ),
     _bench(
         "long_answers", 15, "docs/methods/decoding.md, rows that fit and tokens a second",

@@ -55,7 +55,4 @@ class H2OPress(DecodePress):
 
     def worth(self, pairs: LayerPairs) -> torch.Tensor:
         """Returns what pairs carry and what they have got since."""
-        sums = pairs.scores
-        for block in pairs.attention():
-            sums = sums + block.sum(dim=(2, 3))
-        return sums
+        return pairs.scores + pairs.received()

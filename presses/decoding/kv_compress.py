@@ -56,11 +56,8 @@ class KVCompressPress(WindowPress):
 
     def worth(self, pairs: LayerPairs) -> torch.Tensor:
         """Returns what pairs carry and the squares of what they have got since."""
-        last = self.prompt_queries if pairs.of_prompt else None
-        got = sum(block.square().sum(dim=3) for block in pairs.attention(last))
-        if isinstance(got, int):
-            return pairs.scores
-        if pairs.of_prompt:
-            pooled = max_pool1d(got.flatten(0, 2), self.kernel_size, stride=1, padding=self.kernel_size // 2)
-            got = pooled.view_as(got).masked_fill(~pairs.valid.unsqueeze(2), 0)
-        return pairs.scores + got.sum(dim=2)
+        if not pairs.of_prompt:
+            return pairs.scores + pairs.received(squared=True)
+        got = torch.stack([block.square().sum(dim=3) for block in pairs.attention(self.prompt_queries)]).sum(dim=0)
+        pooled = max_pool1d(got.flatten(0, 2), self.kernel_size, stride=1, padding=self.kernel_size // 2)
+        return pairs.scores + pooled.view_as(got).masked_fill(~pairs.valid.unsqueeze(2), 0).sum(dim=2)

@@ -13,7 +13,7 @@ from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.kernels.near_duplicates import near_duplicates
 from kvzip_press.presses.decoding.windows import WindowPress
 
-NUMBERS_AT_ONCE = 2**24  # of the keys that are in memory in fp32 at a time: 64 MB, beside two temporaries as large
+NUMBERS_AT_ONCE = 2**26  # of the keys that are in memory in fp32 at a time: 256 MB, beside two temporaries as large
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ class SnapKVDecodePress(WindowPress):
 
     def worth(self, pairs: LayerPairs) -> torch.Tensor:
         """Returns the window's mean attention, pooled over neighbours."""
-        sums = torch.stack([block.sum(dim=3).mean(dim=2) for block in pairs.attention(self.window_size)]).sum(dim=0)
-        n_known = pairs.known[:, -self.window_size :].sum(dim=-1).clamp(min=1)
-        mean = (sums / n_known[:, None, None]).masked_fill(pairs.newest(self.window_size), 0)
+        groups = pairs.queries.shape[1] // pairs.keys.shape[1]
+        n_known = groups * pairs.known[:, -self.window_size :].sum(dim=-1).clamp(min=1)
+        mean = (pairs.received(self.window_size) / n_known[:, None, None]).masked_fill(
+            pairs.newest(self.window_size), 0
+        )
         return avg_pool1d(mean, self.kernel_size, stride=1, padding=self.kernel_size // 2)

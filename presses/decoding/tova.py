@@ -40,9 +40,9 @@ class TOVADecodePress(RecentPress):
 
     def worth(self, pairs: LayerPairs) -> torch.Tensor:
         """Returns the last query's attention to the pairs' tokens, the mean over all query heads."""
-        of_heads = next(pairs.attention(1))[:, :, :, 0].mean(dim=2)
+        of_heads = pairs.received(1)
         first = pairs.positions.masked_fill(~pairs.valid, torch.iinfo(torch.int64).max).amin()
         token = (pairs.positions - first).clamp(min=0)  # heads may hold different tokens: they meet by position
         sums = of_heads.new_zeros(len(token), int(token.max()) + 1)
-        sums.scatter_add_(1, token.flatten(1), of_heads.masked_fill(~pairs.valid, 0).flatten(1))
-        return (sums / of_heads.shape[1]).gather(1, token.flatten(1)).view_as(of_heads)
+        sums.scatter_add_(1, token.flatten(1), of_heads.flatten(1))
+        return (sums / pairs.queries.shape[1]).gather(1, token.flatten(1)).view_as(of_heads)

@@ -29,6 +29,7 @@ from kvzip_press.kernels.benchmarks import (
     ragged_attention,
     ragged_pack,
     recall_ranking,
+    received_attention,
     replay_attention,
     row_codec,
 )
@@ -57,6 +58,7 @@ SCRIPTS = [
     "ragged_attention",
     "ragged_pack",
     "recall_ranking",
+    "received_attention",
     "replay_attention",
     "row_codec",
 ]
@@ -96,6 +98,7 @@ def _few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
         near_duplicates,
         ragged_attention,
         recall_ranking,
+        received_attention,
         row_codec,
     )
     for script in scripts:
@@ -477,6 +480,20 @@ def test_near_duplicates_are_measured_and_others_are_refused(
     assert float((found >= 0).double().mean()) > 0.95 if case.repeated else not (found >= 0).any()
     with pytest.raises(WrongResultError, match="something else for 1 of all"):
         near_duplicates.check("impl", found + 1, found)
+
+
+@pytest.mark.parametrize("case", received_attention.CASES, ids=str)
+def test_received_attention_is_measured_and_other_sums_are_refused(
+    case: received_attention.ReceivedCase, bench: CallingBench
+) -> None:
+    small = replace(case, batch=2, n=300, num_attention_heads=4, num_key_value_heads=2)
+    received_attention.run(bench, small)
+    assert impls_of(bench) == {"ours reference"}
+    (row,) = bench.rows
+    assert row.bytes == 2 * (4 * case.n_rows * 256 + 2 * 300 * (256 + 12)) and 0 < row.error < 1e-5
+    sums = torch.ones(2, 3)
+    with pytest.raises(WrongResultError, match=r"differ by 0\.1 of them"):
+        received_attention.check("impl", 1.1 * sums, sums)
 
 
 def paged_attention(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from kvzip_press.errors import InvalidArgumentError
-from kvzip_press.leaderboard.benchmarks import eviction_cost, long_answers, periods
+from kvzip_press.leaderboard.benchmarks import eviction_cost, eviction_parts, long_answers, periods
 from kvzip_press.leaderboard.benchmarks.made_caches import bytes_of_a_token, dynamic_cache, ragged_cache
 from kvzip_press.leaderboard.benchmarks.periods import Period
 from kvzip_press.registry import get_press
@@ -93,6 +94,38 @@ def test_the_cost_of_evicting_is_beside_steps_over_as_many_tokens(model: Any, ca
         eviction_cost.main(model="tiny", press=["h2o"], budget=16, buffer=[4, 1], turns=1, steps=4, device="cpu")
     assert begun == [(16, 4), (14, 4)]
     assert "+25.0 %" in capsys.readouterr().out
+
+
+def test_a_profile_says_what_evictions_spend_their_time_with(model: Any, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eviction_cost, "measured_model", lambda *place: model)
+        eviction_cost.main(
+            model="tiny", press=["snapkv_decode", "h2o"], budget=40, buffer=[3], turns=1, steps=3, device="cpu",
+            profile=tmp_path / "parts",
+        )  # fmt: skip
+    assert sorted(file.name for file in (tmp_path / "parts").iterdir()) == ["h2o-3.txt", "snapkv_decode-3.txt"]
+    text = (tmp_path / "parts" / "h2o-3.txt").read_text()
+    assert "tiny, 1 rows of 40 tokens, cpu: h2o, every 3" in text and "aten::index_copy_" in text
+    assert [line.split()[0] for line in text.splitlines() if line.endswith(("launches", "busy"))] == ["0.000"] * 2
+
+
+def test_what_a_device_did_is_told_by_kernel_with_the_time_between() -> None:
+    """Of runs that overlap, the device was busy once."""
+
+    def event(name: str, start: float, end: float, kind: str = "CUDA") -> Any:
+        times = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        return SimpleNamespace(
+            name=name, device_type=SimpleNamespace(name=kind), time_range=times, self_cpu_time_total=end - start
+        )
+
+    taken = eviction_parts.Spent(seconds=[0.002, 0.004])
+    for _ in range(eviction_parts.N_EVICTIONS):
+        taken.add([event("sort", 0, 3000), event("copy", 2000, 4000), event("copy", 9000, 10000)])
+        taken.add([event("cudaStreamSynchronize", 0, 500, "CPU")])
+    lines = [line.split(None, 1) for line in taken.text().splitlines() if line]
+    assert [value for value, _ in lines[:5]] == ["3.000", "3.000", "1.000", "5.000", "5.000"]
+    assert ["3.000", "1.0  sort"] in lines and ["3.000", "2.0  copy"] in lines
+    assert ["0.500", "1.0  cudaStreamSynchronize"] in lines
 
 
 def test_what_cannot_be_measured_is_refused_before_a_model_is_made() -> None:

@@ -12,7 +12,7 @@ from kvzip_press.cache.pair_pool.pair_list import PerPair
 from kvzip_press.cache.pair_pool.stack import LayerStack, parts_of
 from kvzip_press.cache.ragged_layer import RaggedLayer
 
-NUMBERS_MERGED = 2**27  # of the keys and values that are merged together: 256 MB in 16 bits
+NUMBERS_MERGED = 2**29  # of the keys and values that are merged together: 1 GB in 16 bits
 
 
 @dataclass(frozen=True)
