@@ -51,8 +51,8 @@ class ContextConnector(KVConnectorBase_V1):
     def on_new_request(self, request: Any) -> None:
         """Lets no request begin before its context is there.
 
-        vLLM 0.32 does not ask a connector about requests that must not read cached pages (those for logarithms of the
-        prompt's probabilities), and starts them. There are no cached pages here, so that nothing else depends on it.
+        vLLM 0.32 does not heed what a connector says of requests that must not read cached pages (those for
+        probabilities of their prompt), and starts them. There are no cached pages here: nothing else depends on it.
         """
         request.skip_reading_prefix_cache = False
 
@@ -66,14 +66,20 @@ class ContextConnector(KVConnectorBase_V1):
         try:
             admitted = self._scheduler.admit(request.request_id, context_of(request.kv_transfer_params))
         except KVzipPressError as error:
-            logger.error("request %s ends with an error: %s", request.request_id, error)  # noqa: TRY400  # it says all
+            logger.debug("request %s cannot begin: %s", request.request_id, error)
             return 1, True
         return (0 if admitted else None), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Notes which block a request begins with."""
-        note = self._scheduler.fail if num_external_tokens else self._scheduler.start
-        note(request.request_id, blocks.get_block_ids()[0][0])
+        """Notes which block a request begins with, or that it ends because its context cannot be read."""
+        first_block = blocks.get_block_ids()[0][0]
+        if num_external_tokens:
+            logger.error(
+                "request %s ends, about what cannot be read: %r", request.request_id, request.kv_transfer_params
+            )
+            self._scheduler.fail(request.request_id, first_block)
+        else:
+            self._scheduler.start(request.request_id, first_block)
 
     def build_connector_meta(self, scheduler_output: Any) -> ContextMetadata:
         """Returns what the worker does before this step."""

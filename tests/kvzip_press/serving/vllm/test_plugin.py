@@ -560,9 +560,10 @@ def test_a_request_whose_context_cannot_be_read_ends_with_an_error_and_the_engin
     scheduler, worker = connectors(facts)
     (folder / "torn.safetensors").write_bytes((folder / "archive.safetensors").read_bytes()[:-9])
     request = SimpleNamespace(request_id="a", kv_transfer_params=params)
-    assert scheduler.get_num_new_matched_tokens(request, 0) == (1, True), "a token that is loaded beside the steps"
-    assert "request a ends with an error: expected" in caplog.text
+    for _ in range(2):  # again, if there were no pages
+        assert scheduler.get_num_new_matched_tokens(request, 0) == (1, True), "a token that is loaded beside the steps"
     scheduler.update_state_after_alloc(request, blocks_of(5), 1)
+    assert caplog.messages.count(f"request a ends, about what cannot be read: {params!r}") == 1
     worker.bind_connector_metadata(scheduler.build_connector_meta(None))
     assert worker.get_finished(set()) == (None, {"a"}) and worker.get_block_ids_with_load_errors() == {5}
     assert scheduler.request_finished(request, [5]) == (False, None)
