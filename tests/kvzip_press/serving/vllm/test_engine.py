@@ -65,7 +65,7 @@ def engine(place: Path, model: Any) -> Iterator[Any]:
     options = engine_options(str(place / "served.json"))
     from vllm import LLM
 
-    yield LLM(
+    made = LLM(
         str(place / "model"),
         skip_tokenizer_init=True,
         dtype="float32",
@@ -77,6 +77,9 @@ def engine(place: Path, model: Any) -> Iterator[Any]:
         disable_log_stats=True,
         **options,
     )
+    newer = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"  # the choice of our options, or of test_newer_runner.py
+    assert made.llm_engine.vllm_config.use_v2_model_runner is newer
+    yield made
     os.environ.clear()
     os.environ.update(before)
 
