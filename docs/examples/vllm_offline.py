@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from vllm import LLM, SamplingParams
+from vllm import LLM
 
 from kvzip_press import load_model, question_ids
 from kvzip_press.serving.folder import ContextFolder
 from kvzip_press.serving.vllm.facts import ServedModel
 from kvzip_press.serving.vllm.plugin import engine_options
+from kvzip_press.serving.vllm.requests import context_params
 
 QUESTION = "What is this about?"
 
@@ -30,8 +31,7 @@ def main(model_name: str, contexts: str) -> None:
         served.write(facts)
         engine = LLM(path, dtype=dtype, max_model_len=512, **engine_options(str(facts)))
         prompt = {"prompt_token_ids": list(question_ids(tokenizer, QUESTION))}
-        asked = [None if name is None else {"kv_transfer_params": {"context": name}} for name in names]
-        params = [SamplingParams(temperature=0, max_tokens=32, extra_args=extra) for extra in asked]
+        params = [context_params(name, temperature=0, max_tokens=32) for name in names]
         answers = engine.generate([prompt] * len(names), params, use_tqdm=False)
         for name, answer in zip(names, answers, strict=True):
             print(f"{name or 'no context'}: {answer.outputs[0].text.strip()}")  # noqa: T201  # an example

@@ -48,18 +48,30 @@ class Row:
 
 ROWS = {
     "resident": Row("distinct contexts resident", ("full",), ("ours", "ours-int8"), "70; int8 140"),
-    "distinct": Row("tokens/s, users on distinct contexts", ("full",), ("ours", "ours-int8"), "2000, 2.2 x"),
-    "one": Row("tokens/s, users on one context", ("plain", "cascade"), ("ours", "ours-int8"), "6000, 5 x"),
-    "idle": Row("step of plain requests, ms", ("plain",), ("ours",), "1.03 x at most"),
+    "distinct": Row(
+        "tokens/s, users on distinct contexts", ("full",), ("ours", "ours-int8", "ours-v1", "ours-v2"), "2000, 2.2 x"
+    ),
+    "one": Row(
+        "tokens/s, users on one context", ("plain", "cascade"), ("ours", "ours-int8", "ours-v1", "ours-v2"), "6000, 5 x"
+    ),
+    "idle": Row(
+        "step of plain requests, ms",
+        ("plain", "plain-v1", "plain-v2"),
+        ("ours", "ours-v1", "ours-v2"),
+        "1.03 x at most",
+    ),
     "first": Row("first token about a context, ms", ("plain",), ("ours",), "below 50"),
 }
 ENGINES = ("ours", "plain", "full", "ours-int8", "cascade")  # in this order: what matters most comes first
+RUNNERS = ("plain-v1", "ours-v1", "plain-v2", "ours-v2")  # on each of vLLM's model runners, when they are asked for
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder for figures and logs.")],
     rows: Annotated[str, typer.Option(help=f"Some of {', '.join(ROWS)}, with commas.")] = ",".join(ROWS),
-    engines: Annotated[str, typer.Option(help=f"Some of {', '.join(ENGINES)}, with commas.")] = ",".join(ENGINES),
+    engines: Annotated[str, typer.Option(help=f"Some of {', '.join((*ENGINES, *RUNNERS))}, with commas.")] = ",".join(
+        ENGINES
+    ),
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama3.1-8b",
     users: Annotated[int, typer.Option(help="Requests at a time.")] = 64,
     context: Annotated[int, typer.Option(help="Tokens of a context.")] = 32768,
@@ -75,7 +87,7 @@ def main(
 ) -> None:
     """Measures what is missing, engine by engine, and prints the table of all that is known."""
     _check(shape, rows, ROWS)
-    _check(shape, engines, ENGINES)
+    _check(shape, engines, (*ENGINES, *RUNNERS))
     job = Job("", shape, Load(users, context, kept, answer=answer), pool_gb, memory, compiled, tensor_parallel)
     output.mkdir(parents=True, exist_ok=True)
     for engine in engines.split(","):
@@ -136,13 +148,14 @@ def _rows_of(engine: str, rows: Sequence[str]) -> list[str]:
 
 def table(job: Job, output: Path) -> Table:
     """Returns the table: each engine's figure, ours over the baseline, and what is to be reached."""
-    found = {engine: known(replace(job, engine=engine), output / "figures.jsonl") for engine in ENGINES}
-    shown = Table("", *ENGINES, "ours / baseline", "to reach", box=None, pad_edge=False)
+    found = {engine: known(replace(job, engine=engine), output / "figures.jsonl") for engine in (*ENGINES, *RUNNERS)}
+    engines = [engine for engine in found if engine in ENGINES or found[engine]]
+    shown = Table("", *engines, "ours / baseline", "to reach", box=None, pad_edge=False)
     for name, row in ROWS.items():
-        figures: dict[str, Any] = {engine: found[engine].get(name) for engine in ENGINES}
+        figures: dict[str, Any] = {engine: found[engine].get(name) for engine in engines}
         base, own = figures[row.baselines[0]], figures["ours"]
         share = f"{own / base:.2f}" if own is not None and base else ""
-        cells = ["" if figures[engine] is None else f"{figures[engine]:.1f}" for engine in ENGINES]
+        cells = ["" if figures[engine] is None else f"{figures[engine]:.1f}" for engine in engines]
         shown.add_row(plain(row.title), *cells, share, row.bar)
     return shown
 

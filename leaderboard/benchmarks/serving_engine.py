@@ -75,7 +75,8 @@ class Job:
         engine: "plain": vLLM alone, where a context is a shared prefix in its pages and a first token costs a prefill
             of what is not there; "cascade": the same with cascade attention, where that vLLM has it; "full": vLLM
             alone, whose pages its DecodeBenchConnector fills, a full cache for each user, as many as fit at once;
-            "ours", "ours-int8": vLLM with our pool.
+            "ours", "ours-int8": vLLM with our pool. "plain-v1", "ours-v1", "plain-v2", "ours-v2": the same on vLLM's
+            older or newer model runner, where the others leave the choice to vLLM, or to our options.
         shape: Of the model, a name in :data:`SHAPES`.
         load: What users do.
         pool_gb: Memory for contexts, in 1e9 bytes.
@@ -96,6 +97,11 @@ class Job:
     def storage(self) -> str:
         """How the pool holds pairs."""
         return "int8" if self.engine == "ours-int8" else "model"
+
+    @property
+    def runner(self) -> str | None:
+        """Value of vLLM's variable that chooses a model runner; None if the engine's name says nothing of it."""
+        return {"v1": "0", "v2": "1"}.get(self.engine.rpartition("-")[2])
 
     def settings(self) -> dict[str, Any]:
         """Returns what a figure depends on, by name."""
@@ -144,18 +150,8 @@ class Engine:
 
     def seconds(self, prompts: Sequence[list[int]], n_tokens: int, contexts: Sequence[str | None]) -> float:
         """Returns how long answers of ``n_tokens`` to all prompts take, which are asked at once."""
-        from vllm import SamplingParams
-
-        params = [
-            SamplingParams(
-                temperature=0,
-                max_tokens=n_tokens,
-                ignore_eos=True,
-                detokenize=False,
-                extra_args={"kv_transfer_params": {"context": context}} if context else None,
-            )
-            for context in contexts
-        ]
+        options = {"temperature": 0, "max_tokens": n_tokens, "ignore_eos": True, "detokenize": False}
+        params = [requests.context_params(context, **options) for context in contexts]
         begin = time.perf_counter()
         answers = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         seconds = time.perf_counter() - begin
@@ -307,6 +303,8 @@ def options_of(job: Job, folder: Path) -> tuple[dict[str, Any], tuple[ServedMode
 def main(job: Job, rows: Sequence[str], output: Path) -> None:
     """Starts an engine and measures rows; each is a line of JSON in the file as soon as it is known."""
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    if job.runner is not None:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = job.runner
     with TemporaryDirectory(prefix="kvzip-press-") as name:
         options, pool = options_of(job, Path(name))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,12 +43,13 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * one.max_tokens)]) for one in params]
 
     module = ModuleType("vllm")
-    vars(module).update(LLM=LLM, SamplingParams=SimpleNamespace)
+    vars(module).update(LLM=LLM, SamplingParams=lambda **given: SimpleNamespace(**{"extra_args": None, **given}))
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr(plugin, "register", lambda: None)
     monkeypatch.setattr(requests, "_CHECKS", {})
     monkeypatch.setenv(requests.FACTS, "")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "")
     return made
 
 
@@ -88,6 +90,23 @@ def test_vllm_alone_is_asked_the_same_with_its_own_caches(engines: list[Any], tm
     assert engines[0].options["enable_prefix_caching"] and engines[0].options["disable_cascade_attn"]
     figures_of("cascade", tmp_path, ["one"])
     assert not engines[2].options["disable_cascade_attn"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "runner"), [("ours-v1", "0"), ("ours-v2", "1"), ("plain-v1", "0"), ("plain-v2", "1")]
+)
+def test_an_engine_runs_on_the_model_runner_that_its_name_says(
+    engine: str, runner: str, engines: list[Any], tmp_path: Path
+) -> None:
+    assert list(figures_of(engine, tmp_path, ["idle"])) == ["idle"]
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == runner
+    assert ("kv_transfer_config" in engines[0].options) == engine.startswith("ours")
+
+
+def test_runners_are_compared_when_they_are_asked_for(processes: list[list[str]], tmp_path: Path) -> None:
+    shown = command(tmp_path / "out", "--rows", "idle", "--engines", "plain-v2,ours-v2")
+    assert processes == [["plain-v2", "idle"], ["ours-v2", "idle"]]
+    assert "ours-v2" in shown and "ours-v1" not in shown
 
 
 def test_a_figure_is_written_before_the_next_is_measured(engines: list[Any], tmp_path: Path) -> None:

@@ -5,15 +5,18 @@ Nothing goes into vLLM's pages: its scheduler sees requests without contexts, wh
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 
-from kvzip_press.errors import InvalidArgumentError
+from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 from kvzip_press.serving.vllm.attention import served_by, worker_for
 from kvzip_press.serving.vllm.replicas import Orders, SchedulerPool
 from kvzip_press.serving.vllm.requests import context_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,19 +42,44 @@ class ContextConnector(KVConnectorBase_V1):
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerPool(served)
             return
+        self._failed: dict[str, int] = {}
         self._worker = worker_for(vllm_config)
         self._worker.begin(kv_cache_config.num_blocks)
 
     # Scheduler ------------------------------------------------------------------------------------------------------
 
+    def on_new_request(self, request: Any) -> None:
+        """Lets no request begin before its context is there.
+
+        vLLM 0.32 does not heed what a connector says of requests that must not read cached pages (those for
+        probabilities of their prompt), and starts them. There are no cached pages here: nothing else depends on it.
+        """
+        request.skip_reading_prefix_cache = False
+
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Returns that no tokens are loaded into pages, or None for a request that has to wait for its context."""
-        name = context_of(request.kv_transfer_params)
-        return (0 if self._scheduler.admit(request.request_id, name) else None), False
+        """Returns that no tokens are loaded into pages, or None for a request that has to wait for its context.
+
+        Nothing is raised, which would end the engine. A request whose context cannot be read gets pages for one token
+        that is said to be loaded beside the steps. The worker reports that this failed, and vLLM ends the request with
+        an error before it is in any step.
+        """
+        try:
+            admitted = self._scheduler.admit(request.request_id, context_of(request.kv_transfer_params))
+        except KVzipPressError as error:
+            logger.debug("request %s cannot begin: %s", request.request_id, error)
+            return 1, True
+        return (0 if admitted else None), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Notes which block a request begins with."""
-        self._scheduler.start(request.request_id, blocks.get_block_ids()[0][0])
+        """Notes which block a request begins with, or that it ends because its context cannot be read."""
+        first_block = blocks.get_block_ids()[0][0]
+        if num_external_tokens:
+            logger.error(
+                "request %s ends, about what cannot be read: %r", request.request_id, request.kv_transfer_params
+            )
+            self._scheduler.fail(request.request_id, first_block)
+        else:
+            self._scheduler.start(request.request_id, first_block)
 
     def build_connector_meta(self, scheduler_output: Any) -> ContextMetadata:
         """Returns what the worker does before this step."""
@@ -81,7 +109,16 @@ class ContextConnector(KVConnectorBase_V1):
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """Does what the scheduler decided; ``start_load_kv`` may come after the forward."""
         super().bind_connector_metadata(connector_metadata)
+        self._failed = connector_metadata.orders.failed
         self._worker.obey(connector_metadata.orders)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Returns that nothing was sent, and as received what failed, see :meth:`get_block_ids_with_load_errors`."""
+        return None, set(self._failed)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Returns the blocks of requests whose context cannot be read, in the step in which they got them."""
+        return set(self._failed.values())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Does nothing."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -22,6 +23,14 @@ from kvzip_press.serving.vllm.attention import ReadsContexts
 
 class ContextFlashMetadataBuilder(FlashAttentionMetadataBuilder):
     """vLLM's, without cascade attention, whose metadata say half of what requests read."""
+
+    @classmethod
+    def get_cudagraph_support(cls, *_: Any, **__: Any) -> AttentionCGSupport:
+        """Returns that all requests of a captured step have as many tokens: which one a token is of is captured too.
+
+        The newer model runner captures a token a request, also for steps that may be of any other form.
+        """
+        return AttentionCGSupport.UNIFORM_BATCH
 
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
         """Returns False: what requests share lies in the pool, and not in pages."""

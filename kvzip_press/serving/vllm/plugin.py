@@ -35,13 +35,15 @@ def engine_options(path: str) -> dict[str, Any]:
     os.environ[FACTS] = path
     # This process has loaded the model to find out the facts, and looked for GPUs: a fork of it could not use one.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    # Nothing here needs the older of vLLM's two model runners, but on a GPU contexts were seen on no other yet.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     return {
         "enable_prefix_caching": False,
-        "logits_processors": ["kvzip_press.serving.vllm.names:ContextNames"],
         "kv_transfer_config": {
             "kv_connector": "ContextConnector",
             "kv_connector_module_path": "kvzip_press.serving.vllm.connector",
             "kv_role": "kv_consumer",
+            "kv_load_failure_policy": "fail",  # a request whose context has gone ends, and is not tried for ever
             "kv_connector_extra_config": {"served_model": path},
         },
     }

@@ -6,14 +6,13 @@ it did with it, and hands that to the worker with the next step.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from kvzip_press.cache.file.reading import pair_counts, read_record
-from kvzip_press.errors import InvalidArgumentError, KVzipPressError
+from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.serving.arena import empty_rows
 from kvzip_press.serving.context import PackedContext, PoolShape
 from kvzip_press.serving.folder import ContextFile, ContextFolder
@@ -22,8 +21,6 @@ from kvzip_press.serving.pool import NO_CONTEXT, ContextPool, Held
 from kvzip_press.serving.rotation import Rotation
 from kvzip_press.serving.shares import Share
 from kvzip_press.serving.vllm.facts import ServedModel
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -34,10 +31,12 @@ class Orders:
         pool: ``("put", name, path, room)``, ``("hold", name, "", 0)`` and ``("release", "", "", row)``; room is counted
             in pairs.
         starts: The first block of a request's pages, and the row of the context that it reads.
+        failed: Requests whose context cannot be read, each with the first block of its pages.
     """
 
     pool: list[tuple[str, str, str, int]] = field(default_factory=list)
     starts: list[tuple[int, int]] = field(default_factory=list)
+    failed: dict[str, int] = field(default_factory=dict)
 
 
 class SchedulerPool:
@@ -55,25 +54,20 @@ class SchedulerPool:
         self._loaded: dict[str, ContextFile] = {}
         self._outlines: dict[str, tuple[ContextFile, PackedContext]] = {}
         self._held: dict[str, Held] = {}  # by request
-        self._failed: set[str] = set()
         self._orders = Orders()
 
     def admit(self, request_id: str, name: str | None) -> bool:
         """Returns whether a request may begin: its context is in the pool, and stays until it has finished.
 
-        If there is no room for the context now, it may be asked again later. Nothing is raised, since that would end
-        the engine: a request whose context is unknown or cannot be read, which
-        :class:`~kvzip_press.serving.vllm.requests.ContextNames` should have refused, never begins, and the log says so.
+        If there is no room for the context now, it may be asked again later.
+
+        Raises:
+            KVzipPressError: The context is unknown or cannot be read, which was checked when the request came: it has
+                changed since, or the request came past that check. It must not begin.
         """
         if request_id in self._held:
             return True
-        try:
-            held = NO_CONTEXT if name is None else self._hold(name)
-        except KVzipPressError as error:
-            if request_id not in self._failed:
-                self._failed.add(request_id)
-                logger.error("request %s waits forever: %s", request_id, error)  # noqa: TRY400  # the message says all
-            return False
+        held = NO_CONTEXT if name is None else self._hold(name)
         if held is not None:
             self._held[request_id] = held
         return held is not None
@@ -82,9 +76,12 @@ class SchedulerPool:
         """Notes where the pages of an admitted request begin: each time that it gets some, also after a preemption."""
         self._orders.starts.append((first_block, self._held[request_id].row))
 
+    def fail(self, request_id: str, first_block: int) -> None:
+        """Notes that a request was not admitted and never will be, for the worker, who can report that."""
+        self._orders.failed[request_id] = first_block
+
     def finish(self, request_id: str) -> None:
         """Lets the context of a request go."""
-        self._failed.discard(request_id)
         held = self._held.pop(request_id, NO_CONTEXT)
         if held.row:
             self._pool.release(held)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvzip_press.cache.file.reading import check_contents
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError
 from kvzip_press.serving.folder import ContextFolder
 from kvzip_press.serving.vllm.facts import ServedModel
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 FACTS = "KVZIP_PRESS_SERVED_MODEL"  # environment variable with the path of the facts, in every process of an engine
 
@@ -65,12 +68,29 @@ class NameCheck:
 _CHECKS: dict[str, NameCheck] = {}  # by path of the facts
 
 
-def check_request(sampling_params: Any) -> None:
-    """Raises InvalidArgumentError for sampling parameters of vLLM whose context cannot be asked about."""
+def context_params(name: str | None, **sampling: Any) -> SamplingParams:
+    """Returns vLLM's sampling parameters for a question about a context, to be given to ``vllm.LLM`` and its like.
+
+    Whether the engine can answer it is checked at once: it would find out too late to say more than that it failed.
+
+    Args:
+        name: The context; None for a question about none.
+        **sampling: What ``vllm.SamplingParams`` takes.
+
+    Raises:
+        InvalidArgumentError: The context is unknown or cannot be read, or no engine was prepared
+            (:func:`kvzip_press.serving.vllm.plugin.engine_options`): another one would answer without the context.
+    """
+    from vllm import SamplingParams
+
+    if name is None:
+        return SamplingParams(**sampling)
     path = os.environ.get(FACTS)
-    params = (getattr(sampling_params, "extra_args", None) or {}).get("kv_transfer_params")
-    if path is None or params is None:
-        return
+    if not path:
+        raise InvalidArgumentError("expected an engine with the options of engine_options, got none yet")
     if path not in _CHECKS:
         _CHECKS[path] = NameCheck(ServedModel.read(path))
+    params = {"context": name}
     _CHECKS[path](params)
+    extra = {**(sampling.pop("extra_args", None) or {}), "kv_transfer_params": params}
+    return SamplingParams(**sampling, extra_args=extra)

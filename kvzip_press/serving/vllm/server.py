@@ -127,6 +127,5 @@ def server_command(path: str, name: str, served: ServedModel, facts: Path, templ
         *("--chat-template", str(template), "--no-enable-prefix-caching"),
         *("--tensor-parallel-size", str(served.n_ranks)),
         *("--middleware", f"{ContextRoutes.__module__}.{ContextRoutes.__name__}"),
-        *("--logits-processors", *engine["logits_processors"]),
         *("--kv-transfer-config", json.dumps(engine["kv_transfer_config"])),
     ]

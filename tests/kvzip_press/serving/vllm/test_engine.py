@@ -15,6 +15,7 @@ from kvzip_press.decoding.answering import answer_ids, question_ids
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.serving.vllm.facts import ServedModel
 from kvzip_press.serving.vllm.plugin import engine_options
+from kvzip_press.serving.vllm.requests import context_params
 from kvzip_press.testing import ByteTokenizer, tiny_model
 
 pytestmark = pytest.mark.vllm
@@ -64,7 +65,7 @@ def engine(place: Path, model: Any) -> Iterator[Any]:
     options = engine_options(str(place / "served.json"))
     from vllm import LLM
 
-    yield LLM(
+    made = LLM(
         str(place / "model"),
         skip_tokenizer_init=True,
         dtype="float32",
@@ -76,24 +77,19 @@ def engine(place: Path, model: Any) -> Iterator[Any]:
         disable_log_stats=True,
         **options,
     )
+    newer = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"  # the choice of our options, or of test_newer_runner.py
+    assert made.llm_engine.vllm_config.use_v2_model_runner is newer
+    yield made
     os.environ.clear()
     os.environ.update(before)
 
 
-def ask(engine: Any, tokenizer: ByteTokenizer, asked: list[tuple[str | None, str]], n: int = 24) -> list[list[int]]:
-    from vllm import SamplingParams
+SAMPLING = {"temperature": 0, "max_tokens": 24, "ignore_eos": True, "detokenize": False}
 
+
+def ask(engine: Any, tokenizer: ByteTokenizer, asked: list[tuple[str | None, str]], **options: Any) -> list[list[int]]:
     prompts = [{"prompt_token_ids": question_ids(tokenizer, question)} for _, question in asked]
-    params = [
-        SamplingParams(
-            temperature=0,
-            max_tokens=n,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args={"kv_transfer_params": {"context": name}} if name else None,
-        )
-        for name, _ in asked
-    ]
+    params = [context_params(name, **SAMPLING, **options) for name, _ in asked]
     return [list(one.outputs[0].token_ids) for one in engine.generate(prompts, params, use_tqdm=False)]
 
 
@@ -122,12 +118,42 @@ def test_what_cannot_be_answered_is_refused_and_the_engine_lives(
 ) -> None:
     whole = (place / "contexts" / "archive.safetensors").read_bytes()
     (place / "contexts" / "torn.safetensors").write_bytes(whole[:-30])
-    from vllm.exceptions import VLLMValidationError
-
     for name in ("unknown", "../contexts/archive", "torn"):
-        with pytest.raises((InvalidArgumentError, VLLMValidationError), match="expected"):  # ours in 0.24, vLLM's later
+        with pytest.raises(InvalidArgumentError, match="expected"):
             ask(engine, tokenizer, [(name, "Who?")])
     (place / "contexts" / "late.safetensors").write_bytes(whole)
     [ids] = ask(engine, tokenizer, [("late", "Who?")])
     own = expected(model, tokenizer, "archive", "Who?")
     assert ids[: len(own)] == own
+
+
+def test_what_comes_past_the_check_ends_with_an_error_and_the_others_are_answered(
+    engine: Any, place: Path, tokenizer: ByteTokenizer, model: Any
+) -> None:
+    """Parameters of one's own, and a context that goes before its turn; one of them as short as a question can be."""
+    from vllm import SamplingParams
+
+    path = place / "contexts" / "gone.safetensors"
+    path.write_bytes((place / "contexts" / "archive.safetensors").read_bytes())
+    params = [context_params(name, **SAMPLING) for name in ("lighthouse", "gone", "archive", None)]
+    path.unlink()
+    own = SamplingParams(**SAMPLING, extra_args={"kv_transfer_params": {"context": "unknown"}})
+    ids = question_ids(tokenizer, "Who?")
+    prompts = [{"prompt_token_ids": one} for one in (ids, ids, ids, ids, ids[:1])]
+    for _ in range(2):
+        answers = engine.generate(prompts, [*params, own], use_tqdm=False)
+        assert [one.outputs[0].finish_reason for one in answers] == ["length", "error", "length", "length", "error"]
+        assert [len(one.outputs[0].token_ids) for one in answers] == [24, 0, 24, 24, 0]
+        for name, answer in zip(("lighthouse", "archive"), (answers[0], answers[2]), strict=True):
+            own_ids = expected(model, tokenizer, name, "Who?")
+            assert list(answer.outputs[0].token_ids)[: len(own_ids)] == own_ids
+
+
+def test_probabilities_of_a_question_are_those_behind_its_context(
+    engine: Any, model: Any, tokenizer: ByteTokenizer
+) -> None:
+    """Such requests must not read cached pages; two contexts, of which one waits for the other's room."""
+    asked = [(name, QUESTIONS[0]) for name in TEXTS] * 3
+    for (name, question), ids in zip(asked, ask(engine, tokenizer, asked, prompt_logprobs=1), strict=True):
+        own = expected(model, tokenizer, name, question)
+        assert ids[: len(own)] == own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from kvzip_press.kernels.row_codec import decode_rows
 from kvzip_press.serving.packing import Packing, packed_cache
 from kvzip_press.serving.rotation import Rotation
 from kvzip_press.serving.shares import Share
-from kvzip_press.serving.vllm import replicas, requests, steps
+from kvzip_press.serving.vllm import guard, replicas, requests, steps
 from kvzip_press.serving.vllm.facts import ServedModel
 from kvzip_press.serving.vllm.plugin import engine_options, register
 from kvzip_press.serving.vllm.replicas import SchedulerPool, WorkerPool
@@ -141,17 +142,14 @@ def test_a_preempted_request_is_found_by_its_new_first_block(served: ServedModel
     assert row_of(pools, "b", None, block=3) == 0, "its old block is another request's now"
 
 
-def test_the_scheduler_never_raises(served: ServedModel, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What the check of requests let pass waits, and the log says why, once; the others go on."""
+def test_what_cannot_be_read_is_not_admitted_and_the_others_are(served: ServedModel, folder: Path) -> None:
     pools = pools_of(served)
-    for name in ("unknown", "../archive", "/etc/passwd"):
-        assert not pools[0].admit(name, name)
-        assert not pools[0].admit(name, name)
-        assert sum(f"request {name} waits forever" in message for message in caplog.messages) == 1
-        pools[0].finish(name)
     path = folder / "lighthouse.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
-    assert not pools[0].admit("torn", "lighthouse")
+    for name in ("unknown", "../archive", "/etc/passwd", "lighthouse"):
+        with pytest.raises(InvalidArgumentError, match="expected"):
+            pools[0].admit(name, name)
+        pools[0].finish(name)
     assert row_of(pools, "whole", "archive") > 0
 
 
@@ -256,24 +254,26 @@ def test_nothing_grows_over_many_requests(served: ServedModel) -> None:
         row_of(pools, str(number), ("archive", "lighthouse", None)[number % 3])
         pools[0].finish(str(number))
     pools[1].obey(pools[0].take_orders())
-    assert not pools[0]._held and not pools[0]._failed
+    assert not pools[0]._held
     assert not any(pools[1]._held.values())
 
 
 # ------------------------------------------------------------------------------------------- what a request may ask for
 
 
+def as_sent(params: Any) -> bytes:
+    return json.dumps({"prompt": "Who?", "kv_transfer_params": params}).encode()
+
+
 @pytest.fixture
-def check(facts: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv(requests.FACTS, str(facts))
-    monkeypatch.setattr(requests, "_CHECKS", {})
-    return lambda params: requests.check_request(SimpleNamespace(extra_args={"kv_transfer_params": params}))
+def check(served: ServedModel) -> Any:
+    names = requests.NameCheck(served)
+    return lambda params: guard.check_body(as_sent(params), names)
 
 
 @pytest.mark.parametrize("params", [{"context": "archive"}, {"context": None}, {}, None])
 def test_what_can_be_answered_is_accepted(params: Any, check: Any) -> None:
     check(params)
-    requests.check_request(SimpleNamespace(extra_args=None))
 
 
 @pytest.mark.parametrize(
@@ -282,9 +282,53 @@ def test_what_can_be_answered_is_accepted(params: Any, check: Any) -> None:
     ids=str,
 )
 def test_what_cannot_is_an_error_of_the_client(params: Any, check: Any) -> None:
-    """vLLM makes its own error of a ValueError, and answers with status 400; the engine does not see the request."""
-    with pytest.raises(ValueError, match=r"expected (the name of a context|kv_transfer_params)"):
+    with pytest.raises(InvalidArgumentError, match=r"expected (the name of a context|kv_transfer_params)"):
         check(params)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"vllm_xargs": {"kv_transfer_params": "unknown"}},
+        {"sampling_params": {"extra_args": {"kv_transfer_params": {"context": "unknown"}}}},
+        {"use_beam_search": True, "kv_transfer_params": {"context": "archive"}},
+    ],
+    ids=["arguments of vLLM's own", "parameters of vLLM's own", "beam search, which would not read the context"],
+)
+def test_a_context_is_found_wherever_vllm_takes_it_from(body: Any, served: ServedModel) -> None:
+    with pytest.raises(InvalidArgumentError, match="expected"):
+        guard.check_body(json.dumps(body).encode(), requests.NameCheck(served))
+
+
+@pytest.mark.parametrize("body", [b"kv_transfer_params", b'"kv_transfer_params"', b"[" * 100_000, b"\xff\xfe"])
+def test_what_is_no_request_is_left_to_the_server(body: bytes, served: ServedModel) -> None:
+    guard.check_body(body, requests.NameCheck(served))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`context_params`, with a stand-in for vLLM's class."""
+    module = ModuleType("vllm")
+    vars(module)["SamplingParams"] = SimpleNamespace
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(requests, "_CHECKS", {})
+    monkeypatch.delenv(requests.FACTS, raising=False)
+    return requests.context_params
+
+
+def test_parameters_of_a_question_name_its_context(asked: Any, facts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert vars(asked(None, temperature=0)) == {"temperature": 0}
+    with pytest.raises(InvalidArgumentError, match="expected an engine with the options of engine_options"):
+        asked("archive", temperature=0)
+    monkeypatch.setenv(requests.FACTS, str(facts))
+    made = asked("archive", temperature=0, extra_args={"own": 1})
+    assert vars(made) == {
+        "temperature": 0,
+        "extra_args": {"own": 1, "kv_transfer_params": {"context": "archive"}},
+    }
+    for name in ("unknown", "../archive"):
+        with pytest.raises(ValueError, match="expected the name of a context"):
+            asked(name)
 
 
 def test_a_damaged_file_is_refused_before_the_engine_reads_it(check: Any, folder: Path) -> None:
@@ -307,9 +351,8 @@ def test_a_file_is_read_whole_once(check: Any, folder: Path, monkeypatch: pytest
     assert read == [folder / "archive.safetensors"]
 
 
-def test_without_an_engine_of_ours_nothing_is_checked_or_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_engine_of_ours_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(requests.FACTS, raising=False)
-    requests.check_request(SimpleNamespace(extra_args={"kv_transfer_params": {"context": "unknown"}}))
     register()  # would import vLLM
 
 
@@ -357,6 +400,11 @@ class Impl:
         assert args[5] is None, "only while memory is measured"
         filled: torch.Tensor = args[6].fill_(0)
         return filled
+
+
+class GraphSupport(Enum):
+    UNIFORM_BATCH = 2
+    ALWAYS = 3
 
 
 class Enumerated(Enum):
@@ -431,7 +479,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "vllm.utils.torch_utils": {"canonicalize_singleton_dim_strides": lambda pages: pages},
         "vllm.config": {"get_current_vllm_config": lambda: backends["config"]},
         "vllm.distributed": {"get_tensor_model_parallel_rank": lambda: 0},
-        "vllm.v1.sample.logits_processor": {"LogitsProcessor": object},
+        "vllm.v1.attention.backend": {"AttentionCGSupport": GraphSupport},
     }
     for name, contents in names.items():
         for end in range(1, name.count(".") + 2):
@@ -441,10 +489,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         module = ModuleType(name)
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
-    ours = [
-        f"kvzip_press.serving.vllm.{name}"
-        for name in ("attention", "connector", "cpu_backend", "cuda_backend", "names")
-    ]
+    ours = [f"kvzip_press.serving.vllm.{name}" for name in ("attention", "connector", "cpu_backend", "cuda_backend")]
     for name in ours:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield backends
@@ -503,9 +548,36 @@ def test_the_connector_goes_through_the_life_of_a_request(
     worker.bind_connector_metadata(scheduler.build_connector_meta(None))
     assert_reads(worker._worker, int(worker._worker.row_of_block[5]), caches["archive"], model)
     assert scheduler.request_finished(request_of("archive"), [5, 6]) == (False, None)
-    assert scheduler.get_num_new_matched_tokens(request_of("unknown", "b"), 0) == (None, False)
     worker.bind_connector_metadata(scheduler.build_connector_meta(None))
     assert not any(worker._worker._held.values())
+
+
+@pytest.mark.parametrize("params", [{"context": "unknown"}, {"context": "torn"}, "archive", {"context": 5}], ids=str)
+def test_a_request_whose_context_cannot_be_read_ends_with_an_error_and_the_engine_does_not(
+    params: Any, vllm: Any, facts: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It came past the checks, or the context went after them: vLLM is told of a load that failed, before any step."""
+    scheduler, worker = connectors(facts)
+    (folder / "torn.safetensors").write_bytes((folder / "archive.safetensors").read_bytes()[:-9])
+    request = SimpleNamespace(request_id="a", kv_transfer_params=params)
+    for _ in range(2):  # again, if there were no pages
+        assert scheduler.get_num_new_matched_tokens(request, 0) == (1, True), "a token that is loaded beside the steps"
+    scheduler.update_state_after_alloc(request, blocks_of(5), 1)
+    assert caplog.messages.count(f"request a ends, about what cannot be read: {params!r}") == 1
+    worker.bind_connector_metadata(scheduler.build_connector_meta(None))
+    assert worker.get_finished(set()) == (None, {"a"}) and worker.get_block_ids_with_load_errors() == {5}
+    assert scheduler.request_finished(request, [5]) == (False, None)
+    worker.bind_connector_metadata(scheduler.build_connector_meta(None))
+    assert worker.get_finished(set()) == (None, set()) and worker.get_block_ids_with_load_errors() == set(), "once"
+    assert scheduler.get_num_new_matched_tokens(request_of("archive", "b"), 0) == (0, False)
+
+
+def test_a_request_waits_also_when_it_must_not_read_cached_pages(vllm: Any, facts: Path) -> None:
+    """vLLM 0.32 starts such requests whatever a connector says."""
+    scheduler, _ = connectors(facts)
+    request = SimpleNamespace(skip_reading_prefix_cache=True)
+    scheduler.on_new_request(request)
+    assert request.skip_reading_prefix_cache is False
 
 
 @pytest.mark.parametrize(
@@ -667,6 +739,7 @@ def test_flash_attention_over_pages_and_ours_over_the_pool_are_one(
     impl, query, output = backend.ContextFlashImpl(), torch.randn(6, 4, 16), torch.full((6, 4, 16), torch.nan)
     assert impl.forward(LAYER, query, None, None, cache, metadata, output) is output
     assert not backend.ContextFlashMetadataBuilder().use_cascade_attention()
+    assert backend.ContextFlashMetadataBuilder.get_cudagraph_support(None, None) is GraphSupport.UNIFORM_BATCH
     pool, row = worker._worker.pool, int(worker._worker.row_of_block[5])
     keys, values = (decode_rows(one, torch.float32) if storage == "int8" else one for one in (pool.keys, pool.values))
     n_tokens = int(pool.n_tokens[row])
@@ -723,7 +796,12 @@ def test_the_entry_point_replaces_the_cpu_backend(vllm: Any, facts: Path, monkey
     monkeypatch.setenv(requests.FACTS, "")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "")
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")  # gone again afterwards
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     options = engine_options(str(facts))
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1", "a user's choice stays"
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    engine_options(str(facts))
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"  # a fork of what has looked for GPUs cannot use them
     register()
     assert list(vllm) == ["CPU_ATTN", "FLASH_ATTN"]
@@ -731,13 +809,8 @@ def test_the_entry_point_replaces_the_cpu_backend(vllm: Any, facts: Path, monkey
         module, _, attribute = path.rpartition(".")
         backend = getattr(importlib.import_module(module), attribute)
         assert backend.get_impl_cls().reads_contexts
-    module, _, attribute = options["logits_processors"][0].partition(":")
-    names = getattr(importlib.import_module(module), attribute)
-    with pytest.raises(ValueError, match="expected the name of a context"):
-        names.validate_params(SimpleNamespace(extra_args={"kv_transfer_params": {"context": "unknown"}}))
-    processor, logits = names(None, None, False), torch.zeros(1)
-    processor.update_state(None)
-    assert processor.apply(logits) is logits and processor.is_argmax_invariant()
+    assert "logits_processors" not in options, "with any, vLLM takes its older model runner"
+    assert options["kv_transfer_config"]["kv_load_failure_policy"] == "fail"
     assert options["kv_transfer_config"]["kv_connector_extra_config"] == {"served_model": str(facts)}
     assert options["enable_prefix_caching"] is False
     connector = importlib.import_module(options["kv_transfer_config"]["kv_connector_module_path"])

@@ -191,8 +191,32 @@ def test_what_cannot_be_answered_is_refused_and_the_server_lives(served: Served)
     for params in ({"context": "unknown"}, {"context": "../archive"}, {"context": "torn"}, {"context": 5}):
         status, answer = served.send("POST", "/v1/completions", served.body(None, "Who?", kv_transfer_params=params))
         assert status == 400, answer
-        assert str(served.folder) not in json.dumps(answer)
+        assert answer["error"]["message"].startswith("expected") and str(served.folder) not in json.dumps(answer)
+    message = {"model": "tiny", "messages": [{"role": "user", "content": "Who?"}]}
+    unknown = {"kv_transfer_params": {"context": "unknown"}}
+    sampling = {"max_tokens": 1, "extra_args": unknown}
+    for path, body in (
+        ("/v1/chat/completions", {**message, **unknown, "stream": True}),
+        ("/v1/chat/completions/batch", {**message, "messages": [message["messages"]], **unknown}),
+        ("/v1/messages", {**message, "max_tokens": 1, **unknown}),
+        ("/v1/responses", {"model": "tiny", "input": "Who?", **unknown}),
+        ("/v1/completions", {"model": "tiny", "prompt": "Who?", "vllm_xargs": {"kv_transfer_params": "archive"}}),
+        ("/inference/v1/generate", {"token_ids": [40], "sampling_params": sampling}),
+        ("/v1/completions", served.body("archive", "Who?", use_beam_search=True)),
+    ):
+        status, answer = served.send("POST", path, body)
+        assert status == 400 and answer["error"]["message"].startswith("expected"), (path, answer)
     served.assert_answers("archive", "Who?")
+
+
+def test_a_stranger_does_not_learn_which_contexts_there_are(served: Served) -> None:
+    strangers = {"Content-Type": "application/json"}, {"Content-Type": "application/json", "Authorization": "Bearer x"}
+    answers = [
+        served.send("POST", "/v1/completions", served.body(name, "Who?"), headers)
+        for headers in strangers
+        for name in ("archive", "unknown", None)
+    ]
+    assert answers[0][0] == 401 and all(one == answers[0] for one in answers)
 
 
 def test_a_context_is_added_while_serving(served: Served) -> None:

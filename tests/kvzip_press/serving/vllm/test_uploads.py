@@ -123,7 +123,8 @@ def send(served: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     async def vllm(scope: Any, receive: Any, send: Any) -> None:
         assert "POST" in routes, "what follows finds them"
 
-    asyncio.run(ContextRoutes(vllm)({"type": "lifespan", "app": SimpleNamespace(add_route=add_route)}, None, None))
+    app = SimpleNamespace(add_route=add_route, routes=[])
+    asyncio.run(ContextRoutes(vllm)({"type": "lifespan", "app": app}, None, None))  # type: ignore[arg-type]
 
     def ask(name: object, data: bytes) -> Any:
         if not data:
@@ -154,7 +155,7 @@ def test_requests_pass_the_middleware_as_they_came() -> None:
         came.extend(given)
 
     request = {"type": "http", "path": "/v1/contexts", "app": None}
-    asyncio.run(ContextRoutes(vllm)(request, 1, 2))
+    asyncio.run(ContextRoutes(vllm)(request, 1, 2))  # type: ignore[arg-type]
     assert came == [request, 1, 2]
 
 
