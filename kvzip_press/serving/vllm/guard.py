@@ -38,9 +38,7 @@ class Guard:
         read = await _body(receive) if _is_json(scope) else deque()
         body = b"".join(message.get("body", b"") for message in read)
         answers: Application = self._app
-        if any(
-            sign in body for sign in _SIGNS
-        ):  # few requests are read twice, and those not in the server's own thread
+        if any(sign in body for sign in _SIGNS):  # so few requests are read twice
             try:
                 await asyncio.to_thread(check_body, body, self._check)
             except KVzipPressError as error:
