@@ -79,7 +79,7 @@ class LayerPairs:
             fp32 ``[batch, num_key_value_heads, n]``; 0 of queries that are not known. No probabilities are in memory.
         """
         first = 0 if last is None else max(self.queries.shape[2] - last, 0)
-        return received_attention(
+        sums = received_attention(
             self.queries[:, :, first:],
             self.keys,
             self.query_positions[:, first:].where(self.known[:, first:], -1),
@@ -88,6 +88,7 @@ class LayerPairs:
             scaling=self.scaling,
             softcap=self.softcap,
         )
+        return sums.float()  # of fp64 inputs they are fp64, which scores are not
 
     def attention(self, last: int | None = None, *, among: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
         """Yields the attention that pairs get, in blocks of queries.
