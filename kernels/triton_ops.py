@@ -8,6 +8,17 @@ from kvzip_press.kernels.triton_support import interpreting
 INTERPRETED = tl.constexpr(interpreting())
 HAS_NARROW_DOT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
 """Whether a dot may have fewer than 16 columns."""
+LOG2_E = 1.4426950408889634
+
+
+def padded(head_dim: int) -> int:
+    """Returns the columns of a tile: a power of two that a dot product of tiles supports."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def logit_factors(scaling: float, softcap: float | None) -> tuple[float, float]:
+    """Returns what turns dot products into logits in base 2: the factor before the softcap, and the softcap."""
+    return (scaling * LOG2_E, 0.0) if softcap is None else (scaling / softcap, softcap * LOG2_E)
 
 
 @triton.jit
@@ -16,6 +27,14 @@ def dot(a, b, PRECISION: tl.constexpr):
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def base2_logits(scores, factor, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Turns dot products into logits in base 2, see :func:`logit_factors`."""
+    if HAS_SOFTCAP:
+        return softcap * tanh(scores * factor)
+    return scores * factor
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The shared procedure of the benchmarks: check results first, then time, then write a CSV file and a table."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -135,6 +135,36 @@ class Bench:
         tflops = None if flops is None else flops / times.median / 1e6
         self.rows.append(Row(self.op, str(case), impl, *times, n_bytes, floor, fraction, tflops, error))
         print(table(self.rows[-1:]).splitlines()[-1], flush=True)
+
+    def compare(
+        self,
+        case: object,
+        impls: Iterable[str],
+        calls_of: Callable[[str], Sequence[Call]],
+        error_of: Callable[[str, Tensor], float],
+        *,
+        n_bytes: int,
+        flops: float,
+    ) -> None:
+        """Records our implementations of an op, whose reference takes as long as hundreds of launches and more.
+
+        Args:
+            case: What is computed.
+            impls: Their names.
+            calls_of: Returns the calls of one, on copies of the inputs.
+            error_of: Returns the error of what a call returned, or raises :class:`WrongResultError`.
+            n_bytes: Bytes that a call has to move.
+            flops: Its FLOPs.
+        """
+        for impl in impls:
+            calls = calls_of(impl)
+            try:
+                error = error_of(f"{case}, {impl}", calls[0]())
+            except ValueError as reason:  # how the dispatch says that it cannot do this
+                self.skip(case, f"ours {impl}", reason)
+                continue
+            times = self.eager(calls[0]) if impl == "reference" else self.in_graph(calls)
+            self.add(case, f"ours {impl}", times, n_bytes=n_bytes, flops=flops, error=error)
 
     def skip(self, case: object, impl: str, reason: object) -> None:
         """Prints why there will be no row."""

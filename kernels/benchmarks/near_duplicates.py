@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvzip_press.kernels.benchmarks.harness import Bench, WrongResultError, run_cases
-from kvzip_press.kernels.benchmarks.timing import copies_for
+from kvzip_press.kernels.benchmarks.timing import Call, copies_for
 from kvzip_press.kernels.near_duplicates import near_duplicates
 from kvzip_press.kernels.near_duplicates.api import _IMPLS
 
@@ -75,16 +75,14 @@ def run(bench: Bench, case: DuplicatesCase) -> None:
     copies = [case.tensors(bench.device) for _ in range(copies_for(case.n_bytes()))]
     rows = zip(*(tensor.split(1) for tensor in copies[0]), strict=True)
     expected = torch.cat([near_duplicates(keys.double(), valid, THRESHOLD, impl="reference") for keys, valid in rows])
-    for impl in _IMPLS:
-        calls = [partial(near_duplicates, *copy, THRESHOLD, impl=impl) for copy in copies]
-        try:
-            error = check(f"{case}, {impl}", calls[0](), expected)
-        except ValueError as reason:  # how the dispatch says that it cannot do this
-            bench.skip(case, f"ours {impl}", reason)
-            continue
-        # The reference takes as long as hundreds of launches and more.
-        times = bench.eager(calls[0]) if impl == "reference" else bench.in_graph(calls)
-        bench.add(case, f"ours {impl}", times, n_bytes=case.n_bytes(), flops=case.flops(), error=error)
+
+    def calls_of(impl: str) -> list[Call]:
+        return [partial(near_duplicates, *copy, THRESHOLD, impl=impl) for copy in copies]
+
+    def error_of(named: str, got: Tensor) -> float:
+        return check(named, got, expected)
+
+    bench.compare(case, _IMPLS, calls_of, error_of, n_bytes=case.n_bytes(), flops=case.flops())
 
 
 def check(name: str, got: Tensor, expected: Tensor) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvzip_press.kernels.benchmarks.harness import Bench, WrongResultError, run_cases
-from kvzip_press.kernels.benchmarks.timing import copies_for
+from kvzip_press.kernels.benchmarks.timing import Call, copies_for
 from kvzip_press.kernels.received_attention import received_attention
 from kvzip_press.kernels.received_attention.api import _IMPLS
 
@@ -74,16 +74,14 @@ def run(bench: Bench, case: ReceivedCase) -> None:
     exact = [query.double(), keys.double(), *positions]
     rows = zip(*(tensor.split(1) for tensor in exact), strict=True)
     expected = torch.cat([received_attention(*row, squared=case.squared, impl="reference") for row in rows])
-    for impl in _IMPLS:
-        calls = [partial(received_attention, *copy, squared=case.squared, impl=impl) for copy in copies]
-        try:
-            error = check(f"{case}, {impl}", calls[0](), expected)
-        except ValueError as reason:  # how the dispatch says that it cannot do this
-            bench.skip(case, f"ours {impl}", reason)
-            continue
-        # The reference takes as long as hundreds of launches and more.
-        times = bench.eager(calls[0]) if impl == "reference" else bench.in_graph(calls)
-        bench.add(case, f"ours {impl}", times, n_bytes=case.n_bytes(), flops=case.flops(), error=error)
+
+    def calls_of(impl: str) -> list[Call]:
+        return [partial(received_attention, *copy, squared=case.squared, impl=impl) for copy in copies]
+
+    def error_of(named: str, got: Tensor) -> float:
+        return check(named, got, expected)
+
+    bench.compare(case, _IMPLS, calls_of, error_of, n_bytes=case.n_bytes(), flops=case.flops())
 
 
 def check(name: str, got: Tensor, expected: Tensor) -> float:

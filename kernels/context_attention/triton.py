@@ -16,9 +16,8 @@ from kvzip_press.kernels.context_attention.tuning import Loop, loop_for
 from kvzip_press.kernels.context_attention.turn import Turn
 from kvzip_press.kernels.ragged_attention.split import early_launch, gdc_launch_dependents, gdc_wait, on_device
 from kvzip_press.kernels.row_codec import Codes
-from kvzip_press.kernels.triton_ops import dot, tanh
+from kvzip_press.kernels.triton_ops import dot, logit_factors, padded, tanh
 
-LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -79,12 +78,11 @@ def context_attention(
             *query.stride()[:2],
             work.n_items.shape[1],
             n_rows,
-            scaling * LOG2E if softcap is None else scaling / softcap,
-            0.0 if softcap is None else softcap * LOG2E,
+            *logit_factors(scaling, softcap),
             HEADS=plan.num_key_value_heads,
             GROUPS=plan.groups,
             HEAD_DIM=head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_D=padded(head_dim),
             BLOCK_M=work.block_m,
             BLOCK_N=loop.block_n,
             HAS_CODES=has_codes,

@@ -14,9 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvzip_press.kernels.kv_scoring.tuning import Config, column_config, n_column_splits, row_config
-from kvzip_press.kernels.triton_ops import dot, tanh
-
-LOG2_E = 1.4426950408889634
+from kvzip_press.kernels.triton_ops import LOG2_E, base2_logits, dot, logit_factors, padded
 
 
 def kv_scoring(
@@ -86,9 +84,9 @@ def row_lse(
             chunk_keys.shape[2],
             num_heads,
             num_heads // chunk_keys.shape[1],
-            *_logit_factors(scaling, softcap),
+            *logit_factors(scaling, softcap),
             HEAD_DIM=head_dim,
-            BLOCK_D=_padded(head_dim),
+            BLOCK_D=padded(head_dim),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             HAS_SOFTCAP=softcap is not None,
@@ -151,9 +149,9 @@ def column_max(
             n_chunk,
             num_kv_heads,
             num_heads // num_kv_heads,
-            *_logit_factors(scaling, softcap),
+            *logit_factors(scaling, softcap),
             HEAD_DIM=head_dim,
-            BLOCK_D=_padded(head_dim),
+            BLOCK_D=padded(head_dim),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             HAS_SOFTCAP=softcap is not None,
@@ -164,24 +162,6 @@ def column_max(
             num_stages=config.num_stages,
         )
     return out[0] if n_splits == 1 else out.amax(0)
-
-
-def _padded(head_dim: int) -> int:
-    """Returns the columns of a tile: a power of two that a dot product of tiles supports."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def _logit_factors(scaling: float, softcap: float | None) -> tuple[float, float]:
-    """Returns what turns dot products into logits in base 2: the factor before the softcap, and the softcap."""
-    return (scaling * LOG2_E, 0.0) if softcap is None else (scaling / softcap, softcap * LOG2_E)
-
-
-@triton.jit
-def _base2_logits(scores, factor, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Turns dot products into logits in base 2, see :func:`_logit_factors`."""
-    if HAS_SOFTCAP:
-        return softcap * tanh(scores * factor)
-    return scores * factor
 
 
 @triton.jit
@@ -225,7 +205,7 @@ def _add_keys(
     for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         offs_n = first + tl.arange(0, BLOCK_N)
         keys = _load_tile(k_ptrs, offs_n < stop, HEAD_DIM, BLOCK_D, MASKED)
-        logits = _base2_logits(dot(query, tl.trans(keys), "ieee"), factor, softcap, HAS_SOFTCAP)
+        logits = base2_logits(dot(query, tl.trans(keys), "ieee"), factor, softcap, HAS_SOFTCAP)
         if MASKED:
             mask_n = offs_n[None, :] < stop
             if CAUSAL:
@@ -396,7 +376,7 @@ def _column_max_kernel(
         query = _load_tile(q_ptrs + (head * stride_qh + row * stride_qm), mask_n, HEAD_DIM, BLOCK_D, False)
         lse = tl.load(lse_ptrs + (head * n_rows + row))
         poison += 0.0 * lse
-        logits = _base2_logits(dot(keys, tl.trans(query), "ieee"), factor, softcap, HAS_SOFTCAP)
+        logits = base2_logits(dot(keys, tl.trans(query), "ieee"), factor, softcap, HAS_SOFTCAP)
         shares = logits - lse[None, :]
         if HAS_KEY_WEIGHT or HAS_QUERY_WEIGHT:
             shares = tl.exp2(shares)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvzip_press.kernels.near_duplicates.tuning import Config, config_for
-from kvzip_press.kernels.triton_ops import dot
+from kvzip_press.kernels.triton_ops import dot, padded
 
 LEAST_NORM = 1e-12  # as in torch.nn.functional.normalize
 
@@ -37,7 +37,7 @@ def near_duplicates(keys: Tensor, valid: Tensor, threshold: float, *, config: Co
             heads,
             threshold,
             HEAD_DIM=head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_D=padded(head_dim),
             BLOCK_I=config.block_i,
             BLOCK_J=config.block_j,
             SPAN=config.span,

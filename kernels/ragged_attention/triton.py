@@ -19,8 +19,8 @@ from kvzip_press.kernels.ragged_attention.inputs import RaggedInputs
 from kvzip_press.kernels.ragged_attention.split import gdc_launch_dependents, gdc_wait, piece_of, tail_length_of
 from kvzip_press.kernels.ragged_attention.triton_rows import attend_rows
 from kvzip_press.kernels.ragged_attention.tuning import Config, choose
+from kvzip_press.kernels.triton_ops import logit_factors, padded
 
-LOG2E = 1.4426950408889634
 MAX_OFFSET = 2**31  # numbers of a storage up to which a listed pair's offset is one of 32 bits
 
 
@@ -70,11 +70,10 @@ def ragged_attention(
             *((0, 0, 0, 0) if mask is None else split.broadcast_strides(mask)),
             n_segments,
             query_length,
-            scaling * LOG2E if softcap is None else scaling / softcap,
-            0.0 if softcap is None else softcap * LOG2E,
+            *logit_factors(scaling, softcap),
             HEADS=n_heads,
             GROUPS=groups,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_D=padded(head_dim),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             STAGES=n_stages,

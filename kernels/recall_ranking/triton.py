@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvzip_press.kernels.ragged_attention.split import early_launch, gdc_launch_dependents, gdc_wait, on_device
 from kvzip_press.kernels.recall_ranking.inputs import RankingInputs
-from kvzip_press.kernels.triton_ops import dot
+from kvzip_press.kernels.triton_ops import dot, padded
 
 TILE = 4096  # most numbers of the marks that a program holds at a time
 LIST_TILE = 2048  # most pairs that are listed at a time
@@ -41,7 +41,7 @@ def products(inputs: RankingInputs) -> Tensor:
     out = torch.empty(*query.shape[:2], inputs.n_groups, dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = padded(head_dim)
     block_c = max(16, TILE // (block_d * (2 if inputs.has_bounds else 1)))
     with on_device(query.device):
         _products_kernel[(triton.cdiv(inputs.n_groups, block_c), batch_size * heads)](

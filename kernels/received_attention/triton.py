@@ -14,9 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvzip_press.kernels.received_attention.tuning import column_config, row_config
-from kvzip_press.kernels.triton_ops import dot, tanh
-
-LOG2_E = 1.4426950408889634
+from kvzip_press.kernels.triton_ops import base2_logits, dot, logit_factors, padded
 
 
 def received_attention(
@@ -37,11 +35,9 @@ def received_attention(
     if sums.numel() == 0 or n_rows == 0:
         return sums
     lse = torch.empty(batch_size, num_heads, n_rows, dtype=torch.float32, device=query.device)
-    # What turns dot products into logits in base 2: the factor before the softcap, and the softcap.
-    factors = (scaling * LOG2_E, 0.0) if softcap is None else (scaling / softcap, softcap * LOG2_E)
     inputs = query, keys, query_positions.contiguous(), seen_from.contiguous()
-    shape = *query.stride()[:3], *keys.stride()[:3], n_rows, n, num_kv_heads, groups, *factors
-    common = {"HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}
+    shape = *query.stride()[:3], *keys.stride()[:3], n_rows, n, num_kv_heads, groups, *logit_factors(scaling, softcap)
+    common = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
     common["HAS_SOFTCAP"] = softcap is not None
     pairs = batch_size * num_kv_heads
     by_row, by_column = (
@@ -73,14 +69,6 @@ def received_attention(
             num_stages=by_column.num_stages,
         )
     return sums
-
-
-@triton.jit
-def _base2_logits(scores, factor, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Turns dot products into logits in base 2."""
-    if HAS_SOFTCAP:
-        return softcap * tanh(scores * factor)
-    return scores * factor
 
 
 @triton.jit
@@ -159,7 +147,7 @@ def _row_lse_kernel(
     for first in tl.range(0, n, BLOCK_N, num_stages=STAGES):
         offs_n = first + tl.arange(0, BLOCK_N)
         keys, seen_from = _load_keys(k_ptr, seen_from_ptr, pair, offs_n, n, stride_kn, HEAD_DIM, BLOCK_D)
-        logits = _base2_logits(dot(query, tl.trans(keys), "ieee"), factor, softcap, HAS_SOFTCAP)
+        logits = base2_logits(dot(query, tl.trans(keys), "ieee"), factor, softcap, HAS_SOFTCAP)
         logits = tl.where(seen_from[None, :] <= positions[:, None], logits, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(logits, 1))
         base = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # -inf - -inf would be NaN
@@ -216,7 +204,7 @@ def _column_sum_kernel(
         )
         # fmt: on
         lse = tl.load(lse_ptr + offs_m, offs_m < groups * n_rows, other=0.0)
-        logits = _base2_logits(dot(keys, tl.trans(query), "ieee"), factor, softcap, HAS_SOFTCAP)
+        logits = base2_logits(dot(keys, tl.trans(query), "ieee"), factor, softcap, HAS_SOFTCAP)
         shares = tl.where(seen_from[:, None] <= positions[None, :], tl.exp2(logits - lse[None, :]), 0.0)
         if SQUARED:
             shares = shares * shares

@@ -3,23 +3,7 @@
 Those of 16 bits are the ones that were measured for KVzip's score (``kv_scoring``), whose passes are alike.
 """
 
-from typing import NamedTuple
-
-
-class Config(NamedTuple):
-    """The launch parameters of a pass.
-
-    Attributes:
-        block_m: query rows of a tile, a power of two >= 16.
-        block_n: keys of a tile, a power of two >= 16.
-        num_warps: warps of a program.
-        num_stages: tiles in flight.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
+from kvzip_press.kernels.kv_scoring.tuning import Config
 
 
 def row_config(n_rows: int, head_dim: int, itemsize: int) -> Config:

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from kvzip_press.decoding.eviction import DecodeEviction, decode_eviction_in
 from kvzip_press.leaderboard.benchmarks.made_caches import ragged_cache
 from kvzip_press.leaderboard.benchmarks.periods import FIRST_STEPS, TOKEN, stepping
-from kvzip_press.model.devices import now
+from kvzip_press.model import devices
 from kvzip_press.press import Press
 
 N_EVICTIONS = 3  # that are timed, and as many that are profiled
@@ -82,16 +82,15 @@ def spent(model: Any, press: Press, rows: int, budget: int, buffer: int) -> Spen
     tokens = torch.full((rows,), TOKEN, device=device)
 
     def timed(written: Callable[[], bool]) -> bool:
-        begin = now(device)
-        evicted = written()
-        result.seconds.append(now(device) - begin)
+        evicted, seconds = devices.timed(device, written)
+        result.seconds.append(seconds)
         return evicted
 
     def profiled(written: Callable[[], bool]) -> bool:
-        now(device)  # the step itself is over
+        devices.synchronize(device)  # the step itself is over
         with profile(activities=activities) as seen:
             evicted = written()
-            now(device)
+            devices.synchronize(device)
         result.add(seen.events() or ())
         return evicted
 

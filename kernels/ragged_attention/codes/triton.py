@@ -25,9 +25,8 @@ from kvzip_press.kernels.ragged_attention.split import gdc_launch_dependents, gd
 from kvzip_press.kernels.ragged_attention.triton_rows import attend_rows
 from kvzip_press.kernels.ragged_attention.tuning import Config
 from kvzip_press.kernels.row_codec import CODECS, Codes
-from kvzip_press.kernels.triton_ops import HAS_NARROW_DOT
+from kvzip_press.kernels.triton_ops import HAS_NARROW_DOT, logit_factors, padded
 
-LOG2E = 1.4426950408889634
 COLUMNS = 8 if HAS_NARROW_DOT else 16
 
 
@@ -95,14 +94,13 @@ def parted_attention(
             *((0, 0, 0, 0) if mask is None else split.broadcast_strides(mask)),
             n_segments,
             query_length,
-            scaling * LOG2E if softcap is None else scaling / softcap,
-            0.0 if softcap is None else softcap * LOG2E,
+            *logit_factors(scaling, softcap),
             HEADS=n_heads,
             GROUPS=groups,
             HAS_ROWS=rows is not None or has_tail,
             **of_a.form("A"),
             **of_b.form("B"),
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_D=padded(head_dim),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_R=rows_of_tile(head_dim * query.element_size()),
