@@ -90,9 +90,10 @@ class Ending:
     commit: str
 
 
-def _kernel(name: str, minutes: float, makes: str = "") -> Figure:
+def _kernel(name: str, minutes: float, makes: str = "", *, is_published: bool = True) -> Figure:
     command = ("-m", f"{_KERNELS}.{name}", "--output", f"{_FOLDER}/{name}-h200.csv")
     made = f"kernels/benchmarks/results/{name}-h200.csv; kernels/DESIGN.md{makes}"
+    made = made if is_published else f"{makes}; no file of it is published"
     return Figure(f"kernel-{name.replace('_', '-')}", command, minutes, made)
 
 
@@ -142,15 +143,8 @@ FIGURES = (
     _kernel("replay_attention", 10),
     _kernel("recall_ranking", 10, "; docs/howto/recall.md, what ranking costs"),
     _kernel("near_duplicates", 10, "; docs/methods/decoding.md, what evicting costs"),
-    Figure(
-        "kernel-received-attention",
-        ("-m", f"{_KERNELS}.received_attention", "--output", f"{_FOLDER}/received_attention-h200.csv"), 10,
-        "kernels/DESIGN.md, what attention keys get; no file of it is published",
-    ),
-    Figure(
-        "kernel-row-codec", ("-m", f"{_KERNELS}.row_codec", "--output", f"{_FOLDER}/row_codec-h200.csv"), 10,
-        "what encoding and decoding rows costs; no file of it is published",
-    ),
+    _kernel("received_attention", 10, "kernels/DESIGN.md, what attention keys get", is_published=False),
+    _kernel("row_codec", 10, "what encoding and decoding rows costs", is_published=False),
     _bench(
         "many_contexts", 10, "leaderboard/profile/results/many-contexts-h200.json; docs/performance.md, many contexts",
         "--shape", "llama3.1-8b", "--output", f"{_FOLDER}/many_contexts.json",
