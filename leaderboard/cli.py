@@ -93,13 +93,32 @@ def table(
     ] = "terminal",
 ) -> None:
     """Prints the table of a run."""
-    from kvzip_press.leaderboard.launch import print_table, written_tables
+    from kvzip_press.leaderboard.show import print_table, written_tables
 
     if form == "terminal":
         print_table(directory)
     else:
         for line in written_tables(directory, form).splitlines():
             typer.echo(printable(line))
+
+
+@app.command()
+def compare(
+    directory: DirectoryArgument,
+    press: Annotated[
+        str | None, typer.Option("--press", help="Only this press: intervals, by kind of text and task by task.")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", help="What presses are compared with; default KVzip and the full cache."),
+    ] = None,
+    form: Annotated[str, typer.Option("--format", help="terminal; or markdown or latex, for a paper.")] = "terminal",
+) -> None:
+    """Compares the presses of a run: tasks that count, accuracies, paired differences, what was kept, storages."""
+    from kvzip_press.leaderboard.show import compared_tables
+
+    for line in compared_tables(directory, form, reference=reference, press=press).splitlines():
+        typer.echo(printable(line))
 
 
 @app.command()
@@ -111,7 +130,7 @@ def reuse(
     ] = "1,8,64,512",
 ) -> None:
     """Prints the seconds of many questions about one context: compressed once, kept whole, or read anew each time."""
-    from kvzip_press.leaderboard.launch import reuse_tables
+    from kvzip_press.leaderboard.show import reuse_tables
 
     parts = [part.strip() for part in questions.split(",")]
     if not all(part.isdecimal() for part in parts):
@@ -155,7 +174,7 @@ def correlate(
     other: Annotated[Path, typer.Argument(metavar="OTHER", help="The directory of a run of another model.")],
 ) -> None:
     """Says how far the ranking of presses in one run foretells that in another."""
-    from kvzip_press.leaderboard.launch import print_correlation
+    from kvzip_press.leaderboard.show import print_correlation
 
     print_correlation(directory, other)
 
@@ -172,8 +191,8 @@ def report(
 ) -> None:
     """Writes whole runs, of any models, as one HTML page, which a browser can show without a network."""
     from kvzip_press.files import check_writable
-    from kvzip_press.leaderboard.launch import heads_of, incomplete, rows_of
     from kvzip_press.leaderboard.report import write_report
+    from kvzip_press.leaderboard.run_files import heads_of, incomplete, rows_of
 
     check_writable(output, "--output", parents=True)
     of_runs = {directory: (rows_of(directory), heads_of(directory)) for directory in directories}
@@ -203,7 +222,7 @@ def export(
 ) -> None:
     """Writes a run in another leaderboard's format."""
     from kvzip_press.leaderboard.kvpress_format import data_sets_of, export_rows, notes_for_board
-    from kvzip_press.leaderboard.launch import config_of, incomplete, rows_of
+    from kvzip_press.leaderboard.run_files import config_of, incomplete, rows_of
 
     if form != "kvpress":
         raise InvalidArgumentError(f"expected --format kvpress, got {form!r}")
@@ -224,7 +243,7 @@ def import_(
 ) -> None:
     """Reads folders of kvpress's leaderboard and stores them as our rows."""
     from kvzip_press.leaderboard.kvpress_format import import_rows
-    from kvzip_press.leaderboard.launch import store
+    from kvzip_press.leaderboard.run_files import store
 
     count = store(import_rows(folder), output)
     typer.echo(printable(f"{count} rows: {output}"))
@@ -236,8 +255,8 @@ def merge(
     output: Annotated[Path, typer.Option("--output", help="The directory of the whole.")],
 ) -> None:
     """Joins the shards of a run."""
-    from kvzip_press.leaderboard.launch import print_table
     from kvzip_press.leaderboard.running.shards import merge as merge_shards
+    from kvzip_press.leaderboard.show import print_table
 
     merge_shards(directories, output)
     print_table(output)

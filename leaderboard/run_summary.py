@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, RunDirectoryError
 from kvzip_press.files import digest_of, replacing, to_json
 from kvzip_press.leaderboard.analysis.summary import split_tables, summarise
-from kvzip_press.leaderboard.launch import incomplete, rows_of
 from kvzip_press.leaderboard.rows.results import Row, run_id
 from kvzip_press.leaderboard.rows.sealed_line import SealedLine
+from kvzip_press.leaderboard.run_files import incomplete, rows_of
 from kvzip_press.leaderboard.running.grid import grid_names, load_grid
 from kvzip_press.leaderboard.running.plan import ANSWER
 from kvzip_press.leaderboard.running.run_directory import RUN, RunRecord

@@ -13,7 +13,6 @@ from kvzip_press.leaderboard.rows.results import Row
 
 RESULTS = Path(__file__).resolve().parents[1] / "leaderboard" / "results"
 EVIDENCE = sorted(path.name for path in RESULTS.glob("evidence-*"))
-REAL = ("verse", "agent_recall", "bank_manual", "functions")  # what the names of tasks on real text begin with
 CellKey = tuple[str, float]
 
 
@@ -40,7 +39,7 @@ def rows_of(folder: str, kind: str = "counted") -> tuple[Row, ...]:
     if kind == "agreement":
         return tuple(row for row in published(folder) if row.follows_full_cache)
     counted = {task for task, one in ranges(folder).items() if one.counts}
-    real = {task for task in counted if task.startswith(REAL)}
+    real = {row.task for row in published(folder) if row.provenance["data_revision"] != "generated"} & counted
     tasks = {"counted": counted, "real text": real, "made text": counted - real}[kind]
     return tuple(row for row in published(folder) if row.task in tasks)
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from kvzip_press.leaderboard.analysis.ratios import ratio_text
 from kvzip_press.leaderboard.analysis.references import MARKS_CAPTION, CellKey
 from kvzip_press.leaderboard.analysis.summary import Cell
+from kvzip_press.leaderboard.analysis.written_table import TextTable
 from kvzip_press.terminal import plain
 
 _CAPTION = (
@@ -58,12 +59,16 @@ def results_table(cells: Sequence[Cell], title: str = "", marks: Mapping[CellKey
     return table
 
 
-def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def text_table(texts: TextTable) -> Table:
     """Returns a table of texts, the first column to the left and the others to the right."""
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=0)
-    for place, name in enumerate(head):
+    title, note = (plain(text) if text else None for text in (texts.title, texts.note))
+    table = Table(
+        title=title, title_justify="left", caption=note, caption_justify="left", header_style="bold",
+        box=box.SIMPLE_HEAD, padding=0,
+    )  # fmt: skip
+    for place, name in enumerate(texts.head):
         table.add_column(plain(name), justify="right" if place else "left", overflow="fold")
-    for row in rows:
+    for row in texts.rows:
         table.add_row(*map(plain, row))
     return table
 

@@ -15,9 +15,9 @@ import pytest
 from kvzip_press.errors import KVzipPressError
 from kvzip_press.leaderboard.analysis.maps import head_maps
 from kvzip_press.leaderboard.analysis.summary import split_tables, summarise
-from kvzip_press.leaderboard.launch import heads_of, incomplete, rows_of
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row, run_id
+from kvzip_press.leaderboard.run_files import heads_of, incomplete, rows_of
 from kvzip_press.leaderboard.running.run_directory import RunRecord
 
 _NUMBER = re.compile(rb"-?\d+(\.\d+)?")

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from kvzip_press.leaderboard.analysis.summary import summarise
 from kvzip_press.leaderboard.analysis.table import results_table
-from kvzip_press.leaderboard.launch import print_table
 from kvzip_press.leaderboard.pictures import save_all
 from kvzip_press.leaderboard.progress import row_bar
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row, RowWriter
+from kvzip_press.leaderboard.show import print_table
 from kvzip_press.terminal import printable
 
 MakeRow = Callable[..., Row]

@@ -19,11 +19,11 @@ import yaml
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, RunDirectoryError
 from kvzip_press.leaderboard.kvpress_format import export_rows, import_rows
 from kvzip_press.leaderboard.kvpress_format.staging import new_folders
-from kvzip_press.leaderboard.launch import store
 from kvzip_press.leaderboard.pictures import save_all
 from kvzip_press.leaderboard.report import write_report
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets
 from kvzip_press.leaderboard.rows.results import Row
+from kvzip_press.leaderboard.run_files import store
 
 MakeRow = Callable[..., Row]
 FAULTS = pytest.mark.parametrize("error", [FULL, FORBIDDEN, TORN], ids=["full", "forbidden", "torn"])

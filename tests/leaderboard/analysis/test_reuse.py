@@ -12,7 +12,7 @@ from kvzip_press.leaderboard.analysis.reuse import reuse_lines, reuses
 from kvzip_press.leaderboard.analysis.summary import summarise
 from kvzip_press.leaderboard.analysis.table import results_table
 from kvzip_press.leaderboard.analysis.written_table import written
-from kvzip_press.leaderboard.launch import store
+from kvzip_press.leaderboard.run_files import store
 
 
 def times(prefill: float, score: float, evict: float, answer: float | None) -> dict[str, float | None]:

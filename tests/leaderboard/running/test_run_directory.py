@@ -20,9 +20,9 @@ import torch
 from faults import FORBIDDEN, FULL, TORN, every_fault
 
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, RunDirectoryError
-from kvzip_press.leaderboard.launch import rows_of
 from kvzip_press.leaderboard.rows.head_budgets import HeadBudgets, read_heads
 from kvzip_press.leaderboard.rows.results import Row, RowWriter, read_rows, run_id
+from kvzip_press.leaderboard.run_files import rows_of
 from kvzip_press.leaderboard.running import runner
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, count_rows, plan, shard
 from kvzip_press.leaderboard.running.run_directory import RunDirectory, RunRecord
