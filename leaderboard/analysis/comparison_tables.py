@@ -26,8 +26,8 @@ from kvzip_press.leaderboard.rows.results import Row
 
 _PAIRED = (
     "Differences on the same questions, in brackets the p of a sign-flip test over contexts, not adjusted. "
-    "*: significant at 5 % with all {n} comparisons of the table counted (Holm). Detectable: the smallest difference "
-    "that contexts like these show in four of five repetitions."
+    "*: significant at 5 % after Holm's adjustment for the comparisons of the table, {n} in number. Detectable: the "
+    "smallest difference that contexts like these show in four of five repetitions."
 )
 _MADE = "generated"  # the data revision of tasks that are made from a seed
 

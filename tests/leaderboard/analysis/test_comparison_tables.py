@@ -69,7 +69,7 @@ def test_differences_are_those_of_compare(rows) -> None:
     for reference in ("kvzip", "full cache"):
         table = tables[f"Minus {reference}, tasks that count"]
         found = {(one.press, one.compression_ratio): one for one in compare(counted, reference)}
-        assert f"with all {len(found)} comparisons" in table.note
+        assert f"the comparisons of the table, {len(found)} in number" in table.note
         assert [line[0] for line in table.rows] == [p for p in ("kvzip", "worse", "random") if p != reference]
         for press, *figures in table.rows:
             for ratio, figure in zip((0.5, 0.75), figures, strict=False):
