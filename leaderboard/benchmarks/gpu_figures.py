@@ -191,6 +191,13 @@ FIGURES = (
         )
         for name, model in (("smollm2", "smollm2"), ("qwen05", _QWEN))
     ),
+    *(
+        _bench(
+            "shares", 10, "docs/howto/budgets.md, a searched table on held-out text",
+            "--model", model, "--output", f"{_FOLDER}/shares.json", called=f"shares-{name}", times=False,
+        )
+        for name, model in (("smollm2", "smollm2"), ("qwen05", _QWEN))
+    ),
     _made(
         "queries", _QWEN, 5, "queries", "calibrate", "--model", _QWEN, "--out", "outputs/queries-qwen05.safetensors",
     ),

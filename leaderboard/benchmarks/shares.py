@@ -1,10 +1,10 @@
 """A table of shares for heads (BaKlaVa-style) against equal shares, on pieces of text that it was not searched on.
 
-``python -m kvzip_press.leaderboard.benchmarks.shares --text one.txt --text other.txt --removed 0.85``
+``python -m kvzip_press.leaderboard.benchmarks.shares --press snapkv --removed 0.85``
 
-Texts are cut into pieces; every other one is searched on. After a press on the first half of a held-out piece, the
-second half is read, under the shares that were found and under equal ones: nats a token, and their difference with its
-standard error over pieces. Below 0 the table is better.
+Python's language reference, or texts of yours (``--text``), are cut into pieces; every other one is searched on. After
+a press on the first half of a held-out piece, the second half is read, under the shares that were found and under equal
+ones: nats a token, and their difference with its standard error over pieces. Below 0 the table is better.
 """
 
 import json
@@ -21,13 +21,16 @@ from rich.table import Table
 
 from kvzip_press import get_press
 from kvzip_press.heads.share_search import find_shares, nats_per_token
+from kvzip_press.leaderboard.tasks.python_reference.task import PythonReferenceTask
 from kvzip_press.loading.by_name import load_on
 from kvzip_press.model.chat import encode
 from kvzip_press.terminal import plain
 
 
 def main(
-    text: Annotated[list[Path], typer.Option(help="A text file; several times.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text file; several times. Default Python's reference.")
+    ] = None,
     length: Annotated[
         int, typer.Option(help="Tokens of a piece, of which half are read before they are evicted.")
     ] = 512,
@@ -40,7 +43,8 @@ def main(
 ) -> None:
     """Runs the comparison and prints it."""
     read_by, tokenizer = load_on(model, device)
-    every = [piece for path in text for piece in _pieces(tokenizer, path.read_text(encoding="utf-8"), length)]
+    texts = [path.read_text(encoding="utf-8") for path in text] if text else [_reference()]
+    every = [piece for one in texts for piece in _pieces(tokenizer, one, length)]
     every = every[:: max(1, len(every) // pieces)][:pieces]
     searched, held_out = every[::2], every[1::2]
     if len(held_out) < 2:
@@ -74,6 +78,10 @@ def main(
         output.write_text(
             json.dumps({"model": model, "length": length, "cells": rows}, indent=1) + "\n", encoding="utf-8"
         )
+
+
+def _reference() -> str:
+    return "\n\n".join(section.text for section in PythonReferenceTask().documents)
 
 
 def _pieces(tokenizer: Any, text: str, length: int) -> list[str]:
