@@ -193,8 +193,9 @@ FIGURES = (
     ),
     *(
         _bench(
-            "shares", 10, "docs/howto/budgets.md, a searched table on text that it was not searched on, longer pieces",
-            "--model", model, "--length", "2048", "--pieces", "60", "--output", f"{_FOLDER}/shares.json", called=f"shares-{name}", times=False,
+            "shares", 10, "docs/howto/budgets.md, a searched table on text that it was not searched on",
+            "--model", model, "--length", "2048", "--pieces", "60", "--output", f"{_FOLDER}/shares.json",
+            called=f"shares-{name}", times=False,
         )
         for name, model in (("smollm2", "smollm2"), ("qwen05", _QWEN))
     ),
