@@ -110,7 +110,7 @@ def compare(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option("--reference", help="What presses are compared with; default KVzip and the full cache."),
+        typer.Option("--reference", help="What presses are compared with besides the full cache; default KVzip."),
     ] = None,
     form: Annotated[str, typer.Option("--format", help="terminal; or markdown or latex, for a paper.")] = "terminal",
 ) -> None:

@@ -39,8 +39,7 @@ def print_table(path: str | os.PathLike[str], *, console: Console | None = None)
         with console.status("comparing the presses"):
             cells, judgement, found = summarise(group), judge(group), ties(group)
         marks = _marks(cells, judgement)
-        form = "query-aware" if cells[0].query_aware else "query-agnostic"
-        title = f"{cells[0].model}, {form}: {cells[0].n_questions} questions a row"
+        title = f"{_asked_of(group[0])}: {cells[0].n_questions} questions a row"
         console.print(results_table(cells, title, marks))
         for tie in found:
             console.print(plain(str(tie), "yellow"))
@@ -121,14 +120,14 @@ def compared_tables(
         if not {*asked} <= {row.press for row in group}:
             continue
         found = comparison_tables(group, reference) if press is None else [press_table(group, press, reference)]
-        tables += [replace(table, title=f"{_kind_of(group[0])}: {table.title}") for table in found]
+        what = f"{_asked_of(group[0])}, {'agreement' if group[0].follows_full_cache else 'answers'}"
+        tables += [replace(table, title=f"{what}: {table.title}") for table in found]
     return _shown(tables, form, console)
 
 
-def _kind_of(row: Row) -> str:
-    """Says what tells the tables of a run apart."""
-    asked = "query-aware" if row.query_aware else "query-agnostic"
-    return f"{row.model}, {asked}, {'agreement' if row.follows_full_cache else 'answers'}"
+def _asked_of(row: Row) -> str:
+    """Says which model was asked, and whether the questions were known when contexts were compressed."""
+    return f"{row.model}, {'query-aware' if row.query_aware else 'query-agnostic'}"
 
 
 def _check_form(form: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from statistics import fmean
 
 from kvzip_press.errors import InvalidArgumentError
 from kvzip_press.leaderboard.analysis.counting import TaskRange, task_ranges
@@ -70,11 +72,12 @@ def comparison_tables(rows: Iterable[Row], reference: str | None = None) -> list
     groups, bases = _groups(rows, ranges), _bases(rows)
     for group in groups:
         own = [row for row in group.rows if bases[row.press] == row.press]
-        presses = _ranked(own)
-        tables.append(_accuracies(group, own, presses))
+        cells = _ranked(summarise(own))
+        presses = list(dict.fromkeys(cell.press for cell in cells))
+        tables.append(_accuracies(group, cells))
         tables += [_differences(group, own, presses, one) for one in references if one in presses]
         if group is groups[0]:
-            tables += [_kept(own, presses), _storages(group, presses, bases)]
+            tables += [_kept(cells), _storages(group, presses, bases)]
     return [table for table in tables if table.rows]
 
 
@@ -135,17 +138,16 @@ def _bases(rows: Sequence[Row]) -> dict[str, str]:
     return {label: base if base in shorter else label for label, base in shorter.items()}
 
 
-def _ranked(rows: Sequence[Row]) -> list[str]:
-    """Returns the labels of presses: the full cache, then by their areas, or by their mean accuracies without such."""
-    cells = summarise(rows)
+def _ranked(cells: Sequence[Cell]) -> list[Cell]:
+    """Returns the full cache's cells, then those of presses by their areas, or by mean accuracies without such."""
     full, areas = find_full(cells), areas_over_bytes(cells)
 
-    def worth(press: str) -> tuple[bool, float, float]:
+    def worth(of_press: Sequence[Cell]) -> tuple[bool, float, float]:
+        press = of_press[0].press
         area = None if areas is None else areas.areas.get(press)
-        mean = mean_of_known(cell.accuracy for cell in cells if cell.press == press)
-        return press != full, -(area or 0.0), -(mean or 0.0)
+        return press != full, -(area or 0.0), -fmean(cell.accuracy for cell in of_press)
 
-    return sorted(dict.fromkeys(cell.press for cell in cells), key=worth)
+    return list(chain(*sorted(split(cells, lambda cell: cell.press), key=worth)))
 
 
 def _tasks(ranges: Sequence[TaskRange], rows: Sequence[Row]) -> TextTable:
@@ -163,8 +165,7 @@ def _tasks(ranges: Sequence[TaskRange], rows: Sequence[Row]) -> TextTable:
     return TextTable("Which tasks count", head, lines, " ".join([note, *reasons]))
 
 
-def _accuracies(group: _Group, rows: Sequence[Row], presses: Sequence[str]) -> TextTable:
-    cells = sorted(summarise(rows), key=lambda cell: presses.index(cell.press))
+def _accuracies(group: _Group, cells: Sequence[Cell]) -> TextTable:
     areas, (head, lines) = areas_over_bytes(cells), accuracy_lines(cells, decimals=3)
     follows = any(cell.kl is not None for cell in cells)
     what = "Agreement with the full cache" if follows else "Accuracy"
@@ -190,11 +191,11 @@ def _differences(group: _Group, rows: Sequence[Row], presses: Sequence[str], ref
     return TextTable(f"Minus {reference}, {group.name}", head, lines, _PAIRED.format(n=len(found)))
 
 
-def _kept(rows: Sequence[Row], presses: Sequence[str]) -> TextTable:
-    cells = {(cell.press, cell.compression_ratio): cell for cell in summarise(rows)}
-    ratios = sorted({ratio for _, ratio in cells if ratio})
-    known = [press for press in presses if any((press, ratio) in cells for ratio in ratios)]
-    lines = [[press, *(_size(cells.get((press, ratio))) for ratio in ratios)] for press in known]
+def _kept(cells: Sequence[Cell]) -> TextTable:
+    known = {(cell.press, cell.compression_ratio): cell for cell in cells if cell.compression_ratio}
+    ratios = sorted({ratio for _, ratio in known})
+    presses = dict.fromkeys(press for press, _ in known)
+    lines = [[press, *(_size(known.get((press, ratio))) for ratio in ratios)] for press in presses]
     note = "The fraction of pairs that a cache held, and its bytes in MB, means over contexts."
     return TextTable("What was kept", ["asked to remove", *_texts(ratios)], lines, note)
 

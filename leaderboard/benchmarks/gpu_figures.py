@@ -41,7 +41,8 @@ from kvzip_press.untrusted import JSON_BYTES, parse_json, read_bytes
 _KERNELS = "kvzip_press.kernels.benchmarks"
 _BENCHMARKS = "kvzip_press.leaderboard.benchmarks"
 _QWEN, _GEMMA = "Qwen/Qwen2.5-Coder-0.5B-Instruct", "gemma3-270m"
-_SHORT = {_QWEN: "qwen05", _GEMMA: "gemma3"}  # in names of figures and of files
+_SHORT = {"smollm2": "smollm2", _QWEN: "qwen05", _GEMMA: "gemma3"}  # in names of figures and of files
+_BOTH = ("smollm2", _QWEN)  # models of comparisons of two
 _COMMAND = ("-c", "from kvzip_press.cli.main import main; main()")  # kvzip-press, by the same Python
 _FOLDER = "{folder}"  # in a command: the figure's own
 _WORKERS = "{workers}"  # in a command: how a grid is spread over processes; nothing for one
@@ -169,9 +170,9 @@ FIGURES = (
             "allocations", 12, f"leaderboard/results/allocations; docs/howto/budgets.md, allocations by {scorer}",
             "--model", model, "--scorer", scorer, "--task", "hidden_facts", "--contexts", "34", "--tokens", "1800",
             "--output", f"{_FOLDER}/allocations.json", _PROCESSES,
-            called=f"allocations-{name}-{scorer}", goes_on=True, times=False,
+            called=f"allocations-{_SHORT[model]}-{scorer}", goes_on=True, times=False,
         )
-        for name, model in (("smollm2", "smollm2"), ("qwen05", _QWEN))
+        for model in _BOTH
         for scorer in ("kvzip", "snapkv", "expected_attention")
     ),
     _profile("qwen2.5-7b", 15),
@@ -187,17 +188,17 @@ FIGURES = (
         _bench(
             "sharing", 10, "leaderboard/results/sharing; docs/methods/kvsharer.md",
             "--model", model, "--contexts", "34", "--output", f"{_FOLDER}/sharing.json", _PROCESSES,
-            called=f"sharing-{name}", goes_on=True, times=False,
+            called=f"sharing-{_SHORT[model]}", goes_on=True, times=False,
         )
-        for name, model in (("smollm2", "smollm2"), ("qwen05", _QWEN))
+        for model in _BOTH
     ),
     *(
         _bench(
             "shares", 10, "docs/howto/budgets.md, a searched table on text that it was not searched on",
             "--model", model, "--length", "2048", "--pieces", "60", "--output", f"{_FOLDER}/shares.json",
-            called=f"shares-{name}", times=False,
+            called=f"shares-{_SHORT[model]}", times=False,
         )
-        for name, model in (("smollm2", "smollm2"), ("qwen05", _QWEN))
+        for model in _BOTH
     ),
     _made(
         "queries", _QWEN, 5, "queries", "calibrate", "--model", _QWEN, "--out", "outputs/queries-qwen05.safetensors",
