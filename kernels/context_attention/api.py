@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -32,11 +33,20 @@ def _in_steps(attend: Callable[..., Attended]) -> Callable[..., Attended]:
     """Returns an implementation that turns, attends and merges one after another; Triton's does all in its kernels."""
 
     def run(
-        query: Tensor, *pool: object, turn: Turn | None, tail: Attended | None, out: Tensor | None, **options: object
+        query: Tensor,
+        *pool: object,
+        turn: Turn | None,
+        tail: Attended | None,
+        out: Tensor | None,
+        return_lse: bool,
+        **options: object,
     ) -> Attended:
         got, lse = attend(query if turn is None else turn.applied(query), *pool, **options)
         if tail is not None:
+            no_pairs = lse.isneginf()[..., None]
             got, lse = merge_pair(got, lse, *tail, impl="reference")
+            if out is tail[0] and not return_lse:
+                got = torch.where(no_pairs, out, got)
         return (got, lse) if out is None else (out.copy_(got), lse)
 
     return run
@@ -72,9 +82,46 @@ def plan_contexts(
             reading them would wait for the device.
         TypeError: a dtype is not as above.
     """
-    plan = ContextPlan(context_of_token, begins, lengths, num_attention_heads)
+    # contiguous once, here: a kernel reads them while what was launched right before it, such as a copy, may still run
+    plan = ContextPlan(context_of_token, begins.contiguous(), lengths.contiguous(), num_attention_heads)
     plan.check()
     return plan if reason_against_triton(begins.device) is not None else replace(plan, work=share(plan))
+
+
+@overload
+def context_attention(
+    query: Tensor,
+    keys: Tensor | Codes,
+    values: Tensor | Codes,
+    plan: ContextPlan,
+    layer_idx: int,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    turn: Turn | None = None,
+    tail: Attended | None = None,
+    out: Tensor | None = None,
+    return_lse: Literal[True] = True,
+    impl: str | None = None,
+) -> Attended: ...
+
+
+@overload
+def context_attention(
+    query: Tensor,
+    keys: Tensor | Codes,
+    values: Tensor | Codes,
+    plan: ContextPlan,
+    layer_idx: int,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    turn: Turn | None = None,
+    tail: Attended | None = None,
+    out: Tensor | None = None,
+    return_lse: Literal[False],
+    impl: str | None = None,
+) -> Tensor: ...
 
 
 def context_attention(
@@ -89,8 +136,9 @@ def context_attention(
     turn: Turn | None = None,
     tail: Attended | None = None,
     out: Tensor | None = None,
+    return_lse: bool = True,
     impl: str | None = None,
-) -> Attended:
+) -> Attended | Tensor:
     """Computes exact attention of many requests' tokens to the packed contexts that they ask about.
 
     For engines that keep compressed contexts (KVzip, arXiv 2505.23416) beside their own cache: questions and answers
@@ -115,14 +163,17 @@ def context_attention(
             num_attention_heads, value_head_dim] in the dtype of ``query`` and lse [tokens, num_attention_heads], views
             of any strides but the last of out. The result is then attention to both.
         out: where the result is written, as ``tail``'s out, which it may be; None: new memory.
+        return_lse: whether to return the log-sum-exp too. Without it, and with ``out`` being ``tail``'s, tokens whose
+            context has no pair in a head are not touched there.
         impl: "triton" (one launch that reads the pairs, and one that merges; CUDA; of codes it reads int8), "aten"
             (PyTorch's fused CPU kernel, a call a segment; no codes), "reference" (plain PyTorch, any input), or None:
             the first of these that can do this input. A named implementation refuses inputs that it cannot do.
 
     Returns:
-        out [tokens, num_attention_heads, value_head_dim] in the dtype of ``query``, and lse
+        out [tokens, num_attention_heads, value_head_dim] in the dtype of ``query``; with ``return_lse`` also lse
         [tokens, num_attention_heads], natural logarithm, fp32 (fp64 for fp64 inputs). A token whose context has no pair
-        in a head, and which has no tail, gives 0 and -inf there. Sums and softmax are fp32 (fp64 for fp64 inputs).
+        in a head, and which has no tail (or one whose lse is -inf), gives 0 and -inf there; without ``return_lse`` and
+        with ``out`` being ``tail``'s, it keeps what ``out`` holds. Sums and softmax are fp32 (fp64 for fp64 inputs).
 
     Raises:
         ValueError: a shape, device, ``layer_idx``, ``softcap`` or ``impl`` is not as above, or the implementation named
@@ -136,9 +187,9 @@ def context_attention(
     _check_results(query, values.shape[1], tail, out)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     run = select("context_attention", _IMPLS, impl, query, keys, values, softcap)
-    options = {"scaling": scale, "softcap": softcap, "turn": turn, "tail": tail, "out": out}
+    options = {"scaling": scale, "softcap": softcap, "turn": turn, "tail": tail, "out": out, "return_lse": return_lse}
     got, lse = run(query, keys, values, plan, layer_idx, **options)
-    return got, lse
+    return (got, lse) if return_lse else got
 
 
 def _check_results(query: Tensor, value_head_dim: int, tail: Attended | None, out: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """Which tokens of a step read which context, noted once and read by every layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ class Work:
     There is room for as many tiles as there may be; those behind the last one have no tokens. A segment is cut into
     items, one for each program that reads a part of it.
 
+    Nothing writes a plan once it is made. Kernels read it before they wait for the kernel in front of them, which is
+    safe only behind a launch that began when all before it had ended. The first launch that reads a plan is such a one,
+    on each stream, and is noted here; a captured one orders nothing outside of its graph, so it is noted apart. As with
+    any tensor, a stream other than the one on which the plan was made has to wait for that one first.
+
     Attributes:
         block_m: query rows of a tile, at most: a power of two.
         tokens_per_tile: tokens of a tile, at most; more than ``block_m`` rows if the group alone has more.
@@ -28,6 +33,8 @@ class Work:
         n_items: int32 [layers, tiles * num_key_value_heads], items of each segment; 0 if it has no pairs.
         first_items: int32, likewise, the number of its first item, which is the number of a program.
         segments: int32 [layers, programs], the segment that a program reads; behind the last one if it reads none.
+        read_on: the streams of launches that have read it, and whether these were captured. One is noted after it was
+            launched: whoever finds it here, in whichever thread, launches behind it.
     """
 
     block_m: int
@@ -41,6 +48,7 @@ class Work:
     n_items: Tensor
     first_items: Tensor
     segments: Tensor
+    read_on: set[tuple[int, bool]] = field(default_factory=set, init=False, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -33,29 +33,35 @@ def context_attention(
     turn: Turn | None = None,
     tail: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
+    return_lse: bool = True,
     loop: Loop | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """See :func:`kvzip_press.kernels.context_attention.context_attention`; for supported inputs only.
 
     ``loop`` is for tuning; by default it is chosen from the shape.
     """
     work = plan.work
-    assert work is not None, "see plan_contexts"
+    assert work is not None and plan.begins.is_contiguous() and plan.lengths.is_contiguous(), "see plan_contexts"
     n_tokens, n_heads, head_dim = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
-    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if return_lse else None
     if out.numel() == 0:
         return out, lse
     has_codes = isinstance(keys, Codes)
     key_rows, key_scales = (keys.codes, keys.scales) if isinstance(keys, Codes) else (keys, query)
     value_rows, value_scales = (values.codes, values.scales) if isinstance(values, Codes) else (values, query)
     cos, sin = (query, query) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
-    tail_out, tail_lse = (out, lse) if tail is None else tail
+    tail_out, tail_lse = (query, query[..., 0]) if tail is None else tail
     loop = loop or loop_for(work.block_m, head_dim, query.element_size())
     n_rows, n_programs = work.tokens_per_tile * plan.groups, work.segments.shape[1]
     partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
     partial_sums = torch.empty(n_programs, n_rows, 2, dtype=torch.float32, device=query.device)
+    # Both kernels read the plan before they wait. A launch that is not early begins when all that came before it on its
+    # stream has ended, the plan's kernels too; what comes behind it there, early or not, begins no sooner than it does.
+    early = early_launch(query.device)
+    not_early = {name: value for name, value in early.items() if name != "launch_pdl"}
     with on_device(query.device):
+        reader = _reader(query.device)
         _attend_kernel[(n_programs, triton.cdiv(n_rows, work.block_m))](
             query,
             cos,
@@ -64,8 +70,8 @@ def context_attention(
             key_scales,
             value_rows,
             value_scales,
-            plan.begins[layer_idx].contiguous(),
-            plan.lengths[layer_idx].contiguous(),
+            plan.begins[layer_idx],
+            plan.lengths[layer_idx],
             work.order,
             work.tile_contexts,
             work.tile_firsts,
@@ -92,8 +98,9 @@ def context_attention(
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=loop.num_warps,
             num_stages=loop.num_stages,
-            **early_launch(query.device),
+            **(early if reader in work.read_on else not_early),
         )
+        work.read_on.add(reader)
         _merge_kernel[(n_tokens, n_heads)](
             partial_out,
             partial_sums,
@@ -104,22 +111,30 @@ def context_attention(
             tail_out,
             tail_lse,
             out,
-            lse,
+            out if lse is None else lse,
             *tail_out.stride()[:2],
             *tail_lse.stride(),
             *out.stride()[:2],
             n_rows,
             HAS_TAIL=tail is not None,
             IN_PLACE=tail is not None and tail_out is out,
+            HAS_LSE=lse is not None,
             HEADS=plan.num_key_value_heads,
             GROUPS=plan.groups,
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_P=8,
             num_warps=1,
-            **early_launch(query.device),
+            **early,
         )
     return out, lse
+
+
+def _reader(device: torch.device) -> tuple[int, bool]:
+    """Returns on which stream what is launched now runs, and whether it is captured, as ``Work.read_on`` has it."""
+    if device.type != "cuda":  # Triton's interpreter
+        return 0, False
+    return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
 
 
 @triton.jit(do_not_specialize=["n_segments", "n_rows"])
@@ -166,18 +181,21 @@ def _attend_kernel(
     With TURNED pairs of channels, queries are turned first. Codes of 8 bits become numbers of the query's dtype.
 
     Row r of a tile is token r // GROUPS of the tile, query head r % GROUPS of the group. Every row sees every pair.
+
+    It begins before what came before has ended. Until it waits for that, it reads only the plan, whose kernels have
+    ended (see the launch). No program ends without having waited: the merge kernel waits for this one alone, and this
+    one ends when its programs have.
     """
-    if USE_PDL:
-        gdc_wait()  # launched before what came before has ended; its results are read from here on
+    if USE_PDL:  # the merge kernel begins once all programs of this one have begun, so it takes the room of none
         gdc_launch_dependents()
     program = tl.program_id(0)
     segment = tl.load(segments_ptr + program)
-    if segment >= n_segments:
-        return
     tile, head = segment // HEADS, segment % HEADS
-    n_live_rows = tl.load(tile_counts_ptr + tile) * GROUPS
+    n_live_rows = tl.load(tile_counts_ptr + tile, segment < n_segments, other=0) * GROUPS
     first_row = tl.program_id(1) * BLOCK_M
     if first_row >= n_live_rows:
+        if USE_PDL:
+            gdc_wait()
         return
     place = tl.load(tile_contexts_ptr + tile) * HEADS + head
     length = tl.load(lengths_ptr + place)
@@ -190,6 +208,9 @@ def _attend_kernel(
     mask_m = offs_m < n_live_rows
     mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
     tokens = tl.load(order_ptr + tl.load(tile_firsts_ptr + tile) + offs_m // GROUPS, mask_m, other=0).to(tl.int64)
+    first_pair = (tl.load(begins_ptr + place) + low).to(tl.int64)
+    if USE_PDL:
+        gdc_wait()
     q_rows = tokens * stride_qt + (head * GROUPS + offs_m % GROUPS) * stride_qh
     query = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask_q, other=0.0)
     if TURNED > 0:
@@ -206,7 +227,6 @@ def _attend_kernel(
         sin = tl.load(sin_ptr + angles, mask_turn, other=0.0)
         sin = tl.where(is_first[None, :], -sin, sin)
         query = (query.to(tl.float32) * cos + other * sin).to(query.dtype)
-    first_pair = (tl.load(begins_ptr + place) + low).to(tl.int64)
     k_scales_ptr += first_pair
     v_scales_ptr += first_pair
     keys_ptr, values_ptr = k_ptr + first_pair * HEAD_DIM, v_ptr + first_pair * HEAD_DIM
@@ -267,6 +287,7 @@ def _merge_kernel(
     n_rows,
     HAS_TAIL: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    HAS_LSE: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -276,17 +297,21 @@ def _merge_kernel(
 ):
     """Merges the partial results of a token's query head, and its tail's; without any, gives 0 and -inf.
 
-    The tail is read before the result is written, which may be in its place: then nothing is to do without parts.
+    The tail is read before the result is written, which may be in its place: then nothing is to do without parts, and
+    nothing is even read where no log-sum-exp is wanted.
     """
     token, query_head = tl.program_id(0), tl.program_id(1)
     segment = tl.load(token_tiles_ptr + token) * HEADS + query_head // GROUPS
     row = tl.load(token_slots_ptr + token) * GROUPS + query_head % GROUPS
     first, n_parts = tl.load(first_items_ptr + segment), tl.load(n_items_ptr + segment)
-    if USE_PDL:  # before, only the plan is read, for which the kernel before has waited
+    if USE_PDL:  # also if nothing is to do: what follows waits for this kernel alone; before, only the plan is read
         gdc_wait()
     place = token.to(tl.int64)
     lse_ptr += place * (HEADS * GROUPS) + query_head
-    if IN_PLACE:
+    if IN_PLACE and not HAS_LSE:
+        if n_parts == 0:
+            return
+    elif IN_PLACE:
         tail_lse = tl.load(tail_lse_ptr + place * stride_lt + query_head * stride_lh)
         if (n_parts == 0) & (tail_lse > -float("inf")):
             tl.store(lse_ptr, tail_lse)
@@ -322,5 +347,5 @@ def _merge_kernel(
     acc = acc / tl.where(total > 0, total, 1.0)
     out_row = place * stride_ot + query_head * stride_oh
     tl.store(out_ptr + out_row + offs_d, acc.to(out_ptr.dtype.element_ty), mask_d)
-    merged_lse = tl.where(total > 0, (peak + tl.log2(total)) * LN2, -float("inf"))
-    tl.store(lse_ptr, merged_lse)
+    if HAS_LSE:
+        tl.store(lse_ptr, tl.where(total > 0, (peak + tl.log2(total)) * LN2, -float("inf")))

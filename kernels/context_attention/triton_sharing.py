@@ -162,7 +162,7 @@ def _items_kernel(
     total = tl.sum(lengths.to(tl.int64), 0)  # of tiles, so a context counts as often as it is read
     longest = 2147483647  # lengths fit into 32 bits: so a length that never cuts a segment does
     shortest = tl.minimum(tl.maximum(total, 1), longest).to(tl.int32)
-    for choice in range(CHOICES):
+    for choice in range(tl.where(total > 0, CHOICES, 0)):  # none where nobody reads a context: as many items, 0
         slots = tl.maximum(n_programs - n_segments * choice // (CHOICES - 1), 1)
         piece = tl.minimum(tl.maximum((total + slots - 1) // slots, MIN_ITEM), longest).to(tl.int32)
         fits = tl.sum(_pieces(lengths, piece), 0) <= n_programs

@@ -221,7 +221,8 @@ class _RowsLayer(StandInLayer):
         options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
         tail = self._own_attention(query, options)
         plan, turn, tokens = step.plan, step.turns[index], query[:, :, 0]
-        out, _ = context_attention(tokens, pool.keys, pool.values, plan, index, turn=turn, tail=tail, **options)
+        options.update(turn=turn, tail=tail, return_lse=False)
+        out = context_attention(tokens, pool.keys, pool.values, plan, index, **options)
         return out[:, :, None]
 
     def _own_attention(self, query: torch.Tensor, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -103,7 +103,7 @@ class Rows:
         plan = plan_contexts(contexts, pool.begins, pool.lengths, num_attention_heads=self.num_attention_heads)
         if pool.shape.has_turned_keys:
             return plan, [None] * pool.shape.num_layers
-        return plan, self._rotation.turns(pool.n_tokens[contexts.long()])
+        return plan, self._rotation.turns(pool.n_tokens.index_select(0, contexts))
 
 
 class _Question:
@@ -150,5 +150,6 @@ class _QuestionLayer(StandInLayer):
         out, lse = attention_with_lse(query, *own, causal=True, **options)
         tail = out[0].transpose(0, 1), lse[0].transpose(0, 1)
         plan, turn, tokens = question.plan, question.turns[index], query[0].transpose(0, 1)
-        out, _ = context_attention(tokens, pool.keys, pool.values, plan, index, turn=turn, tail=tail, **options)
+        options.update(turn=turn, tail=tail, return_lse=False)
+        out = context_attention(tokens, pool.keys, pool.values, plan, index, **options)
         return out.transpose(0, 1)[None]

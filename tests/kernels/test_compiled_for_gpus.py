@@ -57,22 +57,25 @@ class Gpu:
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Bytes of shared memory of each kernel that was compiled, by name; the most of its forms."""
+def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """Each kernel that was compiled, by name, in all its forms."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    found: dict[str, int] = {}
+    from kvzip_press.kernels.ragged_attention import split
+
+    found: dict[str, list[Any]] = {}
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        found[self.__name__] = max(found.get(self.__name__, 0), kernel.metadata.shared)
+        found.setdefault(self.__name__, []).append(kernel)
         return kernel
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(driver, "_active", Gpu())
     monkeypatch.setattr(triton_support, "interpreting", lambda: True)  # tensors on a CPU are taken, too
+    monkeypatch.setattr(split, "interpreting", lambda: False)  # launches are early, as on such a GPU
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: CAPABILITY)
     return found
 
@@ -136,6 +139,7 @@ def attend_to_contexts() -> None:
         tail = rows(n_tokens, HEADS * GROUPS, DIM), torch.zeros(n_tokens, HEADS * GROUPS)
         context_attention(query, *pool, plan, 0, impl="triton")
         context_attention(query, *pool, plan, 0, tail=tail, impl="triton")
+        context_attention(query, *pool, plan, 0, tail=tail, out=tail[0], return_lse=False, impl="triton")
 
 
 def merge_two() -> None:
@@ -221,10 +225,26 @@ KERNELS: dict[Callable[[], None], str] = {  # what each launches
 @pytest.mark.slow
 @pytest.mark.any_transformers
 @pytest.mark.parametrize("call", KERNELS, ids=lambda call: call.__name__)
-def test_it_compiles_and_fits(call: Callable[[], None], compiled: dict[str, int]) -> None:
+def test_it_compiles_and_fits(call: Callable[[], None], compiled: dict[str, list[Any]]) -> None:
     call()
     assert set(compiled) == {f"_{name}_kernel" for name in KERNELS[call].split()}
-    assert max(compiled.values()) <= SHARED_BYTES, compiled
+    shared = {name: max(kernel.metadata.shared for kernel in forms) for name, forms in compiled.items()}
+    assert max(shared.values()) <= SHARED_BYTES, shared
+
+
+@pytest.mark.slow
+@pytest.mark.any_transformers
+def test_kernels_over_contexts_wait_as_late_as_they_can_and_always(compiled: dict[str, list[Any]]) -> None:
+    """The second begins with the first; the plan is read before they wait; no program ends without having waited."""
+    attend_to_contexts()
+    n_waits = {"_attend_kernel": 2, "_merge_kernel": 1}  # of programs without work, and of others
+    for name, n in n_waits.items():
+        for kernel in compiled[name]:
+            before, *after = kernel.asm["ptx"].split("griddepcontrol.wait")
+            assert len(after) == n and "ret;" not in before
+            assert "ld.global" in before and "st.global" not in before and "cp.async" not in before
+    for kernel in compiled["_attend_kernel"]:
+        assert "griddepcontrol.launch_dependents" in kernel.asm["ptx"].split("ld.global")[0]
 
 
 def test_no_kernel_was_forgotten() -> None:

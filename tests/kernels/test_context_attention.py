@@ -255,6 +255,112 @@ def test_what_a_tail_of_nothing_leaves_behind_is_not_a_result(impl: str | None, 
     assert got[1].any() and got_lse[1].isfinite().all()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_a_log_sum_exp_a_tail_in_place_stays_where_the_pool_has_no_pair(
+    impl: str | None, device: torch.device
+) -> None:
+    """Whatever its log-sum-exp says, which is not even read; elsewhere, a tail of nothing is none."""
+    made = case([[7, 0]], [0, 1, 1], device=device)
+    tail, lse = torch.randn(3, 6, 16, device=device), torch.randn(3, 6, device=device)
+    lse[:2] = -torch.inf
+    tail[0], lse[0, 0] = torch.nan, torch.nan  # as behind the last request of a captured graph
+    out = tail.clone()
+    got = made.run(impl=impl, tail=(out, lse), out=out, return_lse=False)
+    assert got is out
+    torch.testing.assert_close(got[0], tail[0], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(got[1:, 3:], tail[1:, 3:]), "the second head has no pair, nor has its tail for the second token"
+    expected, _ = made.run(impl=impl, tail=(tail[:], lse))
+    torch.testing.assert_close(got[1:, :3], expected[1:, :3])
+    assert not expected[1, 3:].any(), "in new memory, nothing to attend to gives 0"
+    assert torch.equal(made.run(impl=impl, tail=(tail, lse), return_lse=False)[1:], expected[1:])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("tokens", [[1, 0, 2, 1], [0, 0, 0, 0]], ids=["contexts", "none"])
+@pytest.mark.parametrize("coded", [False, True], ids=["plain", "codes"])
+def test_without_a_log_sum_exp_the_answer_is_the_same(
+    coded: bool, tokens: list[int], impl: str | None, device: torch.device
+) -> None:
+    made = case([[7, 0], [70, 130]], tokens, device=device)
+    pool: list[Any] = [made.keys, made.values]
+    if coded:
+        pool = [encode_rows(one.nan_to_num(3.0), "int8") for one in pool]
+    tail = torch.randn(4, 6, 16, device=device), torch.randn(4, 6, device=device)
+    for has_tail, in_place in ((False, False), (True, False), (True, True)):
+        outs = [tail[0].clone() for _ in range(2)]
+        options: list[dict[str, Any]] = [
+            {"impl": impl, "tail": (out, tail[1]) if has_tail else None, "out": out if in_place else None}
+            for out in outs
+        ]
+        expected, lse = context_attention(made.query, *pool, made.plan, 1, **options[0])
+        got = context_attention(made.query, *pool, made.plan, 1, **options[1], return_lse=False)
+        assert lse.shape == (4, 6) and isinstance(got, Tensor)
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tables_may_have_any_strides(impl: str | None, device: torch.device) -> None:
+    """They are copied when the plan is made: a kernel reads them before it waits for what was launched before it."""
+    made = case([[30, 70]], [1, 0, 1], device=device)
+    tables = {name: getattr(made, name).repeat_interleave(2, 2)[..., ::2] for name in ("begins", "lengths")}
+    assert not any(table.is_contiguous() for table in tables.values())
+    torch.testing.assert_close(replace(made, **tables).run(impl=impl), made.run(impl=impl))
+
+
+class Launches:
+    """Stands in for a kernel, and notes which launches may begin before those in front of them have ended."""
+
+    def __init__(self) -> None:
+        self.early: list[bool] = []
+        self.error: Exception | None = None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *_: Any, USE_PDL: bool, launch_pdl: bool = False, **__: Any) -> None:  # noqa: N803  # Triton's
+        if self.error is not None:
+            raise self.error
+        assert USE_PDL
+        self.early.append(launch_pdl)
+
+
+def test_the_first_launch_that_reads_a_plan_begins_when_the_plan_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later ones read it before they wait. So each stream has a first one, and so has what is captured there."""
+    pytest.importorskip("triton")
+    from kvzip_press.kernels.context_attention import triton as kernels
+
+    attend, merge = Launches(), Launches()
+    reader = [(0, False)]
+    monkeypatch.setattr(kernels, "_attend_kernel", attend)
+    monkeypatch.setattr(kernels, "_merge_kernel", merge)
+    monkeypatch.setattr(kernels, "_reader", lambda _: reader[0])
+    monkeypatch.setattr(kernels, "early_launch", lambda _: {"USE_PDL": True, "launch_pdl": True})
+    made = case([[30, 70]], [1, 0, 1])
+
+    def early(plan: ContextPlan, *layers: int) -> list[bool]:
+        del attend.early[:]
+        for layer in layers:
+            kernels.context_attention(made.query, made.keys, made.values, plan, layer, scaling=1.0, softcap=None)
+        return attend.early
+
+    plan = replace(made.plan, work=share(made.plan))
+    attend.error = RuntimeError("out of memory")
+    with pytest.raises(RuntimeError):
+        early(plan, 0)
+    attend.error = None
+    assert early(plan, 0, 1, 1) == [False, True, True]
+    assert early(replace(plan, work=share(plan)), 1, 0) == [False, True]
+    assert plan.work is not None
+    assert early(replace(plan, work=replace(plan.work)), 1) == [False]
+    reader[0] = 7, False
+    assert early(plan, 1, 1) == [False, True]
+    reader[0] = 7, True
+    assert early(plan, 1, 1) == [False, True]
+    reader[0] = 0, False
+    assert early(plan, 1) == [True]
+    assert merge.early == [True] * 11, "they begin behind a launch that does"
+
+
 def turn_of(case: Case, by: Sequence[int], n: int, layout: str = "halves") -> Turn:
     angles = torch.tensor(by)[:, None] / 10 ** torch.linspace(0, 2, n)
     device = case.query.device

@@ -42,14 +42,15 @@ class Step:
                 behind the last request fill up a captured graph, and read nothing.
             num_attention_heads: Query heads of this process.
         """
-        starts = metadata.query_start_loc
-        rows = worker.row_of_block[metadata.block_table[:, 0]]
-        tokens = torch.arange(metadata.num_actual_tokens, dtype=starts.dtype, device=starts.device)
+        starts, n_tokens = metadata.query_start_loc, metadata.num_actual_tokens
+        rows = worker.row_of_block[metadata.block_table[:, 0]]  # no index_select: rows that fill a graph up may have -1
         if metadata.max_query_len == 1:  # in steps that write: a token a request, in as few launches as there can be
-            rows = rows[: len(tokens)]
+            is_used, rows = starts[1 : n_tokens + 1] > starts[:n_tokens], rows[:n_tokens]
         else:
+            tokens = torch.arange(n_tokens, dtype=starts.dtype, device=starts.device)
             rows = rows[torch.searchsorted(starts[1:], tokens, right=True).clamp(max=len(rows) - 1)]
-        return cls._about(torch.where(tokens < starts[-1], rows, 0), worker, num_attention_heads)
+            is_used = tokens < starts[-1]
+        return cls._about(torch.where(is_used, rows, 0), worker, num_attention_heads)
 
     @classmethod
     def of_none(cls, worker: WorkerPool, n_tokens: int, num_attention_heads: int) -> Step:
@@ -63,13 +64,15 @@ class Step:
         plan = plan_contexts(contexts, pool.begins, pool.lengths, num_attention_heads=num_attention_heads)
         turns: list[Turn | None] = [None] * pool.shape.num_layers
         if not pool.shape.has_turned_keys:
-            turns = worker.rotation.turns(pool.n_tokens[contexts.long()])
+            turns = worker.rotation.turns(pool.n_tokens.index_select(0, contexts))
         return cls(worker, plan, turns)
 
-    def attend(self, query: torch.Tensor, layer_name: str, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, query: torch.Tensor, layer_name: str, **options: Any) -> torch.Tensor:
         """Computes attention of the step's tokens to their contexts, see :func:`context_attention`."""
         index, pool = layer_index(layer_name), self.worker.pool
-        return context_attention(query, pool.keys, pool.values, self.plan, index, turn=self.turns[index], **options)
+        options.update(turn=self.turns[index], return_lse=False)  # where no context is read, nothing is to be written
+        out: torch.Tensor = context_attention(query, pool.keys, pool.values, self.plan, index, **options)
+        return out
 
 
 @cache  # asked by each layer of each step that is not in a graph

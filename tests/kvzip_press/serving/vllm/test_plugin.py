@@ -640,6 +640,7 @@ def test_the_pool_and_what_a_step_takes_are_there_when_memory_is_measured(
 
     def counted(query: torch.Tensor, *args: Any, **options: Any) -> Any:
         attended.append(len(query))
+        assert options["return_lse"] is False, "vLLM wants none, and without one nothing is written for plain requests"
         return attend(query, *args, **options)
 
     monkeypatch.setattr(steps, "context_attention", counted)
@@ -696,11 +697,11 @@ def test_a_graph_does_not_keep_the_contexts_of_its_warm_up(
 def test_each_token_of_a_step_that_writes_reads_what_its_request_reads(
     max_query_len: int, vllm: Any, facts: Path
 ) -> None:
-    """Two requests and two places that fill a graph up, whose blocks are those of an earlier step."""
+    """Two requests and two places that fill a graph up, whose blocks are those of an earlier step, or -1."""
     connectors(facts)
     attention = importlib.import_module("kvzip_press.serving.vllm.attention")
     attention.WORKERS[0].row_of_block[torch.tensor([5, 9])] = torch.tensor([1, 2], dtype=torch.int32)
-    starts, blocks = torch.tensor([0, 1, 2, 2, 2]), torch.tensor([[9], [5], [9], [5]], dtype=torch.int32)
+    starts, blocks = torch.tensor([0, 1, 2, 2, 2]), torch.tensor([[9], [5], [9], [-1]], dtype=torch.int32)
     metadata = Metadata(4, starts, torch.ones(4), blocks, max_query_len)
     assert attention.step_of(metadata, 4).plan.context_of_token.tolist() == [2, 1, 0, 0]
 
