@@ -9,6 +9,7 @@ import pytest
 from published_rows import EVIDENCE, RESULTS, cells_of, published, rows_of
 
 from kvzip_press.leaderboard.analysis.comparison_tables import comparison_tables, press_table
+from kvzip_press.leaderboard.analysis.correlation import rank_correlation
 from kvzip_press.leaderboard.analysis.statistics import Comparison, compare
 from kvzip_press.leaderboard.analysis.summary import split_tables
 from kvzip_press.leaderboard.analysis.written_table import TextTable, written
@@ -82,7 +83,7 @@ def compared(folder: str) -> list[TextTable]:
     """What `kvzip-press leaderboard compare` prints of a run, without and with ``--press``."""
     groups = split_tables(published(folder))
     whole = [table for group in groups for table in comparison_tables(group)]
-    return [*whole, *(press_table(group, "kvzip, surprisal") for group in groups)]
+    return [*whole, *(press_table(group, press) for group in groups for press in ("kvzip, surprisal", "fastkvzip"))]
 
 
 def weighted(line: list[str], folder: str, kind: str) -> None:
@@ -108,15 +109,45 @@ def test_the_page_of_kvzip_has_the_differences_of_weighting_on_smollm2() -> None
         weighted(line, "evidence-smollm2", kind)
 
 
-@pytest.mark.parametrize(("head", "kind"), [("removed, eight tasks", "counted"), ("removed, real text", "real text")])
-def test_the_tables_of_the_leaderboard_follow_from_the_rows(head: str, kind: str) -> None:
+SMOLLM2, TWO_MORE = "Real text, and storages at equal bytes", "Two more models"
+
+
+@pytest.mark.parametrize(
+    ("section", "head", "folder", "kind"),
+    [
+        (SMOLLM2, "removed, eight tasks", "evidence-smollm2", "counted"),
+        (SMOLLM2, "removed, real text", "evidence-smollm2", "real text"),
+        (TWO_MORE, "removed, Qwen, eight tasks", "evidence-qwen05", "counted"),
+        (TWO_MORE, "removed, Qwen, real text", "evidence-qwen05", "real text"),
+        (TWO_MORE, "removed, Gemma, five tasks", "evidence-gemma3", "counted"),
+    ],
+)
+def test_the_tables_of_the_leaderboard_follow_from_the_rows(section: str, head: str, folder: str, kind: str) -> None:
     page = ROOT / "docs" / "leaderboard.md"
-    columns, *lines = tables_in(page, "Real text, and storages at equal bytes")[head]
+    columns, *lines = tables_in(page, section)[head]
     assert len(lines) == len(RATIOS) and columns[1:] == list(NAMES)
     assert [LAST.get(line[0]) or float(line[0]) for line in lines] == list(RATIOS)
     for ratio, line in zip(RATIOS, lines, strict=True):
         for column, figure in zip(columns[1:], line[1:], strict=True):
-            assert figure == f"{cells_of('evidence-smollm2', kind)[NAMES[column], ratio].accuracy:.2f}", (ratio, column)
+            assert figure == f"{cells_of(folder, kind)[NAMES[column], ratio].accuracy:.2f}", (ratio, column)
+
+
+def test_the_order_of_presses_on_one_model_foretells_another_s_as_far_as_is_said() -> None:
+    _, *lines = tables_in(ROOT / "docs" / "leaderboard.md", TWO_MORE)["models"]
+    folders = {"SmolLM2": "evidence-smollm2", "Qwen": "evidence-qwen05", "Gemma": "evidence-gemma3"}
+    for names, mean, ends in lines:
+        cells = [[cells_of(folders[name], "counted")[key] for key in keys(folders[name])] for name in names.split(" and ")]
+        found = rank_correlation(*cells)
+        assert set(found.n_presses.values()) == {11}
+        assert mean.split(" ")[0] == f"{found.mean:+.2f}", names
+        assert ends == f"{min(found.by_ratio.values()):+.2f} to {max(found.by_ratio.values()):+.2f}", names
+    assert len(lines) == 3
+
+
+def keys(folder: str) -> list[tuple[str, float]]:
+    """The cells of a run whose pairs are in the model's own storage."""
+    own = {row.press for row in rows_of(folder) if row.storage == "model"}
+    return [key for key in cells_of(folder) if key[0] in own]
 
 
 def test_what_is_said_of_made_and_real_text_follows_from_the_rows() -> None:

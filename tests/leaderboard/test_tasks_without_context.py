@@ -65,7 +65,9 @@ def test_problems_are_those_of_the_installed_package_in_its_order(installed: Pat
     assert len(samples_of(gsm8k, n=1)) == 1
     (question,) = samples_of(gsm8k)[1].questions
     assert question.text.startswith("How many have 5?\n\n") and question.max_new_tokens == 512
-    assert [gsm8k.score(said, question) for said in ("5 times 4. The answer is 20.", "The answer is 5.")] == [1.0, 0.0]
+    assert "The answer is" not in question.text and question.text.endswith(r"\boxed{}."), "else it begins with that"
+    said = (r"5 times 4 is \boxed{20}.", "5 times 4. The answer is 20.", "The answer is 5.")
+    assert [gsm8k.score(one, question) for one in said] == [1.0, 1.0, 0.0]
     found = samples_of(aime)
     assert [(sample.sample_id, sample.questions[0].references) for sample in found] == [
         ("aime2025-01", ("70",)),

@@ -31,7 +31,8 @@ CASES = InstalledFile(
     install_command("real"),
 )
 
-_ASK = "{problem}\n\nReason step by step. End with a sentence that begins with 'The answer is'."
+# A request for a sentence that begins with "The answer is" has small models begin with it, and write nothing else.
+_ASK = "{problem}\n\nReason step by step, and put the final result within \\boxed{{}}."
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class LucebenchTask(ABC):
     """
 
     presets: ClassVar[Presets] = {"default": {}}
+    version: ClassVar[int] = 2  # 1: "End with a sentence that begins with 'The answer is'."
 
     source: str = ""
     max_new_tokens: int = 512
