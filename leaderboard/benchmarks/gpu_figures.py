@@ -181,7 +181,7 @@ FIGURES = (
     *_of_evidence(_QWEN),
     *_of_evidence(_GEMMA),
     _grid("evidence", 30, f"leaderboard/results/evidence-qwen05; docs/leaderboard.md (needs {_QWEN}, heads and gates)"),
-    _grid("evidence-gemma3", 30, f"leaderboard/results/evidence-gemma3; docs/leaderboard.md (needs {_GEMMA}, heads, gates)"),
+    _grid("evidence-gemma3", 30, f"leaderboard/results/evidence-gemma3; docs/leaderboard.md (needs {_GEMMA})"),
     _grid("evidence-smollm2", 30, "leaderboard/results/evidence-smollm2; docs/leaderboard.md"),
     _grid("real-v1", 30, f"all real text (needs {_QWEN})"),
     *(

@@ -11,7 +11,7 @@ from published_rows import EVIDENCE, RESULTS, cells_of, published, rows_of
 from kvzip_press.leaderboard.analysis.comparison_tables import comparison_tables, press_table
 from kvzip_press.leaderboard.analysis.correlation import rank_correlation
 from kvzip_press.leaderboard.analysis.statistics import Comparison, compare
-from kvzip_press.leaderboard.analysis.summary import split_tables
+from kvzip_press.leaderboard.analysis.summary import Cell, split_tables
 from kvzip_press.leaderboard.analysis.written_table import TextTable, written
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,18 +136,17 @@ def test_the_order_of_presses_on_one_model_foretells_another_s_as_far_as_is_said
     _, *lines = tables_in(ROOT / "docs" / "leaderboard.md", TWO_MORE)["models"]
     folders = {"SmolLM2": "evidence-smollm2", "Qwen": "evidence-qwen05", "Gemma": "evidence-gemma3"}
     for names, mean, ends in lines:
-        cells = [[cells_of(folders[name], "counted")[key] for key in keys(folders[name])] for name in names.split(" and ")]
-        found = rank_correlation(*cells)
+        found = rank_correlation(*(own_cells(folders[name]) for name in names.split(" and ")))
         assert set(found.n_presses.values()) == {11}
         assert mean.split(" ")[0] == f"{found.mean:+.2f}", names
         assert ends == f"{min(found.by_ratio.values()):+.2f} to {max(found.by_ratio.values()):+.2f}", names
     assert len(lines) == 3
 
 
-def keys(folder: str) -> list[tuple[str, float]]:
+def own_cells(folder: str) -> list[Cell]:
     """The cells of a run whose pairs are in the model's own storage."""
     own = {row.press for row in rows_of(folder) if row.storage == "model"}
-    return [key for key in cells_of(folder) if key[0] in own]
+    return [cell for cell in cells_of(folder).values() if cell.press in own]
 
 
 def test_what_is_said_of_made_and_real_text_follows_from_the_rows() -> None:
