@@ -130,6 +130,7 @@ def run(bench: Bench, case: ContextCase) -> None:
     build = partial(row_calls, copies)
     bench.measure(case, "ours, a read per row", build, exact=exact, limit=ERROR_LIMIT, n_bytes=n_bytes)
     bench.measure(case, f"plan of {MODEL_LAYERS} layers", partial(plan_calls, copies))
+    bench.measure(case, f"nobody reads a context, {MODEL_LAYERS} layers", partial(idle_calls, copies))
     del exact
     bench.measure(case, "vllm, paged, as many pairs in each head", partial(paged_calls, case, copies), n_bytes=n_bytes)
 
@@ -237,6 +238,25 @@ def plan_calls(copies: Sequence[ContextInputs]) -> list[Call]:
     plans = [copy.plan for copy in copies]
     tables = [[t.expand(MODEL_LAYERS, -1, -1).contiguous() for t in (plan.begins, plan.lengths)] for plan in plans]
     return [partial(call, plan, *own) for plan, own in zip(plans, tables, strict=True)]
+
+
+def idle_calls(copies: Sequence[ContextInputs]) -> list[Call]:
+    """Returns calls of all layers of a step whose tokens read no context, as an engine makes them; without the plan."""
+
+    def call(inputs: ContextInputs, plan: ContextPlan, tail: Part) -> Tensor:
+        pool = inputs.query, inputs.keys, inputs.values, plan
+        for layer_idx in range(MODEL_LAYERS):
+            context_attention(*pool, layer_idx, tail=tail, out=tail[0], return_lse=False)
+        return tail[0]
+
+    def plan_of(plan: ContextPlan) -> ContextPlan:
+        tables = (t.expand(MODEL_LAYERS, -1, -1).contiguous() for t in (plan.begins, plan.lengths))
+        return plan_contexts(
+            torch.zeros_like(plan.context_of_token), *tables, num_attention_heads=plan.num_attention_heads
+        )
+
+    tails = [(torch.randn_like(copy.query), copy.query.new_zeros(copy.query.shape[:2]).float()) for copy in copies]
+    return [partial(call, copy, plan_of(copy.plan), tail) for copy, tail in zip(copies, tails, strict=True)]
 
 
 def paged_calls(case: ContextCase, copies: Sequence[ContextInputs]) -> list[Call]:
