@@ -92,9 +92,12 @@ def _column_sums(keys: torch.Tensor, valid: torch.Tensor, newest: torch.Tensor) 
     (``newest``, or -1) has to be looked for among all cosines.
     """
     keys = keys.masked_fill(~valid[..., None], 0)
-    norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.promote_types(keys.dtype, torch.float32))
-    unit = keys / norms.clamp_(min=1e-12).unsqueeze(-1)
-    sums = (unit @ unit.sum(dim=2).unsqueeze(-1)).squeeze(-1) - (unit * unit).sum(dim=-1)
+    wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(wide, dim=-1)
+    scales = norms.clamp(min=1e-12).reciprocal_()  # keys are never divided by their norms: that would be a pass more
+    total = scales.unsqueeze(2) @ wide
+    sums = (wide @ total.mT).squeeze(-1) * scales - (norms * scales) ** 2
     found = newest.clamp(min=0)
-    spared = unit.gather(2, found.unsqueeze(-1).expand_as(unit)).mul_(unit).sum(dim=-1)
+    spared = wide.gather(2, found.unsqueeze(-1).expand_as(wide)).mul_(wide).sum(dim=-1)
+    spared *= scales * scales.gather(2, found)
     return sums.scatter_add_(2, found, -spared.masked_fill_(newest < 0, 0)).float()
