@@ -3,7 +3,7 @@
 ``python -m kvzip_press.kernels.benchmarks.context_attention --output contexts.csv [--cases shared] [--quick]``
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -122,6 +122,7 @@ def run(bench: Bench, case: ContextCase) -> None:
     merged = [merge_attention(attended(copy), tail) for copy, tail in ((copies[0], tails[0]), (copies[-1], tails[-1]))]
     build = partial(merging_calls, copies, tails)
     bench.measure(case, "ours, pages merged in place", build, exact=merged, limit=ERROR_LIMIT, n_bytes=n_bytes)
+    bench.measure(case, f"nobody reads a context, {MODEL_LAYERS} layers", partial(idle_calls, copies, tails))
     coded = [CodedInputs.of(copy) for copy in copies]
     build, of_codes = partial(coded_calls, coded), [coded[0].exact(), coded[-1].exact()]
     n_code_bytes = coded[0].keys.nbytes + coded[0].values.nbytes
@@ -130,7 +131,6 @@ def run(bench: Bench, case: ContextCase) -> None:
     build = partial(row_calls, copies)
     bench.measure(case, "ours, a read per row", build, exact=exact, limit=ERROR_LIMIT, n_bytes=n_bytes)
     bench.measure(case, f"plan of {MODEL_LAYERS} layers", partial(plan_calls, copies))
-    bench.measure(case, f"nobody reads a context, {MODEL_LAYERS} layers", partial(idle_calls, copies))
     del exact
     bench.measure(case, "vllm, paged, as many pairs in each head", partial(paged_calls, case, copies), n_bytes=n_bytes)
 
@@ -228,19 +228,22 @@ def row_calls(copies: Sequence[ContextInputs]) -> list[Call]:
     ]
 
 
+def plan_of_model(plan: ContextPlan, context_of_token: Tensor) -> Callable[[], ContextPlan]:
+    """Returns what plans a step of a whole model, once for all its layers, which are copies of the plan's one."""
+    tables = (table.expand(MODEL_LAYERS, -1, -1).contiguous() for table in (plan.begins, plan.lengths))
+    return partial(plan_contexts, context_of_token, *tables, num_attention_heads=plan.num_attention_heads)
+
+
 def plan_calls(copies: Sequence[ContextInputs]) -> list[Call]:
-    """Returns calls that plan a step of a whole model, once for all its layers."""
+    """Returns calls that plan a step of a whole model."""
 
-    def call(plan: ContextPlan, begins: Tensor, lengths: Tensor) -> Tensor:
-        made = plan_contexts(plan.context_of_token, begins, lengths, num_attention_heads=plan.num_attention_heads)
-        return made.context_of_token
+    def call(made: Callable[[], ContextPlan]) -> Tensor:
+        return made().context_of_token
 
-    plans = [copy.plan for copy in copies]
-    tables = [[t.expand(MODEL_LAYERS, -1, -1).contiguous() for t in (plan.begins, plan.lengths)] for plan in plans]
-    return [partial(call, plan, *own) for plan, own in zip(plans, tables, strict=True)]
+    return [partial(call, plan_of_model(copy.plan, copy.plan.context_of_token)) for copy in copies]
 
 
-def idle_calls(copies: Sequence[ContextInputs]) -> list[Call]:
+def idle_calls(copies: Sequence[ContextInputs], tails: Sequence[Part]) -> list[Call]:
     """Returns calls of all layers of a step whose tokens read no context, as an engine makes them; without the plan."""
 
     def call(inputs: ContextInputs, plan: ContextPlan, tail: Part) -> Tensor:
@@ -249,14 +252,8 @@ def idle_calls(copies: Sequence[ContextInputs]) -> list[Call]:
             context_attention(*pool, layer_idx, tail=tail, out=tail[0], return_lse=False)
         return tail[0]
 
-    def plan_of(plan: ContextPlan) -> ContextPlan:
-        tables = (t.expand(MODEL_LAYERS, -1, -1).contiguous() for t in (plan.begins, plan.lengths))
-        return plan_contexts(
-            torch.zeros_like(plan.context_of_token), *tables, num_attention_heads=plan.num_attention_heads
-        )
-
-    tails = [(torch.randn_like(copy.query), copy.query.new_zeros(copy.query.shape[:2]).float()) for copy in copies]
-    return [partial(call, copy, plan_of(copy.plan), tail) for copy, tail in zip(copies, tails, strict=True)]
+    plans = [plan_of_model(copy.plan, torch.zeros_like(copy.plan.context_of_token))() for copy in copies]
+    return [partial(call, *one) for one in zip(copies, plans, tails, strict=True)]
 
 
 def paged_calls(case: ContextCase, copies: Sequence[ContextInputs]) -> list[Call]:

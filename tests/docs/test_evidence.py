@@ -109,6 +109,14 @@ def test_the_page_of_kvzip_has_the_differences_of_weighting_on_smollm2() -> None
         weighted(line, "evidence-smollm2", kind)
 
 
+@pytest.mark.slow
+def test_the_page_of_kvzip_has_the_differences_of_weighting_on_two_more_models() -> None:
+    _, *lines = tables_in(ROOT / "docs" / "methods" / "kvzip.md", "How good weighting is")["minus KVzip, fresh seed"]
+    runs = [*(("evidence-qwen05", kind) for kind in KINDS), ("evidence-gemma3", "counted")]
+    for line, run in zip(lines, runs, strict=True):
+        weighted(line, *run)
+
+
 SMOLLM2, TWO_MORE = "Real text, and storages at equal bytes", "Two more models"
 
 
