@@ -1,7 +1,7 @@
 """Attention to a pool of contexts in Triton: programs share the pairs evenly, and each pair meets a tile of tokens.
 
 The work list of the plan (``sharing.py``) says which segment a program reads; the items of a segment are equal parts
-of it. Each program writes a partial result, and a second kernel merges those of a token's head.
+of it. Each program writes a partial result, and a second kernel merges those of a token's group of query heads.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from kvzip_press.kernels.row_codec import Codes
 from kvzip_press.kernels.triton_ops import dot, logit_factors, padded, tanh
 
 LN2 = tl.constexpr(0.6931471805599453)
+MANY_MERGED = 512  # heads of tokens; a program of the merge kernel for each of more takes long to begin, work or none
 
 
 def context_attention(
@@ -52,8 +53,10 @@ def context_attention(
     value_rows, value_scales = (values.codes, values.scales) if isinstance(values, Codes) else (values, query)
     cos, sin = (query, query) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
     tail_out, tail_lse = (query, query[..., 0]) if tail is None else tail
-    loop = loop or loop_for(work.block_m, head_dim, query.element_size())
+    loop = loop or loop_for(work.block_m, head_dim, query.element_size(), has_codes=has_codes)
     n_rows, n_programs = work.tokens_per_tile * plan.groups, work.segments.shape[1]
+    merged_heads = plan.groups if n_tokens * n_heads > MANY_MERGED else 1
+    block_h, block_d = triton.next_power_of_2(merged_heads), triton.next_power_of_2(head_dim)
     partial_out = torch.empty(n_programs, n_rows, head_dim, dtype=torch.float32, device=query.device)
     partial_sums = torch.empty(n_programs, n_rows, 2, dtype=torch.float32, device=query.device)
     # Both kernels read the plan before they wait. A launch that is not early begins when all that came before it on its
@@ -101,7 +104,7 @@ def context_attention(
             **(early if reader in work.read_on else not_early),
         )
         work.read_on.add(reader)
-        _merge_kernel[(n_tokens, n_heads)](
+        _merge_kernel[(n_tokens, n_heads // merged_heads)](
             partial_out,
             partial_sums,
             work.token_tiles,
@@ -122,9 +125,11 @@ def context_attention(
             HEADS=plan.num_key_value_heads,
             GROUPS=plan.groups,
             HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_P=8,
-            num_warps=1,
+            MERGED_HEADS=merged_heads,
+            BLOCK_H=block_h,
+            BLOCK_D=block_d,
+            AT_ONCE=min(8, max(1, 4096 // (block_h * block_d))),
+            num_warps=min(4, max(1, block_h * block_d // 128)),
             **early,
         )
     return out, lse
@@ -291,53 +296,63 @@ def _merge_kernel(
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    MERGED_HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Merges the partial results of a token's query head, and its tail's; without any, gives 0 and -inf.
+    """Merges the partial results of a token's query heads, and their tails'; without any, gives 0 and -inf.
+
+    A program merges one head, or all of a group, which have the same parts. Numbers of heads are [heads, 1], so that
+    no warp waits for another.
 
     The tail is read before the result is written, which may be in its place: then nothing is to do without parts, and
     nothing is even read where no log-sum-exp is wanted.
     """
-    token, query_head = tl.program_id(0), tl.program_id(1)
-    segment = tl.load(token_tiles_ptr + token) * HEADS + query_head // GROUPS
-    row = tl.load(token_slots_ptr + token) * GROUPS + query_head % GROUPS
+    token, first_head = tl.program_id(0), tl.program_id(1) * MERGED_HEADS
+    segment = tl.load(token_tiles_ptr + token) * HEADS + first_head // GROUPS
+    first_row = tl.load(token_slots_ptr + token) * GROUPS + first_head % GROUPS
     first, n_parts = tl.load(first_items_ptr + segment), tl.load(n_items_ptr + segment)
     if USE_PDL:  # also if nothing is to do: what follows waits for this kernel alone; before, only the plan is read
         gdc_wait()
     place = token.to(tl.int64)
-    lse_ptr += place * (HEADS * GROUPS) + query_head
-    if IN_PLACE and not HAS_LSE:
-        if n_parts == 0:
-            return
-    elif IN_PLACE:
-        tail_lse = tl.load(tail_lse_ptr + place * stride_lt + query_head * stride_lh)
-        if (n_parts == 0) & (tail_lse > -float("inf")):
-            tl.store(lse_ptr, tail_lse)
-            return
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < HEAD_DIM
-    peak = -float("inf")
-    total = 0.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for part in range(0, n_parts, BLOCK_P):
-        offs_p = part + tl.arange(0, BLOCK_P)
-        mask_p = offs_p < n_parts
-        rows = (first + offs_p).to(tl.int64) * n_rows + row
-        peaks = tl.load(partial_sums_ptr + 2 * rows, mask_p, other=-float("inf"))
-        totals = tl.load(partial_sums_ptr + 2 * rows + 1, mask_p, other=0.0)
-        mask = mask_p[:, None] & mask_d[None, :]
-        outs = tl.load(partial_out_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask, other=0.0)
-        new_peak = tl.maximum(peak, tl.max(peaks, 0))  # finite: every part has seen a pair
-        weights = tl.exp2(peaks - new_peak)
-        decay = tl.exp2(peak - new_peak)
-        total = total * decay + tl.sum(weights * totals, 0)
-        acc = acc * decay + tl.sum(weights[:, None] * outs, 0)
-        peak = new_peak
+    offs_h, offs_d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    mask_h = offs_h < MERGED_HEADS
+    mask = mask_h & (offs_d < HEAD_DIM)
+    query_heads = first_head + offs_h
+    lse_ptrs = lse_ptr + place * (HEADS * GROUPS) + query_heads
+    out_ptrs = out_ptr + place * stride_ot + query_heads * stride_oh + offs_d
+    tail_lse_ptrs = tail_lse_ptr + place * stride_lt + query_heads * stride_lh
+    if IN_PLACE and n_parts == 0:
+        if HAS_LSE:
+            tail_lse = tl.load(tail_lse_ptrs, mask_h, other=0.0)
+            tl.store(lse_ptrs, tail_lse, mask_h)
+            zeros = tl.zeros([BLOCK_H, BLOCK_D], out_ptr.dtype.element_ty)
+            tl.store(out_ptrs, zeros, mask & (tail_lse == -float("inf")))
+        return
+    if MERGED_HEADS == 1:
+        peak, total, acc = _parts_of_head(
+            partial_out_ptr, partial_sums_ptr, first, n_parts, first_row, n_rows, HEAD_DIM, BLOCK_D, AT_ONCE
+        )
+    else:
+        peak, total, acc = _parts_of_heads(
+            partial_out_ptr,
+            partial_sums_ptr,
+            first,
+            n_parts,
+            first_row,
+            n_rows,
+            MERGED_HEADS,
+            HEAD_DIM,
+            BLOCK_H,
+            BLOCK_D,
+            AT_ONCE,
+        )
     if HAS_TAIL:
-        tail_peak = tl.load(tail_lse_ptr + place * stride_lt + query_head * stride_lh) / LN2
-        tail = tl.load(tail_ptr + place * stride_tt + query_head * stride_th + offs_d, mask_d, other=0.0)
+        tail_peak = tl.load(tail_lse_ptrs, mask_h, other=-float("inf")) / LN2
+        tail_ptrs = tail_ptr + place * stride_tt + query_heads * stride_th + offs_d
+        tail = tl.load(tail_ptrs, mask, other=0.0)
         new_peak = tl.maximum(peak, tail_peak)
         finite_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)
         weight, decay = tl.exp2(tail_peak - finite_peak), tl.exp2(peak - finite_peak)
@@ -345,7 +360,81 @@ def _merge_kernel(
         acc = acc * decay + weight * tail.to(tl.float32)
         peak = new_peak
     acc = acc / tl.where(total > 0, total, 1.0)
-    out_row = place * stride_ot + query_head * stride_oh
-    tl.store(out_ptr + out_row + offs_d, acc.to(out_ptr.dtype.element_ty), mask_d)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask)
     if HAS_LSE:
-        tl.store(lse_ptr, tl.where(total > 0, (peak + tl.log2(total)) * LN2, -float("inf")))
+        tl.store(lse_ptrs, tl.where(total > 0, (peak + tl.log2(total)) * LN2, -float("inf")), mask_h)
+
+
+@triton.jit
+def _parts_of_head(
+    partial_out_ptr,
+    partial_sums_ptr,
+    first,
+    n_parts,
+    first_row,
+    n_rows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Merges the parts of one head, BLOCK_P at a time: its peak and total, [1, 1], and their sum, [1, BLOCK_D]."""
+    offs_d = tl.arange(0, BLOCK_D)
+    peak = -float("inf")
+    total = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for part in range(0, n_parts, BLOCK_P):
+        offs_p = part + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < n_parts
+        rows = (first + offs_p).to(tl.int64) * n_rows + first_row
+        peaks = tl.load(partial_sums_ptr + 2 * rows, mask_p, other=-float("inf"))
+        totals = tl.load(partial_sums_ptr + 2 * rows + 1, mask_p, other=0.0)
+        mask = mask_p[:, None] & (offs_d < HEAD_DIM)[None, :]
+        outs = tl.load(partial_out_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(peaks, 0))  # finite: every part has seen a pair
+        weights = tl.exp2(peaks - new_peak)
+        decay = tl.exp2(peak - new_peak)
+        total = total * decay + tl.sum(weights * totals, 0)
+        acc = acc * decay + tl.sum(weights[:, None] * outs, 0)
+        peak = new_peak
+    one = tl.zeros([1, 1], tl.float32)
+    return one + peak, one + total, acc[None, :]
+
+
+@triton.jit
+def _parts_of_heads(
+    partial_out_ptr,
+    partial_sums_ptr,
+    first,
+    n_parts,
+    first_row,
+    n_rows,
+    MERGED_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Merges the parts of several heads, one after the other: peaks and totals, [BLOCK_H, 1], sums, [BLOCK_H, BLOCK_D].
+
+    Nothing is [parts, heads, channels], so that no warp waits for another.
+    """
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    offs_h = tl.arange(0, BLOCK_H)[:, None]
+    peak = tl.full([BLOCK_H, 1], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_H, 1], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for begin in range(0, n_parts, UNROLL):
+        for step in tl.static_range(UNROLL):
+            part = begin + step
+            rows = (first + part).to(tl.int64) * n_rows + first_row + offs_h
+            mask_h = offs_h < tl.where(part < n_parts, MERGED_HEADS, 0)
+            part_peak = tl.load(partial_sums_ptr + 2 * rows, mask_h, other=-float("inf"))
+            part_total = tl.load(partial_sums_ptr + 2 * rows + 1, mask_h, other=0.0)
+            part_out = tl.load(partial_out_ptr + rows * HEAD_DIM + offs_d, mask_h & (offs_d < HEAD_DIM), other=0.0)
+            new_peak = tl.maximum(peak, part_peak)
+            finite_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # of rows that are no head
+            weight, decay = tl.exp2(part_peak - finite_peak), tl.exp2(peak - finite_peak)
+            total = total * decay + weight * part_total
+            acc = acc * decay + weight * part_out
+            peak = new_peak
+    return peak, total, acc

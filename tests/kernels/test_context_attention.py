@@ -1,5 +1,6 @@
 """Attention of many requests' tokens to a pool of contexts, against the formula in fp64 and ragged attention."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,6 +58,13 @@ class Case:
 
     def run(self, **options: Any) -> tuple[Tensor, Tensor]:
         return context_attention(self.query, self.keys, self.values, self.plan, 1, **options)
+
+
+@pytest.fixture(autouse=True)
+def _heads_merged_together_by_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token's heads are merged by a program each, those of more tokens by one for each group."""
+    if importlib.util.find_spec("triton") is not None:
+        monkeypatch.setattr("kvzip_press.kernels.context_attention.triton.MANY_MERGED", 8)
 
 
 def case(
@@ -253,6 +261,55 @@ def test_what_a_tail_of_nothing_leaves_behind_is_not_a_result(impl: str | None, 
     got, got_lse = made.run(impl=impl, tail=(out, lse), out=out)
     assert not got[0].any() and got_lse[0].eq(-torch.inf).all()
     assert got[1].any() and got_lse[1].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("groups", [1, 7, 32])
+def test_each_query_head_of_a_group_has_its_own_tail(groups: int, impl: str | None, device: torch.device) -> None:
+    """Beside a head whose pages have nothing, the others' tails stay; a kernel may merge them all in one program."""
+    made = case([[120, 0]], [1, 0, 1], groups=groups, device=device)
+    n_heads = HEADS * groups
+    tail, lse = torch.randn(3, n_heads, 16, device=device), torch.randn(3, n_heads, device=device)
+    lse[0, 0] = lse[1, groups // 2] = lse[2, -1] = -torch.inf  # the pool has pairs only for the first of these
+    plain = made.run(impl=impl)
+    expected = merge_attention(plain[0][None], plain[1][None], tail[None], lse[None])
+    out = tail.clone()
+    got, got_lse = made.run(impl=impl, tail=(out, lse), out=out)
+    torch.testing.assert_close((got[None], got_lse[None]), expected)
+    for token, heads in ((1, slice(0, n_heads)), (2, slice(groups, n_heads))):
+        own, own_lse = tail[token, heads], lse[token, heads]
+        kept = own_lse.isfinite()
+        assert torch.equal(got[token, heads], own.where(kept[:, None], 0.0))
+        assert torch.equal(got_lse[token, heads], own_lse)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("tokens", [[1, 1], [0, 0]], ids=["context", "none"])
+def test_nothing_is_written_beside_the_heads_of_a_group(
+    tokens: list[int], in_place: bool, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tile has room for 8 heads of 16 channels where a group has 7 of 12: behind the last one of all, it is seen."""
+    made = case([[9, 9]], tokens, groups=7, head_dim=12, device=triton_device)
+    plan, empty, behind = made.plan, torch.empty, []
+
+    def with_room(*shape: Any, **options: Any) -> Tensor:
+        wanted = empty(*shape, **options)
+        flat = torch.full((wanted.numel() + 64,), torch.nan, dtype=wanted.dtype, device=wanted.device)
+        behind.append(flat[wanted.numel() :])
+        return flat[: wanted.numel()].view_as(wanted)
+
+    wide = torch.full((2, 16, 16), torch.nan, device=triton_device)
+    out = wide[:, :14, :12].normal_()
+    lse = torch.randn(2, 14, device=triton_device)
+    lse[:, [0, 13]] = -torch.inf
+    tail = (out if in_place else out.clone(), lse)
+    monkeypatch.setattr(torch, "empty", with_room)
+    got, got_lse = context_attention(made.query, made.keys, made.values, plan, 1, impl="triton", tail=tail, out=out)
+    assert got.isfinite().all() and got_lse[lse.isfinite()].isfinite().all()
+    assert wide[:, 14:].isnan().all() and wide[..., 12:].isnan().all()
+    assert len(behind) == 3, "two partial results and the log-sum-exp"
+    assert all(one.isnan().all() for one in behind)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
