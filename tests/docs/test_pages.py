@@ -59,6 +59,15 @@ def test_figures_of_the_readme_are_those_of_the_performance_page() -> None:
     assert len(table) == 8 and [line for line in table if line not in page] == []
 
 
+def test_figures_of_many_users_in_the_readme_are_those_of_the_serving_page() -> None:
+    readme, page = text_of(ROOT / "README.md"), text_of(DOCS / "howto" / "serving.md")
+    section = readme[readme.index("## Many users") : readme.index("## Models")]
+    claims = {int(number) for number in re.findall(r"\d+", section)} - {8, 64, 200, 32768, 0, 7}  # of the setting
+    rows = [{int(n) for n in re.findall(r"\d+", line)} for line in re.findall(r"^\| .*$", page, re.MULTILINE)]
+    pairs = [claims & row for row in rows if len(claims & row) > 1]
+    assert len(pairs) == 3 and set().union(*pairs) == claims
+
+
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
