@@ -76,7 +76,7 @@ class Job:
             of what is not there; "cascade": the same with cascade attention, where that vLLM has it; "full": vLLM
             alone, whose pages its DecodeBenchConnector fills, a full cache for each user, as many as fit at once;
             "ours", "ours-int8": vLLM with our pool. "plain-v1", "ours-v1", "plain-v2", "ours-v2": the same on vLLM's
-            older or newer model runner, where the others leave the choice to vLLM, or to our options.
+            older or newer model runner, where the others leave the choice to vLLM.
         shape: Of the model, a name in :data:`SHAPES`.
         load: What users do.
         pool_gb: Memory for contexts, in 1e9 bytes.

@@ -35,8 +35,6 @@ def engine_options(path: str) -> dict[str, Any]:
     os.environ[FACTS] = path
     # This process has loaded the model to find out the facts, and looked for GPUs: a fork of it could not use one.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    # Nothing here needs the older of vLLM's two model runners, but on a GPU contexts were seen on no other yet.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     return {
         "enable_prefix_caching": False,
         "kv_transfer_config": {

@@ -793,16 +793,20 @@ def test_attention_over_pages_and_pool_is_one_attention(vllm: Any, facts: Path, 
             torch.testing.assert_close(got[:, 2 * head : 2 * head + 2].transpose(0, 1)[None], expected)
 
 
+@pytest.mark.parametrize("chosen", ["0", "1", None])
+def test_the_model_runner_is_the_users_choice_or_else_that_of_vllm(
+    chosen: str | None, facts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {} if chosen is None else {"VLLM_USE_V2_MODEL_RUNNER": chosen})
+    engine_options(str(facts))
+    assert os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == chosen
+
+
 def test_the_entry_point_replaces_the_cpu_backend(vllm: Any, facts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(requests.FACTS, "")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "")
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")  # gone again afterwards
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     options = engine_options(str(facts))
-    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1", "a user's choice stays"
-    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
-    engine_options(str(facts))
-    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"  # a fork of what has looked for GPUs cannot use them
     register()
     assert list(vllm) == ["CPU_ATTN", "FLASH_ATTN"]
