@@ -179,16 +179,19 @@ def _hints_of(kind: Any) -> dict[str, Any]:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Returns whether a value is of a type; numbers must be finite, and a list may stand for a tuple."""
-    if type(value) is hint is not float:  # most values
-        return True
+    kind = type(value)
+    if kind is hint:  # most values
+        return kind is not float or abs(value) <= sys.float_info.max
     origin, inner = _parts(hint)
     if origin is UnionType:
-        return any(_fits(value, one) for one in inner)
+        return _fits(value, kind) if kind in inner else any(_fits(value, one) for one in inner)
     if origin is tuple:
         return isinstance(value, tuple | list) and all(_fits(item, inner[0]) for item in value)
     if origin is not None:  # a mapping
-        named = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
-        return named and all(_fits(item, inner[1]) for item in value.values())
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            return False
+        kinds = set(map(type, value.values()))
+        return kinds <= {inner[1]} - {float} or all(_fits(item, inner[1]) for item in value.values())
     if hint is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and abs(value) <= sys.float_info.max
