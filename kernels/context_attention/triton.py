@@ -1,7 +1,7 @@
 """Attention to a pool of contexts in Triton: programs share the pairs evenly, and each pair meets a tile of tokens.
 
 The work list of the plan (``sharing.py``) says which segment a program reads; the items of a segment are equal parts
-of it. Each program writes a partial result, and a second kernel merges those of a token's group of query heads.
+of it. Each program writes a partial result, and a second kernel merges those of a token's query heads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from kvzip_press.kernels.triton_ops import dot, logit_factors, padded, tanh
 
 LN2 = tl.constexpr(0.6931471805599453)
 MANY_MERGED = 512  # heads of tokens; a program of the merge kernel for each of more takes long to begin, work or none
+MERGED_AT_ONCE = 4096  # numbers of partial results that a program of the merge kernel asks for at once
 
 
 def context_attention(
@@ -128,7 +129,7 @@ def context_attention(
             MERGED_HEADS=merged_heads,
             BLOCK_H=block_h,
             BLOCK_D=block_d,
-            AT_ONCE=min(8, max(1, 4096 // (block_h * block_d))),
+            AT_ONCE=min(8, max(1, MERGED_AT_ONCE // (block_h * block_d))),
             num_warps=min(4, max(1, block_h * block_d // 128)),
             **early,
         )
@@ -353,16 +354,20 @@ def _merge_kernel(
         tail_peak = tl.load(tail_lse_ptrs, mask_h, other=-float("inf")) / LN2
         tail_ptrs = tail_ptr + place * stride_tt + query_heads * stride_th + offs_d
         tail = tl.load(tail_ptrs, mask, other=0.0)
-        new_peak = tl.maximum(peak, tail_peak)
-        finite_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        weight, decay = tl.exp2(tail_peak - finite_peak), tl.exp2(peak - finite_peak)
-        total = total * decay + weight
-        acc = acc * decay + weight * tail.to(tl.float32)
-        peak = new_peak
+        peak, total, acc = _with_part(peak, total, acc, tail_peak, 1.0, tail.to(tl.float32))
     acc = acc / tl.where(total > 0, total, 1.0)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask)
     if HAS_LSE:
         tl.store(lse_ptrs, tl.where(total > 0, (peak + tl.log2(total)) * LN2, -float("inf")), mask_h)
+
+
+@triton.jit
+def _with_part(peak, total, acc, part_peak, part_total, part_out):
+    """Merges one more part of each head; a head may have neither this one nor any before it."""
+    new_peak = tl.maximum(peak, part_peak)
+    finite_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+    weight, decay = tl.exp2(part_peak - finite_peak), tl.exp2(peak - finite_peak)
+    return new_peak, total * decay + weight * part_total, acc * decay + weight * part_out
 
 
 @triton.jit
@@ -431,10 +436,5 @@ def _parts_of_heads(
             part_peak = tl.load(partial_sums_ptr + 2 * rows, mask_h, other=-float("inf"))
             part_total = tl.load(partial_sums_ptr + 2 * rows + 1, mask_h, other=0.0)
             part_out = tl.load(partial_out_ptr + rows * HEAD_DIM + offs_d, mask_h & (offs_d < HEAD_DIM), other=0.0)
-            new_peak = tl.maximum(peak, part_peak)
-            finite_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # of rows that are no head
-            weight, decay = tl.exp2(part_peak - finite_peak), tl.exp2(peak - finite_peak)
-            total = total * decay + weight * part_total
-            acc = acc * decay + weight * part_out
-            peak = new_peak
+            peak, total, acc = _with_part(peak, total, acc, part_peak, part_total, part_out)
     return peak, total, acc
