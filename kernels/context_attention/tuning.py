@@ -45,7 +45,7 @@ def sharing_for(n_tokens: int, groups: int) -> Sharing:
 def loop_for(block_m: int, head_dim: int, itemsize: int, *, has_codes: bool) -> Loop:
     """Returns how to read pairs: as :mod:`kvzip_press.kernels.ragged_attention.tuning` measured it for as many rows.
 
-    Codes are an exception: many rows of them in tiles of 128 take 0.88 to 0.95 of the time (one H200, five cases).
+    Codes are an exception: many rows of them in tiles of 128 take 0.87 to 0.91 of the time (one H200, four cases).
 
     Args:
         block_m: Query rows of a program.
