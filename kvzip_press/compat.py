@@ -179,12 +179,15 @@ def _eager() -> Iterator[None]:
                 _EAGER.pop().__exit__(None, None, None)
 
 
-def attention_function(name: str) -> Callable[..., Any] | None:
+def attention_function(name: str, device: torch.device) -> Callable[..., Any] | None:
     """Returns the attention function registered as ``name``.
 
-    None for "eager", which every modelling file defines itself.
+    None for "eager", which every modelling file defines itself, and for flex_attention on a CPU, where eager takes its
+    place: what torch compiles it to there (torch 2.13) reads memory behind the keys if their number is no multiple of
+    16, and some tokens' outputs are zero or NaN, depending on what lay there.
     """
-    return None if name == "eager" else _working(ALL_ATTENTION_FUNCTIONS[name])
+    eager = name == "eager" or (name == "flex_attention" and device.type == "cpu")
+    return None if eager else _working(ALL_ATTENTION_FUNCTIONS[name])
 
 
 def in_assisted_decoding() -> bool:
@@ -222,11 +225,14 @@ def mask_function(name: str) -> Callable[..., Any] | None:
 
 
 def _flex_mask(*args: Any, **kwargs: Any) -> Any:
-    """Builds flex_attention's block mask, but a plain one for a ragged layer, which no flex kernel will see.
+    """Builds flex_attention's block mask, but plain ones where no flex kernel will see them.
 
-    Only ragged layers have full attention over keys that begin at an offset. Compiling a block mask for them would cost
-    seconds, and torch's CPU backend cannot do it (padded keys at an offset: invalid C++, torch 2.13).
+    On a CPU that is everywhere (:func:`attention_function`). Elsewhere it is in ragged layers, as only these have full
+    attention over keys that begin at an offset: compiling a block mask for them would cost seconds.
     """
+    device = kwargs["device"] if "device" in kwargs else kwargs["cache_position"].device
+    if torch.device(device).type == "cpu":
+        return ALL_MASK_ATTENTION_FUNCTIONS["eager"](*args, **kwargs)
     if kwargs.get("kv_offset", 0) and kwargs.get("local_size") is None:
         return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
     return ALL_MASK_ATTENTION_FUNCTIONS["flex_attention"](*args, **kwargs)

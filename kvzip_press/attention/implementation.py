@@ -266,7 +266,8 @@ def refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
 
 def _own_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     name = _implementation(module.config).removeprefix(PREFIX)
-    function = compat.attention_function(name) or sys.modules[type(module).__module__].eager_attention_forward
+    registered = compat.attention_function(name, args[0].device)
+    function = registered or sys.modules[type(module).__module__].eager_attention_forward
     if getattr(module, "masked_key_indices", None) is not None and not compat.is_kvpress_wrapper(function):
         _refuse_kvpress_masks(module, name, *args[:2])
     if name.startswith("flash"):  # transformers' flash integration reads the name back from the config
