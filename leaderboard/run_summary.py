@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -175,10 +176,15 @@ def _grid_of(known: str) -> tuple[Mapping[str, Any] | None, str]:
     """Returns the configuration of the grid of this package that has an id, and its name; None and "" if none has."""
     for name in grid_names():
         with suppress(KVzipPressError):  # of a grid whose tasks' package is absent
-            config = load_grid(name).run.config
+            config = _config_of(name)
             if run_id(config) == known:
                 return config, name
     return None, ""
+
+
+@cache
+def _config_of(grid: str) -> Mapping[str, Any]:
+    return load_grid(grid).run.config  # some grids read their tasks' texts, for seconds
 
 
 def _record_of(directory: str | os.PathLike[str]) -> RunRecord | None:

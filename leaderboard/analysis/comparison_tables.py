@@ -14,6 +14,7 @@ from kvzip_press.leaderboard.analysis.references import find_kvzip
 from kvzip_press.leaderboard.analysis.statistics import Comparison, compare
 from kvzip_press.leaderboard.analysis.summary import (
     Cell,
+    Table,
     context_key,
     find_full,
     mean_of_known,
@@ -39,7 +40,7 @@ class _Group:
     """Rows of some of a table's tasks."""
 
     name: str
-    rows: list[Row]
+    rows: Table
 
     @property
     def size(self) -> str:
@@ -71,7 +72,7 @@ def comparison_tables(rows: Iterable[Row], reference: str | None = None) -> list
     tables = [_tasks(ranges, rows)] if ranges else []
     groups, bases = _groups(rows, ranges), _bases(rows)
     for group in groups:
-        own = [row for row in group.rows if bases[row.press] == row.press]
+        own = group.rows.where(lambda row: bases[row.press] == row.press)
         cells = _ranked(summarise(own))
         presses = list(dict.fromkeys(cell.press for cell in cells))
         tables.append(_accuracies(group, cells))
@@ -98,10 +99,10 @@ def press_table(rows: Iterable[Row], press: str, reference: str | None = None) -
     reference = reference or find_kvzip(rows) or find_full(rows)
     if reference in (None, press):
         raise InvalidArgumentError(f"expected a reference other than {press!r}, got {reference!r}")
-    both = [row for row in rows if row.press in (press, reference)]
+    both = rows.where(lambda row: row.press in (press, reference))
     groups = _groups(both, task_ranges(summarise_tasks(rows)))
-    tasks = split(groups[0].rows, lambda row: row.task)
-    groups += [_Group(task[0].task, task) for task in tasks if len(tasks) > 1]
+    tasks = dict.fromkeys(row.task for row in groups[0].rows)
+    groups += [_of_task(groups[0].rows, task) for task in tasks if len(tasks) > 1]
     found = [(group, _compared(group.rows, press, reference)) for group in groups]
     ratios = sorted({ratio for _, of_group in found for ratio in of_group})
     lines = [[group.name, *(_with_interval(of_group.get(ratio)) for ratio in ratios)] for group, of_group in found]
@@ -117,18 +118,18 @@ def _check_labels(rows: Sequence[Row], *labels: str | None) -> None:
             check_name("a press of these rows", label, {row.press for row in rows})
 
 
-def _groups(rows: Sequence[Row], ranges: Sequence[TaskRange]) -> list[_Group]:
+def _groups(rows: Table, ranges: Sequence[TaskRange]) -> list[_Group]:
     """Returns the rows of tasks that count (of all, where nothing says which), and of each kind of text among them."""
     not_counted = {one.task for one in ranges if not one.counts}
-    counted = [row for row in rows if row.task not in not_counted]
+    counted = rows.where(lambda row: row.task not in not_counted)
     if not counted:
-        return [_Group("all tasks, none of which counts", list(rows))]
+        return [_Group("all tasks, none of which counts", rows)]
     name = "all tasks" if not not_counted else "tasks that count"
     revisions = {row.provenance.get("data_revision") for row in counted}
-    made = [row for row in counted if row.provenance.get("data_revision") == _MADE]
+    made = counted.where(lambda row: row.provenance.get("data_revision") == _MADE)
     if None in revisions or not 0 < len(made) < len(counted):
         return [_Group(name, counted)]
-    others = [row for row in counted if row.provenance["data_revision"] != _MADE]
+    others = counted.where(lambda row: row.provenance["data_revision"] != _MADE)
     return [_Group(name, counted), _Group("generated text", made), _Group("existing text", others)]
 
 
@@ -177,8 +178,8 @@ def _accuracies(group: _Group, cells: Sequence[Cell]) -> TextTable:
     return TextTable(f"{what}, {group.name}", head, lines, f"{note}.")
 
 
-def _differences(group: _Group, rows: Sequence[Row], presses: Sequence[str], reference: str) -> TextTable:
-    found = {(one.press, one.compression_ratio): one for one in compare(rows, reference)}
+def _differences(group: _Group, rows: Table, presses: Sequence[str], reference: str) -> TextTable:
+    found = {(one.press, one.compression_ratio): one for one in compare(rows, reference, intervals=False)}
     ratios = sorted({ratio for _, ratio in found})
     lines = []
     for press in presses:
@@ -204,10 +205,10 @@ def _storages(group: _Group, presses: Sequence[str], bases: Mapping[str, str]) -
     """Returns the table of presses that were run in several storages."""
     areas, lines = areas_over_bytes(summarise(group.rows)), dict[str, dict[float, str]]()
     for press in presses:
-        of_press = [row for row in group.rows if bases[row.press] == press]
+        of_press = _of_press(group.rows, press, bases)
         if all(row.press == press for row in of_press):
             continue
-        found = {(one.press, one.compression_ratio): one for one in compare(of_press, press)}
+        found = {(one.press, one.compression_ratio): one for one in compare(of_press, press, intervals=False)}
         for cell in summarise(of_press):
             key = cell.press, cell.compression_ratio
             lines.setdefault(cell.press, {})[cell.compression_ratio] = _stored(cell, found.get(key))
@@ -224,7 +225,16 @@ def _storages(group: _Group, presses: Sequence[str], bases: Mapping[str, str]) -
     return TextTable(f"Storages, {group.name}", head, rows, note)
 
 
-def _compared(rows: Sequence[Row], press: str, reference: str) -> dict[float, Comparison]:
+def _of_task(rows: Table, task: str) -> _Group:
+    return _Group(task, rows.where(lambda row: row.task == task))
+
+
+def _of_press(rows: Table, press: str, bases: Mapping[str, str]) -> Table:
+    """Returns the rows of a press in all storages."""
+    return rows.where(lambda row: bases[row.press] == press)
+
+
+def _compared(rows: Table, press: str, reference: str) -> dict[float, Comparison]:
     return {one.compression_ratio: one for one in compare(rows, reference) if one.press == press}
 
 

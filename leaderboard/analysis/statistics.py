@@ -38,7 +38,7 @@ class Comparison:
         compression_ratio: Its ratio.
         reference: The label of what it is compared with.
         difference: Its accuracy minus the reference's, over the questions that both answered.
-        interval: Holds 95 % of the bootstrapped differences; None if a task has a single context.
+        interval: Holds 95 % of the bootstrapped differences; None if a task has a single context, or none was drawn.
         p_value: Two-sided, of a difference at least this large if press and reference were equally good.
         adjusted_p_value: The same, adjusted by Holm's method for all comparisons that were made together.
         n_contexts: How many contexts both answered.
@@ -62,7 +62,9 @@ class Comparison:
         return self.adjusted_p_value <= SIGNIFICANCE_LEVEL
 
 
-def compare(rows: Iterable[Row], reference: str, *, seed: int = 0, n_resamples: int = N_RESAMPLES) -> list[Comparison]:
+def compare(
+    rows: Iterable[Row], reference: str, *, seed: int = 0, n_resamples: int = N_RESAMPLES, intervals: bool = True
+) -> list[Comparison]:
     """Compares every press at every ratio with the reference at the same ratio, or at 0 if that removes nothing.
 
     Cells that share no question with the reference are left out. The same rows give the same numbers, whatever their
@@ -73,6 +75,7 @@ def compare(rows: Iterable[Row], reference: str, *, seed: int = 0, n_resamples: 
         reference: A press's label.
         seed: Seed of the resampling.
         n_resamples: Number of bootstrap draws, and of sign patterns.
+        intervals: Whether to draw intervals, which takes a third of the time; they are None if not.
 
     Raises:
         InvalidArgumentError: The rows are of several tables, or the reference is none of their presses.
@@ -88,7 +91,7 @@ def compare(rows: Iterable[Row], reference: str, *, seed: int = 0, n_resamples: 
         if press != reference
     ]
     found = [
-        _comparison(press, ratio, reference, differences, seed, n_resamples)
+        _comparison(press, ratio, reference, differences, seed, n_resamples, intervals)
         for press, ratio, differences in pairs
         if differences
     ]
@@ -128,7 +131,7 @@ def _differences(scores: Mapping[Key, float], reference: Mapping[Key, float]) ->
 
 
 def _comparison(
-    press: str, ratio: float, reference: str, differences: _Differences, seed: int, n_resamples: int
+    press: str, ratio: float, reference: str, differences: _Differences, seed: int, n_resamples: int, intervals: bool
 ) -> Comparison:
     p_value = _p_value(differences, seed, n_resamples)
     _, error = stratified_mean([task.tolist() for task in differences])
@@ -137,7 +140,7 @@ def _comparison(
         compression_ratio=ratio,
         reference=reference,
         difference=float(_mean(*differences)),
-        interval=_interval(differences, seed, n_resamples),
+        interval=_interval(differences, seed, n_resamples) if intervals else None,
         p_value=p_value,
         adjusted_p_value=p_value,
         n_contexts=sum(len(task) for task in differences),

@@ -63,6 +63,16 @@ class Cell:
     kl: float | None = None
 
 
+class Table(tuple[Row, ...]):
+    """Rows of which it is certain that they form one table (`one_table`)."""
+
+    __slots__ = ()
+
+    def where(self, keep: Callable[[Row], bool]) -> "Table":
+        """Returns the rows that are to be kept; they form a table, too, and nothing is checked again."""
+        return Table(filter(keep, self))
+
+
 def split_tables(rows: Iterable[Row]) -> list[list[Row]]:
     """Splits rows into tables: one per run and model, with query-aware and query-agnostic rows apart.
 
@@ -77,15 +87,17 @@ def split_tables(rows: Iterable[Row]) -> list[list[Row]]:
     return split(rows, _table_of)
 
 
-def one_table(rows: Iterable[Row]) -> list[Row]:
-    """Returns the rows as a list, once it is certain that they form one table.
+def one_table(rows: Iterable[Row]) -> Table:
+    """Returns the rows, once it is certain that they form one table.
 
     Raises:
         InvalidArgumentError: They belong to several tables (see `split_tables`), a press answered the same question
             twice at the same ratio, or a task asked in several versions; or a row has a value that no table can be made
             of, see `check_row`.
     """
-    rows = list(rows)
+    if isinstance(rows, Table):
+        return rows
+    rows = Table(rows)
     for row in rows:
         check_row(row)
     if len(runs := {row.run_id for row in rows}) > 1:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_all_start_methods, get_context
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from kvzip_press.leaderboard.running.plan import Run
 from kvzip_press.leaderboard.running.spread import Load, Worker, WorkerDiedError
 from kvzip_press.model.devices import get_device
 
-_SPAWN = get_context("spawn")  # a forked process cannot use CUDA
+# A fork of this process could not use CUDA, and a process that begins anew imports for seconds. Where the system can,
+# one that has only imported is forked for each worker; it ends with this process.
+_METHOD = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+_CONTEXT: Any = get_context(_METHOD)
+_IMPORTED = ["kvzip_press.leaderboard.running.spread"]
 _END = 10.0  # seconds that a process has to end
 
 
@@ -33,13 +38,15 @@ class ProcessWorkers:
         self._processes: dict[int, Any] = {}
         self._pipes: dict[int, connection.Connection] = {}
         self._asked: set[int] = set()
+        _CONTEXT.set_forkserver_preload(_IMPORTED)  # heeded if nothing has begun that process before
 
     def start(self, number: int) -> None:
         """Begins a process, in place of the one that had this number."""
         self._end(number)
-        self._pipes[number], theirs = _SPAWN.Pipe()
+        self._pipes[number], theirs = _CONTEXT.Pipe()
         n_threads = max(torch.get_num_threads() // self.count, 1)
-        process = _SPAWN.Process(target=_work, args=(theirs, self.makes[number], n_threads), daemon=True)
+        arguments = theirs, self.makes[number], n_threads, dict(os.environ)
+        process = _CONTEXT.Process(target=_work, args=arguments, daemon=True)
         process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
         self._processes[number] = process
@@ -122,8 +129,10 @@ def places(device: str | None, workers: int) -> list[str]:
     return [f"cuda:{number % n_gpus}" if n_gpus else str(place) for number in range(workers)]
 
 
-def _work(pipe: connection.Connection, make: Callable[[], Any], n_threads: int) -> None:
+def _work(pipe: connection.Connection, make: Callable[[], Any], n_threads: int, environment: Mapping[str, str]) -> None:
     """What a process does: makes its object, and answers until nobody asks any more."""
+    os.environ.clear()  # it may be that of an earlier time, when the process was begun that this one is forked from
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the first process, which ends this one
     torch.set_num_threads(n_threads)
     worker: Any = None

@@ -86,6 +86,7 @@ def test_shared_layers_are_compared_with_the_model_as_it_is(run: Callable[..., d
     assert set(cells["2, dissimilar first", 0.0]["sources"]) == {"1", "2"}
 
 
+@pytest.mark.any_transformers
 @pytest.mark.parametrize(("module", "options"), [(allocations, ALLOCATIONS), (sharing, SHARING)])
 def test_figures_are_the_same_for_any_number_of_processes(
     run: Callable[..., dict[str, Any]], module: Any, options: dict[str, Any]

@@ -16,7 +16,7 @@ NAMES = ("01_quickstart", "02_compare_presses", "03_memory_and_speed", "04_write
 MAX_PAGE_BYTES = 1_000_000
 #: What a notebook does often or at length, to measure, and the test less: each text stands in it once.
 SMALLER = {
-    "02_compare_presses": {"n_keys=4), n_contexts=4": "n_keys=2), n_contexts=2"},
+    "02_compare_presses": {"n_keys=4), n_contexts=4": "n_keys=2), n_contexts=2", "(0.3, 0.6, 0.9)": "(0.6,)"},
     "03_memory_and_speed": {"n_rounds=8, n_steps=5": "n_rounds=2, n_steps=2", "page(1500)": "page(600)"},
     "04_write_your_own_press": {"n_keys=4), n_contexts=4": "n_keys=2), n_contexts=2"},
     "05_long_answers": {"n_tokens=80": "n_tokens=40"},

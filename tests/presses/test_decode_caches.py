@@ -197,6 +197,7 @@ def steps_of(model: Any, cache: Any, ids: torch.Tensor, *, static: bool) -> Iter
             yield
 
 
+@pytest.mark.any_transformers
 @every_press
 @pytest.mark.parametrize("allocation", SPENDING)
 @pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])

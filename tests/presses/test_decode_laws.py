@@ -78,6 +78,7 @@ def small_model(**options: Any) -> Any:
     return tiny_model(num_layers=2, vocab_size=256, **options)
 
 
+@pytest.mark.any_transformers
 @every_press
 @pytest.mark.parametrize("allocation", SPENDING)
 def test_bytes_never_exceed_budget_and_buffer(kind_and_options, allocation) -> None:
@@ -204,6 +205,7 @@ def test_detours_forks_and_modes_change_nothing(kind_and_options) -> None:
     assert held(fork) == held(plain)
 
 
+@pytest.mark.any_transformers
 @every_press
 @pytest.mark.parametrize("allocation", ["head", "global"])
 @pytest.mark.parametrize("storage", ["model", "int4"])

@@ -159,6 +159,7 @@ def test_what_stands_at_padding_does_not_matter() -> None:
     assert all(torch.equal(before.layers[i], after.layers[i]) for i in before.layers)
 
 
+@pytest.mark.any_transformers
 @pytest.mark.parametrize("length", [*range(1, 65), 150, 333])
 def test_the_budget_is_exact_at_every_length(length) -> None:
     """The window is inside the budget, the first tokens are outside of it, and none of either is lost."""

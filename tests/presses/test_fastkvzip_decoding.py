@@ -180,6 +180,7 @@ def test_the_cache_never_exceeds_budget_and_buffer_over_many_steps(length, n_ste
     assert cache.get_seq_length() == length + n_steps
 
 
+@pytest.mark.any_transformers
 @pytest.mark.parametrize("graph", [False, None], ids=["eager", "static"])
 def test_how_many_hidden_states_wait_for_their_scores_changes_nothing(graph, monkeypatch, static_steps) -> None:
     """Fewer than the buffer: they are larger than the pairs, and not among the cache's bytes."""

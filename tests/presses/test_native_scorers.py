@@ -328,6 +328,7 @@ def test_an_observer_that_no_prefill_opened_says_so() -> None:
             pass
 
 
+@pytest.mark.any_transformers
 def test_without_kvpress_the_scorers_are_there() -> None:
     """Neither is it imported where it is installed."""
     code = (

@@ -237,6 +237,7 @@ def tokenizer(converted: Path) -> Any:
     return AutoTokenizer.from_pretrained(converted)
 
 
+@pytest.mark.any_transformers
 @pytest.mark.embedded
 def test_the_weights_are_those_of_the_gguf(converted: Path) -> None:
     from gguf import GGUFReader

@@ -47,6 +47,13 @@ class Loader:
         return True
 
 
+class Environment:
+    """What a process knows of its environment."""
+
+    def value(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+
 class UnsendableError(Exception):
     """Cannot be made again from its message."""
 

@@ -107,6 +107,7 @@ def rows_alone(hybrid_or_not: Any) -> Callable[[Run], list[Row]]:
     return rows
 
 
+@pytest.mark.any_transformers
 @pytest.mark.parametrize("multi_turn", [False, True])
 @pytest.mark.parametrize("batch_size", [2, 3, 9])
 def test_rows_of_contexts_read_together_are_those_of_each_alone(

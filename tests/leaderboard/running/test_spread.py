@@ -20,7 +20,7 @@ from kvzip_press.leaderboard.launch import launch_spread
 from kvzip_press.leaderboard.rows.head_budgets import read_heads
 from kvzip_press.leaderboard.rows.results import Row, read_rows
 from kvzip_press.leaderboard.running.plan import PressSpec, Run, TaskSpec, plan
-from kvzip_press.leaderboard.running.process_executor import places, process_workers
+from kvzip_press.leaderboard.running.process_executor import places, process_workers, processes
 from kvzip_press.leaderboard.running.ray_executor import Cluster, ray_workers
 from kvzip_press.leaderboard.running.runner import execute
 from kvzip_press.leaderboard.running.spread import MOST_LOSSES, Worker, WorkerDiedError, Workers, spread
@@ -185,6 +185,25 @@ def test_contexts_that_kill_every_worker_end_the_run(tmp_path: Path) -> None:
     assert workers.started == MOST_LOSSES
     with pytest.raises(WorkerError, match="expected a worker that loads the model, but it died: in a test"):
         spread(Here(RUN, 2, dies=lambda number: True), tmp_path / "run")
+
+
+def test_a_worker_has_the_environment_of_the_time_when_it_is_started(
+    monkeypatch: pytest.MonkeyPatch, loader: Callable[..., Any]
+) -> None:
+    """Such as the GPUs that it may use, whatever was so when the first worker of this process was started."""
+    from loaded_by_workers import Environment
+
+    def seen() -> Any:
+        with processes([Environment]) as workers:
+            workers.start(0)
+            workers.ask(0, "value", "CUDA_VISIBLE_DEVICES")
+            return workers.wait()[1]
+
+    for value in ("1", "0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert seen() == value
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert seen() is None
 
 
 def test_an_error_that_cannot_be_sent_is_told_by_its_name_and_no_process_is_left(
