@@ -5,24 +5,21 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from multiprocessing import connection, get_all_start_methods, get_context
+from multiprocessing import connection, get_context
 from typing import Any
 
 import torch
 
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, WorkerError
+from kvzip_press.leaderboard.running import spread
 from kvzip_press.leaderboard.running.plan import Run
 from kvzip_press.leaderboard.running.spread import Load, Worker, WorkerDiedError
 from kvzip_press.model.devices import get_device
 
-# A fork of this process could not use CUDA, and a process that begins anew imports for seconds. Where the system can,
-# one that has only imported is forked for each worker; it ends with this process.
-_METHOD = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
-_CONTEXT: Any = get_context(_METHOD)
-_IMPORTED = ["kvzip_press.leaderboard.running.spread"]
 _END = 10.0  # seconds that a process has to end
 
 
@@ -38,15 +35,15 @@ class ProcessWorkers:
         self._processes: dict[int, Any] = {}
         self._pipes: dict[int, connection.Connection] = {}
         self._asked: set[int] = set()
-        _CONTEXT.set_forkserver_preload(_IMPORTED)  # heeded if nothing has begun that process before
+        self._context = _context()
 
     def start(self, number: int) -> None:
         """Begins a process, in place of the one that had this number."""
         self._end(number)
-        self._pipes[number], theirs = _CONTEXT.Pipe()
+        self._pipes[number], theirs = self._context.Pipe()
         n_threads = max(torch.get_num_threads() // self.count, 1)
         arguments = theirs, self.makes[number], n_threads, dict(os.environ)
-        process = _CONTEXT.Process(target=_work, args=arguments, daemon=True)
+        process = self._context.Process(target=_work, args=arguments, daemon=True)
         process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
         self._processes[number] = process
@@ -127,6 +124,19 @@ def places(device: str | None, workers: int) -> list[str]:
     place = get_device(device)
     n_gpus = torch.cuda.device_count() if place.type == "cuda" and place.index is None else 0
     return [f"cuda:{number % n_gpus}" if n_gpus else str(place) for number in range(workers)]
+
+
+def _context() -> Any:
+    """Returns what begins processes: on Linux without GPUs, forks of a process that has imported, which takes seconds.
+
+    That process is begun once and ends with this one. Where there are GPUs, each process begins anew: to import
+    transformers is to look for them, and forks of a process that has done so cannot use them.
+    """
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([spread.__name__])  # heeded if nobody has begun that process before
+    return context
 
 
 def _work(pipe: connection.Connection, make: Callable[[], Any], n_threads: int, environment: Mapping[str, str]) -> None:

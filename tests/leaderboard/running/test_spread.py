@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvzip_press.errors import InvalidArgumentError, MissingDependencyError, WorkerError
 from kvzip_press.leaderboard.launch import launch_spread
@@ -206,9 +207,12 @@ def test_a_worker_has_the_environment_of_the_time_when_it_is_started(
     assert seen() is None
 
 
+@pytest.mark.parametrize("gpus", [False, True])
 def test_an_error_that_cannot_be_sent_is_told_by_its_name_and_no_process_is_left(
-    tmp_path: Path, loader: Callable[..., Any]
+    tmp_path: Path, loader: Callable[..., Any], gpus: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whether processes are forked, or begin anew, as they do where there are GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
     with (
         process_workers(RUN, [loader(fails=True)]) as workers,
         pytest.raises(WorkerError, match=r"(?s)UnsendableError: 1 and 2\n.*loaded_by_workers\.py"),
