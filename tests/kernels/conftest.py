@@ -1,13 +1,14 @@
 """What the kernel tests share: devices, the error budget, views inside buffers full of NaN, packed rows made dense."""
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvzip_press.kernels.triton_support import reason_against_triton
+from kvzip_press.kernels.triton_support import interpreting, reason_against_triton
 
 Accurate = Callable[[Tensor, Tensor, Tensor], None]
 View = Callable[[Tensor], Tensor]
@@ -36,6 +37,38 @@ def _empty_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_patches_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter replaces the functions of its language once for each module of a launch, not in each call.
+
+    It does so whenever a kernel calls another function, `tl.sum` and `tl.cdiv` included. Within a launch nothing is put
+    back, so all but the first time of a module change nothing; they are two thirds of what a test waits for.
+    """
+    if not interpreting() or find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch_lang, run_grid = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    done: set[int] = set()
+
+    def patched_once(fn: Any) -> Any:
+        module = id(fn.__globals__)
+        if module in done:
+            return None
+        done.add(module)
+        return patch_lang(fn)  # the launch's own, which is the first one, takes it all back at the end
+
+    def run_grid_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done.clear()
+        return run_grid(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patched_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", run_grid_anew)
+        yield
 
 
 @pytest.fixture(autouse=True)
