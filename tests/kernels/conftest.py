@@ -1,6 +1,7 @@
 """What the kernel tests share: devices, the error budget, views inside buffers full of NaN, packed rows made dense."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -40,11 +41,12 @@ def _empty_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _interpreter_patches_once_a_launch() -> Iterator[None]:
-    """Triton's interpreter replaces the functions of its language once for each module of a launch, not in each call.
+def _nothing_in_vain_in_the_interpreter() -> Iterator[None]:
+    """Leaves out of Triton's interpreter what changes nothing: it is three quarters of what a test waits for.
 
-    It does so whenever a kernel calls another function, `tl.sum` and `tl.cdiv` included. Within a launch nothing is put
-    back, so all but the first time of a module change nothing; they are two thirds of what a test waits for.
+    Whenever a kernel calls another function, ``tl.sum`` and ``tl.cdiv`` included, all functions of the language are
+    replaced. Within a launch nothing is put back, so once is enough for each module. And each sum or product of
+    integers is made again in 64 bits, to look whether it overflows; without its option ``debug`` the answer is dropped.
     """
     if not interpreting() or find_spec("triton") is None:
         yield
@@ -68,6 +70,9 @@ def _interpreter_patches_once_a_launch() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", patched_once)
         patch.setattr(interpreter.GridExecutor, "__call__", run_grid_anew)
+        options = interpreter.interpreter_builder.options
+        if not options.debug:
+            patch.setattr(interpreter.interpreter_builder, "options", replace(options, sanitize_overflow=False))
         yield
 
 
