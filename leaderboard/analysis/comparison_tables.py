@@ -98,7 +98,11 @@ def press_table(rows: Iterable[Row], press: str, reference: str | None = None) -
     _check_labels(rows, press, reference)
     reference = reference or find_kvzip(rows) or find_full(rows)
     if reference in (None, press):
-        raise InvalidArgumentError(f"expected a reference other than {press!r}, got {reference!r}")
+        others = [one for one in (find_full(rows), *(row.press for row in rows)) if one not in (None, press)]
+        such = f", such as {others[0]!r}" if others else ""
+        raise InvalidArgumentError(
+            f"expected a reference other than {press!r}, got {reference!r}: give another (--reference){such}"
+        )
     both = rows.where(lambda row: row.press in (press, reference))
     groups = _groups(both, task_ranges(summarise_tasks(rows)))
     tasks = dict.fromkeys(row.task for row in groups[0].rows)
