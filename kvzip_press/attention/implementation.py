@@ -3,8 +3,9 @@
 ``attach(model)`` renames the implementation of the model's attention config from ``sdpa`` to ``ragged|sdpa`` (the same
 for eager, flash_attention_2, flex_attention ...). The function behind that name lets this package's cache layers attend
 themselves (``attend``) and passes every other call to the implementation that the model had before, so an attached
-model computes exactly what it did. A ragged layer's ``update`` returns :class:`CacheView` tensors that refuse every
-operation: an attention function that does not know them raises an error instead of answering from a part of the cache.
+model computes exactly what it did (but for flex_attention on a CPU: ``compat.attention_function``). A ragged layer's
+``update`` returns :class:`CacheView` tensors that refuse every operation: an attention function that does not know them
+raises an error instead of answering from a part of the cache.
 """
 
 from __future__ import annotations
