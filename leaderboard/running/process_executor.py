@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from kvzip_press.errors import InvalidArgumentError, KVzipPressError, WorkerError
-from kvzip_press.leaderboard.running import spread
 from kvzip_press.leaderboard.running.plan import Run
 from kvzip_press.leaderboard.running.spread import Load, Worker, WorkerDiedError
 from kvzip_press.model.devices import get_device
@@ -135,7 +134,7 @@ def _context() -> Any:
     if sys.platform != "linux" or torch.cuda.is_available():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload([spread.__name__])  # heeded if nobody has begun that process before
+    context.set_forkserver_preload([Worker.__module__])  # heeded if nobody has begun that process before
     return context
 
 

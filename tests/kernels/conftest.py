@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvzip_press.kernels.triton_support import interpreting, reason_against_triton
+from kvzip_press.kernels.triton_support import reason_against_triton
 
 Accurate = Callable[[Tensor, Tensor, Tensor], None]
 View = Callable[[Tensor], Tensor]
@@ -42,13 +41,13 @@ def _empty_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_in_vain_in_the_interpreter() -> Iterator[None]:
-    """Leaves out of Triton's interpreter what changes nothing: it is three quarters of what a test waits for.
+    """Leaves out of Triton's interpreter what changes nothing: it is two thirds of what a test waits for.
 
     Whenever a kernel calls another function, ``tl.sum`` and ``tl.cdiv`` included, all functions of the language are
     replaced. Within a launch nothing is put back, so once is enough for each module. And each sum or product of
     integers is made again in 64 bits, to look whether it overflows; without its option ``debug`` the answer is dropped.
     """
-    if not interpreting() or find_spec("triton") is None:
+    if reason_against_triton(torch.device("cpu")) is not None:
         yield
         return
     from triton.runtime import interpreter

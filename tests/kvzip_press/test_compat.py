@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kvzip_press import KVzipPress, RaggedCache, attach, compat, compress
@@ -183,3 +184,18 @@ def test_what_one_thread_leaves_stays_uncompiled_for_another() -> None:
         assert not calls
     model(torch.ones(1, 2))
     assert calls
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "built"),
+    [
+        ("cpu", {}, "eager"),
+        ("cuda", {}, "flex_attention"),
+        ("cuda", {"kv_offset": 5}, "sdpa"),  # of a ragged layer, which attends by itself
+        ("cuda", {"kv_offset": 5, "local_size": 8}, "flex_attention"),
+    ],
+)
+def test_flex_attention_gets_the_mask_of_what_computes_it(device, options, built, monkeypatch) -> None:
+    for name in ("eager", "sdpa", "flex_attention"):
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, lambda name=name, **kwargs: name)
+    assert compat.mask_function("flex_attention")(device=torch.device(device), **options) == built

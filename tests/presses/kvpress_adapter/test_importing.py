@@ -91,6 +91,11 @@ def test_a_users_import_of_kvpress_breaks_no_model_of_ours_and_stays_in_force() 
             attach(one)  # registers names that kvpress then wraps too
         import kvpress
         wrapped = dict(ALL_ATTENTION_FUNCTIONS)
+        from kvzip_press import compat
+        gpu = torch.device("cuda")  # on a CPU flex_attention is never called
+        assert compat.is_kvpress_wrapper(wrapped["flex_attention"])
+        assert not compat.is_kvpress_wrapper(compat.attention_function("flex_attention", gpu))
+        assert compat.is_kvpress_wrapper(compat.attention_function("sdpa", gpu))
         press = get_press("adakv_snapkv", 0.5, window_size=8)
         logits = []
         for one in (*early.values(), *map(model, early)):
